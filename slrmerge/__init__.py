@@ -1,0 +1,62 @@
+"""slrmerge: merge a pre-trained and a post-trained checkpoint, layer by layer, without loading either.
+
+Names are imported when they are first used, so that `import slrmerge` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slrmerge.checkpoint import Checkpoint as Checkpoint
+    from slrmerge.checkpoint import open_checkpoint as open_checkpoint
+    from slrmerge.errors import SlrmergeError as SlrmergeError
+    from slrmerge.merge import MergeResult as MergeResult
+    from slrmerge.merge import execute as execute
+    from slrmerge.merge import merge_checkpoints as merge_checkpoints
+    from slrmerge.plan import MergePlan as MergePlan
+    from slrmerge.plan import plan_merge as plan_merge
+    from slrmerge.recipe import Recipe as Recipe
+    from slrmerge.recipe import load_recipe as load_recipe
+    from slrmerge.recipe import parse_recipe as parse_recipe
+    from slrmerge.verify import VerifyReport as VerifyReport
+    from slrmerge.verify import verify_checkpoint as verify_checkpoint
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "MergePlan": "plan",
+    "MergeResult": "merge",
+    "Recipe": "recipe",
+    "SlrmergeError": "errors",
+    "VerifyReport": "verify",
+    "execute": "merge",
+    "load_recipe": "recipe",
+    "merge_checkpoints": "merge",
+    "open_checkpoint": "checkpoint",
+    "parse_recipe": "recipe",
+    "plan_merge": "plan",
+    "verify_checkpoint": "verify",
+}
+
+__all__ = [
+    "Checkpoint",
+    "MergePlan",
+    "MergeResult",
+    "Recipe",
+    "SlrmergeError",
+    "VerifyReport",
+    "execute",
+    "load_recipe",
+    "merge_checkpoints",
+    "open_checkpoint",
+    "parse_recipe",
+    "plan_merge",
+    "verify_checkpoint",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"slrmerge.{_HOMES[name]}"), name)

@@ -1,0 +1,101 @@
+"""The arithmetic of a merge: alpha * pre + (1 - alpha) * post, and casts between floating dtypes.
+
+Chunk by chunk in buffers made once, so that memory does not grow with tensors. Only this module imports torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from slrmerge.errors import BlendError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_ELEMENTS = 1 << 18
+"""Elements per step: 1 MiB in fp32, so that the whole arithmetic of a step stays in a core's cache."""
+
+MAX_ELEMENT_BYTES = 8
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Blender:
+    """Blends and casts one chunk at a time; holds its own buffers, so one is needed per thread."""
+
+    def __init__(self) -> None:
+        self.inputs = (_buffer(), _buffer())
+        self._wide = (_buffer(), _buffer())
+        self._output = _buffer()
+
+    def run(self, name: str, elements: int, dtypes: tuple[str, ...], output_dtype: str, alpha: float) -> memoryview:
+        """The bytes of a chunk of tensor `name`, from the `elements` at the start of each of `inputs`.
+
+        With two `dtypes` the inputs are the pre- and the post-trained chunk, blended in fp32 (fp64 where any dtype is
+        F64) with separate multiplications and one addition, so that neither vector width nor threads show in the
+        result; with one, the first input is cast. Rounded to nearest even. The result is valid until the next call.
+
+        Raises BlendError where float16 cannot hold a finite result.
+        """
+        output = self._view(self._output, output_dtype, elements)
+        values = [self._view(self.inputs[side], dtype, elements) for side, dtype in enumerate(dtypes)]
+        if len(values) == 1:
+            result = values[0]
+        else:
+            wide = "F64" if "F64" in (*dtypes, output_dtype) else "F32"
+            result, other = (self._widen(side, value, wide) for side, value in enumerate(values))
+            result.mul_(alpha)
+            other.mul_(1 - alpha)
+            result.add_(other)
+        if result.element_size() == 8 and output.element_size() == 2:
+            result = round_to_odd(result)
+        output.copy_(result)
+        if output_dtype == "F16":
+            self._refuse_overflow(name, output, values)
+        return self._output[: elements * output.element_size()]
+
+    def _widen(self, side: int, value: "torch.Tensor", dtype: str) -> "torch.Tensor":
+        wide = self._view(self._wide[side], dtype, value.numel())
+        wide.copy_(value)
+        return wide
+
+    @staticmethod
+    def _view(buffer: memoryview, dtype: str, elements: int) -> "torch.Tensor":
+        import torch
+
+        return torch.frombuffer(buffer, dtype=getattr(torch, _DTYPES[dtype]), count=elements)
+
+    @staticmethod
+    def _refuse_overflow(name: str, output: "torch.Tensor", values: "list[torch.Tensor]") -> None:
+        lost = output.isinf()
+        if lost.any():
+            for value in values:
+                lost &= value.isfinite()
+            if lost.any():
+                raise BlendError(
+                    Problem(name, "has values past float16's 65504", "use dtype: bfloat16 or float32 in the recipe")
+                )
+
+
+def _buffer() -> memoryview:
+    return memoryview(bytearray(CHUNK_ELEMENTS * MAX_ELEMENT_BYTES))
+
+
+def round_to_odd(values: "torch.Tensor") -> "torch.Tensor":
+    """float64 values as float32, rounded so that one more rounding, to 16 bits, gives the correctly rounded result.
+
+    An inexact value takes the neighbour with an odd last bit, which no 16-bit midpoint has (Boldo and Melquiond,
+    "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    import torch
+
+    narrow = values.float()
+    back = narrow.double()
+    inexact = (back != values) & values.isfinite()
+    away = back.abs() > values.abs()  # towards zero first, then make the last bit odd
+    bits = narrow.view(torch.int32)
+    return torch.where(inexact, (bits - away.int()) | 1, bits).view(torch.float32)
+
+
+def set_arithmetic_threads(count: int) -> None:
+    """How many cores one chunk's arithmetic may use."""
+    import torch
+
+    torch.set_num_threads(count)

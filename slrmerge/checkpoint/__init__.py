@@ -1,0 +1,27 @@
+"""A checkpoint on disk: its headers, its config, and its bytes on request.
+
+Opening one reads headers only; `CheckpointReader` reads tensors, in pieces, and notices when a file changes under it.
+"""
+
+from slrmerge.checkpoint.folder import Checkpoint, open_checkpoint, open_pair
+from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, Shard, TensorInfo, header_bytes, read_shard
+from slrmerge.checkpoint.layers import LayerStack, layer_count
+from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
+from slrmerge.checkpoint.reader import CheckpointReader
+
+__all__ = [
+    "DTYPE_BITS",
+    "FLOATING",
+    "Checkpoint",
+    "CheckpointReader",
+    "LayerStack",
+    "Shard",
+    "TensorInfo",
+    "header_bytes",
+    "layer_count",
+    "open_checkpoint",
+    "open_pair",
+    "quantisation_config",
+    "quantised_groups",
+    "read_shard",
+]

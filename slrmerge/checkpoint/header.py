@@ -1,0 +1,231 @@
+"""One safetensors file: its header, read strictly, and the header of a file to be written.
+
+The format: a u64 length, that many bytes of UTF-8 JSON, then the data without holes (safetensors, README "Format").
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from slrmerge.errors import CheckpointError, Problem, did_you_mean
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits per element of every dtype that the format knows."""
+
+FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
+"""The dtypes that can be blended and cast: real, floating, and meaningful without a scale beside them."""
+
+MAX_HEADER_BYTES = 25_000_000
+"""What the Hub reads at most. The format allows four times that, which takes seconds and a gigabyte to parse."""
+
+_ENTRY_KEYS = ("dtype", "shape", "data_offsets")
+_MAX_ELEMENTS = 2**63  # a tensor library counts elements and strides in 64 signed bits
+
+_LOOKALIKES = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "fetch them with: git lfs pull"),
+    (b"<!doctype", "an HTML page (a failed download?)", "download it again"),
+    (b"<html", "an HTML page (a failed download?)", "download it again"),
+    (b"PK\x03\x04", "a pickle archive (PyTorch's own format)", "convert it to safetensors first"),
+    (b"\x80\x02", "a pickle (PyTorch's old format)", "convert it to safetensors first"),
+    (b"GGUF", "a GGUF file", "convert it to safetensors first"),
+)
+
+
+class TensorInfo(NamedTuple):
+    """A tensor as its header describes it; `data_offsets` count bytes from the start of the file's data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data_offsets[1] - self.data_offsets[0]
+
+
+class Identity(NamedTuple):
+    """What a file was when its header was read; any difference later means that it was changed or replaced."""
+
+    inode: int
+    file_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Identity":
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A safetensors file whose header has been read and found sound.
+
+    `data_start` is where the data begins, in bytes; `header_digest` covers everything before it.
+    """
+
+    path: Path
+    identity: Identity
+    data_start: int
+    header_digest: str
+    tensors: Mapping[str, TensorInfo]
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check the header of the safetensors file at `path`, and none of its data.
+
+    Raises CheckpointError with every problem found: a file that is something else, a header that lies about sizes or
+    leaves holes, names that a reader could trip over.
+    """
+    try:
+        with _open_regular(path) as file:
+            identity = Identity.of(os.fstat(file.fileno()))
+            prefix = file.read(8)
+            _refuse_lookalike(path, prefix + file.read(64))
+            header_bytes = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or 8 + header_bytes > identity.file_bytes:
+                raise _bad(path, f"is cut short at {identity.file_bytes:,} bytes, inside its header", "fetch it again")
+            if header_bytes > MAX_HEADER_BYTES:
+                raise _bad(path, f"has a header of {header_bytes:,} bytes; {MAX_HEADER_BYTES:,} is the most accepted")
+            file.seek(8)
+            raw = file.read(header_bytes)
+    except OSError as error:
+        raise _bad(path, f"cannot be read ({error.strerror})") from error
+    tensors = _check_entries(path, _parse_json(path, raw), data_bytes=identity.file_bytes - 8 - header_bytes)
+    return Shard(path, identity, 8 + header_bytes, xxhash.xxh3_128_hexdigest(prefix + raw), tensors)
+
+
+def header_bytes(tensors: Iterable[tuple[str, TensorInfo]]) -> bytes:
+    """The header for a file that holds `tensors` in this order: length, JSON, padding to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    for name, info in tensors:
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` that refuses a key given twice, where `json` would silently keep the last."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} stands twice")
+    return result
+
+
+def _bad(path: Path, what: str, remedy: str = "") -> CheckpointError:
+    return CheckpointError(Problem(str(path), what, remedy))
+
+
+def _open_regular(path: Path) -> Any:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a FIFO would wait forever
+        raise _bad(path, "is not a regular file")
+    return open(path, "rb")
+
+
+def _refuse_lookalike(path: Path, start: bytes) -> None:
+    for magic, what, remedy in _LOOKALIKES:
+        if start.lower().startswith(magic.lower()):
+            raise _bad(path, f"is {what}", remedy)
+
+
+def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    def refuse_constant(text: str) -> None:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        text = raw.decode("utf-8")
+        if not text.startswith("{"):
+            raise ValueError("it does not start with '{'")
+        header: dict[str, Any] = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"has a header that is not sound JSON ({error})", "fetch it again") from None
+    return header
+
+
+def _check_entries(path: Path, header: dict[str, Any], *, data_bytes: int) -> dict[str, TensorInfo]:
+    problems: list[Problem] = []
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        problems.append(Problem(str(path), "__metadata__ is not a map of strings to strings"))
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        fault = _name_fault(name) or _entry_fault(entry)
+        if fault:
+            problems.append(Problem(str(path), f"tensor {name!r}: {fault}"))
+        else:
+            begin, end = entry["data_offsets"]
+            tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), (begin, end))
+    if not problems:
+        problems.extend(Problem(str(path), fault, "fetch it again") for fault in _layout_faults(tensors, data_bytes))
+    if problems:
+        raise CheckpointError(*problems)
+    return tensors
+
+
+def _name_fault(name: str) -> str:
+    if not name:
+        return "the name is empty"
+    if not name.isprintable():  # control characters, and halves of surrogate pairs
+        return "the name has characters that do not print"
+    if "../" in name or "..\\" in name:
+        return "the name climbs out of a folder"
+    return ""
+
+
+def _entry_fault(entry: Any) -> str:
+    """What is wrong with one header entry taken by itself, or an empty string."""
+    if not isinstance(entry, dict):
+        return "the entry is not an object"
+    for key in entry:
+        if key not in _ENTRY_KEYS:
+            return f"unknown key {key!r}, {did_you_mean(key, _ENTRY_KEYS)}"
+    for key in _ENTRY_KEYS:
+        if key not in entry:
+            return f"{key} is missing"
+    dtype, shape, offsets = (entry[key] for key in _ENTRY_KEYS)
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        return f"unknown dtype {dtype!r}"
+    if not _is_sizes(shape):
+        return f"shape {shape!r} is not a list of sizes"
+    if not (_is_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        return f"data_offsets {offsets!r} are not [begin, end]"
+    if prod(max(size, 1) for size in shape) >= _MAX_ELEMENTS:
+        return f"shape {shape!r} is past what 64 bits count"
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if (offsets[1] - offsets[0]) * 8 != bits:
+        return f"{dtype} {shape} takes {bits / 8:,g} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
+    return ""
+
+
+def _is_sizes(value: Any) -> bool:
+    # `type is int`: JSON's true is an int to isinstance
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _layout_faults(tensors: Mapping[str, TensorInfo], data_bytes: int) -> Iterable[str]:
+    expected = 0
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        begin, end = info.data_offsets
+        if begin != expected:
+            yield f"tensor {name!r} begins at byte {begin:,} of the data, {expected:,} expected (hole or overlap)"
+            return
+        expected = end
+    if data_bytes < expected:
+        yield f"is cut short: {expected - data_bytes:,} of {expected:,} data bytes are missing"
+    elif data_bytes > expected:
+        yield f"has {data_bytes - expected:,} bytes after its last tensor"

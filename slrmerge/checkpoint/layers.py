@@ -1,0 +1,81 @@
+"""Which tensors belong to which decoder layer.
+
+Names alone do not tell: a vision tower has numbered layers too. The stack is the one as long as the config says.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What configs call the number of decoder layers; the first that is there counts."""
+
+TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config")
+"""Where the config of a model with several towers keeps that of its decoder."""
+
+STACK_PREFIXES = (
+    "model.layers",
+    "model.language_model.layers",
+    "language_model.model.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+    "model.decoder.layers",
+)
+"""Where decoder layers live. Needed only where a model has two stacks of the right length: the first here wins."""
+
+_NUMBERED = re.compile(r"([^\d].*?)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStack:
+    """The decoder layers: tensors named `<prefix>.<k>.<inner>` with 0 <= k < count."""
+
+    prefix: str
+    count: int
+
+    def locate(self, name: str) -> tuple[int, str] | None:
+        """The layer that a tensor belongs to and its name inside it, or None for a tensor outside the stack.
+
+        Layers past `count` (the extra prediction layers of DeepSeek-V3) are outside.
+        """
+        if not name.startswith(self.prefix + "."):
+            return None
+        number, _, inner = name[len(self.prefix) + 1 :].partition(".")
+        if not number.isdecimal() or int(number) >= self.count or not inner:
+            return None
+        return int(number), inner
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """The number of decoder layers that a config gives, or None where it gives none."""
+    nested = [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
+    for section in (config, *nested):
+        for key in LAYER_COUNT_KEYS:
+            if type(section.get(key)) is int:
+                return int(section[key])
+    return None
+
+
+def numbered_stacks(names: Iterable[str]) -> dict[str, int]:
+    """The outermost numbered prefixes, each with how many layers follow one another from 0."""
+    members: dict[str, set[int]] = {}
+    for name in names:
+        if match := _NUMBERED.match(name):
+            members.setdefault(match[1], set()).add(int(match[2]))
+    return {prefix: _run_from_zero(numbers) for prefix, numbers in members.items()}
+
+
+def find_stack(names: Iterable[str], config: Mapping[str, Any]) -> LayerStack | None:
+    """The decoder stack, or None where no stack, or more than one that is equally likely, fits the config."""
+    count = layer_count(config)
+    stacks = {prefix: run for prefix, run in numbered_stacks(names).items() if run}
+    if count is not None:
+        stacks = {prefix: count for prefix, run in stacks.items() if run >= count}
+    known = [prefix for prefix in STACK_PREFIXES if prefix in stacks]
+    chosen = known[0] if known else next(iter(stacks)) if len(stacks) == 1 else None
+    return LayerStack(chosen, stacks[chosen]) if chosen is not None and stacks[chosen] > 0 else None
+
+
+def _run_from_zero(numbers: set[int]) -> int:
+    return next(k for k in range(len(numbers) + 1) if k not in numbers)

@@ -1,0 +1,59 @@
+"""Weights that mean nothing without their neighbours: quantised modules, and how to recognise them.
+
+A packed weight and its scales are one value in several tensors: they move together or not at all.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from slrmerge.checkpoint.header import TensorInfo
+
+COMPANION_SUFFIXES = (
+    "qweight", "qzeros", "scales", "g_idx",  # GPTQ, AWQ
+    "absmax", "quant_map", "nested_absmax", "nested_quant_map",  # bitsandbytes 4 bit
+    "SCB", "weight_format",  # bitsandbytes 8 bit
+    "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "weight_zero_point",  # fp8, compressed-tensors
+    "weight_packed", "weight_shape",
+)  # fmt: skip
+"""Last components of names that only quantised modules have."""
+
+LOW_BIT_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+
+
+def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the config says of quantisation, or None."""
+    for key in ("quantization_config", "compression_config"):
+        if isinstance(config.get(key), dict):
+            return dict(config[key])
+    return None
+
+
+def quantised_groups(tensors: Iterable[tuple[str, TensorInfo]]) -> dict[str, str]:
+    """Every tensor of a quantised module, mapped to the name of that module."""
+    tensors = list(tensors)
+    modules = {group for name, info in tensors if (group := _group(name, info))}
+    groups: dict[str, str] = {}
+    for name, info in tensors:
+        own = _group(name, info)
+        parent = name.rpartition(".")[0]
+        if own:
+            groups[name] = own
+        elif name in modules:  # mxfp4: `w` beside `w_scales`
+            groups[name] = name
+        elif parent in modules:
+            groups[name] = parent
+    return groups
+
+
+def _group(name: str, info: TensorInfo) -> str:
+    """The quantised module that a tensor gives away by its own name or dtype, or an empty string."""
+    parent, _, last = name.rpartition(".")
+    for marker in (".weight.absmax", ".weight.quant_map", ".weight.nested_", ".weight.quant_state."):
+        if marker in name:
+            return name.partition(marker)[0]
+    if last in COMPANION_SUFFIXES:
+        return parent
+    for suffix in ("_blocks", "_scales"):
+        if last.endswith(suffix):
+            return name.removesuffix(suffix)
+    return parent if info.dtype in LOW_BIT_DTYPES else ""

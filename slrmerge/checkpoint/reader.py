@@ -1,0 +1,105 @@
+"""A checkpoint's bytes, read at positions into the caller's buffer.
+
+Positioned reads, not a mapping: a mapped file that is cut short kills the process, and its pages count as ours.
+"""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+from slrmerge.checkpoint.folder import Checkpoint
+from slrmerge.checkpoint.header import Identity, Shard
+from slrmerge.errors import CheckpointError, Problem, SourceChangedError
+
+
+class CheckpointReader:
+    """Reads tensors of one checkpoint; safe to share between threads.
+
+    Each file is opened at its first read and held until the reader is closed, so that one replaced by a rename keeps
+    its old bytes. `check_unchanged` tells of the others.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._open: dict[str, int] = {}
+        self._lock = Lock()
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of tensor `name` from byte `offset` of it; may run on into its neighbours.
+
+        Raises SourceChangedError where the file is not what it was when its header was read.
+        """
+        file = self.checkpoint.weight_map[name]
+        shard = self.checkpoint.shards[file]
+        fd = self._descriptor(file, shard)
+        position = shard.data_start + shard.tensors[name].data_offsets[0] + offset
+        try:
+            read_exactly(fd, position, buffer)
+        except EOFError:
+            raise _changed(shard.path, "was cut short while it was read") from None
+        except OSError as error:
+            raise CheckpointError(Problem(str(shard.path), f"cannot be read ({error.strerror})")) from error
+
+    def check_unchanged(self) -> None:
+        """Raise SourceChangedError where an opened file has changed since its header was read."""
+        with self._lock:
+            opened = list(self._open.items())
+        for file, fd in opened:
+            shard = self.checkpoint.shards[file]
+            if Identity.of(os.fstat(fd)) != shard.identity:
+                raise _changed(shard.path, "was changed while it was read")
+
+    def _descriptor(self, file: str, shard: Shard) -> int:
+        with self._lock:
+            if file not in self._open:
+                try:
+                    fd = os.open(shard.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                except OSError as error:
+                    raise _changed(shard.path, f"cannot be opened any more ({error.strerror})") from error
+                self._closing.callback(os.close, fd)
+                if Identity.of(os.fstat(fd)) != shard.identity:
+                    raise _changed(shard.path, "was changed after its header was read")
+                self._open[file] = fd
+            return self._open[file]
+
+
+def read_exactly(fd: int, position: int, buffer: memoryview) -> None:
+    """Fill `buffer` from byte `position` of an open file; raises EOFError where the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = _read_at(fd, position + done, buffer[done:])
+        if count == 0:
+            raise EOFError
+        done += count
+
+
+if hasattr(os, "preadv"):
+
+    def _read_at(fd: int, position: int, buffer: memoryview) -> int:
+        return os.preadv(fd, [buffer], position)
+
+else:  # Windows: one seek and one read, under a lock since threads share the descriptor
+    _seek_lock = Lock()
+
+    def _read_at(fd: int, position: int, buffer: memoryview) -> int:
+        with _seek_lock:
+            os.lseek(fd, position, os.SEEK_SET)
+            data = os.read(fd, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _changed(path: Path, what: str) -> SourceChangedError:
+    return SourceChangedError(Problem(str(path), what, "run again when nothing else writes to it"))

@@ -1,0 +1,230 @@
+"""The commands. Everything heavy is imported when a command runs, so that `--help` answers at once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import slrmerge
+from slrmerge.cli.group import DefaultGroup
+
+_EPILOG = """\b
+Exit codes:
+  0 done   1 a bug   2 usage   3 recipe   4 checkpoint   5 recipe and checkpoints do not fit
+  6 output   7 disk space   8 target in use   9 source changed   10 verification failed
+  11 result does not fit the output dtype   130 stopped by Ctrl-C
+"""
+
+
+class _Folder(click.Path):
+    """A path argument; whether it exists is said by whoever opens it, in its own words."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+_quiet = click.option("--quiet", is_flag=True, help="No progress and no summary, only errors.")
+_threads = click.option("--threads", type=click.IntRange(min=1), help="Cores to use.  [default: all]")
+_planning = _options(
+    click.argument("recipe", type=_Folder()),
+    click.option("--out", type=_Folder(), help="The folder to write; it appears complete or not at all."),
+    click.option("--overwrite", is_flag=True, help="Replace an older checkpoint at --out, in one step."),
+    click.option("--max-shard-size", metavar="SIZE", help="The most bytes in one file, such as 5GB."),
+    click.option("--dtype", help="Output dtype: float32, float16, bfloat16 or float64."),
+    click.option("--allow-code", is_flag=True, help="Copy the post-trained side's Python files too."),
+)
+
+
+@click.group(cls=DefaultGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(slrmerge.__version__, prog_name="slrmerge")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Merge a pre-trained and a post-trained checkpoint, layer by layer, without loading either.
+
+    \b
+    slrmerge recipe.yaml --out ./hybrid     merge by a recipe
+    slrmerge verify ./hybrid                prove what was written
+    """
+    ctx.obj = {}
+
+
+@main.command()
+@_planning
+@_threads
+@click.option("--fsync/--no-fsync", default=True, show_default=True, help="Wait until the disk has everything.")
+@click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
+@_json
+@_quiet
+@click.pass_context
+def merge(
+    ctx: click.Context,
+    recipe: Path,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    max_shard_size: str | None,
+    dtype: str | None,
+    allow_code: bool,
+    threads: int | None,
+    fsync: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Merge two checkpoints by RECIPE into the folder --out. The default command.
+
+    Killed at any moment, --out is absent or as it was; the same command then resumes.
+
+    \b
+    slrmerge recipe.yaml --out ./hybrid
+    slrmerge recipe.yaml --out ./hybrid --dry-run
+    """
+    ctx.obj["as_json"] = as_json
+    from slrmerge.cli import show
+
+    plan = _plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code, overwrite=overwrite)
+    if dry_run:
+        show.plan(plan, out, as_json=as_json)
+        return
+    if out is None:
+        raise click.UsageError("missing option '--out'", ctx)
+    from slrmerge.cli.progress import TerminalProgress
+    from slrmerge.merge import execute
+
+    progress = TerminalProgress(quiet=quiet or as_json)
+    try:
+        result = execute(plan, out, overwrite=overwrite, threads=threads, fsync=fsync, progress=progress)
+    finally:
+        progress.close()
+    if as_json or not quiet:
+        show.merged(plan, result, out, as_json=as_json)
+
+
+@main.command()
+@_planning
+@_json
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    recipe: Path,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    max_shard_size: str | None,
+    dtype: str | None,
+    allow_code: bool,
+    as_json: bool,
+) -> None:
+    """Show what a merge by RECIPE would read and write; with --out, whether it could.
+
+    \b
+    slrmerge plan recipe.yaml
+    slrmerge plan recipe.yaml --json | jq '.tensors["lm_head.weight"]'
+    """
+    ctx.obj["as_json"] = as_json
+    from slrmerge.cli import show
+
+    made = _plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code, overwrite=overwrite)
+    show.plan(made, out, as_json=as_json)
+
+
+@main.command()
+@click.argument("folder", type=_Folder())
+@click.option("--pretrained", type=_Folder(), help="Where the pre-trained side is now.")
+@click.option("--posttrained", type=_Folder(), help="Where the post-trained side is now.")
+@_threads
+@_json
+@_quiet
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    folder: Path,
+    *,
+    pretrained: Path | None,
+    posttrained: Path | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Prove that FOLDER is what slrmerge wrote: every digest, and every bit against the sources where they are at hand.
+
+    \b
+    slrmerge verify ./hybrid
+    slrmerge verify ./hybrid --pretrained /models/llama-3.1-8b
+    """
+    ctx.obj["as_json"] = as_json
+    from slrmerge.cli import show
+    from slrmerge.cli.progress import TerminalProgress
+    from slrmerge.verify import verify_checkpoint
+
+    progress = TerminalProgress(quiet=quiet or as_json)
+    try:
+        report = verify_checkpoint(
+            folder, pretrained=pretrained, posttrained=posttrained, threads=threads, progress=progress
+        )
+    finally:
+        progress.close()
+    if as_json or not quiet:
+        show.verified(report, as_json=as_json)
+
+
+@main.command()
+@click.argument("checkpoint", type=_Folder())
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@_json
+@click.pass_context
+def inspect(ctx: click.Context, checkpoint: Path, *, tensors: bool, as_json: bool) -> None:
+    """Show what CHECKPOINT holds: layers, shapes, dtypes, sizes. Reads headers only.
+
+    \b
+    slrmerge inspect ./llama-3.1-8b
+    slrmerge inspect ./llama-3.1-8b --tensors
+    """
+    ctx.obj["as_json"] = as_json
+    from slrmerge.checkpoint import open_checkpoint
+    from slrmerge.cli import show
+
+    show.checkpoint(open_checkpoint(checkpoint), tensors=tensors, as_json=as_json)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors.
+
+    \b
+    slrmerge schema > recipe.schema.json
+    """
+    from slrmerge.recipe import recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+def _plan(
+    recipe: Path, out: Path | None, *, max_shard_size: str | None, dtype: str | None, allow_code: bool, overwrite: bool
+) -> "slrmerge.MergePlan":
+    """The plan for a recipe file with the command line's overrides, held against the target where one is given."""
+    from slrmerge.checkpoint import open_pair
+    from slrmerge.errors import OutputError, raise_all
+    from slrmerge.merge import require_space, resolve_target, target_problems
+    from slrmerge.plan import plan_merge
+    from slrmerge.recipe import load_recipe
+
+    loaded = load_recipe(recipe, max_shard_size=max_shard_size, dtype=dtype)
+    made = plan_merge(loaded, *open_pair(*loaded.source_folders()), allow_code=allow_code)
+    if out is not None:
+        target = resolve_target(out)
+        raise_all(target_problems(made, target, overwrite=overwrite), OutputError)
+        require_space(made, target)
+    return made

@@ -1,0 +1,188 @@
+"""What people see: tables and sentences on stdout, or the same as JSON."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from slrmerge.checkpoint import Checkpoint
+from slrmerge.merge import MergeResult, free_bytes, resolve_target
+from slrmerge.plan import Kind, MergePlan, summarise_parts
+from slrmerge.plan.summary import plan_sentences
+from slrmerge.verify import VerifyReport
+
+
+def plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
+    """What would be read and written: sources, parts, files, disk, notes."""
+    if as_json:
+        room = {} if out is None else {"out": str(out), "free_bytes": free_bytes(resolve_target(out))}
+        return _print_json({**plan.to_dict(), **room})
+    sources = _table("", "checkpoint", "tensors", "size", "files")
+    for side, checkpoint in (("pre-trained", plan.pretrained), ("post-trained", plan.posttrained)):
+        sources.add_row(
+            side,
+            str(checkpoint.folder),
+            f"{len(checkpoint.weight_map):,}",
+            size(checkpoint.total_bytes),
+            str(len(checkpoint.shards)),
+        )
+    _print(sources)
+    parts = _table("part", "from", "tensors", "size")
+    for part in summarise_parts(plan):
+        parts.add_row(part.where, part.source, f"{part.tensors:,}", size(part.output_bytes))
+    _print(parts)
+    kinds = Counter(tensor.kind for tensor in plan.tensors())
+    click.echo("tensors  " + ", ".join(f"{kinds[kind]:,} {_DONE[kind]}" for kind in _DONE if kinds[kind]))
+    click.echo(f"reads    {size(plan.read_bytes)}")
+    shards = f"{len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''}"
+    click.echo(f"writes   {size(plan.output_bytes)} in {shards} and {len(plan.files)} other files")
+    if out is not None:
+        click.echo(f"disk     {size(free_bytes(resolve_target(out)))} free at {out}")
+    for note in plan.notes:
+        click.echo(f"note     {note}")
+    return None
+
+
+def merged(plan: MergePlan, result: MergeResult, out: Path, *, as_json: bool) -> None:
+    """What was written, and how fast."""
+    if as_json:
+        return _print_json(
+            {
+                "out": str(result.folder),
+                "output_bytes": result.output_bytes,
+                "resumed_shards": result.resumed_shards,
+                "elapsed_s": round(result.elapsed_s, 3),
+                "notes": list(plan.notes),
+                "files": {
+                    name: {"bytes": file.file_bytes, "digest": file.digest} for name, file in result.files.items()
+                },
+            }
+        )
+    for line in plan_sentences(plan):
+        click.echo(line)
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+    rate = result.output_bytes / max(result.elapsed_s, 1e-3)
+    click.echo(f"{out}: {size(result.output_bytes)} in {result.elapsed_s:.1f} s ({size(rate)}/s)")
+    click.echo(f"prove it: slrmerge verify {out}")
+    return None
+
+
+def verified(report: VerifyReport, *, as_json: bool) -> None:
+    """What was proven."""
+    if as_json:
+        return _print_json({**asdict(report), "folder": str(report.folder), "verified": True})
+    click.echo(f"{report.folder}: {report.files} files, {size(report.checked_bytes)}, all as they were written")
+    click.echo(f"against the sources: {report.sources}")
+    return None
+
+
+def checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) -> None:
+    """A checkpoint's layers, shapes, dtypes and sizes."""
+    if as_json:
+        return _print_json(_described(checkpoint))
+    described = _described(checkpoint)
+    click.echo(f"{checkpoint.folder}: {described['architecture'] or 'unknown architecture'}")
+    stack = checkpoint.stack
+    layers = f"{stack.count} ({stack.prefix}.0–{stack.count - 1})" if stack else "none that can be told"
+    dtypes = ", ".join(f"{dtype} {size(count)}" for dtype, count in described["bytes_by_dtype"].items())
+    click.echo(f"layers      {layers}")
+    click.echo(f"parameters  {described['parameters']:,} in {len(checkpoint.weight_map):,} tensors")
+    click.echo(f"size        {size(checkpoint.total_bytes)} in {len(checkpoint.shards)} files ({dtypes})")
+    table = _table("tensor", "layers", "dtype", "shape", "size")
+    if tensors:
+        table = _table("tensor", "dtype", "shape", "size", "file")
+        for name, info in checkpoint.items():
+            table.add_row(name, info.dtype, _shape(info.shape), size(info.nbytes), checkpoint.weight_map[name])
+    else:
+        for (name, dtype, shape), members in _families(checkpoint).items():
+            table.add_row(name, members[0], dtype, shape, size(members[1]))
+    _print(table)
+    return None
+
+
+_DONE: dict[Kind, str] = {"copy": "copied as they are", "cast": "cast", "blend": "blended"}
+
+
+def _families(checkpoint: Checkpoint) -> dict[tuple[str, str, str], tuple[str, int]]:
+    """Tensors that are alike in every layer, as one row: (name, dtype, shape) → (layers, bytes)."""
+    from slrmerge.plan.summary import interval_words
+
+    layers: dict[tuple[str, str, str], list[int]] = {}
+    total: Counter[tuple[str, str, str]] = Counter()
+    for name, info in checkpoint.items():
+        place = checkpoint.stack.locate(name) if checkpoint.stack else None
+        key = (
+            f"{checkpoint.stack.prefix}.*.{place[1]}" if place and checkpoint.stack else name,
+            info.dtype,
+            _shape(info.shape),
+        )
+        layers.setdefault(key, []).extend([place[0]] if place else [])
+        total[key] += info.nbytes
+    return {
+        key: (interval_words(found).partition(" ")[2] if found else "", total[key]) for key, found in layers.items()
+    }
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    by_dtype: Counter[str] = Counter()
+    for _, info in checkpoint.items():
+        by_dtype[info.dtype] += info.nbytes
+    architectures = checkpoint.config.get("architectures")
+    return {
+        "folder": str(checkpoint.folder),
+        "architecture": ", ".join(architectures) if isinstance(architectures, list) else None,
+        "layers": checkpoint.stack.count if checkpoint.stack else None,
+        "layer_prefix": checkpoint.stack.prefix if checkpoint.stack else None,
+        "parameters": sum(prod(info.shape) for _, info in checkpoint.items()),
+        "total_bytes": checkpoint.total_bytes,
+        "bytes_by_dtype": dict(by_dtype),
+        "files": {name: shard.identity.file_bytes for name, shard in checkpoint.shards.items()},
+        "tensors": {
+            name: {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "bytes": info.nbytes,
+                "file": checkpoint.weight_map[name],
+            }
+            for name, info in checkpoint.items()
+        },
+    }
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: GB = 10**9."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("tensors", "size", "files") else "left", no_wrap=True)
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console = Console(soft_wrap=True, highlight=False, width=10_000)
+    console.print(table)
+    click.echo()
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))

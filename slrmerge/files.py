@@ -1,0 +1,134 @@
+"""Folders that appear at once: lock, durable write, atomic swap.
+
+A target is never written in place: work happens in a sibling folder which takes the target's name when it is complete.
+"""
+
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from slrmerge.errors import BusyError, Problem
+
+
+def staging_folder(target: Path) -> Path:
+    """The sibling in which `target` is made."""
+    return target.with_name(f".{target.name}.slrmerge-partial")
+
+
+def set_aside_folder(target: Path) -> Path:
+    """Where the old `target` waits during a swap, on systems that cannot exchange two folders in one step."""
+    return target.with_name(f".{target.name}.slrmerge-old")
+
+
+@contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Hold `target` against other runs; the lock goes with the process, however it ends.
+
+    Raises BusyError when another run holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    path = target.with_name(f".{target.name}.slrmerge-lock")
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(
+            Problem(str(target), "another slrmerge is writing it", "wait for that run, or choose another --out")
+        ) from None
+    try:
+        yield
+    finally:
+        # Unlinked while still held: whoever opened it meanwhile finds its inode gone, and tries again.
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
+        with suppress(OSError):  # where an open file cannot be unlinked
+            path.unlink()
+
+
+def create_folder(path: Path) -> None:
+    path.mkdir(mode=0o777, parents=True, exist_ok=True)
+
+
+def write_file(path: Path, data: bytes, *, fsync: bool) -> None:
+    """Write a small file whole, with the mode that the umask gives."""
+    with open(path, "wb") as file:
+        file.write(data)
+        if fsync:
+            sync_file(file.fileno())
+
+
+def sync_file(fd: int) -> None:
+    """Bring a file's bytes to the disk itself (macOS needs more than fsync for that)."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to the disk; a no-op where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(staging: Path, target: Path, *, fsync: bool) -> None:
+    """Give the finished `staging` folder the name `target`; an older `target` is removed afterwards.
+
+    On Linux the two names are exchanged in one step. Elsewhere the old folder is first set aside: a kill between the
+    two renames leaves the target absent and the old folder whole, and `recover` brings it back.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        if os.name == "nt" and target.exists():
+            target.rmdir()
+        os.replace(staging, target)
+        leftover = None
+    elif _exchange(staging, target):
+        leftover = staging
+    else:
+        leftover = set_aside_folder(target)
+        os.replace(target, leftover)
+        os.replace(staging, target)
+    if fsync:
+        sync_folder(target.parent)
+    if leftover is not None:
+        shutil.rmtree(leftover)
+
+
+def recover(target: Path) -> bool:
+    """Mend what a kill inside `publish` left behind; True when an old `target` was brought back."""
+    old = set_aside_folder(target)
+    if not old.exists():
+        return False
+    if target.exists():
+        shutil.rmtree(old)
+        return False
+    os.replace(old, target)
+    return True
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step (Linux renameat2); False where kernel or file system cannot."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    done: int = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return done == 0

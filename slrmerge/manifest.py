@@ -1,0 +1,74 @@
+"""What a finished merge says of itself: sources, the origin of every tensor, a digest of every file, and of itself.
+
+`slrmerge.json` is canonical JSON with its own digest inside, so that not a bit of it can change unnoticed.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+import slrmerge
+from slrmerge.checkpoint import Checkpoint
+from slrmerge.errors import Problem, VerificationError
+from slrmerge.plan import MANIFEST_NAME, MergePlan
+from slrmerge.writer import DIGEST_NAME, Written
+
+FORMAT = 1
+
+
+def build_manifest(plan: MergePlan, written: Mapping[str, Written]) -> bytes:
+    """The manifest of a merge whose files are all written but this one."""
+    content = {
+        "format": FORMAT,
+        "slrmerge": slrmerge.__version__,
+        "allow_code": plan.allow_code,
+        "sources": {
+            side: {"model": checkpoint.model_name, "files": source_files(checkpoint)}
+            for side, checkpoint in (("pretrained", plan.pretrained), ("posttrained", plan.posttrained))
+        },
+        "files": {name: {"bytes": file.file_bytes, "digest": file.digest} for name, file in sorted(written.items())},
+        "tensors": plan.origins(),
+    }
+    return _canonical({"digest": _digest(content), **content})
+
+
+def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """What a manifest keeps of a source's files: their sizes and the digests of their headers."""
+    return {
+        name: {"bytes": shard.identity.file_bytes, "header": f"{DIGEST_NAME}:{shard.header_digest}"}
+        for name, shard in checkpoint.shards.items()
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`, found unaltered. Raises VerificationError."""
+    path = folder / MANIFEST_NAME
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        raise VerificationError(
+            Problem(str(path), "is not there", "only folders that slrmerge wrote can be verified")
+        ) from None
+    try:
+        content: dict[str, Any] = json.loads(raw)
+        sound = _canonical(content) == raw and content.pop("digest") == _digest(content)
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise VerificationError(Problem(str(path), "was altered after it was written", "merge again"))
+    if content["format"] != FORMAT:
+        raise VerificationError(
+            Problem(str(path), f"has format {content['format']}", "verify it with a newer slrmerge")
+        )
+    return content
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(_canonical(content))}"

@@ -1,0 +1,63 @@
+"""May this folder be written, and is there room? Everything that can be told without writing."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from slrmerge.errors import NoSpaceError, Problem
+from slrmerge.plan import MergePlan
+
+
+def resolve_target(out: Path) -> Path:
+    """Where the output really goes: a link keeps pointing at what it points at."""
+    return Path(os.path.realpath(out))
+
+
+def target_problems(plan: MergePlan, target: Path, *, overwrite: bool) -> Iterator[Problem]:
+    """What keeps `target` from being written, as far as can be told without writing."""
+    for side in (plan.pretrained, plan.posttrained):
+        yield from _overlap_problems(target, side.folder, [shard.path for shard in side.shards.values()])
+    if target.exists() and not target.is_dir():
+        yield Problem(str(target), "is a file", "name a folder")
+    elif os.path.ismount(target):
+        yield Problem(str(target), "is a mount point, which cannot be swapped", "name a folder inside it")
+    elif target.exists() and any(target.iterdir()):
+        if not overwrite:
+            yield Problem(str(target), "exists and is not empty", "choose another --out, or replace it: --overwrite")
+        elif not (target / "config.json").exists():
+            yield Problem(str(target), "is not a checkpoint, so --overwrite leaves it alone", "choose another --out")
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        yield Problem(str(parent), "is not a folder one can write to", "choose another --out")
+
+
+def require_space(plan: MergePlan, target: Path, *, finished_bytes: int = 0) -> None:
+    """Raise NoSpaceError unless the disk has room for what is still to be written."""
+    free = free_bytes(target)
+    needed = plan.output_bytes - finished_bytes
+    if needed > free:
+        raise NoSpaceError(
+            Problem(
+                str(target),
+                f"needs {needed / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free",
+                f"free {(needed - free) / 1e9:,.2f} GB, or choose --out on another disk",
+            )
+        )
+
+
+def free_bytes(target: Path) -> int:
+    """The room on the disk that `target` is or would be on."""
+    return shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
+
+
+def _overlap_problems(target: Path, folder: Path, shards: list[Path]) -> Iterator[Problem]:
+    source = Path(os.path.realpath(folder))
+    if target == source:
+        yield Problem(str(target), "is a source of this merge", "choose another --out")
+    elif target.is_relative_to(source):
+        yield Problem(str(target), f"is inside the source {source}", "choose an --out outside it")
+    elif source.is_relative_to(target):
+        yield Problem(str(target), f"holds the source {source}", "choose an --out beside it")
+    elif any(Path(os.path.realpath(shard)).is_relative_to(target) for shard in shards):
+        yield Problem(str(target), f"holds files that {source} links to", "choose another --out")

@@ -1,0 +1,56 @@
+"""Recipe + headers → MergePlan. Pure: reads no weights, writes nothing, takes no decision later."""
+
+from collections.abc import Iterator
+
+from slrmerge.checkpoint import Checkpoint
+from slrmerge.errors import PlanError
+from slrmerge.plan.model import Kind, MergePlan, PlannedFile, PlannedShard, PlannedTensor
+from slrmerge.plan.routes import route
+from slrmerge.plan.shards import lay_out
+from slrmerge.plan.sidefiles import CARD_NAME, INDEX_NAME, MANIFEST_NAME, RECIPE_NAME, plan_files
+from slrmerge.plan.summary import Part, summarise_parts
+from slrmerge.plan.tensors import TensorPlanner
+from slrmerge.recipe import Recipe
+
+__all__ = [
+    "CARD_NAME",
+    "INDEX_NAME",
+    "MANIFEST_NAME",
+    "RECIPE_NAME",
+    "Kind",
+    "MergePlan",
+    "Part",
+    "PlannedFile",
+    "PlannedShard",
+    "PlannedTensor",
+    "plan_merge",
+    "summarise_parts",
+]
+
+_INCIDENTAL_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
+
+
+def plan_merge(
+    recipe: Recipe, pretrained: Checkpoint, posttrained: Checkpoint, *, allow_code: bool = False
+) -> MergePlan:
+    """Work out every output tensor and file.
+
+    The names, shapes and side files are the post-trained side's; so are dtypes unless the recipe gives one. Python
+    files are copied only with `allow_code`. Raises PlanError with everything that does not fit: layers past the last,
+    rules that match nothing, tensors that one side lacks, shapes that differ, quantised weights that would be blended.
+    """
+    alphas, problems = route(recipe, posttrained.weight_map, posttrained.stack)
+    tensors, more, notes = TensorPlanner(pretrained, posttrained, recipe.dtype).plan(alphas)
+    if problems or more:
+        raise PlanError(*problems, *more)
+    shards = lay_out(tensors, limit_bytes=recipe.max_shard_size)
+    files, code_notes = plan_files(posttrained, shards, dtype=recipe.dtype, allow_code=allow_code)
+    notes += [*_config_notes(pretrained, posttrained), *code_notes]
+    return MergePlan(recipe, pretrained, posttrained, shards, tuple(files), tuple(notes), allow_code)
+
+
+def _config_notes(pretrained: Checkpoint, posttrained: Checkpoint) -> Iterator[str]:
+    keys = (pretrained.config.keys() | posttrained.config.keys()) - _INCIDENTAL_KEYS
+    differing = sorted(key for key in keys if pretrained.config.get(key) != posttrained.config.get(key))
+    if differing:
+        yield f"the configs differ, the post-trained one counts: {', '.join(differing)}"

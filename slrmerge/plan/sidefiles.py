@@ -1,0 +1,86 @@
+"""What goes along beside the weights: the post-trained side's config, tokenizer, chat template and licence."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slrmerge.checkpoint import Checkpoint
+from slrmerge.plan.model import PlannedFile, PlannedShard
+
+COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".spm", ".tiktoken", ".txt", ".vocab", ".bpe"})
+COPIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+"""Terms of use go along with the weights, whatever their ending."""
+
+CHAT_TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
+
+MANIFEST_NAME = "slrmerge.json"
+RECIPE_NAME = "slrmerge.yaml"
+CARD_NAME = "README.md"
+INDEX_NAME = "model.safetensors.index.json"
+
+_NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, "adapter_config.json", "trainer_state.json"})
+
+
+def plan_files(
+    posttrained: Checkpoint, shards: tuple[PlannedShard, ...], *, dtype: str | None, allow_code: bool
+) -> tuple[list[PlannedFile], list[str]]:
+    """The files to write beside `shards`, and notes on code that goes along or stays behind."""
+    files: list[PlannedFile] = []
+    code: list[str] = []
+    for path, name in _candidates(posttrained.folder):
+        if path.suffix == ".py":
+            code.append(name)
+        elif name == "config.json" and dtype:
+            content = _dump(_with_dtype(posttrained.config, dtype))
+            files.append(PlannedFile(name, len(content), content=content))
+        elif _is_copied(path):
+            files.append(PlannedFile(name, path.stat().st_size, source=path))
+    if code and allow_code:
+        files += [PlannedFile(name, (path := posttrained.folder / name).stat().st_size, source=path) for name in code]
+    if len(shards) > 1:
+        index = _dump(
+            {
+                "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
+                "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
+            }
+        )
+        files.append(PlannedFile(INDEX_NAME, len(index), content=index))
+    return sorted(files, key=lambda file: file.name), _code_notes(code, posttrained, allow_code=allow_code)
+
+
+def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            yield path, path.name
+        elif path.is_dir() and path.name in CHAT_TEMPLATE_FOLDERS:
+            yield from ((inner, f"{path.name}/{inner.name}") for inner in sorted(path.iterdir()) if inner.is_file())
+
+
+def _is_copied(path: Path) -> bool:
+    if path.name in _NOT_COPIED or path.name.startswith(".") or path.name.endswith(".index.json"):
+        return False
+    return path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_STEMS)
+
+
+def _code_notes(code: list[str], posttrained: Checkpoint, *, allow_code: bool) -> list[str]:
+    if not code:
+        return []
+    if allow_code:
+        return [f"code copied from the post-trained side: {', '.join(code)}"]
+    needed = " (the config's auto_map names it)" if posttrained.config.get("auto_map") else ""
+    return [f"code left behind{needed}: {', '.join(code)}; --allow-code copies it"]
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A config that says `dtype` wherever it said another."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else _with_dtype(value, dtype)
+        for key, value in config.items()
+    }
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

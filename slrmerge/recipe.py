@@ -1,0 +1,320 @@
+"""What to merge, as people write it: YAML in, a checked `Recipe` out, every problem named at once.
+
+A recipe says nothing about any checkpoint's contents; `plan` holds it against two of them.
+"""
+
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from slrmerge.errors import Problem, RecipeError, did_you_mean
+
+DEFAULT_SHARD_SIZE = "5GB"
+MAX_RECIPE_BYTES = 1_000_000
+
+Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+
+
+def parse_bytes(size: object) -> int:
+    """A number of bytes from `5GB`, `500 MB`, `2GiB` or an int: GB = 10**9, GiB = 2**30."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
+    if isinstance(size, bool) or not match or (match[3] and not match[2]):
+        raise _fault(f"{size!r} is not a size", "write a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+    base = 1024 if match[3] else 1000
+    count = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if count < 1:
+        raise _fault(f"{size!r} is no room for a tensor", f"the usual size is {DEFAULT_SHARD_SIZE}")
+    return count
+
+
+def _fault(what: str, remedy: str) -> PydanticCustomError:
+    return PydanticCustomError("recipe", "{what}; {remedy}", {"what": what, "remedy": remedy})
+
+
+def _interval(value: object) -> tuple[int, int]:
+    if not (isinstance(value, list | tuple) and len(value) == 2 and all(type(end) is int for end in value)):
+        raise _fault(f"{_short(value)} is not an interval", "write [first, last], both ends count")
+    first, last = value
+    if first < 0:
+        raise _fault(f"{first} is before the first layer", "layers count from 0")
+    if first > last:
+        raise _fault(f"[{first}, {last}] runs backwards", f"did you mean [{last}, {first}]?")
+    return first, last
+
+
+def _intervals(value: object) -> object:
+    """One interval or several, as several."""
+    if not isinstance(value, list | tuple):
+        return (_interval(value),)
+    return tuple(value) if any(isinstance(entry, list | tuple) for entry in value) else (value,)
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _alpha(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise _fault(f"{_short(value)} is not a weight", "alpha is the pre-trained side's share, from 0 to 1")
+    return float(value)
+
+
+def _alpha_or_gradient(value: object) -> float | tuple[float, float]:
+    if not isinstance(value, list | tuple):
+        return _alpha(value)
+    if len(value) != 2:
+        raise _fault(f"{_short(value)} is not a gradient", "write [alpha of the first layer, alpha of the last]")
+    return _alpha(value[0]), _alpha(value[1])
+
+
+def _short(value: object) -> str:
+    """A value as the recipe shows it, cut where it is long (and where YAML aliases make it endless)."""
+    return reprlib.repr(value)
+
+
+_ALPHA_SCHEMA = {"type": "number", "minimum": 0, "maximum": 1}
+_INTERVAL_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
+
+Alpha = Annotated[float, BeforeValidator(_alpha), WithJsonSchema(_ALPHA_SCHEMA)]
+Interval = Annotated[tuple[int, int], BeforeValidator(_interval), WithJsonSchema(_INTERVAL_SCHEMA)]
+Intervals = Annotated[
+    tuple[Interval, ...],
+    BeforeValidator(_intervals),
+    WithJsonSchema({"anyOf": [_INTERVAL_SCHEMA, {"type": "array", "items": _INTERVAL_SCHEMA, "minItems": 1}]}),
+    Field(min_length=1),
+]
+AlphaOrGradient = Annotated[
+    float | tuple[float, float],
+    BeforeValidator(_alpha_or_gradient),
+    WithJsonSchema({"anyOf": [_ALPHA_SCHEMA, {"type": "array", "items": _ALPHA_SCHEMA, "minItems": 2, "maxItems": 2}]}),
+]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LayerRule(_Strict):
+    """An alpha for a range of layers, or for some modules inside them."""
+
+    range: Interval = Field(description="First and last layer; both ends count.")
+    alpha: AlphaOrGradient = Field(description="The pre-trained share, or [at the first layer, at the last].")
+    modules: Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)] = Field(
+        default=("*",),
+        min_length=1,
+        description="Module names (self_attn, q_proj) or globs (mlp.*_proj) inside the layer; absent = all of it.",
+    )
+
+    @model_validator(mode="after")
+    def _gradient_has_a_slope(self) -> Self:
+        first, last = self.range
+        if isinstance(self.alpha, tuple) and first == last:
+            raise _fault(f"a gradient over the single layer {first} has no slope", "write one alpha")
+        return self
+
+    def alpha_at(self, layer: int) -> float:
+        """The alpha of one layer of the range: linear between the ends of a gradient, which are met exactly."""
+        if not isinstance(self.alpha, tuple):
+            return self.alpha
+        first, last = self.range
+        start, end = self.alpha
+        return end if layer == last else start + (end - start) * (layer - first) / (last - first)
+
+
+class TensorRule(_Strict):
+    """An alpha for every tensor whose full name matches a glob."""
+
+    match: Text = Field(description="A glob over full tensor names, such as model.embed_tokens.*")
+    alpha: Alpha = Field(description="The pre-trained share.")
+
+
+class Recipe(_Strict):
+    """What to take from where: `alpha` for every tensor, then `restore`, then `layers`, then `tensors`; the last wins.
+
+    Relative folders count from the folder of the recipe's file. Sizes are bytes.
+    """
+
+    pretrained: Text = Field(description="The pre-trained checkpoint: a folder.")
+    posttrained: Text = Field(description="The post-trained checkpoint: a folder. It gives config and tokenizer.")
+    restore: Intervals | None = Field(
+        default=None, description="Layers to put back to their pre-trained weights: [first, last], or several."
+    )
+    alpha: Alpha | None = Field(default=None, description="A soup: alpha * pre + (1 - alpha) * post, for every tensor.")
+    layers: Annotated[tuple[LayerRule, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(), description="Alphas by layer and module; later entries win."
+    )
+    tensors: Annotated[tuple[TensorRule, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(), description="Alphas by tensor name; later entries win."
+    )
+    dtype: Dtype | None = Field(
+        default=None, description="Output dtype of floating tensors; absent = each tensor's post-trained dtype."
+    )
+    max_shard_size: Annotated[
+        int,
+        BeforeValidator(parse_bytes),
+        WithJsonSchema({"type": ["string", "integer"], "default": DEFAULT_SHARD_SIZE}),
+    ] = Field(default=5_000_000_000, description="The most bytes in one output file, such as 5GB.")
+
+    _file: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.alpha is None and not (self.restore or self.layers or self.tensors):
+            raise _fault("nothing to merge", "give one of restore, alpha, layers, tensors")
+        return self
+
+    def place(self, path: str) -> str:
+        """A place in the recipe as messages name it, with the file where there is one."""
+        return f"{self._file}: {path}" if self._file else path
+
+    def source_folder(self, side: Literal["pretrained", "posttrained"]) -> Path:
+        """Where a side's checkpoint lies. Raises RecipeError for a Hub repo id."""
+        written: str = getattr(self, side)
+        folder = (self._file.parent if self._file else Path()) / Path(written).expanduser()
+        if not folder.exists() and _HUB_ID.fullmatch(written):
+            repo, _, revision = written.partition("@")
+            command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+            raise RecipeError(
+                Problem(
+                    self.place(f"$.{side}"),
+                    f"{written} is not a folder here, and slrmerge does not fetch from the Hub yet",
+                    f"download it with `{command} --local-dir ./{repo.rpartition('/')[2]}` and name that folder",
+                )
+            )
+        return folder
+
+    def source_folders(self) -> tuple[Path, Path]:
+        """Both sides' folders; raises RecipeError with the problems of both."""
+        folders: list[Path] = []
+        problems: list[Problem] = []
+        for side in ("pretrained", "posttrained"):
+            try:
+                folders.append(self.source_folder(side))
+            except RecipeError as error:
+                problems.extend(error.problems)
+        if problems:
+            raise RecipeError(*problems)
+        return folders[0], folders[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the recipe says, without what it leaves at its default; sizes in bytes, intervals as a list."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def load_recipe(path: Path, **overrides: object) -> Recipe:
+    """Read the recipe in the YAML file at `path`; `overrides` that are not None replace its top-level keys.
+
+    Raises RecipeError with every problem found, each with its place in the file (`$.layers[0].range`).
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(Problem(str(path), f"cannot be read ({error.strerror})", "name a recipe file")) from error
+    if len(raw) > MAX_RECIPE_BYTES:
+        raise RecipeError(Problem(str(path), f"is {len(raw):,} bytes long, which no recipe is"))
+    try:
+        content = yaml.load(raw.decode("utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except UnicodeDecodeError as error:
+        raise RecipeError(Problem(str(path), f"is not UTF-8 text (byte {error.start})")) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(Problem(str(path), f"is not sound YAML: {_one_line(error)}")) from None
+    except RecursionError:
+        raise RecipeError(Problem(str(path), "is nested too deeply")) from None
+    if not isinstance(content, dict):
+        raise RecipeError(Problem(str(path), "is not a map of keys to values", "start with `pretrained: FOLDER`"))
+    content.update({key: value for key, value in overrides.items() if value is not None})
+    return parse_recipe(content, file=path)
+
+
+def parse_recipe(content: Mapping[str, Any], *, file: Path | None = None) -> Recipe:
+    """A recipe from plain values, as YAML gives them; raises RecipeError with every problem found.
+
+    `file` is where it was read: messages name it, and relative folders count from its folder.
+    """
+    try:
+        recipe = Recipe.model_validate({str(key): value for key, value in content.items()})
+    except ValidationError as error:
+        where = str(file or "recipe")
+        raise RecipeError(*(_problem(where, detail) for detail in error.errors(include_url=False))) from None
+    recipe._file = file
+    return recipe
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of recipes, for editors (JSON Schema 2020-12)."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "slrmerge recipe"
+    schema["anyOf"] = [{"required": [key]} for key in ("restore", "alpha", "layers", "tensors")]
+    return schema
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key given twice is an error rather than the last one's silent win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen and name != "<<":
+                raise yaml.MarkedYAMLError(problem=f"the key {name} stands twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+_REMEDIES = {
+    "model_type": "write a map of keys to values",
+    "string_too_short": "it cannot be empty",
+    "string_type": "write a text",
+    "too_short": "give at least one",
+    "tuple_type": "write a list",
+}
+_MODELS: dict[str, type[BaseModel]] = {"layers": LayerRule, "tensors": TensorRule}
+
+
+def _problem(where: str, detail: ErrorDetails) -> Problem:
+    """One of pydantic's findings in slrmerge's words."""
+    location = detail["loc"]
+    place = "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        model = _MODELS.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+        return _unknown(where, place.rpartition(".")[0], str(location[-1]), model)
+    if kind == "recipe":
+        return Problem(f"{where}: {place}", context["what"], context["remedy"])
+    if kind == "missing":
+        return Problem(f"{where}: {place}", "is missing", "add it")
+    if kind == "literal_error":
+        value = detail["input"]
+        return Problem(f"{where}: {place}", f"{_short(value)} is not known", f"use {context['expected']}")
+    return Problem(f"{where}: {place}", f"{_short(detail['input'])} is not valid", _REMEDIES.get(kind, detail["msg"]))
+
+
+def _unknown(where: str, parent: str, key: str, model: type[BaseModel]) -> Problem:
+    return Problem(f"{where}: {parent}", f"unknown key {key}", did_you_mean(key, model.model_fields))

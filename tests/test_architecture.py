@@ -1,0 +1,45 @@
+"""The house rules that a machine can check."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import slrmerge
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_imports_point_one_way() -> None:
+    done = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_public_names_are_exactly_these() -> None:
+    assert set(slrmerge.__all__) == set(slrmerge._HOMES)
+    assert all(getattr(slrmerge, name) is not None for name in slrmerge.__all__)
+
+
+def _modules_after(statement: str) -> set[str]:
+    code = f"import sys, json; {statement}; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_command_line_imports_nothing_heavy() -> None:
+    heavy = {"torch", "pydantic", "rich", "transformers", "huggingface_hub", "numpy", "tqdm", "safetensors"}
+    assert not heavy & _modules_after("import slrmerge.cli")
+
+
+def test_only_blend_imports_torch() -> None:
+    importers = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "slrmerge").rglob("*.py")
+        if "import torch" in path.read_text()
+    }
+    assert importers == {"slrmerge/blend.py"}
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in (ROOT / "slrmerge").rglob("*.py"):
+        assert path.read_text().startswith('"""'), path
