@@ -39,8 +39,8 @@ class Checkpoint:
         return name in self.weight_map
 
     def items(self) -> Iterator[tuple[str, TensorInfo]]:
-        for name in self.weight_map:
-            yield name, self[name]
+        for name, file in self.weight_map.items():
+            yield name, self.shards[file].tensors[name]
 
     @cached_property
     def stack(self) -> LayerStack | None:

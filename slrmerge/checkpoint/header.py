@@ -29,7 +29,7 @@ FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 MAX_HEADER_BYTES = 25_000_000
 """What the Hub reads at most. The format allows four times that, which takes seconds and a gigabyte to parse."""
 
-_ENTRY_KEYS = ("dtype", "shape", "data_offsets")
+_ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _MAX_ELEMENTS = 2**63  # a tensor library counts elements and strides in 64 signed bits
 
 _LOOKALIKES = (
@@ -191,30 +191,30 @@ def _entry_fault(entry: Any) -> str:
     """What is wrong with one header entry taken by itself, or an empty string."""
     if not isinstance(entry, dict):
         return "the entry is not an object"
-    for key in entry:
-        if key not in _ENTRY_KEYS:
-            return f"unknown key {key!r}, {did_you_mean(key, _ENTRY_KEYS)}"
-    for key in _ENTRY_KEYS:
-        if key not in entry:
-            return f"{key} is missing"
-    dtype, shape, offsets = (entry[key] for key in _ENTRY_KEYS)
+    if entry.keys() != _ENTRY_KEYS:
+        unknown = [key for key in entry if key not in _ENTRY_KEYS]
+        if unknown:
+            return f"unknown key {unknown[0]!r}, {did_you_mean(unknown[0], sorted(_ENTRY_KEYS))}"
+        return f"{min(_ENTRY_KEYS - entry.keys())} is missing"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         return f"unknown dtype {dtype!r}"
     if not _is_sizes(shape):
         return f"shape {shape!r} is not a list of sizes"
     if not (_is_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         return f"data_offsets {offsets!r} are not [begin, end]"
-    if prod(max(size, 1) for size in shape) >= _MAX_ELEMENTS:
+    elements = prod(shape)
+    if (elements or prod(size for size in shape if size)) >= _MAX_ELEMENTS:
         return f"shape {shape!r} is past what 64 bits count"
-    bits = prod(shape) * DTYPE_BITS[dtype]
+    bits = elements * DTYPE_BITS[dtype]
     if (offsets[1] - offsets[0]) * 8 != bits:
         return f"{dtype} {shape} takes {bits / 8:,g} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
     return ""
 
 
 def _is_sizes(value: Any) -> bool:
-    # `type is int`: JSON's true is an int to isinstance
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    # exact types: JSON's true is an int to isinstance
+    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
 
 
 def _layout_faults(tensors: Mapping[str, TensorInfo], data_bytes: int) -> Iterable[str]:

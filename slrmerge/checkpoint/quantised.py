@@ -8,16 +8,19 @@ from typing import Any
 
 from slrmerge.checkpoint.header import TensorInfo
 
-COMPANION_SUFFIXES = (
+COMPANION_SUFFIXES = frozenset({
     "qweight", "qzeros", "scales", "g_idx",  # GPTQ, AWQ
     "absmax", "quant_map", "nested_absmax", "nested_quant_map",  # bitsandbytes 4 bit
     "SCB", "weight_format",  # bitsandbytes 8 bit
     "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "weight_zero_point",  # fp8, compressed-tensors
     "weight_packed", "weight_shape",
-)  # fmt: skip
+})  # fmt: skip
 """Last components of names that only quantised modules have."""
 
 LOW_BIT_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+
+_PACKED_SUFFIXES = ("_blocks", "_scales")  # mxfp4
+_WEIGHT_STATES = ("absmax", "quant_map", "nested_", "quant_state.")  # bitsandbytes: `<module>.weight.absmax`
 
 
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -30,14 +33,15 @@ def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def quantised_groups(tensors: Iterable[tuple[str, TensorInfo]]) -> dict[str, str]:
     """Every tensor of a quantised module, mapped to the name of that module."""
-    tensors = list(tensors)
-    modules = {group for name, info in tensors if (group := _group(name, info))}
+    own = {name: _module(name, info) for name, info in tensors}
+    modules = set(own.values()) - {""}
+    if not modules:
+        return {}
     groups: dict[str, str] = {}
-    for name, info in tensors:
-        own = _group(name, info)
+    for name, module in own.items():
         parent = name.rpartition(".")[0]
-        if own:
-            groups[name] = own
+        if module:
+            groups[name] = module
         elif name in modules:  # mxfp4: `w` beside `w_scales`
             groups[name] = name
         elif parent in modules:
@@ -45,15 +49,12 @@ def quantised_groups(tensors: Iterable[tuple[str, TensorInfo]]) -> dict[str, str
     return groups
 
 
-def _group(name: str, info: TensorInfo) -> str:
+def _module(name: str, info: TensorInfo) -> str:
     """The quantised module that a tensor gives away by its own name or dtype, or an empty string."""
     parent, _, last = name.rpartition(".")
-    for marker in (".weight.absmax", ".weight.quant_map", ".weight.nested_", ".weight.quant_state."):
-        if marker in name:
-            return name.partition(marker)[0]
-    if last in COMPANION_SUFFIXES:
+    if last in COMPANION_SUFFIXES or info.dtype in LOW_BIT_DTYPES:
         return parent
-    for suffix in ("_blocks", "_scales"):
-        if last.endswith(suffix):
-            return name.removesuffix(suffix)
-    return parent if info.dtype in LOW_BIT_DTYPES else ""
+    if last.endswith(_PACKED_SUFFIXES):
+        return name.rpartition("_")[0]
+    owner, marker, state = name.partition(".weight.")
+    return owner if marker and state.startswith(_WEIGHT_STATES) else ""

@@ -42,10 +42,10 @@ def route(recipe: Recipe, names: Iterable[str], stack: LayerStack | None) -> tup
         located = stack.locate(name) if stack and (recipe.restore or recipe.layers) else None
         if located:
             layer, inner = located
-            paths = _module_paths(inner)
-            inner_names.update(paths)
             if any(first <= layer <= last for first, last in recipe.restore or ()):
                 alpha = 1.0
+            paths = _module_paths(inner) if recipe.layers else []
+            inner_names.update(paths)
             for rule, module in zip(recipe.layers, modules, strict=True):
                 if rule.range[0] <= layer <= rule.range[1] and module.matches(paths):
                     alpha = rule.alpha_at(layer)

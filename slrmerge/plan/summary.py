@@ -71,6 +71,8 @@ def plan_sentences(plan: MergePlan) -> Iterator[str]:
 
 def _treatment(members: list[tuple[str, PlannedTensor]]) -> tuple[tuple[float, tuple[str, ...]], ...]:
     """How one layer is treated: each alpha with the modules it applies to, named no more finely than it takes."""
+    if len({tensor.alpha for _, tensor in members}) == 1:
+        return ((members[0][1].alpha, ()),)
     alphas: dict[str, set[float]] = {}
     for inner, tensor in members:
         for name in _ancestors(inner):
