@@ -3,6 +3,8 @@
 Chunk by chunk in buffers made once, so that memory does not grow with tensors. Only this module imports torch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from slrmerge.errors import BlendError, Problem
@@ -94,8 +96,14 @@ def round_to_odd(values: "torch.Tensor") -> "torch.Tensor":
     return torch.where(inexact, (bits - away.int()) | 1, bits).view(torch.float32)
 
 
-def set_arithmetic_threads(count: int) -> None:
-    """How many cores one chunk's arithmetic may use."""
+@contextmanager
+def one_core_per_chunk() -> Iterator[None]:
+    """Keep torch from splitting a chunk over cores: chunks are small, and several are worked out at a time anyway."""
     import torch
 
-    torch.set_num_threads(count)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,7 +1,11 @@
 """A planned file's bytes, in order, a chunk at a time: what a merge writes and what a verification compares with."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from math import prod
 
 from slrmerge.blend import CHUNK_ELEMENTS, Blender
@@ -26,17 +30,23 @@ class Sources:
         self.posttrained.check_unchanged()
 
 
-def shard_chunks(plan: MergePlan, shard: PlannedShard, sources: Sources) -> Iterator[memoryview]:
-    """The bytes of `shard`: its header, then every tensor. Each chunk is valid until the next one is asked for."""
+def shard_chunks(plan: MergePlan, shard: PlannedShard, sources: Sources, *, lanes: int = 1) -> Iterator[memoryview]:
+    """The bytes of `shard`: its header, then every tensor. Each chunk is valid until the next one is asked for.
+
+    Blends and casts are worked out by `lanes` threads at a time; the bytes are the same for any number of them.
+    """
     yield memoryview(shard.header)
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    blender: Blender | None = None
-    for run in _runs(plan, shard):
-        if run[0].kind == "copy":
-            yield from _copied(run, sources, buffer)
-        else:
-            blender = blender or Blender()
-            yield from _computed(plan, run[0], sources, blender)
+    blenders = [Blender() for _ in range(lanes + 1 if lanes > 1 else 1)] if plan.needs_arithmetic else []
+    with ThreadPoolExecutor(lanes) as pool:  # starts no thread before the first submit
+        for run in _runs(plan, shard):
+            if run[0].kind == "copy":
+                yield from _copied(run, sources, buffer)
+            elif lanes == 1:
+                for job in _computations(plan, run[0], sources):
+                    yield job(blenders[0])
+            else:
+                yield from _in_order(pool, _computations(plan, run[0], sources), blenders)
 
 
 def file_chunks(file: PlannedFile) -> Iterator[memoryview]:
@@ -84,14 +94,34 @@ def _copied(run: list[PlannedTensor], sources: Sources, buffer: memoryview) -> I
         yield chunk
 
 
-def _computed(plan: MergePlan, tensor: PlannedTensor, sources: Sources, blender: Blender) -> Iterator[memoryview]:
+def _computations(
+    plan: MergePlan, tensor: PlannedTensor, sources: Sources
+) -> Iterator[Callable[[Blender], memoryview]]:
+    """The chunks of a blend or a cast, each as a job for a Blender."""
     sides = ((sources.pretrained, tensor.pretrained), (sources.posttrained, tensor.posttrained))
     read = [(reader, name) for reader, name in sides if name is not None]
     dtypes = plan.source_dtypes(tensor)
     total = prod(tensor.info.shape)
-    for start in range(0, total, CHUNK_ELEMENTS):
+
+    def compute(start: int, blender: Blender) -> memoryview:
         count = min(CHUNK_ELEMENTS, total - start)
         for (reader, name), dtype, buffer in zip(read, dtypes, blender.inputs, strict=False):
             width = DTYPE_BITS[dtype] // 8
             reader.read_into(name, start * width, buffer[: count * width])
-        yield blender.run(tensor.name, count, dtypes, tensor.info.dtype, tensor.alpha)
+        return blender.run(tensor.name, count, dtypes, tensor.info.dtype, tensor.alpha)
+
+    for start in range(0, total, CHUNK_ELEMENTS):
+        yield partial(compute, start)
+
+
+def _in_order(
+    pool: Executor, jobs: Iterable[Callable[[Blender], memoryview]], blenders: list[Blender]
+) -> Iterator[memoryview]:
+    """Results in the order of `jobs`, worked out ahead: a job starts when the last user of its Blender is consumed."""
+    pending: deque[Future[memoryview]] = deque()
+    for job, blender in zip(jobs, cycle(blenders), strict=False):
+        if len(pending) == len(blenders):
+            yield pending.popleft().result()
+        pending.append(pool.submit(job, blender))
+    while pending:
+        yield pending.popleft().result()

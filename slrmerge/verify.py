@@ -5,10 +5,12 @@ Without the sources a file's digest says that it changed; with them the tensor t
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slrmerge.blend import one_core_per_chunk
 from slrmerge.checkpoint import CheckpointReader, open_pair
 from slrmerge.errors import CheckpointError, Problem, RecipeError, VerificationError, raise_all
 from slrmerge.manifest import read_manifest, source_files
@@ -139,7 +141,7 @@ def _compare(
                 progress.advance(len(chunk))
             return "bytes past its end" if file.read(1) else ""
 
-    with ThreadPoolExecutor(threads) as pool:
+    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPoolExecutor(threads) as pool:
         places = dict(zip((shard.name for shard in shards), pool.map(first_difference, shards), strict=True))
     return {name: place for name, place in places.items() if place}
 

@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
 from slrmerge import files
+from slrmerge.blend import one_core_per_chunk
 from slrmerge.card import model_card, recipe_as_run
 from slrmerge.checkpoint import CheckpointReader, open_pair
 from slrmerge.errors import CheckpointError, OutputError, Problem, VerificationError, raise_all
@@ -129,21 +130,17 @@ def _write_shards(
     waiting = [shard for shard in plan.shards if shard.name not in journal.finished]
     progress.start("merging", sum(shard.file_bytes for shard in waiting))
     workers = max(1, min(threads, len(waiting)))
-    if plan.needs_arithmetic and waiting:
-        from slrmerge.blend import set_arithmetic_threads
-
-        set_arithmetic_threads(max(1, threads // workers))
     stop = Event()
     advance = _one_at_a_time(progress.advance)
 
     def write(shard: PlannedShard) -> None:
-        chunks = _until(stop, shard_chunks(plan, shard, sources))
+        chunks = _until(stop, shard_chunks(plan, shard, sources, lanes=max(1, threads // workers)))
         written = write_chunks(journal.folder / shard.name, chunks, fsync=fsync, on_bytes=advance)
         sources.check_unchanged()
         if not stop.is_set():
             journal.record(shard.name, written)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPoolExecutor(workers) as pool:
         pending: list[Future[None]] = [pool.submit(write, shard) for shard in waiting]
         try:
             wait(pending, return_when=FIRST_EXCEPTION)
