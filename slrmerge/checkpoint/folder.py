@@ -1,19 +1,24 @@
 """A folder in Hugging Face layout, read as one checkpoint or refused with everything that is wrong with it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
-from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard, unique_keys
-from slrmerge.checkpoint.layers import LayerStack, find_stack, layer_count, numbered_stacks
+from slrmerge.checkpoint.header import Shard, TensorInfo, open_regular, read_shard, unique_keys
+from slrmerge.checkpoint.layers import LayerStack, find_stack, layer_count, longest_stack
 from slrmerge.errors import CheckpointError, Problem
+
+T = TypeVar("T")
+D = TypeVar("D")
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
 
+_NAME_A_FOLDER = "name a folder with config.json and safetensors files"
 _CONVERT = (
     "convert it: python -c \"import transformers as t; t.AutoModelForCausalLM.from_pretrained('{folder}')"
     ".save_pretrained('{folder}-safetensors')\""
@@ -54,10 +59,11 @@ class Checkpoint:
     @property
     def model_name(self) -> str:
         """A Hub repo id where the folder is a snapshot in the Hub's cache, else the folder's own name."""
-        for part in self.folder.absolute().parts:
-            if part.startswith("models--"):
-                return part.removeprefix("models--").replace("--", "/")
-        return self.folder.resolve().name
+        folder = self.folder.resolve()
+        repo = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repo.startswith("models--"):
+            return repo.removeprefix("models--").replace("--", "/")
+        return folder.name
 
 
 def open_pair(pretrained: Path, posttrained: Path) -> tuple[Checkpoint, Checkpoint]:
@@ -81,74 +87,89 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     index that names paths, that disagrees with its shards, or that hides an older single file; fewer layers than the
     config says; and whatever `read_shard` refuses.
     """
-    if not folder.is_dir():
+    try:
+        return _open(folder)
+    except OSError as error:
+        raise CheckpointError(Problem(str(error.filename or folder), f"cannot be read ({error.strerror})")) from error
+
+
+def _open(folder: Path) -> Checkpoint:
+    names = {path.name for path in folder.iterdir()} if _exists(folder) and folder.is_dir() else None
+    if names is None:
         what = "is a file, not a checkpoint folder" if folder.exists() else "no such folder"
-        raise CheckpointError(Problem(str(folder), what, "name a folder with config.json and safetensors files"))
-    _refuse_other_kinds(folder)
-    config = _read_json(folder / "config.json")
-    index = _read_index(folder)
-    names = [SINGLE_NAME] if index is None else sorted(set(index.values()))
-    shards: dict[str, Shard] = {}
+        raise CheckpointError(Problem(str(folder), what, _NAME_A_FOLDER))
+    if not names & {SINGLE_NAME, INDEX_NAME}:
+        raise CheckpointError(_no_model(folder, names))
     problems: list[Problem] = []
-    for name in names:
-        try:
-            if not (folder / name).exists():
-                raise CheckpointError(
-                    Problem(str(folder / name), "is in the index but not in the folder", "finish the download")
-                )
-            shards[name] = read_shard(folder / name)
-        except CheckpointError as error:
-            problems.extend(error.problems)
-    if not problems:
-        problems.extend(_index_problems(folder, index, shards))
+    config = _collect(problems, lambda: _read_json(folder / CONFIG_NAME), {})
+    index = _collect(problems, lambda: _read_index(folder), {}) if INDEX_NAME in names else None
+    if index and SINGLE_NAME in names and SINGLE_NAME not in index.values():
+        what = f"holds two models: {SINGLE_NAME} and the shards of {INDEX_NAME}"
+        remedy = "loaders disagree on which counts: move the stale one away"
+        problems.append(Problem(str(folder), what, remedy))
+    files = [SINGLE_NAME] if index is None else sorted(set(index.values()))
+    shards = {file: _collect(problems, partial(_read_shard, folder / file), None) for file in files}
+    found = {file: shard for file, shard in shards.items() if shard is not None}
+    if index and len(found) == len(files):
+        problems.extend(_index_problems(folder, index, found))
     if problems:
         raise CheckpointError(*problems)
-    checkpoint = Checkpoint(folder, config, shards, _weight_map(shards))
+    checkpoint = Checkpoint(folder, config, found, _weight_map(found))
     if not checkpoint.weight_map:
         raise CheckpointError(Problem(str(folder), "holds no tensors", "fetch it again"))
     _require_layers(checkpoint)
     return checkpoint
 
 
-def _refuse_other_kinds(folder: Path) -> None:
-    """Say what the folder is where it holds no safetensors model of its own."""
-    if (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists():
-        if (folder / INDEX_NAME).exists() and (folder / SINGLE_NAME).exists():
-            index = _read_json(folder / INDEX_NAME).get("weight_map")
-            if not (isinstance(index, dict) and SINGLE_NAME in index.values()):
-                raise CheckpointError(
-                    Problem(
-                        str(folder),
-                        f"holds two models: {SINGLE_NAME} and the shards of {INDEX_NAME}",
-                        "loaders disagree on which counts: move the stale one away",
-                    )
-                )
-        return
-    if (folder / "adapter_config.json").exists():
-        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise CheckpointError(
-            Problem(str(folder), f"is an adapter for {base}", f"merge it into {base} first (PEFT merge_and_unload)")
+def _exists(path: Path) -> bool:
+    """Whether a path is there; unlike `Path.is_dir`, lets the reason be known where that cannot be told."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _collect(problems: list[Problem], read: Callable[[], T], otherwise: D) -> T | D:
+    """What `read` gives; where it refuses, `otherwise`, with its problems added to `problems`."""
+    try:
+        return read()
+    except CheckpointError as error:
+        problems.extend(error.problems)
+        return otherwise
+
+
+def _read_shard(path: Path) -> Shard:
+    if not _exists(path):
+        what = "is a link to nothing" if path.is_symlink() else "is in the index but not in the folder"
+        raise CheckpointError(Problem(str(path), what, "finish the download"))
+    return read_shard(path)
+
+
+def _no_model(folder: Path, names: set[str]) -> Problem:
+    """What a folder is that holds no safetensors model under the usual names."""
+    suffixes = {Path(name).suffix for name in names}
+    if "adapter_config.json" in names:
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "a base it does not name"
+        return Problem(
+            str(folder), f"is an adapter for {base}", "merge it into that base first (PEFT merge_and_unload)"
         )
-    suffixes = {path.suffix for path in folder.iterdir()}
-    if suffixes & {".bin", ".pt", ".pth"}:
-        what, remedy = "has pickles only, no safetensors", _CONVERT.format(folder=folder)
-    elif ".gguf" in suffixes:
-        what, remedy = "has GGUF files only, no safetensors", "name the original checkpoint"
-    elif ".safetensors" in suffixes:
+    if ".safetensors" in suffixes:
         what = f"has safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}"
-        remedy = "name the folder that save_pretrained wrote, or restore its index"
-    else:
-        what, remedy = "has no safetensors files", "name a folder with config.json and safetensors files"
-    raise CheckpointError(Problem(str(folder), what, remedy))
+        return Problem(str(folder), what, "name the folder that save_pretrained wrote, or restore its index")
+    if suffixes & {".bin", ".pt", ".pth"}:
+        return Problem(str(folder), "has pickles only, no safetensors", _CONVERT.format(folder=folder))
+    if ".gguf" in suffixes:
+        return Problem(str(folder), "has GGUF files only, no safetensors", "name the original checkpoint")
+    return Problem(str(folder), "has no safetensors files", _NAME_A_FOLDER)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        with open_regular(path) as file:
+            value = json.loads(file.read().decode("utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise CheckpointError(Problem(str(path), "is missing", "a checkpoint needs it to be loaded")) from None
-    except OSError as error:
-        raise CheckpointError(Problem(str(path), f"cannot be read ({error.strerror})")) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(Problem(str(path), f"is not sound JSON ({error})", "fetch it again")) from None
     if not isinstance(value, dict):
@@ -156,11 +177,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name to file name, or None for an unsharded checkpoint."""
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name to file name."""
     path = folder / INDEX_NAME
-    if not path.exists():
-        return None
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(Problem(str(path), "has no weight_map", "fetch it again"))
@@ -182,9 +201,7 @@ def _is_plain_name(file: str) -> bool:
     )
 
 
-def _index_problems(folder: Path, index: Mapping[str, str] | None, shards: Mapping[str, Shard]) -> Iterator[Problem]:
-    if index is None:
-        return
+def _index_problems(folder: Path, index: Mapping[str, str], shards: Mapping[str, Shard]) -> Iterator[Problem]:
     where = str(folder / INDEX_NAME)
     for name, file in index.items():
         if name not in shards[file].tensors:
@@ -210,7 +227,7 @@ def _weight_map(shards: Mapping[str, Shard]) -> dict[str, str]:
 def _require_layers(checkpoint: Checkpoint) -> None:
     """Refuse a config with more layers than the weights have: a loader would make up the rest at random."""
     wanted = layer_count(checkpoint.config)
-    longest = max(numbered_stacks(checkpoint.weight_map).values(), default=0)
+    longest = longest_stack(checkpoint.weight_map)
     if wanted is not None and wanted > longest:
         raise CheckpointError(
             Problem(

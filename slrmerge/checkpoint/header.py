@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
@@ -31,14 +31,19 @@ MAX_HEADER_BYTES = 25_000_000
 
 _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 _ENTRY_KEY_SET = frozenset(_ENTRY_KEYS)
+_MAX_DIMENSIONS = 64  # as many as torch takes
 _MAX_ELEMENTS = 2**63  # a tensor library counts elements and strides in 64 signed bits
 
+_PICKLE = "a pickle (PyTorch's old format)"
 _LOOKALIKES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "fetch them with: git lfs pull"),
     (b"<!doctype", "an HTML page (a failed download?)", "download it again"),
     (b"<html", "an HTML page (a failed download?)", "download it again"),
     (b"PK\x03\x04", "a pickle archive (PyTorch's own format)", "convert it to safetensors first"),
-    (b"\x80\x02", "a pickle (PyTorch's old format)", "convert it to safetensors first"),
+    *(
+        (bytes((0x80, version)), "a pickle (PyTorch's old format)", "convert it to safetensors first")
+        for version in range(2, 6)
+    ),
     (b"GGUF", "a GGUF file", "convert it to safetensors first"),
 )
 
@@ -88,21 +93,25 @@ def read_shard(path: Path) -> Shard:
     leaves holes, names that a reader could trip over.
     """
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             identity = Identity.of(os.fstat(file.fileno()))
             prefix = file.read(8)
-            _refuse_lookalike(path, prefix + file.read(64))
             header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or 8 + header_bytes > identity.file_bytes:
-                raise _bad(path, f"is cut short at {identity.file_bytes:,} bytes, inside its header", "fetch it again")
-            if header_bytes > MAX_HEADER_BYTES:
-                raise _bad(path, f"has a header of {header_bytes:,} bytes; {MAX_HEADER_BYTES:,} is the most accepted")
+            if len(prefix) < 8 or header_bytes > min(identity.file_bytes - 8, MAX_HEADER_BYTES):
+                raise _not_a_header(path, prefix + file.read(64), header_bytes, identity.file_bytes)
             file.seek(8)
             raw = file.read(header_bytes)
     except OSError as error:
         raise _bad(path, f"cannot be read ({error.strerror})") from error
     tensors = _check_entries(path, _parse_json(path, raw), data_bytes=identity.file_bytes - 8 - header_bytes)
     return Shard(path, identity, 8 + header_bytes, xxhash.xxh3_128_hexdigest(prefix + raw), tensors)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises CheckpointError for anything else (a FIFO would wait forever), and OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise _bad(path, "is not a regular file")
+    return open(path, "rb")
 
 
 def header_bytes(tensors: Iterable[tuple[str, TensorInfo]]) -> bytes:
@@ -129,17 +138,14 @@ def _bad(path: Path, what: str, remedy: str = "") -> CheckpointError:
     return CheckpointError(Problem(str(path), what, remedy))
 
 
-def _open_regular(path: Path) -> Any:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a FIFO would wait forever
-        raise _bad(path, "is not a regular file")
-    return open(path, "rb")
-
-
-def _refuse_lookalike(path: Path, start: bytes) -> None:
+def _not_a_header(path: Path, start: bytes, header_bytes: int, file_bytes: int) -> CheckpointError:
+    """What a file is whose first eight bytes are no length of a header."""
     for magic, what, remedy in _LOOKALIKES:
-        if start.lower().startswith(magic.lower()):
-            raise _bad(path, f"is {what}", remedy)
+        if start.lstrip().lower().startswith(magic.lower()):
+            return _bad(path, f"is {what}", remedy)
+    if len(start) < 8 or 8 + header_bytes > file_bytes:
+        return _bad(path, f"is cut short at {file_bytes:,} bytes, inside its header", "fetch it again")
+    return _bad(path, f"has a header of {header_bytes:,} bytes; {MAX_HEADER_BYTES:,} is the most accepted")
 
 
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
@@ -204,12 +210,16 @@ def _entry_fault(entry: Any) -> str:
         return f"shape {shape!r} is not a list of sizes"
     if not (_is_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         return f"data_offsets {offsets!r} are not [begin, end]"
+    if len(shape) > _MAX_DIMENSIONS:
+        return f"a shape of {len(shape):,} dimensions"
     elements = prod(shape)
     if (elements or prod(size for size in shape if size)) >= _MAX_ELEMENTS:
         return f"shape {shape!r} is past what 64 bits count"
     bits = elements * DTYPE_BITS[dtype]
-    if (offsets[1] - offsets[0]) * 8 != bits:
-        return f"{dtype} {shape} takes {bits / 8:,g} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
+    given = offsets[1] - offsets[0]
+    if given * 8 != bits:
+        needed = bits // 8 if bits % 8 == 0 else bits / 8
+        return f"{dtype} {shape} takes {needed:,} bytes, data_offsets give {given:,}"
     return ""
 
 

@@ -24,7 +24,8 @@ STACK_PREFIXES = (
 )
 """Where decoder layers live. Needed only where a model has two stacks of the right length: the first here wins."""
 
-_NUMBERED = re.compile(r"([^\d].*?)\.(\d+)\.")
+_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
+_NUMBERED = re.compile(r"([^\d].*?)\.(\d{1,9})\.", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class LayerStack:
         if not name.startswith(self.prefix + "."):
             return None
         number, _, inner = name[len(self.prefix) + 1 :].partition(".")
-        if not number.isdecimal() or int(number) >= self.count or not inner:
+        if not _NUMBER.fullmatch(number) or int(number) >= self.count or not inner:
             return None
         return int(number), inner
 
@@ -69,12 +70,25 @@ def numbered_stacks(names: Iterable[str]) -> dict[str, int]:
 def find_stack(names: Iterable[str], config: Mapping[str, Any]) -> LayerStack | None:
     """The decoder stack, or None where no stack, or more than one that is equally likely, fits the config."""
     count = layer_count(config)
-    stacks = {prefix: run for prefix, run in numbered_stacks(names).items() if run}
+    stacks = _decoder_like(numbered_stacks(names))
     if count is not None:
-        stacks = {prefix: count for prefix, run in stacks.items() if run >= count}
-    known = [prefix for prefix in STACK_PREFIXES if prefix in stacks]
-    chosen = known[0] if known else next(iter(stacks)) if len(stacks) == 1 else None
-    return LayerStack(chosen, stacks[chosen]) if chosen is not None and stacks[chosen] > 0 else None
+        long_enough = {prefix: count for prefix, run in stacks.items() if run >= count}
+        stacks = {prefix: count for prefix, run in stacks.items() if run == count} or long_enough
+    if not stacks or (len(stacks) > 1 and stacks.keys().isdisjoint(STACK_PREFIXES)):
+        return None
+    chosen = next(iter(stacks))
+    return LayerStack(chosen, stacks[chosen]) if stacks[chosen] > 0 else None
+
+
+def longest_stack(names: Iterable[str]) -> int:
+    """How many layers the weights have: in the stack whose name is known, or in the longest."""
+    return max(_decoder_like(numbered_stacks(names)).values(), default=0)
+
+
+def _decoder_like(stacks: Mapping[str, int]) -> dict[str, int]:
+    """Those of the stacks that have a known name, in the order of `STACK_PREFIXES`; all of them where none has."""
+    known = {prefix: stacks[prefix] for prefix in STACK_PREFIXES if prefix in stacks}
+    return known or {prefix: run for prefix, run in stacks.items() if run}
 
 
 def _run_from_zero(numbers: set[int]) -> int:

@@ -51,10 +51,10 @@ def quantised_groups(tensors: Iterable[tuple[str, TensorInfo]]) -> dict[str, str
 
 def _module(name: str, info: TensorInfo) -> str:
     """The quantised module that a tensor gives away by its own name or dtype, or an empty string."""
+    owner, marker, state = name.partition(".weight.")
+    if marker and state.startswith(_WEIGHT_STATES):
+        return owner
     parent, _, last = name.rpartition(".")
-    if last in COMPANION_SUFFIXES or info.dtype in LOW_BIT_DTYPES:
-        return parent
     if last.endswith(_PACKED_SUFFIXES):
         return name.rpartition("_")[0]
-    owner, marker, state = name.partition(".weight.")
-    return owner if marker and state.startswith(_WEIGHT_STATES) else ""
+    return parent if last in COMPANION_SUFFIXES or info.dtype in LOW_BIT_DTYPES else ""

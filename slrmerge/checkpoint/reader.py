@@ -14,6 +14,9 @@ from slrmerge.checkpoint.folder import Checkpoint
 from slrmerge.checkpoint.header import Identity, Shard
 from slrmerge.errors import CheckpointError, Problem, SourceChangedError
 
+_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+"""Bytes as they are on Windows, and no waiting for a FIFO that took a shard's place."""
+
 
 class CheckpointReader:
     """Reads tensors of one checkpoint; safe to share between threads.
@@ -25,6 +28,7 @@ class CheckpointReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._open: dict[str, int] = {}
+        self._closed = False
         self._lock = Lock()
         self._closing = ExitStack()
 
@@ -34,6 +38,7 @@ class CheckpointReader:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closed = True
         self._closing.close()
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -63,9 +68,11 @@ class CheckpointReader:
 
     def _descriptor(self, file: str, shard: Shard) -> int:
         with self._lock:
+            if self._closed:
+                raise ValueError(f"the reader of {self.checkpoint.folder} is closed")
             if file not in self._open:
                 try:
-                    fd = os.open(shard.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                    fd = os.open(shard.path, os.O_RDONLY | _FLAGS)
                 except OSError as error:
                     raise _changed(shard.path, f"cannot be opened any more ({error.strerror})") from error
                 self._closing.callback(os.close, fd)

@@ -95,8 +95,9 @@ def merge(
     ctx.obj["as_json"] = as_json
     from slrmerge.cli import show
 
-    plan = _plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code, overwrite=overwrite)
+    plan = _plan(recipe, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code)
     if dry_run:
+        _require_target(plan, out, overwrite=overwrite)
         show.plan(plan, out, as_json=as_json)
         return
     if out is None:
@@ -137,7 +138,8 @@ def plan(
     ctx.obj["as_json"] = as_json
     from slrmerge.cli import show
 
-    made = _plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code, overwrite=overwrite)
+    made = _plan(recipe, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code)
+    _require_target(made, out, overwrite=overwrite)
     show.plan(made, out, as_json=as_json)
 
 
@@ -212,24 +214,26 @@ def schema() -> None:
     click.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
-def _plan(
-    recipe: Path, out: Path | None, *, max_shard_size: str | None, dtype: str | None, allow_code: bool, overwrite: bool
-) -> "slrmerge.MergePlan":
-    """The plan for a recipe file with the command line's overrides, held against the target where one is given."""
+def _plan(recipe: Path, *, max_shard_size: str | None, dtype: str | None, allow_code: bool) -> "slrmerge.MergePlan":
+    """The plan for a recipe file with the command line's overrides."""
     from slrmerge.checkpoint import open_pair
-    from slrmerge.errors import OutputError, raise_all
-    from slrmerge.merge import require_space, resolve_target, target_problems
     from slrmerge.plan import plan_merge
     from slrmerge.recipe import load_recipe
 
     gc.disable()  # tens of thousands of small values and no cycle among them: collecting is a third of planning
     try:
         loaded = load_recipe(recipe, max_shard_size=max_shard_size, dtype=dtype)
-        made = plan_merge(loaded, *open_pair(*loaded.source_folders()), allow_code=allow_code)
+        return plan_merge(loaded, *open_pair(*loaded.source_folders()), allow_code=allow_code)
     finally:
         gc.enable()
+
+
+def _require_target(plan: "slrmerge.MergePlan", out: Path | None, *, overwrite: bool) -> None:
+    """Hold a plan that will not be carried out now against its target, where one is given."""
+    from slrmerge.errors import OutputError, raise_all
+    from slrmerge.merge import require_space, resolve_target, target_problems
+
     if out is not None:
         target = resolve_target(out)
-        raise_all(target_problems(made, target, overwrite=overwrite), OutputError)
-        require_space(made, target)
-    return made
+        raise_all(target_problems(plan, target, overwrite=overwrite), OutputError)
+        require_space(plan, target)

@@ -80,9 +80,9 @@ def execute(
             sources = Sources(pre, post)
             require_sound_bools(plan, sources)
             journal = Journal.open(files.staging_folder(target), plan.fingerprint(), fsync=fsync)
-            resumed = journal.resume(progress)
-            require_space(plan, target, finished_bytes=sum(file.file_bytes for file in journal.finished.values()))
             with keep_finished(journal, len(plan.shards)):
+                resumed = journal.resume(progress)
+                require_space(plan, target, finished_bytes=sum(file.file_bytes for file in journal.finished.values()))
                 _write_shards(plan, sources, journal, threads or available_cores(), fsync=fsync, progress=progress)
                 written = _write_files(plan, journal, target, fsync=fsync)
                 _judge(plan, journal.folder)

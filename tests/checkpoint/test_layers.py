@@ -1,0 +1,153 @@
+"""Which numbered names are the decoder's layers, in every naming that people merge."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+
+from slrmerge.checkpoint import LayerStack, layer_count
+from slrmerge.checkpoint.layers import (
+    LAYER_COUNT_KEYS,
+    STACK_PREFIXES,
+    TEXT_CONFIG_KEYS,
+    find_stack,
+    numbered_stacks,
+)
+
+
+def layers(prefix: str, count: int, inner: str = "mlp.weight") -> list[str]:
+    return [f"{prefix}.{k}.{inner}" for k in range(count)]
+
+
+def stack_of(names: Iterable[str], count: int | None) -> LayerStack | None:
+    return find_stack(names, {} if count is None else {"num_hidden_layers": count})
+
+
+NAMINGS = [*STACK_PREFIXES, "encoder.layer", "layers", "h", "backbone.layers", "transformer.blocks"]
+
+
+@pytest.mark.parametrize("prefix", NAMINGS)
+@pytest.mark.parametrize("count", [1, 12])
+@pytest.mark.parametrize("said", [True, False], ids=["config gives the count", "config is silent"])
+def test_a_models_only_stack_is_found_whatever_its_name(prefix: str, count: int, said: bool) -> None:
+    names = ["model.embed_tokens.weight", *layers(prefix, count), "model.norm.weight", "lm_head.weight"]
+    assert stack_of(names, count if said else None) == LayerStack(prefix, count)
+
+
+@pytest.mark.parametrize("prefix", NAMINGS)
+@pytest.mark.parametrize("vision", ["vision_tower.encoder.layers", "visual.blocks", "model.vision.encoder.layers"])
+def test_a_shorter_vision_tower_is_not_the_decoder(prefix: str, vision: str) -> None:
+    for names in (layers(vision, 4) + layers(prefix, 6), layers(prefix, 6) + layers(vision, 4)):
+        assert stack_of(names, 6) == LayerStack(prefix, 6)
+
+
+@pytest.mark.parametrize("prefix", [*STACK_PREFIXES, "backbone.layers"])
+def test_a_longer_vision_tower_is_not_the_decoder(prefix: str) -> None:
+    assert stack_of(layers("vision_tower.encoder.layers", 8) + layers(prefix, 6), 6) == LayerStack(prefix, 6)
+
+
+@pytest.mark.parametrize("prefix", STACK_PREFIXES)
+def test_a_vision_tower_of_the_same_length_gives_way_to_a_known_prefix(prefix: str) -> None:
+    assert stack_of(layers("vision_tower.encoder.layers", 6) + layers(prefix, 6), 6) == LayerStack(prefix, 6)
+
+
+def test_a_longer_vision_tower_is_not_taken_for_a_decoder_that_lacks_layers() -> None:
+    names = layers("vision_tower.encoder.layers", 8) + layers("model.language_model.layers", 5)
+    assert stack_of(names, 6) is None
+
+
+def test_extra_prediction_layers_past_the_count_are_outside() -> None:
+    stack = stack_of(layers("model.layers", 62), 61)
+    assert stack == LayerStack("model.layers", 61)
+    assert stack.locate("model.layers.60.mlp.weight") == (60, "mlp.weight")
+    assert stack.locate("model.layers.61.mlp.weight") is None
+
+
+def test_experts_are_numbered_inside_their_layer() -> None:
+    names = [f"model.layers.{k}.mlp.experts.{e}.up_proj.weight" for k in range(3) for e in range(3)]
+    assert numbered_stacks(names) == {"model.layers": 3}
+    stack = stack_of(names, 3)
+    assert stack == LayerStack("model.layers", 3)
+    assert stack.locate("model.layers.2.mlp.experts.1.up_proj.weight") == (2, "mlp.experts.1.up_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (layers("encoder.block", 6) + layers("decoder.block", 6), 6),
+        (layers("encoder.block", 6) + layers("decoder.block", 6), None),
+        (layers("tower_a.layers", 4) + layers("tower_b.layers", 6), None),
+        (layers("model.layers", 4), 6),
+        (layers("model.layers", 6)[1:], None),
+        (layers("model.layers", 6), 0),
+        (layers("model.layers", 6), -1),
+        (["wte.weight", "model.layers.weight", "model.layers.0"], None),
+        ([], 6),
+        ([], None),
+    ],
+    ids=["encoder and decoder", "the same, unsaid", "two towers", "too short", "no layer 0", "none", "fewer than none",
+         "not numbered", "empty", "empty, unsaid"],
+)  # fmt: skip
+def test_there_is_no_stack_where_none_or_more_than_one_fits(names: list[str], count: int | None) -> None:
+    assert stack_of(names, count) is None
+
+
+def test_layers_count_only_as_far_as_they_follow_one_another() -> None:
+    assert numbered_stacks([*layers("a", 3), "a.4.w", "b.1.w", "c.0.w.1.x"]) == {"a": 3, "b": 0, "c": 1}
+    assert stack_of([*layers("a", 3), "a.4.w"], None) == LayerStack("a", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.0.mlp.weight", (0, "mlp.weight")),
+        ("model.layers.11.w", (11, "w")),
+        ("model.layers.12.w", None),
+        ("model.layers.1", None),
+        ("model.layers.1.", None),
+        ("model.layers.-1.w", None),
+        ("model.layers.one.w", None),
+        ("model.layers.².w", None),
+        ("model.layers", None),
+        ("model.layers_x.1.w", None),
+        ("model.layers2.1.w", None),
+        ("x.model.layers.1.w", None),
+        ("lm_head.weight", None),
+    ],
+)
+def test_a_name_is_located_in_its_layer_or_outside(name: str, place: tuple[int, str] | None) -> None:
+    assert LayerStack("model.layers", 12).locate(name) == place
+
+
+def test_a_number_of_thousands_of_digits_is_no_layer() -> None:
+    name = f"model.layers.{'9' * 5000}.w"
+    assert stack_of([*layers("model.layers", 3), name], 3) == LayerStack("model.layers", 3)
+    assert LayerStack("model.layers", 3).locate(name) is None
+
+
+@pytest.mark.parametrize("key", LAYER_COUNT_KEYS)
+@pytest.mark.parametrize("section", [None, *TEXT_CONFIG_KEYS])
+def test_every_key_for_the_count_is_read_at_the_top_and_in_the_text_section(key: str, section: str | None) -> None:
+    vision = {"vision_config": {"num_hidden_layers": 99}}
+    assert layer_count(vision | ({key: 7} if section is None else {section: {key: 7}})) == 7
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({}, None),
+        ({"hidden_size": 8}, None),
+        ({"vision_config": {"num_hidden_layers": 9}}, None),
+        ({"num_hidden_layers": None}, None),
+        ({"num_hidden_layers": "6"}, None),
+        ({"num_hidden_layers": 6.0}, None),
+        ({"num_hidden_layers": True}, None),
+        ({"text_config": None}, None),
+        ({"text_config": ["num_hidden_layers"]}, None),
+        ({"num_hidden_layers": None, "n_layer": 6}, 6),
+        ({"num_hidden_layers": 6, "text_config": {"num_hidden_layers": 7}}, 6),
+        ({"num_hidden_layers": 6, "num_layers": 7}, 6),
+    ],
+)
+def test_a_count_is_a_whole_number_or_not_there(config: Mapping[str, Any], count: int | None) -> None:
+    assert layer_count(config) == count

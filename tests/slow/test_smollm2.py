@@ -1,0 +1,82 @@
+"""The main job on real weights: SmolLM2-135M-Instruct and a fine-tune of it, merged, verified, loaded, speaking."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import read_back
+
+pytestmark = pytest.mark.slow
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
+SLRMERGE = Path(sys.executable).with_name("slrmerge")
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    run(sys.executable, EXAMPLE / "make.py", "--out", folder)
+    (folder / "recipe.yaml").write_bytes((EXAMPLE / "recipe.yaml").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(real_pair: Path) -> Path:
+    run(SLRMERGE, "recipe.yaml", "--out", "hybrid", cwd=real_pair)
+    return real_pair / "hybrid"
+
+
+def test_the_hybrid_is_verified_against_both_sides(hybrid: Path) -> None:
+    report = json.loads(run(SLRMERGE, "verify", hybrid, "--json"))
+    assert report["verified"]
+    assert report["against_sources"]
+
+
+def test_its_layers_are_those_of_the_recipe(hybrid: Path, real_pair: Path) -> None:
+    merged = read_back(hybrid)
+    pre, post = read_back(real_pair / "pretrained"), read_back(real_pair / "posttrained")
+    restored = {name for name in merged if name.split(".")[2:3] and name.split(".")[2] in map(str, range(10, 20))}
+    assert merged.keys() == post.keys()
+    assert all(merged[name] == (pre if name in restored else post)[name] for name in merged)
+    assert all(any(pre[name] != post[name] for name in restored if f".{k}." in name) for k in range(10, 20))
+
+
+def answers(folder: Path, prompts: Sequence[str]) -> list[str]:
+    """Greedy answers in fp32, through transformers and the checkpoint's own chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    texts = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        made = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        texts.append(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_transformers_loads_it_and_it_still_knows_the_capital_of_france(hybrid: Path) -> None:
+    digit = "Generate a random integer in the range [0, 5]. Do not include anything else in your reply."
+    capital, number = answers(hybrid, ["What is the capital of France?", digit])
+    assert "Paris" in capital
+    assert number.strip()[0] in "012345"
+
+
+def test_a_soup_of_it_is_verified_too(real_pair: Path) -> None:
+    (real_pair / "soup.yaml").write_text("pretrained: ./pretrained\nposttrained: ./posttrained\nalpha: 0.5\n")
+    run(SLRMERGE, "soup.yaml", "--out", "soup", "--max-shard-size", "100MB", cwd=real_pair)
+    assert json.loads(run(SLRMERGE, "verify", "soup", "--json", cwd=real_pair))["against_sources"]
+    assert len(list((real_pair / "soup").glob("model-*-of-*.safetensors"))) == 3
