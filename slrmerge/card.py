@@ -62,8 +62,8 @@ def model_card(plan: MergePlan, recipe: bytes) -> bytes:
 
 def _inherited_front_matter(folder: Path) -> dict[str, Any]:
     try:
-        _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-        content = yaml.safe_load(front)
+        before, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        content = None if before else yaml.load(front, Loader=yaml.BaseLoader)  # noqa: S506 (texts only)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return {key: content[key] for key in _INHERITED if key in content} if isinstance(content, dict) else {}

@@ -3,9 +3,11 @@
 A recipe says nothing about any checkpoint's contents; `plan` holds it against two of them.
 """
 
+import os
 import re
 import reprlib
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -32,13 +34,14 @@ Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 
 def parse_bytes(size: object) -> int:
     """A number of bytes from `5GB`, `500 MB`, `2GiB` or an int: GB = 10**9, GiB = 2**30."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
-    if isinstance(size, bool) or not match or (match[3] and not match[2]):
-        raise _fault(f"{size!r} is not a size", "write a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
-    base = 1024 if match[3] else 1000
-    count = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    written = str(size).strip() if type(size) in (int, str) else ""
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*(?:([KMGT])(i?))?B?", written, re.IGNORECASE | re.ASCII)
+    if not match:
+        raise _fault(f"{_short(size)} is not a size", "write a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+    factor = (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper())
+    count = int(Fraction(match[1]) * factor)
     if count < 1:
-        raise _fault(f"{size!r} is no room for a tensor", f"the usual size is {DEFAULT_SHARD_SIZE}")
+        raise _fault(f"{_short(size)} is no room for a tensor", f"the usual size is {DEFAULT_SHARD_SIZE}")
     return count
 
 
@@ -59,13 +62,18 @@ def _interval(value: object) -> tuple[int, int]:
 
 def _intervals(value: object) -> object:
     """One interval or several, as several."""
-    if not isinstance(value, list | tuple):
-        return (_interval(value),)
-    return tuple(value) if any(isinstance(entry, list | tuple) for entry in value) else (value,)
+    several = isinstance(value, list | tuple) and any(isinstance(entry, list | tuple) for entry in value)
+    return tuple(value) if isinstance(value, list | tuple) and several else (_interval(value),)
 
 
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _as_full_tuple(value: object) -> object:
+    if value == []:
+        raise _fault("[] is not valid", "give at least one")
+    return _as_tuple(value)
 
 
 def _alpha(value: object) -> float:
@@ -84,7 +92,9 @@ def _alpha_or_gradient(value: object) -> float | tuple[float, float]:
 
 def _short(value: object) -> str:
     """A value as the recipe shows it, cut where it is long (and where YAML aliases make it endless)."""
-    return reprlib.repr(value)
+    shorten = reprlib.Repr()
+    shorten.maxlevel, shorten.maxlist, shorten.maxdict, shorten.maxstring, shorten.maxother = 2, 4, 4, 60, 60
+    return shorten.repr(value)
 
 
 _ALPHA_SCHEMA = {"type": "number", "minimum": 0, "maximum": 1}
@@ -115,9 +125,9 @@ class LayerRule(_Strict):
 
     range: Interval = Field(description="First and last layer; both ends count.")
     alpha: AlphaOrGradient = Field(description="The pre-trained share, or [at the first layer, at the last].")
-    modules: Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)] = Field(
+    modules: Annotated[tuple[Text, ...], BeforeValidator(_as_full_tuple)] = Field(
         default=("*",),
-        min_length=1,
+        json_schema_extra={"minItems": 1},
         description="Module names (self_attn, q_proj) or globs (mlp.*_proj) inside the layer; absent = all of it.",
     )
 
@@ -173,12 +183,6 @@ class Recipe(_Strict):
 
     _file: Path | None = PrivateAttr(default=None)
 
-    @model_validator(mode="after")
-    def _does_something(self) -> Self:
-        if self.alpha is None and not (self.restore or self.layers or self.tensors):
-            raise _fault("nothing to merge", "give one of restore, alpha, layers, tensors")
-        return self
-
     def place(self, path: str) -> str:
         """A place in the recipe as messages name it, with the file where there is one."""
         return f"{self._file}: {path}" if self._file else path
@@ -186,8 +190,8 @@ class Recipe(_Strict):
     def source_folder(self, side: Literal["pretrained", "posttrained"]) -> Path:
         """Where a side's checkpoint lies. Raises RecipeError for a Hub repo id."""
         written: str = getattr(self, side)
-        folder = (self._file.parent if self._file else Path()) / Path(written).expanduser()
-        if not folder.exists() and _HUB_ID.fullmatch(written):
+        folder = (self._file.parent if self._file else Path()) / os.path.expanduser(written)  # noqa: PTH111 (no such user is no error)
+        if not os.path.exists(folder) and _HUB_ID.fullmatch(written):  # noqa: PTH110 (nor is a name too long)
             repo, _, revision = written.partition("@")
             command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
             raise RecipeError(
@@ -217,7 +221,7 @@ class Recipe(_Strict):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
 def load_recipe(path: Path, **overrides: object) -> Recipe:
@@ -226,19 +230,14 @@ def load_recipe(path: Path, **overrides: object) -> Recipe:
     Raises RecipeError with every problem found, each with its place in the file (`$.layers[0].range`).
     """
     try:
-        raw = path.read_bytes()
+        with open(path, "rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            raw = file.read(MAX_RECIPE_BYTES)
     except OSError as error:
         raise RecipeError(Problem(str(path), f"cannot be read ({error.strerror})", "name a recipe file")) from error
-    if len(raw) > MAX_RECIPE_BYTES:
-        raise RecipeError(Problem(str(path), f"is {len(raw):,} bytes long, which no recipe is"))
-    try:
-        content = yaml.load(raw.decode("utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except UnicodeDecodeError as error:
-        raise RecipeError(Problem(str(path), f"is not UTF-8 text (byte {error.start})")) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(Problem(str(path), f"is not sound YAML: {_one_line(error)}")) from None
-    except RecursionError:
-        raise RecipeError(Problem(str(path), "is nested too deeply")) from None
+    if file_bytes > MAX_RECIPE_BYTES:
+        raise RecipeError(Problem(str(path), f"is {file_bytes:,} bytes long, which no recipe is"))
+    content = _parse_yaml(path, raw)
     if not isinstance(content, dict):
         raise RecipeError(Problem(str(path), "is not a map of keys to values", "start with `pretrained: FOLDER`"))
     content.update({key: value for key, value in overrides.items() if value is not None})
@@ -250,13 +249,35 @@ def parse_recipe(content: Mapping[str, Any], *, file: Path | None = None) -> Rec
 
     `file` is where it was read: messages name it, and relative folders count from its folder.
     """
+    where = str(file or "recipe")
+    problems: list[Problem] = []
+    recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate({str(key): value for key, value in content.items()})
     except ValidationError as error:
-        where = str(file or "recipe")
-        raise RecipeError(*(_problem(where, detail) for detail in error.errors(include_url=False))) from None
+        problems.extend(_problem(where, detail) for detail in error.errors(include_url=False))
+    if _says_nothing(content) and content.keys() <= Recipe.model_fields.keys():
+        problems.append(Problem(f"{where}: $", "nothing to merge", f"give one of {', '.join(_RULES)}"))
+    if recipe is None or problems:
+        raise RecipeError(*problems)
     recipe._file = file
     return recipe
+
+
+def _says_nothing(content: Mapping[str, Any]) -> bool:
+    uniform = (content.get("restore"), content.get("alpha"))
+    return uniform == (None, None) and not (content.get("layers") or content.get("tensors"))
+
+
+def _parse_yaml(path: Path, raw: bytes) -> Any:
+    try:
+        return yaml.load(raw.decode("utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except UnicodeDecodeError as error:
+        raise RecipeError(Problem(str(path), f"is not UTF-8 text (byte {error.start})")) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(Problem(str(path), f"is not sound YAML: {_one_line(error)}")) from None
+    except RecursionError:
+        raise RecipeError(Problem(str(path), "is nested too deeply")) from None
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -264,12 +285,29 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "slrmerge recipe"
-    schema["anyOf"] = [{"required": [key]} for key in ("restore", "alpha", "layers", "tensors")]
+    schema["anyOf"] = [{"required": [key]} for key in _RULES]
     return schema
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is an error rather than the last one's silent win."""
+    """PyYAML's safe loader, but a key given twice is an error rather than the last one's silent win.
+
+    Nor are there aliases: ten lines of them stand for gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"*{event.anchor}: aliases are not read in recipes", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # what its constructors let through
+            raise yaml.MarkedYAMLError(problem=f"not a value: {error}", problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -295,17 +333,18 @@ _REMEDIES = {
     "too_short": "give at least one",
     "tuple_type": "write a list",
 }
+_RULES = ("restore", "alpha", "layers", "tensors")
 _MODELS: dict[str, type[BaseModel]] = {"layers": LayerRule, "tensors": TensorRule}
 
 
 def _problem(where: str, detail: ErrorDetails) -> Problem:
     """One of pydantic's findings in slrmerge's words."""
     location = detail["loc"]
-    place = "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    place = _place(location)
     kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         model = _MODELS.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
-        return _unknown(where, place.rpartition(".")[0], str(location[-1]), model)
+        return _unknown(where, _place(location[:-1]), str(location[-1]), model)
     if kind == "recipe":
         return Problem(f"{where}: {place}", context["what"], context["remedy"])
     if kind == "missing":
@@ -314,6 +353,10 @@ def _problem(where: str, detail: ErrorDetails) -> Problem:
         value = detail["input"]
         return Problem(f"{where}: {place}", f"{_short(value)} is not known", f"use {context['expected']}")
     return Problem(f"{where}: {place}", f"{_short(detail['input'])} is not valid", _REMEDIES.get(kind, detail["msg"]))
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
 
 
 def _unknown(where: str, parent: str, key: str, model: type[BaseModel]) -> Problem:

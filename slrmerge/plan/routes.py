@@ -27,8 +27,6 @@ class _Rule:
 def route(recipe: Recipe, names: Iterable[str], stack: LayerStack | None) -> tuple[dict[str, float], list[Problem]]:
     """The alpha of every tensor in `names`, in their order, and what in the recipe does not fit them."""
     problems = _stack_problems(recipe, stack)
-    if problems:
-        return {}, problems
     modules = [
         _Rule(recipe.place(f"$.layers[{number}].modules"), rule.modules) for number, rule in enumerate(recipe.layers)
     ]
@@ -58,6 +56,7 @@ def route(recipe: Recipe, names: Iterable[str], stack: LayerStack | None) -> tup
             Problem(rule.place, f"{pattern} matches no tensor", _nearest(pattern, known))
             for rule in rules
             for pattern in sorted(rule.unmatched)
+            if known
         ]
     return alphas, problems
 

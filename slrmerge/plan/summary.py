@@ -66,7 +66,7 @@ def interval_words(layers: Iterable[int]) -> str:
 def plan_sentences(plan: MergePlan) -> Iterator[str]:
     """What the merge does, a line a part, for people who do not read recipes."""
     for part in summarise_parts(plan):
-        yield f"{part.where}: {part.source} ({part.tensors:,} tensors)"
+        yield f"{part.where}: {part.source} ({part.tensors:,} tensor{'s' if part.tensors > 1 else ''})"
 
 
 def _treatment(members: list[tuple[str, PlannedTensor]]) -> tuple[tuple[float, tuple[str, ...]], ...]:

@@ -1,0 +1,27 @@
+"""Plans over small checkpoints made for one test."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slrmerge.checkpoint import open_pair
+from slrmerge.plan import MergePlan, plan_merge
+from slrmerge.recipe import parse_recipe
+from tests.checkpoints import Tensor, write_checkpoint
+
+Tensors = Mapping[str, Tensor]
+Config = Mapping[str, Any] | None
+
+
+def write_pair(
+    folder: Path, pre: Tensors, post: Tensors, *, pre_config: Config = None, post_config: Config = None
+) -> None:
+    """Two checkpoints, `folder/pre` and `folder/post`."""
+    write_checkpoint(folder / "pre", pre, pre_config)
+    write_checkpoint(folder / "post", post, post_config)
+
+
+def plan_of(folder: Path, *, allow_code: bool = False, **content: Any) -> MergePlan:
+    """The plan of a recipe with `content` for the two checkpoints in `folder`."""
+    recipe = parse_recipe({"pretrained": str(folder / "pre"), "posttrained": str(folder / "post"), **content})
+    return plan_merge(recipe, *open_pair(*recipe.source_folders()), allow_code=allow_code)
