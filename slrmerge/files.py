@@ -51,14 +51,19 @@ def exclusive(target: Path) -> Iterator[None]:
             path.unlink()
 
 
-def create_folder(path: Path) -> None:
+def create_folder(path: Path, *, fsync: bool) -> None:
+    """Make a folder and those above it, with the mode that the umask gives."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(mode=0o777, parents=True, exist_ok=True)
+    for folder in missing if fsync else ():
+        sync_folder(folder.parent)
 
 
 def write_file(path: Path, data: bytes, *, fsync: bool) -> None:
     """Write a small file whole, with the mode that the umask gives."""
     with open(path, "wb") as file:
         file.write(data)
+        file.flush()
         if fsync:
             sync_file(file.fileno())
 
@@ -84,8 +89,8 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def publish(staging: Path, target: Path, *, fsync: bool) -> None:
-    """Give the finished `staging` folder the name `target`; an older `target` is removed afterwards.
+def publish(staging: Path, target: Path, *, fsync: bool) -> Path | None:
+    """Give the finished `staging` folder the name `target`; returns where an older `target` is now, to be removed.
 
     On Linux the two names are exchanged in one step. Elsewhere the old folder is first set aside: a kill between the
     two renames leaves the target absent and the old folder whole, and `recover` brings it back.
@@ -100,11 +105,14 @@ def publish(staging: Path, target: Path, *, fsync: bool) -> None:
     else:
         leftover = set_aside_folder(target)
         os.replace(target, leftover)
-        os.replace(staging, target)
+        try:
+            os.replace(staging, target)
+        except OSError:
+            os.replace(leftover, target)
+            raise
     if fsync:
         sync_folder(target.parent)
-    if leftover is not None:
-        shutil.rmtree(leftover)
+    return leftover
 
 
 def recover(target: Path) -> bool:

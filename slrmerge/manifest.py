@@ -54,8 +54,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     try:
         content: dict[str, Any] = json.loads(raw)
-        sound = _canonical(content) == raw and content.pop("digest") == _digest(content)
-    except (ValueError, KeyError, AttributeError, RecursionError):
+        sound = _canonical(content) == raw and content.pop("digest") == _digest(content) and _is_complete(content)
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise VerificationError(Problem(str(path), "was altered after it was written", "merge again"))
@@ -64,6 +64,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             Problem(str(path), f"has format {content['format']}", "verify it with a newer slrmerge")
         )
     return content
+
+
+def _is_complete(content: Mapping[str, Any]) -> bool:
+    """Whether everything is there that a verification looks up."""
+    files = content["files"].values()
+    sources = content["sources"]
+    return (
+        type(content["format"]) is int
+        and all(type(file["bytes"]) is int and type(file["digest"]) is str for file in files)
+        and all("files" in sources[side] for side in ("pretrained", "posttrained"))
+        and type(content["allow_code"]) is bool
+    )
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

@@ -1,5 +1,7 @@
 """Who wants to know how far a run is."""
 
+from collections.abc import Callable
+from threading import Lock
 from typing import Protocol
 
 
@@ -22,3 +24,14 @@ class Silent:
 
     def say(self, message: str) -> None:
         pass
+
+
+def one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
+    """The same function, safe to call from several threads."""
+    lock = Lock()
+
+    def locked(count: int) -> None:
+        with lock:
+            advance(count)
+
+    return locked

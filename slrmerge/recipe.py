@@ -265,8 +265,7 @@ def parse_recipe(content: Mapping[str, Any], *, file: Path | None = None) -> Rec
 
 
 def _says_nothing(content: Mapping[str, Any]) -> bool:
-    uniform = (content.get("restore"), content.get("alpha"))
-    return uniform == (None, None) and not (content.get("layers") or content.get("tensors"))
+    return all(content.get(key, absent) == absent for key, absent in _RULES.items())
 
 
 def _parse_yaml(path: Path, raw: bytes) -> Any:
@@ -333,7 +332,9 @@ _REMEDIES = {
     "too_short": "give at least one",
     "tuple_type": "write a list",
 }
-_RULES = ("restore", "alpha", "layers", "tensors")
+_RULES: dict[str, object] = {"restore": None, "alpha": None, "layers": [], "tensors": []}
+"""The keys of which one must be there, and what says nothing in each."""
+
 _MODELS: dict[str, type[BaseModel]] = {"layers": LayerRule, "tensors": TensorRule}
 
 

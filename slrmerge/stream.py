@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -56,7 +57,7 @@ def file_chunks(file: PlannedFile) -> Iterator[memoryview]:
         return
     assert file.source is not None
     left = file.file_bytes
-    with open(file.source, "rb") as source:
+    with suppress(FileNotFoundError), open(file.source, "rb") as source:
         while chunk := source.read(CHUNK_BYTES):
             left -= len(chunk)
             yield memoryview(chunk)

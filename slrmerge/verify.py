@@ -12,11 +12,11 @@ from typing import Any
 
 from slrmerge.blend import one_core_per_chunk
 from slrmerge.checkpoint import CheckpointReader, open_pair
-from slrmerge.errors import CheckpointError, Problem, RecipeError, VerificationError, raise_all
+from slrmerge.errors import CheckpointError, PlanError, Problem, VerificationError, raise_all
 from slrmerge.manifest import read_manifest, source_files
 from slrmerge.merge import available_cores
 from slrmerge.plan import RECIPE_NAME, MergePlan, PlannedShard, plan_merge
-from slrmerge.progress import Progress, Silent
+from slrmerge.progress import Progress, Silent, one_at_a_time
 from slrmerge.recipe import load_recipe
 from slrmerge.stream import Sources, shard_chunks
 from slrmerge.writer import Written, digest_file
@@ -55,9 +55,10 @@ def verify_checkpoint(
     expected = {name: Written(entry["bytes"], entry["digest"]) for name, entry in manifest["files"].items()}
     missing = [name for name in expected if not (folder / name).is_file()]
     present = [name for name in expected if name not in missing]
+    advance = one_at_a_time(progress.advance)
     progress.start("checking digests", sum(expected[name].file_bytes for name in present))
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda name: digest_file(folder / name, on_bytes=progress.advance), present)
+        found = pool.map(lambda name: digest_file(folder / name, on_bytes=advance), present)
         altered = {name for name, written in zip(present, found, strict=True) if written != expected[name]}
     where_altered: dict[str, str] = {}
     plan, sources = None, "not compared: the recipe itself was altered"
@@ -111,24 +112,33 @@ def _replan(
         for side, given in (("pretrained", pretrained), ("posttrained", posttrained))
         if given
     }
+    recipe = load_recipe(folder / RECIPE_NAME, **overrides)
+    folders = recipe.source_folders()
+    absent = [source for source in folders if not source.exists()]
+    if absent and not overrides:
+        return None, f"not compared: {absent[0]} is not at hand"
     try:
-        recipe = load_recipe(folder / RECIPE_NAME, **overrides)
-        sides = open_pair(*recipe.source_folders())
-    except (RecipeError, CheckpointError) as error:
+        sides = open_pair(*folders)
+        changed = [
+            checkpoint.folder
+            for side, checkpoint in zip(("pretrained", "posttrained"), sides, strict=True)
+            if source_files(checkpoint) != manifest["sources"][side]["files"]
+        ]
+        if not changed:
+            return plan_merge(recipe, sides, allow_code=manifest["allow_code"]), "equal bit by bit"
+    except (CheckpointError, PlanError) as error:
         if overrides:
             raise
-        return None, f"not compared: {error.problems[0].where} is not at hand"
-    for side, checkpoint in zip(("pretrained", "posttrained"), sides, strict=True):
-        if source_files(checkpoint) != manifest["sources"][side]["files"]:
-            return None, f"not compared: {checkpoint.folder} is not the checkpoint that was merged"
-    plan = plan_merge(recipe, *sides, allow_code=manifest["allow_code"])
-    return plan, "equal bit by bit"
+        changed = [source for source in folders if str(source) in str(error)] or [folders[1]]
+    return None, f"not compared: {changed[0]} is not the checkpoint that was merged"
 
 
 def _compare(
     plan: MergePlan, shards: list[PlannedShard], folder: Path, sources: Sources, threads: int, progress: Progress
 ) -> dict[str, str]:
     """For every shard that is not what the sources give: the first place that differs."""
+
+    advance = one_at_a_time(progress.advance)
 
     def first_difference(shard: PlannedShard) -> str:
         position = 0
@@ -138,7 +148,7 @@ def _compare(
                 if actual != bytes(chunk):
                     return _place(shard, position + _common_prefix(actual, bytes(chunk)))
                 position += len(chunk)
-                progress.advance(len(chunk))
+                advance(len(chunk))
             return "bytes past its end" if file.read(1) else ""
 
     with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPoolExecutor(threads) as pool:

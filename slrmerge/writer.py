@@ -67,7 +67,7 @@ def output_error(path: Path, error: OSError) -> OutputError:
         return NoSpaceError(
             Problem(str(path), "the disk is full", "free some space and run again: finished shards are kept")
         )
-    return OutputError(Problem(str(path), f"cannot be written or read ({error.strerror})"))
+    return OutputError(Problem(str(path), f"cannot be written or read ({error.strerror or error})"))
 
 
 def _write_all(fd: int, chunk: memoryview) -> None:

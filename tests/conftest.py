@@ -36,7 +36,7 @@ class Pair:
 
     def plan(self, **content: Any) -> MergePlan:
         recipe = self.recipe(**content)
-        return plan_merge(recipe, *open_pair(*recipe.source_folders()))
+        return plan_merge(recipe, open_pair(*recipe.source_folders()))
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_a_snapshot_of_the_hubs_cache_is_called_by_its_repo_id(tmp_path: Path) -
     for folder in folders:
         write_checkpoint(folder, llama_tensors(folder.parts[-3]))
     recipe = parse_recipe({"pretrained": str(folders[0]), "posttrained": str(folders[1]), "restore": [1, 2]})
-    card = card_of(plan_merge(recipe, *open_pair(*folders)), tmp_path / "hybrid")
+    card = card_of(plan_merge(recipe, open_pair(*folders)), tmp_path / "hybrid")
     assert front_of(card)["base_model"] == ["org/pre", "org/post"]
     assert "\n# post merged with pre\n" in card
     assert "A merge of `org/pre` (pre-trained) and `org/post` (post-trained), made with slrmerge." in card
@@ -135,13 +135,13 @@ def test_the_recipe_as_run_merges_the_same_from_the_output_folder(pair: Pair) ->
         "alpha": 0.5,
         "max_shard_size": 1000,
     }
-    assert plan_merge(again, *open_pair(*again.source_folders())).fingerprint() == plan.fingerprint()
+    assert plan_merge(again, open_pair(*again.source_folders())).fingerprint() == plan.fingerprint()
 
 
 def test_the_recipe_as_run_keeps_absolute_folders_and_applies_overrides(pair: Pair) -> None:
     path = pair.recipe_file(pretrained=str(pair.folder / "pre"), alpha=1, dtype="float32")
     recipe = load_recipe(path, dtype="float16")
-    plan = plan_merge(recipe, *open_pair(*recipe.source_folders()))
+    plan = plan_merge(recipe, open_pair(*recipe.source_folders()))
     assert yaml.safe_load(recipe_as_run(plan, seen_from=pair.out)) == {
         "pretrained": str(pair.folder / "pre"),
         "posttrained": "../post",

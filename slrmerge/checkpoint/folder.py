@@ -125,7 +125,7 @@ def _exists(path: Path) -> bool:
     """Whether a path is there; unlike `Path.is_dir`, lets the reason be known where that cannot be told."""
     try:
         path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a name that no file can have
         return False
     return True
 

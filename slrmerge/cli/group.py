@@ -1,6 +1,7 @@
 """A click group with a default command and one boundary where errors become messages and exit codes."""
 
 import json
+import os
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,7 +27,7 @@ class DefaultGroup(click.Group):
         return super().parse_args(ctx, args)
 
     def _refuse_typo(self, ctx: click.Context, word: str) -> None:
-        looks_like_a_file = word.startswith("-") or Path(word).suffix or "/" in word or Path(word).exists()
+        looks_like_a_file = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110
         if looks_like_a_file:
             return
         near = get_close_matches(word, self.commands, n=1)

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,9 @@ def main(ctx: click.Context) -> None:
     slrmerge verify ./hybrid                prove what was written
     """
     ctx.obj = {}
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without – and × gets ? instead
+            stream.reconfigure(errors="replace")
 
 
 @main.command()
@@ -223,7 +228,7 @@ def _plan(recipe: Path, *, max_shard_size: str | None, dtype: str | None, allow_
     gc.disable()  # tens of thousands of small values and no cycle among them: collecting is a third of planning
     try:
         loaded = load_recipe(recipe, max_shard_size=max_shard_size, dtype=dtype)
-        return plan_merge(loaded, *open_pair(*loaded.source_folders()), allow_code=allow_code)
+        return plan_merge(loaded, open_pair(*loaded.source_folders()), allow_code=allow_code)
     finally:
         gc.enable()
 

@@ -41,8 +41,8 @@ def plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     kinds = Counter(tensor.kind for tensor in plan.tensors())
     click.echo("tensors  " + ", ".join(f"{kinds[kind]:,} {_DONE[kind]}" for kind in _DONE if kinds[kind]))
     click.echo(f"reads    {size(plan.read_bytes)}")
-    shards = f"{len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''}"
-    click.echo(f"writes   {size(plan.output_bytes)} in {shards} and {len(plan.files)} other files")
+    shards, others = _count(len(plan.shards), "shard"), _count(len(plan.files), "other file")
+    click.echo(f"writes   {size(plan.output_bytes)} in {shards} and {others}")
     if out is not None:
         click.echo(f"disk     {size(free_bytes(resolve_target(out)))} free at {out}")
     for note in plan.notes:
@@ -95,7 +95,7 @@ def checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) -> None:
     dtypes = ", ".join(f"{dtype} {size(count)}" for dtype, count in described["bytes_by_dtype"].items())
     click.echo(f"layers      {layers}")
     click.echo(f"parameters  {described['parameters']:,} in {len(checkpoint.weight_map):,} tensors")
-    click.echo(f"size        {size(checkpoint.total_bytes)} in {len(checkpoint.shards)} files ({dtypes})")
+    click.echo(f"size        {size(checkpoint.total_bytes)} in {_count(len(checkpoint.shards), 'file')} ({dtypes})")
     table = _table("tensor", "layers", "dtype", "shape", "size")
     if tensors:
         table = _table("tensor", "dtype", "shape", "size", "file")
@@ -138,7 +138,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     architectures = checkpoint.config.get("architectures")
     return {
         "folder": str(checkpoint.folder),
-        "architecture": ", ".join(architectures) if isinstance(architectures, list) else None,
+        "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else None,
         "layers": checkpoint.stack.count if checkpoint.stack else None,
         "layer_prefix": checkpoint.stack.prefix if checkpoint.stack else None,
         "parameters": sum(prod(info.shape) for _, info in checkpoint.items()),
@@ -165,6 +165,10 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape)) or "scalar"
 
@@ -177,9 +181,9 @@ def _table(*columns: str) -> Table:
 
 
 def _print(table: Table) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(soft_wrap=True, highlight=False, width=10_000)
+        console.width = 10_000
     console.print(table)
     click.echo()
 

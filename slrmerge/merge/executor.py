@@ -4,13 +4,14 @@ Killed at any moment, the target is absent or as it was; the next run takes up f
 """
 
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 
 from slrmerge import files
 from slrmerge.blend import one_core_per_chunk
@@ -21,7 +22,7 @@ from slrmerge.manifest import build_manifest
 from slrmerge.merge.journal import Journal, keep_finished
 from slrmerge.merge.target import require_space, resolve_target, target_problems
 from slrmerge.plan import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, MergePlan, PlannedShard, plan_merge
-from slrmerge.progress import Progress, Silent
+from slrmerge.progress import Progress, Silent, one_at_a_time
 from slrmerge.recipe import Recipe
 from slrmerge.stream import Sources, file_chunks, shard_chunks
 from slrmerge.writer import Written, output_error, write_chunks
@@ -54,7 +55,7 @@ def merge_checkpoints(
     `fsync` a power cut may lose the result. Raises SlrmergeError: RecipeError, CheckpointError, PlanError and
     OutputError before the first byte is written, NoSpaceError, SourceChangedError and BlendError while it is.
     """
-    plan = plan_merge(recipe, *open_pair(*recipe.source_folders()), allow_code=allow_code)
+    plan = plan_merge(recipe, open_pair(*recipe.source_folders()), allow_code=allow_code)
     return execute(plan, out, overwrite=overwrite, threads=threads, fsync=fsync, progress=progress)
 
 
@@ -72,26 +73,38 @@ def execute(
     progress = progress or Silent()
     target = resolve_target(out)
     raise_all(target_problems(plan, target, overwrite=overwrite), OutputError)
-    with _os_errors_at(target), files.exclusive(target):
-        if files.recover(target):
-            progress.say(f"brought back {target}, which an interrupted swap had set aside")
-        raise_all(target_problems(plan, target, overwrite=overwrite), OutputError)
-        with CheckpointReader(plan.pretrained) as pre, CheckpointReader(plan.posttrained) as post:
-            sources = Sources(pre, post)
-            require_sound_bools(plan, sources)
-            journal = Journal.open(files.staging_folder(target), plan.fingerprint(), fsync=fsync)
-            with keep_finished(journal, len(plan.shards)):
-                resumed = journal.resume(progress)
-                require_space(plan, target, finished_bytes=sum(file.file_bytes for file in journal.finished.values()))
-                _write_shards(plan, sources, journal, threads or available_cores(), fsync=fsync, progress=progress)
-                written = _write_files(plan, journal, target, fsync=fsync)
-                _judge(plan, journal.folder)
-            journal.close()
-            if fsync:
-                files.sync_folder(journal.folder)
-            files.publish(journal.folder, target, fsync=fsync)
+    with _os_errors_at(target):
+        files.create_folder(target.parent, fsync=fsync)
+        with files.exclusive(target):
+            if files.recover(target):
+                progress.say(f"brought back {target}, which an interrupted swap had set aside")
+            raise_all(target_problems(plan, target, overwrite=overwrite), OutputError)
+            written, resumed = _make(plan, target, threads or available_cores(), fsync=fsync, progress=progress)
     output_bytes = sum(file.file_bytes for file in written.values())
     return MergeResult(target, written, output_bytes, resumed, time.monotonic() - started)
+
+
+def _make(
+    plan: MergePlan, target: Path, threads: int, *, fsync: bool, progress: Progress
+) -> tuple[dict[str, Written], int]:
+    """Fill the staging folder and give it the target's name; what it holds, and how many shards were there already."""
+    with CheckpointReader(plan.pretrained) as pre, CheckpointReader(plan.posttrained) as post:
+        sources = Sources(pre, post)
+        require_sound_bools(plan, sources)
+        journal = Journal.open(files.staging_folder(target), plan.fingerprint(), fsync=fsync)
+        with keep_finished(journal, len(plan.shards)):
+            resumed = journal.resume(progress)
+            require_space(plan, target, finished_bytes=sum(file.file_bytes for file in journal.finished.values()))
+            _write_shards(plan, sources, journal, threads, fsync=fsync, progress=progress)
+            written = _write_files(plan, journal, target, fsync=fsync)
+            _judge(plan, journal.folder)
+            with journal.set_aside():
+                if fsync:
+                    files.sync_folder(journal.folder)
+                leftover = files.publish(journal.folder, target, fsync=fsync)
+    if leftover is not None:
+        shutil.rmtree(leftover)
+    return written, resumed
 
 
 def available_cores() -> int:
@@ -117,7 +130,6 @@ def require_sound_bools(plan: MergePlan, sources: Sources) -> None:
 def _os_errors_at(target: Path) -> Iterator[None]:
     """Refusals of the operating system that nobody closer has put into words."""
     try:
-        files.create_folder(target.parent)
         yield
     except OSError as error:
         raise output_error(Path(error.filename or target), error) from error
@@ -131,7 +143,7 @@ def _write_shards(
     progress.start("merging", sum(shard.file_bytes for shard in waiting))
     workers = max(1, min(threads, len(waiting)))
     stop = Event()
-    advance = _one_at_a_time(progress.advance)
+    advance = one_at_a_time(progress.advance)
 
     def write(shard: PlannedShard) -> None:
         chunks = _until(stop, shard_chunks(plan, shard, sources, lanes=max(1, threads // workers)))
@@ -153,16 +165,6 @@ def _write_shards(
             future.result()
 
 
-def _one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
-    lock = Lock()
-
-    def locked(count: int) -> None:
-        with lock:
-            advance(count)
-
-    return locked
-
-
 def _until(stop: Event, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
     for chunk in chunks:
         if stop.is_set():
@@ -177,7 +179,7 @@ def _write_files(plan: MergePlan, journal: Journal, target: Path, *, fsync: bool
 
     def write(name: str, chunks: Iterable[memoryview]) -> None:
         path = journal.folder / name
-        files.create_folder(path.parent)
+        files.create_folder(path.parent, fsync=fsync)
         written[name] = write_chunks(path, chunks, fsync=fsync)
 
     for file in plan.files:

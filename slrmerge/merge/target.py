@@ -3,33 +3,59 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from slrmerge.errors import NoSpaceError, Problem
+from slrmerge import files
+from slrmerge.errors import NoSpaceError, OutputError, Problem
 from slrmerge.plan import MergePlan
 
 
 def resolve_target(out: Path) -> Path:
-    """Where the output really goes: a link keeps pointing at what it points at."""
-    return Path(os.path.realpath(out))
+    """Where the output really goes: a link keeps pointing at what it points at. Raises OutputError."""
+    try:
+        target = Path(os.path.realpath(out))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(Problem(str(out), f"cannot be a folder ({why})", "choose another --out")) from None
+    return target
 
 
 def target_problems(plan: MergePlan, target: Path, *, overwrite: bool) -> Iterator[Problem]:
     """What keeps `target` from being written, as far as can be told without writing."""
-    for side in (plan.pretrained, plan.posttrained):
-        yield from _overlap_problems(target, side.folder, [shard.path for shard in side.shards.values()])
+    if not target.name or os.path.ismount(target):
+        yield Problem(str(target), "is a mount point, which cannot be swapped", "name a folder inside it")
+        return
+    overlaps = [
+        problem
+        for side in (plan.pretrained, plan.posttrained)
+        for problem in _overlap_problems(target, side.folder, [shard.path for shard in side.shards.values()])
+    ]
+    yield from overlaps
+    if overlaps:
+        return
     if target.exists() and not target.is_dir():
         yield Problem(str(target), "is a file", "name a folder")
-    elif os.path.ismount(target):
-        yield Problem(str(target), "is a mount point, which cannot be swapped", "name a folder inside it")
     elif target.exists() and any(target.iterdir()):
         if not overwrite:
             yield Problem(str(target), "exists and is not empty", "choose another --out, or replace it: --overwrite")
-        elif not (target / "config.json").exists():
+        elif not _is_checkpoint(target):
             yield Problem(str(target), "is not a checkpoint, so --overwrite leaves it alone", "choose another --out")
-    parent = next(folder for folder in target.parents if folder.exists())
+    parent = _nearest_folder(target)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         yield Problem(str(parent), "is not a folder one can write to", "choose another --out")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a model, or was one: nothing else is ever replaced."""
+    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+
+
+def _nearest_folder(target: Path) -> Path:
+    """The folder that `target` will be made in, or the nearest one above it that exists."""
+    return next((folder for folder in target.parents if folder.exists()), target)
 
 
 def require_space(plan: MergePlan, target: Path, *, finished_bytes: int = 0) -> None:
@@ -48,12 +74,14 @@ def require_space(plan: MergePlan, target: Path, *, finished_bytes: int = 0) -> 
 
 def free_bytes(target: Path) -> int:
     """The room on the disk that `target` is or would be on."""
-    return shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
+    return shutil.disk_usage(_nearest_folder(target)).free
 
 
 def _overlap_problems(target: Path, folder: Path, shards: list[Path]) -> Iterator[Problem]:
     source = Path(os.path.realpath(folder))
-    if target == source:
+    if source in (files.staging_folder(target), files.set_aside_folder(target)):
+        yield Problem(str(source), f"is where {target} would be made", "move this source, or choose another --out")
+    elif target == source:
         yield Problem(str(target), "is a source of this merge", "choose another --out")
     elif target.is_relative_to(source):
         yield Problem(str(target), f"is inside the source {source}", "choose an --out outside it")

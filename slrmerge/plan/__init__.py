@@ -30,15 +30,14 @@ __all__ = [
 _INCIDENTAL_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
 
-def plan_merge(
-    recipe: Recipe, pretrained: Checkpoint, posttrained: Checkpoint, *, allow_code: bool = False
-) -> MergePlan:
-    """Work out every output tensor and file.
+def plan_merge(recipe: Recipe, sides: tuple[Checkpoint, Checkpoint], *, allow_code: bool = False) -> MergePlan:
+    """Work out every output tensor and file of a merge of `sides`, the pre-trained and the post-trained.
 
     The names, shapes and side files are the post-trained side's; so are dtypes unless the recipe gives one. Python
     files are copied only with `allow_code`. Raises PlanError with everything that does not fit: layers past the last,
     rules that match nothing, tensors that one side lacks, shapes that differ, quantised weights that would be blended.
     """
+    pretrained, posttrained = sides
     alphas, problems = route(recipe, posttrained.weight_map, posttrained.stack)
     tensors, more, notes = TensorPlanner(pretrained, posttrained, recipe.dtype).plan(alphas)
     if problems or more:

@@ -51,7 +51,7 @@ class TensorPlanner:
         problems = [
             Problem(where, what, remedy) for (what, remedy), names in self.refused.items() for where in summarise(names)
         ]
-        return planned, problems, [f"{what}: {'; '.join(summarise(names))}" for what, names in self.notes.items()]
+        return planned, problems, [f"{what}: {_some(names)}" for what, names in self.notes.items()]
 
     def _plan_one(self, name: str, alpha: float) -> PlannedTensor | None:
         post = self.posttrained[name]
@@ -112,7 +112,8 @@ class TensorPlanner:
         output = self._output(post)
         kind: Kind = "copy" if source.dtype == output.dtype else "cast"
         if kind == "cast":
-            self.notes[f"cast from {source.dtype} to {output.dtype}, rounded to nearest even"].append(name)
+            rounding = "" if DTYPE_BITS[source.dtype] < DTYPE_BITS[output.dtype] else ", rounded to nearest even"
+            self.notes[f"cast from {source.dtype} to {output.dtype}{rounding}"].append(name)
         return PlannedTensor(name, output, alpha, kind, pretrained, posttrained)
 
     def _output(self, post: TensorInfo) -> TensorInfo:
@@ -168,6 +169,12 @@ class TensorPlanner:
         """Keep `names` for the error that lists them all; what they would have been planned as is None."""
         self.refused[what, remedy].extend(names)
         return None
+
+
+def _some(names: list[str]) -> str:
+    """Names for a note: all families of a few, of many the first."""
+    families = list(summarise(names))
+    return "; ".join(families) if len(families) <= 3 else f"{len(names):,} tensors, among them {families[0]}"
 
 
 def summarise(names: Iterable[str]) -> Iterator[str]:

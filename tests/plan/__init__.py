@@ -24,4 +24,4 @@ def write_pair(
 def plan_of(folder: Path, *, allow_code: bool = False, **content: Any) -> MergePlan:
     """The plan of a recipe with `content` for the two checkpoints in `folder`."""
     recipe = parse_recipe({"pretrained": str(folder / "pre"), "posttrained": str(folder / "post"), **content})
-    return plan_merge(recipe, *open_pair(*recipe.source_folders()), allow_code=allow_code)
+    return plan_merge(recipe, open_pair(*recipe.source_folders()), allow_code=allow_code)

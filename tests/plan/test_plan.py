@@ -22,7 +22,7 @@ def test_planning_reads_no_weights(pair: Pair) -> None:
     assert len(weights) == 3
     for path in weights:
         path.unlink()
-    plan = plan_merge(recipe, *opened)
+    plan = plan_merge(recipe, opened)
     assert plan.to_dict() == expected.to_dict()
     assert plan.fingerprint() == expected.fingerprint()
 
@@ -30,7 +30,7 @@ def test_planning_reads_no_weights(pair: Pair) -> None:
 def test_planning_changes_nothing_on_disk(pair: Pair) -> None:
     recipe = pair.recipe(restore=[1, 2])
     before = {path: path.stat().st_mtime_ns for path in pair.folder.rglob("*")}
-    plan_merge(recipe, *open_pair(*recipe.source_folders())).to_dict()
+    plan_merge(recipe, open_pair(*recipe.source_folders())).to_dict()
     assert {path: path.stat().st_mtime_ns for path in pair.folder.rglob("*")} == before
 
 

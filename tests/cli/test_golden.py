@@ -1,0 +1,88 @@
+"""What people see, word for word.
+
+After a wanted change: `UPDATE_GOLDEN=1 pytest tests/cli/test_golden.py`, then read the diff.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli import run
+from tests.conftest import Pair
+from tests.merge.faults import write_files
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "restore.yaml": {"restore": [2, 3]},
+    "fine.yaml": {
+        "restore": [[0, 0], [4, 5]],
+        "layers": [{"range": [1, 3], "modules": ["self_attn"], "alpha": 0.5}],
+        "tensors": [{"match": "lm_head.*", "alpha": 0.25}],
+        "dtype": "float32",
+        "max_shard_size": "4KB",
+    },
+    "wrong.yaml": {"restor": [2, 3], "alpha": 1.5, "layers": [{"range": [3, 2], "alpha": [0]}]},
+    "unfit.yaml": {"restore": [4, 9], "tensors": [{"match": "lm_haed.*", "alpha": 1}]},
+}
+
+OUTPUTS = {
+    "help": ["--help"],
+    "plan": ["plan", "restore.yaml", "--out", "hybrid"],
+    "plan-fine": ["plan", "fine.yaml"],
+    "inspect": ["inspect", "post"],
+    "inspect-tensors": ["inspect", "pre", "--tensors"],
+    "merge": ["restore.yaml", "--out", "hybrid"],
+    "merge-fine": ["fine.yaml", "--out", "hybrid"],
+    "wrong": ["wrong.yaml", "--out", "hybrid"],
+    "unfit": ["unfit.yaml", "--out", "hybrid"],
+    "usage": ["plna", "x"],
+}
+
+AFTER_A_MERGE = {
+    "verify": ["verify", "hybrid"],
+    "not-empty": ["restore.yaml", "--out", "hybrid"],
+}
+
+
+@pytest.fixture
+def here(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The pair's folder with the recipes in it, as the current folder, so that no path depends on where that is."""
+    for name, content in RECIPES.items():
+        pair.recipe_file(name, **content)
+    write_files(pair.folder / "post", {"code.py": b"", "chat_template.jinja": b"{{ messages }}"})
+    monkeypatch.chdir(pair.folder)
+    return pair.folder
+
+
+def check(name: str, arguments: list[str], folder: Path) -> None:
+    """Hold a command and all it prints against its golden file, with what differs from run to run left out."""
+    result = run(*arguments)
+    text = f"$ slrmerge {' '.join(arguments)}\n{result.stdout}"
+    text += "".join(f"2> {line}\n" for line in result.stderr.splitlines()) + f"exit {result.exit_code}\n"
+    text = text.replace(str(folder), "HERE")
+    text = re.sub(r"in \d+\.\d s \([\d.]+ \w+/s\)", "in TIME (RATE)", text)
+    text = re.sub(r"[\d.]+ \w+ free", "FREE free", text)
+    text = re.sub(r" +\n", "\n", text)
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_the_output_is_as_it_was_read_and_approved(here: Path, name: str) -> None:
+    check(name, OUTPUTS[name], here)
+
+
+@pytest.mark.parametrize("name", AFTER_A_MERGE)
+def test_the_output_after_a_merge_is_as_it_was_read_and_approved(here: Path, name: str) -> None:
+    assert run("restore.yaml", "--out", "hybrid").exit_code == 0
+    check(name, AFTER_A_MERGE[name], here)
+
+
+def test_there_is_no_golden_file_without_a_test() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == OUTPUTS.keys() | AFTER_A_MERGE.keys()
