@@ -6,10 +6,13 @@ from typing import Any
 
 import yaml
 
+from slrmerge.checkpoint import open_regular
+from slrmerge.errors import CheckpointError
 from slrmerge.plan import MergePlan
 from slrmerge.plan.summary import plan_sentences
 
 _PAPER = "https://arxiv.org/abs/2602.06665"
+_MOST_CARD_BYTES = 1_000_000
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Front matter that the post-trained model's card hands on: terms of use travel with the weights."""
 
@@ -18,7 +21,7 @@ def recipe_as_run(plan: MergePlan, *, seen_from: Path) -> bytes:
     """The recipe with its overrides applied; relative sources count from the output folder, `seen_from`."""
     content = plan.recipe.to_dict()
     for side, checkpoint in (("pretrained", plan.pretrained), ("posttrained", plan.posttrained)):
-        if not Path(content[side]).expanduser().is_absolute():
+        if not Path(os.path.expanduser(content[side])).is_absolute():  # noqa: PTH111 (no such user is no error)
             content[side] = Path(os.path.relpath(os.path.realpath(checkpoint.folder), seen_from)).as_posix()
     return _yaml(content).encode()
 
@@ -62,9 +65,11 @@ def model_card(plan: MergePlan, recipe: bytes) -> bytes:
 
 def _inherited_front_matter(folder: Path) -> dict[str, Any]:
     try:
-        before, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        with open_regular(folder / "README.md") as file:
+            text = file.read(_MOST_CARD_BYTES).decode("utf-8-sig")
+        before, front, _ = text.replace("\r\n", "\n").split("---\n", 2)
         content = None if before else yaml.load(front, Loader=yaml.BaseLoader)  # noqa: S506 (texts only)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, CheckpointError):
         return {}
     return {key: content[key] for key in _INHERITED if key in content} if isinstance(content, dict) else {}
 

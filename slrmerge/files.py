@@ -43,12 +43,11 @@ def exclusive(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Unlinked while still held: whoever opened it meanwhile finds its inode gone, and tries again.
+        # Unlinked while still held: whoever opened it meanwhile finds its inode gone, and tries again. Where an open
+        # file cannot be unlinked (Windows) it stays; once released it may be somebody else's.
         with suppress(OSError):
             path.unlink()
         lock.release()
-        with suppress(OSError):  # where an open file cannot be unlinked
-            path.unlink()
 
 
 def create_folder(path: Path, *, fsync: bool) -> None:
@@ -78,6 +77,12 @@ def sync_file(fd: int) -> None:
         os.fsync(fd)
 
 
+def sync_path(path: Path) -> None:
+    """Bring a closed file's bytes to the disk, whoever wrote them."""
+    with open(path, "r+b") as file:
+        sync_file(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Bring a folder's entries to the disk; a no-op where folders cannot be opened (Windows)."""
     if os.name == "nt":
@@ -89,7 +94,7 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def publish(staging: Path, target: Path, *, fsync: bool) -> Path | None:
+def publish(staging: Path, target: Path) -> Path | None:
     """Give the finished `staging` folder the name `target`; returns where an older `target` is now, to be removed.
 
     On Linux the two names are exchanged in one step. Elsewhere the old folder is first set aside: a kill between the
@@ -110,8 +115,6 @@ def publish(staging: Path, target: Path, *, fsync: bool) -> Path | None:
         except OSError:
             os.replace(leftover, target)
             raise
-    if fsync:
-        sync_folder(target.parent)
     return leftover
 
 

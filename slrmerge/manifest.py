@@ -26,7 +26,7 @@ def build_manifest(plan: MergePlan, written: Mapping[str, Written]) -> bytes:
         "slrmerge": slrmerge.__version__,
         "allow_code": plan.allow_code,
         "sources": {
-            side: {"model": checkpoint.model_name, "files": source_files(checkpoint)}
+            side: {"model": checkpoint.model_name, **source_state(checkpoint)}
             for side, checkpoint in (("pretrained", plan.pretrained), ("posttrained", plan.posttrained))
         },
         "files": {name: {"bytes": file.file_bytes, "digest": file.digest} for name, file in sorted(written.items())},
@@ -35,11 +35,14 @@ def build_manifest(plan: MergePlan, written: Mapping[str, Written]) -> bytes:
     return _canonical({"digest": _digest(content), **content})
 
 
-def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """What a manifest keeps of a source's files: their sizes and the digests of their headers."""
+def source_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a manifest keeps of a source, to know it again: its config, and its files' sizes and headers, as digests."""
     return {
-        name: {"bytes": shard.identity.file_bytes, "header": f"{DIGEST_NAME}:{shard.header_digest}"}
-        for name, shard in checkpoint.shards.items()
+        "config": _digest(checkpoint.config),
+        "files": {
+            name: {"bytes": shard.identity.file_bytes, "header": f"{DIGEST_NAME}:{shard.header_digest}"}
+            for name, shard in checkpoint.shards.items()
+        },
     }
 
 

@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from slrmerge.errors import Problem, RecipeError, did_you_mean
+from slrmerge.errors import Problem, RecipeError, did_you_mean, raise_all
 
 DEFAULT_SHARD_SIZE = "5GB"
 MAX_RECIPE_BYTES = 1_000_000
@@ -212,8 +212,10 @@ class Recipe(_Strict):
                 folders.append(self.source_folder(side))
             except RecipeError as error:
                 problems.extend(error.problems)
-        if problems:
-            raise RecipeError(*problems)
+        if not problems and all(map(os.path.exists, folders)) and os.path.samefile(*folders):  # noqa: PTH121
+            remedy = "name the checkpoint that the other was trained from"
+            problems.append(Problem(self.place("$.pretrained"), "is the same folder as posttrained", remedy))
+        raise_all(problems, RecipeError)
         return folders[0], folders[1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -304,7 +306,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if type(value) is int and value.bit_length() > 64:
+                raise ValueError("a number of more than 64 bits")
+            return value
         except (ValueError, LookupError, AttributeError, TypeError) as error:  # what its constructors let through
             raise yaml.MarkedYAMLError(problem=f"not a value: {error}", problem_mark=node.start_mark) from None
 

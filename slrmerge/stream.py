@@ -1,21 +1,16 @@
-"""A planned file's bytes, in order, a chunk at a time: what a merge writes and what a verification compares with."""
+"""The bytes of a planned file, any stretch of them: what a merge writes and a verification compares with."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import cycle
-from math import prod
+from functools import cached_property
 
 from slrmerge.blend import CHUNK_ELEMENTS, Blender
-from slrmerge.checkpoint import DTYPE_BITS, CheckpointReader
-from slrmerge.errors import Problem, SourceChangedError
+from slrmerge.checkpoint import DTYPE_BITS, CheckpointReader, Extent, Identity
+from slrmerge.errors import CheckpointError, Problem, SourceChangedError
 from slrmerge.plan import MergePlan, PlannedFile, PlannedShard, PlannedTensor
-
-CHUNK_BYTES = 1 << 20
-"""Bytes per step of a copy: large enough to make calls rare, small enough to stay in a core's cache."""
+from slrmerge.writer import CHUNK_BYTES, extent_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,50 +26,96 @@ class Sources:
         self.posttrained.check_unchanged()
 
 
-def shard_chunks(plan: MergePlan, shard: PlannedShard, sources: Sources, *, lanes: int = 1) -> Iterator[memoryview]:
-    """The bytes of `shard`: its header, then every tensor. Each chunk is valid until the next one is asked for.
+class ShardStream:
+    """The bytes of a planned shard, in any stretch; threads may share one, each with a Blender of its own."""
 
-    Blends and casts are worked out by `lanes` threads at a time; the bytes are the same for any number of them.
-    """
-    yield memoryview(shard.header)
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    blenders = [Blender() for _ in range(lanes + 1 if lanes > 1 else 1)] if plan.needs_arithmetic else []
-    with ThreadPoolExecutor(lanes) as pool:  # starts no thread before the first submit
-        for run in _runs(plan, shard):
-            if run[0].kind == "copy":
-                yield from _copied(run, sources, buffer)
-            elif lanes == 1:
-                for job in _computations(plan, run[0], sources):
-                    yield job(blenders[0])
+    def __init__(self, plan: MergePlan, shard: PlannedShard, sources: Sources) -> None:
+        self.shard = shard
+        self._plan = plan
+        self._sources = sources
+
+    def parts(self, start: int, stop: int, blender: Blender) -> Iterator[memoryview | Extent]:
+        """Bytes `start` to `stop` of the file: in memory, or as extents of the sources to be copied.
+
+        A chunk in memory is valid until the next part is asked for. The bytes of the file do not depend on the
+        stretches that it is asked for in.
+        """
+        header = self.shard.header
+        if start < len(header):
+            yield memoryview(header)[start:stop]
+        begin, end = max(start - len(header), 0), stop - len(header)
+        for run in self._runs[bisect_right(self._run_ends, begin) :]:
+            first, run_end = run[0], run[-1].info.data_offsets[1]
+            run_begin = first.info.data_offsets[0]
+            if run_begin >= end:
+                return
+            from_, to = max(begin, run_begin) - run_begin, min(end, run_end) - run_begin
+            if first.kind == "copy":
+                ((reader, name),) = self._read(first)
+                yield reader.extent(name, from_, to - from_)
             else:
-                yield from _in_order(pool, _computations(plan, run[0], sources), blenders)
+                yield from self._computed(first, from_, to, blender)
+
+    def chunks(self, start: int, stop: int, blender: Blender) -> Iterator[memoryview]:
+        """The same bytes, all in memory."""
+        for part in self.parts(start, stop, blender):
+            if isinstance(part, Extent):
+                yield from extent_chunks(part, blender.inputs[0][:CHUNK_BYTES])
+            else:
+                yield part
+
+    @cached_property
+    def _runs(self) -> list[list[PlannedTensor]]:
+        """The tensors, with copies that also stand side by side in their source gathered into one run."""
+        runs: list[list[PlannedTensor]] = []
+        for tensor in self.shard.tensors:
+            if runs and _adjacent(self._plan, runs[-1][-1], tensor):
+                runs[-1].append(tensor)
+            else:
+                runs.append([tensor])
+        return runs
+
+    @cached_property
+    def _run_ends(self) -> list[int]:
+        return [run[-1].info.data_offsets[1] for run in self._runs]
+
+    def _read(self, tensor: PlannedTensor) -> list[tuple[CheckpointReader, str]]:
+        """What is read for a tensor, the pre-trained side first."""
+        sides = ((self._sources.pretrained, tensor.pretrained), (self._sources.posttrained, tensor.posttrained))
+        return [(reader, name) for reader, name in sides if name is not None]
+
+    def _computed(self, tensor: PlannedTensor, begin: int, end: int, blender: Blender) -> Iterator[memoryview]:
+        """Bytes of a blend or a cast; they start and stop between elements, since wide dtypes come first in a file."""
+        width = DTYPE_BITS[tensor.info.dtype] // 8
+        dtypes = self._plan.source_dtypes(tensor)
+        for start in range(begin // width, end // width, CHUNK_ELEMENTS):
+            count = min(CHUNK_ELEMENTS, end // width - start)
+            for (reader, name), dtype, buffer in zip(self._read(tensor), dtypes, blender.inputs, strict=False):
+                source_width = DTYPE_BITS[dtype] // 8
+                reader.read_into(name, start * source_width, buffer[: count * source_width])
+            yield blender.run(tensor.name, count, dtypes, tensor.info.dtype, tensor.alpha)
 
 
 def file_chunks(file: PlannedFile) -> Iterator[memoryview]:
-    """The bytes of a side file. Raises SourceChangedError where it is no longer as long as planned."""
+    """The bytes of a side file.
+
+    Raises SourceChangedError where it is not what it was when it was planned, CheckpointError where it cannot be read.
+    """
     if file.content is not None:
         yield memoryview(file.content)
         return
     assert file.source is not None
-    left = file.file_bytes
-    with suppress(FileNotFoundError), open(file.source, "rb") as source:
-        while chunk := source.read(CHUNK_BYTES):
-            left -= len(chunk)
-            yield memoryview(chunk)
-    if left:
+    try:
+        with open(file.source, "rb") as source:
+            while chunk := source.read(CHUNK_BYTES):
+                yield memoryview(chunk)
+            unchanged = file.identity in (None, Identity.of(os.fstat(source.fileno())))
+    except FileNotFoundError:
+        unchanged = False
+    except OSError as error:
+        raise CheckpointError(Problem(str(file.source), f"cannot be read ({error.strerror})")) from error
+    if not unchanged:
         raise SourceChangedError(Problem(str(file.source), "was changed while it was read", "run again"))
-
-
-def _runs(plan: MergePlan, shard: PlannedShard) -> Iterator[list[PlannedTensor]]:
-    """The shard's tensors, with copies that also stand side by side in their source gathered into one run."""
-    run: list[PlannedTensor] = []
-    for tensor in shard.tensors:
-        if run and not _adjacent(plan, run[-1], tensor):
-            yield run
-            run = []
-        run.append(tensor)
-    if run:
-        yield run
 
 
 def _adjacent(plan: MergePlan, first: PlannedTensor, second: PlannedTensor) -> bool:
@@ -83,46 +124,3 @@ def _adjacent(plan: MergePlan, first: PlannedTensor, second: PlannedTensor) -> b
     side = plan.posttrained if first.pretrained is None else plan.pretrained
     one, two = (tensor.pretrained or tensor.posttrained or "" for tensor in (first, second))
     return side.weight_map[one] == side.weight_map[two] and side[one].data_offsets[1] == side[two].data_offsets[0]
-
-
-def _copied(run: list[PlannedTensor], sources: Sources, buffer: memoryview) -> Iterator[memoryview]:
-    reader = sources.posttrained if run[0].pretrained is None else sources.pretrained
-    name = run[0].pretrained or run[0].posttrained or ""
-    total = run[-1].info.data_offsets[1] - run[0].info.data_offsets[0]
-    for offset in range(0, total, CHUNK_BYTES):
-        chunk = buffer[: min(CHUNK_BYTES, total - offset)]
-        reader.read_into(name, offset, chunk)
-        yield chunk
-
-
-def _computations(
-    plan: MergePlan, tensor: PlannedTensor, sources: Sources
-) -> Iterator[Callable[[Blender], memoryview]]:
-    """The chunks of a blend or a cast, each as a job for a Blender."""
-    sides = ((sources.pretrained, tensor.pretrained), (sources.posttrained, tensor.posttrained))
-    read = [(reader, name) for reader, name in sides if name is not None]
-    dtypes = plan.source_dtypes(tensor)
-    total = prod(tensor.info.shape)
-
-    def compute(start: int, blender: Blender) -> memoryview:
-        count = min(CHUNK_ELEMENTS, total - start)
-        for (reader, name), dtype, buffer in zip(read, dtypes, blender.inputs, strict=False):
-            width = DTYPE_BITS[dtype] // 8
-            reader.read_into(name, start * width, buffer[: count * width])
-        return blender.run(tensor.name, count, dtypes, tensor.info.dtype, tensor.alpha)
-
-    for start in range(0, total, CHUNK_ELEMENTS):
-        yield partial(compute, start)
-
-
-def _in_order(
-    pool: Executor, jobs: Iterable[Callable[[Blender], memoryview]], blenders: list[Blender]
-) -> Iterator[memoryview]:
-    """Results in the order of `jobs`, worked out ahead: a job starts when the last user of its Blender is consumed."""
-    pending: deque[Future[memoryview]] = deque()
-    for job, blender in zip(jobs, cycle(blenders), strict=False):
-        if len(pending) == len(blenders):
-            yield pending.popleft().result()
-        pending.append(pool.submit(job, blender))
-    while pending:
-        yield pending.popleft().result()

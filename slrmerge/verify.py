@@ -3,23 +3,26 @@
 Without the sources a file's digest says that it changed; with them the tensor that did is named.
 """
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import local
 from typing import Any
 
-from slrmerge.blend import one_core_per_chunk
+import slrmerge
+from slrmerge.blend import Blender, one_core_per_chunk
 from slrmerge.checkpoint import CheckpointReader, open_pair
 from slrmerge.errors import CheckpointError, PlanError, Problem, VerificationError, raise_all
-from slrmerge.manifest import read_manifest, source_files
+from slrmerge.manifest import read_manifest, source_state
 from slrmerge.merge import available_cores
-from slrmerge.plan import RECIPE_NAME, MergePlan, PlannedShard, plan_merge
+from slrmerge.plan import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, MergePlan, PlannedShard, plan_merge
 from slrmerge.progress import Progress, Silent, one_at_a_time
 from slrmerge.recipe import load_recipe
-from slrmerge.stream import Sources, shard_chunks
-from slrmerge.writer import Written, digest_file
+from slrmerge.stream import ShardStream, Sources
+from slrmerge.writer import Written, combine, digest_piece, pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,7 @@ def verify_checkpoint(
     advance = one_at_a_time(progress.advance)
     progress.start("checking digests", sum(expected[name].file_bytes for name in present))
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda name: digest_file(folder / name, on_bytes=advance), present)
-        altered = {name for name, written in zip(present, found, strict=True) if written != expected[name]}
+        altered = {name for name, same in _same_digests(folder, expected, present, pool, advance) if not same}
     where_altered: dict[str, str] = {}
     plan, sources = None, "not compared: the recipe itself was altered"
     if RECIPE_NAME in present and RECIPE_NAME not in altered:
@@ -72,7 +74,7 @@ def verify_checkpoint(
     problems = [
         *(Problem(str(folder / name), "is missing", "merge again") for name in missing),
         *(
-            Problem(str(folder / name), "was not written by slrmerge", "move it away")
+            Problem(str(folder / name), "was added after the merge", "move it away")
             for name in _strays(folder, expected)
         ),
         *_alterations(folder, altered, where_altered),
@@ -83,11 +85,12 @@ def verify_checkpoint(
 
 
 def _strays(folder: Path, expected: Mapping[str, Written]) -> Iterator[str]:
-    """Weights and indices that the manifest does not know, which a loader might take instead."""
-    for path in sorted(folder.iterdir()):
-        loadable = path.name.endswith((".safetensors", ".index.json", ".bin"))
-        if loadable and path.name not in expected:
-            yield path.name
+    """What the manifest does not know and a loader might take; what tools keep in hidden places is theirs."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        loadable = path.suffix in LOADED_SUFFIXES and not name.startswith(".")
+        if loadable and name not in expected and name != MANIFEST_NAME:
+            yield name
 
 
 def _alterations(folder: Path, altered: set[str], where: Mapping[str, str]) -> Iterator[Problem]:
@@ -114,7 +117,7 @@ def _replan(
     }
     recipe = load_recipe(folder / RECIPE_NAME, **overrides)
     folders = recipe.source_folders()
-    absent = [source for source in folders if not source.exists()]
+    absent = [source for source in folders if not os.path.exists(source)]  # noqa: PTH110 (nor where it may not be seen)
     if absent and not overrides:
         return None, f"not compared: {absent[0]} is not at hand"
     try:
@@ -122,10 +125,13 @@ def _replan(
         changed = [
             checkpoint.folder
             for side, checkpoint in zip(("pretrained", "posttrained"), sides, strict=True)
-            if source_files(checkpoint) != manifest["sources"][side]["files"]
+            if {**manifest["sources"][side], **source_state(checkpoint)} != manifest["sources"][side]
         ]
         if not changed:
-            return plan_merge(recipe, sides, allow_code=manifest["allow_code"]), "equal bit by bit"
+            plan = plan_merge(recipe, sides, allow_code=manifest["allow_code"])
+            if plan.origins() != manifest["tensors"]:
+                return None, f"not compared: slrmerge {slrmerge.__version__} plans this merge otherwise"
+            return plan, "the weights are equal bit by bit"
     except (CheckpointError, PlanError) as error:
         if overrides:
             raise
@@ -139,21 +145,50 @@ def _compare(
     """For every shard that is not what the sources give: the first place that differs."""
 
     advance = one_at_a_time(progress.advance)
+    own = local()
 
-    def first_difference(shard: PlannedShard) -> str:
-        position = 0
-        with open(folder / shard.name, "rb", buffering=0) as file:
-            for chunk in shard_chunks(plan, shard, sources):
-                actual = file.read(len(chunk))
-                if actual != bytes(chunk):
-                    return _place(shard, position + _common_prefix(actual, bytes(chunk)))
-                position += len(chunk)
-                advance(len(chunk))
-            return "bytes past its end" if file.read(1) else ""
+    def first_difference(stream: ShardStream, begin: int, stop: int) -> str:
+        start = begin
+        own.blender = getattr(own, "blender", None) or Blender()
+        with open(folder / stream.shard.name, "rb", buffering=0) as file:
+            file.seek(start)
+            for chunk in stream.chunks(start, stop, own.blender):
+                actual, wanted = file.read(len(chunk)), bytes(chunk)
+                if actual != wanted:
+                    return _place(stream.shard, start + _common_prefix(actual, wanted))
+                start += len(chunk)
+            advance(stop - begin)
+            return "bytes past its end" if stop == stream.shard.file_bytes and file.read(1) else ""
 
     with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPoolExecutor(threads) as pool:
-        places = dict(zip((shard.name for shard in shards), pool.map(first_difference, shards), strict=True))
-    return {name: place for name, place in places.items() if place}
+        streams = [ShardStream(plan, shard, sources) for shard in shards]
+        jobs = [(stream, *piece) for stream in streams for piece in pieces(stream.shard.file_bytes)]
+        places = pool.map(lambda job: first_difference(*job), jobs)
+        found: dict[str, str] = {}
+        for (stream, _, _), place in zip(jobs, places, strict=True):
+            if place:
+                found.setdefault(stream.shard.name, place)
+    return found
+
+
+def _same_digests(
+    folder: Path, expected: Mapping[str, Written], names: list[str], pool: Executor, advance: Callable[[int], None]
+) -> Iterator[tuple[str, bool]]:
+    """For every file whether it is as long as it was and has the digest it had."""
+
+    def digest(job: tuple[str, int, int]) -> bytes:
+        name, start, stop = job
+        found = digest_piece(folder / name, start, stop)
+        advance(stop - start)
+        return found
+
+    jobs = [(name, *piece) for name in names for piece in pieces(expected[name].file_bytes)]
+    found: dict[str, list[bytes]] = {name: [] for name in names}
+    for (name, _, _), piece_digest in zip(jobs, pool.map(digest, jobs), strict=True):
+        found[name].append(piece_digest)
+    for name, digests in found.items():
+        as_long = (folder / name).stat().st_size == expected[name].file_bytes
+        yield name, as_long and combine(digests) == expected[name].digest
 
 
 def _common_prefix(first: bytes, second: bytes) -> int:

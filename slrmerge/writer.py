@@ -1,75 +1,168 @@
-"""One file on disk: written once from front to back, digested on the way, durable when it says so."""
+"""Files on disk: written in pieces by any number of threads, digested on the way, durable when they say so."""
 
 import errno
+import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
 from slrmerge import files
+from slrmerge.checkpoint import Extent, read_exactly
 from slrmerge.errors import NoSpaceError, OutputError, Problem
+
+PIECE_BYTES = 1 << 24
+"""Files are written and digested in pieces of 16 MiB, so that several cores can share one file."""
+
+COPY_BYTES = PIECE_BYTES
+"""The most that the kernel is asked to copy in one call."""
+
+CHUNK_BYTES = 1 << 19
+"""Bytes per step where they pass through memory: few calls, and small enough to stay in a core's cache."""
+
+_WINDOW_BYTES = 1 << 22  # what is mapped at a time counts as ours
 
 DIGEST_NAME = "xxh3_128"
 
 
 class Written(NamedTuple):
-    """A finished file: its size and the digest of its bytes (`xxh3_128:…`, as `xxhsum -H2` prints it)."""
+    """A finished file: its size, and the xxh3_128 of the xxh3_128 digests of its pieces, in order."""
 
     file_bytes: int
     digest: str
 
 
-def write_chunks(
-    path: Path, chunks: Iterable[memoryview], *, fsync: bool, on_bytes: Callable[[int], None] = lambda _: None
-) -> Written:
-    """Write `chunks` to `path`, telling `on_bytes` of every one.
+def pieces(file_bytes: int) -> Iterator[tuple[int, int]]:
+    """Where each piece of a file starts and stops; an empty file is one empty piece."""
+    for start in range(0, max(file_bytes, 1), PIECE_BYTES):
+        yield start, min(start + PIECE_BYTES, file_bytes)
 
-    The digest covers the bytes as they were meant, so that reading the file back proves the disk. Raises NoSpaceError
-    when the disk is full and OutputError for whatever else keeps the file from being written.
+
+def combine(digests: Iterable[bytes]) -> str:
+    """A file's digest from those of its pieces."""
+    return f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(b''.join(digests))}"
+
+
+def write_piece(
+    path: Path,
+    start: int,
+    stop: int,
+    parts: Iterable[memoryview | Extent],
+    *,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> bytes:
+    """Write `parts` to the existing file `path`, bytes `start` to `stop`; returns the digest of the piece.
+
+    Whatever is written is told to `on_bytes`.
+
+    Raises NoSpaceError when the disk is full and OutputError for whatever else keeps the file from being written,
+    SourceChangedError for an extent that has become shorter.
     """
-    hasher = xxhash.xxh3_128()
-    total = 0
     try:
-        with open(path, "wb", buffering=0) as file:
-            for chunk in chunks:
-                hasher.update(chunk)
-                _write_all(file.fileno(), chunk)
-                total += len(chunk)
-                on_bytes(len(chunk))
-            if fsync:
-                files.sync_file(file.fileno())
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(start)
+            for part in parts:
+                if isinstance(part, memoryview):
+                    _write_all(file, part, on_bytes)
+                elif not _copy_in_kernel(part, file, on_bytes):
+                    for chunk in extent_chunks(part, memoryview(bytearray(CHUNK_BYTES))):
+                        _write_all(file, chunk, on_bytes)
+            return _digest_own(file, start, stop)
     except OSError as error:
         raise output_error(path, error) from error
-    return Written(total, f"{DIGEST_NAME}:{hasher.hexdigest()}")
 
 
-def digest_file(path: Path, *, on_bytes: Callable[[int], None] = lambda _: None) -> Written:
-    """The size and digest of a file as it is on disk. Raises OutputError where it cannot be read."""
+def extent_chunks(extent: Extent, buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes of an extent, read into `buffer` a part at a time."""
+    for offset in range(0, extent.nbytes, len(buffer)):
+        chunk = buffer[: min(len(buffer), extent.nbytes - offset)]
+        try:
+            read_exactly(extent.fd, extent.offset + offset, chunk)
+        except EOFError:
+            raise extent.cut_short() from None
+        yield chunk
+
+
+def _copy_in_kernel(extent: Extent, file: FileIO, on_bytes: Callable[[int], None]) -> bool:
+    """Copy an extent to where `file` stands without bringing it here; False where the system has no way to."""
+    if not hasattr(os, "copy_file_range"):
+        return False
+    done = 0
+    while done < extent.nbytes:
+        try:
+            count = min(extent.nbytes - done, COPY_BYTES)
+            moved = os.copy_file_range(extent.fd, file.fileno(), count, extent.offset + done)
+        except OSError as error:
+            if done or error.errno not in (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            return False
+        if moved == 0:
+            raise extent.cut_short()
+        done += moved
+        on_bytes(moved)
+    return True
+
+
+def _write_all(file: FileIO, chunk: memoryview, on_bytes: Callable[[int], None]) -> None:
+    on_bytes(len(chunk))
+    while chunk:
+        chunk = chunk[os.write(file.fileno(), chunk) :]
+
+
+def _digest_own(file: FileIO, start: int, stop: int) -> bytes:
+    """The digest of what was just written. The file is ours alone, so that it can be mapped: nobody cuts it short."""
     hasher = xxhash.xxh3_128()
-    total = 0
-    buffer = memoryview(bytearray(1 << 20))
+    for begin in range(start, stop, _WINDOW_BYTES):
+        size = min(_WINDOW_BYTES, stop - begin)
+        if hasattr(mmap, "MAP_POPULATE"):
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            with mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ, offset=begin) as window:
+                hasher.update(window)
+        else:
+            file.seek(begin)
+            hasher.update(file.read(size))
+    return hasher.digest()
+
+
+def write_content(path: Path, content: bytes, *, fsync: bool) -> Written:
+    """Write a whole file from memory; raises as `write_piece` does."""
+    try:
+        files.write_file(path, content, fsync=fsync)
+    except OSError as error:
+        raise output_error(path, error) from error
+    view = memoryview(content)
+    return Written(len(content), combine(xxhash.xxh3_128_digest(view[slice(*piece)]) for piece in pieces(len(content))))
+
+
+def digest_piece(path: Path, start: int, stop: int) -> bytes:
+    """The digest of bytes `start` to `stop` of a file as it is on disk. Raises OutputError where it cannot be read."""
+    hasher = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
     try:
         with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
+            file.seek(start)
+            while start < stop and (count := file.readinto(buffer[: stop - start])):
                 hasher.update(buffer[:count])
-                total += count
-                on_bytes(count)
+                start += count
     except OSError as error:
         raise output_error(path, error) from error
-    return Written(total, f"{DIGEST_NAME}:{hasher.hexdigest()}")
+    return hasher.digest()
+
+
+def digest_file(path: Path) -> Written:
+    """The size and digest of a file as it is on disk. Raises OutputError where it cannot be read."""
+    try:
+        file_bytes = path.stat().st_size
+    except OSError as error:
+        raise output_error(path, error) from error
+    return Written(file_bytes, combine(digest_piece(path, *piece) for piece in pieces(file_bytes)))
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
     """An operating system's refusal in slrmerge's words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(
-            Problem(str(path), "the disk is full", "free some space and run again: finished shards are kept")
-        )
+        return NoSpaceError(Problem(str(path), "the disk is full", "free some space and run again"))
     return OutputError(Problem(str(path), f"cannot be written or read ({error.strerror or error})"))
-
-
-def _write_all(fd: int, chunk: memoryview) -> None:
-    while chunk:
-        chunk = chunk[os.write(fd, chunk) :]

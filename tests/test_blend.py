@@ -14,10 +14,12 @@ from slrmerge.blend import Blender, one_core_per_chunk
 from slrmerge.checkpoint import CheckpointReader
 from slrmerge.errors import BlendError
 from slrmerge.plan import MergePlan, PlannedFile
-from slrmerge.stream import CHUNK_BYTES, Sources, file_chunks, shard_chunks
+from slrmerge.stream import Sources, file_chunks
+from slrmerge.writer import CHUNK_BYTES
 from tests.checkpoints import Tensor, random_tensor, write_checkpoint
 from tests.conftest import Pair
 from tests.plan import plan_of
+from tests.streams import shard_chunks
 
 OVERFLOW = "x: has values past float16's 65504; use dtype: bfloat16 or float32 in the recipe"
 
@@ -244,9 +246,9 @@ def test_bfloat16_overflow_is_infinity_as_everywhere() -> None:
 # streams
 
 
-def shard_bytes(plan: MergePlan, *, lanes: int = 1) -> list[bytes]:
+def shard_bytes(plan: MergePlan, *, stretch: int | None = None) -> list[bytes]:
     with CheckpointReader(plan.pretrained) as pre, CheckpointReader(plan.posttrained) as post:
-        streams = [shard_chunks(plan, shard, Sources(pre, post), lanes=lanes) for shard in plan.shards]
+        streams = [shard_chunks(plan, shard, Sources(pre, post), stretch=stretch) for shard in plan.shards]
         return [b"".join(bytes(chunk) for chunk in stream) for stream in streams]
 
 
@@ -270,9 +272,9 @@ def test_a_tensor_does_not_depend_on_the_chunks_it_is_computed_in(
     assert shard_bytes(plan) == whole
 
 
-@pytest.mark.parametrize("lanes", [2, 3, 8])
-def test_a_tensor_does_not_depend_on_the_number_of_lanes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes: int
+@pytest.mark.parametrize("stretch", [8, 24, 1000])
+def test_a_tensor_does_not_depend_on_the_stretches_it_is_asked_for_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stretch: int
 ) -> None:
     for side in ("pre", "post"):
         tensors = {"a": any_bytes("F32", 4, 999, side), "b": any_bytes("I32", 4, 9, side)}
@@ -280,7 +282,7 @@ def test_a_tensor_does_not_depend_on_the_number_of_lanes(
     plan = plan_of(tmp_path, alpha=0.7, dtype="bfloat16")
     alone = shard_bytes(plan)
     monkeypatch.setattr(slrmerge.stream, "CHUNK_ELEMENTS", 11)
-    assert shard_bytes(plan, lanes=lanes) == alone
+    assert shard_bytes(plan, stretch=stretch) == alone
 
 
 def test_a_tensor_does_not_depend_on_torchs_threads(tmp_path: Path) -> None:
@@ -301,9 +303,9 @@ def test_a_tensor_does_not_depend_on_torchs_threads(tmp_path: Path) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_overflow_names_its_tensor_whatever_the_lanes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes: int
+@pytest.mark.parametrize("stretch", [8, 4096])
+def test_overflow_names_its_tensor_whatever_the_stretch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stretch: int
 ) -> None:
     powers = [FORMATS["F32"].round(Fraction(10**k), negative=False) for k in range(38)]
     large = Tensor("F32", (38,), b"".join(bits.to_bytes(4, "little") for bits in powers))
@@ -311,7 +313,7 @@ def test_overflow_names_its_tensor_whatever_the_lanes(
         write_checkpoint(tmp_path / side, {"norm.weight": large}, {})
     monkeypatch.setattr(slrmerge.stream, "CHUNK_ELEMENTS", 4)
     with pytest.raises(BlendError) as caught:
-        shard_bytes(plan_of(tmp_path, alpha=0.7, dtype="float16"), lanes=lanes)
+        shard_bytes(plan_of(tmp_path, alpha=0.7, dtype="float16"), stretch=stretch)
     assert str(caught.value) == OVERFLOW.replace("x:", "norm.weight:", 1)
 
 

@@ -40,7 +40,7 @@ def test_publish_gives_the_folder_its_name_and_tells_where_the_old_one_is(
     if there is not None:
         target.mkdir()
         write_files(target, there)
-    leftover = files.publish(files.staging_folder(target), target, fsync=True)
+    leftover = files.publish(files.staging_folder(target), target)
     assert snapshot(target) == NEW
     assert names(target.parent) == sorted(["target", *([leftover.name] if leftover else [])])
     assert (snapshot(leftover) if leftover else None) == (there or None)

@@ -134,17 +134,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a shard is empty": (lambda out: os.truncate(out / SHARD, 0), altered(SHARD, " (in its header)")),
     "a stale single file": (
         lambda out: (out / "model.safetensors").write_bytes(b""),
-        ["model.safetensors: was not written by slrmerge; move it away"],
+        ["model.safetensors: was added after the merge; move it away"],
     ),
     "a pickle": (
         lambda out: (out / "pytorch_model.bin").write_bytes(b""),
-        ["pytorch_model.bin: was not written by slrmerge; move it away"],
+        ["pytorch_model.bin: was added after the merge; move it away"],
     ),
     "three at once": (
         harm_three,
         [
             "config.json: is missing; merge again",
-            "x.safetensors: was not written by slrmerge; move it away",
+            "x.safetensors: was added after the merge; move it away",
             *altered("README.md"),
         ],
     ),
@@ -163,9 +163,15 @@ def test_whatever_is_missing_altered_or_added_is_named(hybrid: Pair, case: str) 
     assert problems(hybrid.out) == expected
 
 
-def test_what_no_loader_takes_for_weights_may_be_added(hybrid: Pair) -> None:
-    write_files(hybrid.out, {"notes.txt": b"good model", "plots/quality.png": b""})
+def test_what_no_loader_looks_for_may_be_added(hybrid: Pair) -> None:
+    write_files(hybrid.out, {"notes.md": b"good model", "plots/quality.png": b"", ".cache/x.json": b"{}"})
     assert problems(hybrid.out) == []
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "modeling.py", "original/x.pth"])
+def test_what_a_loader_would_take_may_not(hybrid: Pair, name: str) -> None:
+    write_files(hybrid.out, {name: b"{}"})
+    assert problems(hybrid.out) == [f"{name}: was added after the merge; move it away"]
 
 
 # the report
@@ -177,7 +183,7 @@ def test_a_sound_merge_is_compared_with_its_sources_bit_by_bit(hybrid: Pair) -> 
     written = snapshot(hybrid.out) or {}
     assert (report.folder, report.files) == (hybrid.out, len(written))
     assert report.checked_bytes == sum(len(raw) for name, raw in written.items() if name != "slrmerge.json")
-    assert (report.against_sources, report.sources) == (True, "equal bit by bit")
+    assert (report.against_sources, report.sources) == (True, "the weights are equal bit by bit")
     weights = sum(len(raw) for name, raw in written.items() if name.endswith(".safetensors"))
     assert recorder.started == [
         ("checking digests", report.checked_bytes),
@@ -220,7 +226,7 @@ def test_sources_that_moved_are_compared_where_they_are_now(hybrid: Pair) -> Non
     for side in ("pre", "post"):
         shutil.move(hybrid.folder / side, hybrid.folder / "models" / side)
     pre, post = hybrid.folder / "models/pre", hybrid.folder / "models/post"
-    assert verify_checkpoint(hybrid.out, pretrained=pre, posttrained=post).sources == "equal bit by bit"
+    assert verify_checkpoint(hybrid.out, pretrained=pre, posttrained=post).sources == "the weights are equal bit by bit"
     with pytest.raises(CheckpointError) as caught:
         verify_checkpoint(hybrid.out, pretrained=pre)
     assert str(caught.value) == (
@@ -233,7 +239,7 @@ def test_a_merge_and_its_sources_may_move_together(hybrid: Pair, monkeypatch: py
     for name in ("pre", "post", "hybrid"):
         (hybrid.folder / name).rename(hybrid.folder / "models" / name)
     monkeypatch.chdir(hybrid.folder / "models" / "hybrid")
-    assert verify_checkpoint(Path()).sources == "equal bit by bit"
+    assert verify_checkpoint(Path()).sources == "the weights are equal bit by bit"
 
 
 @pytest.mark.parametrize("side", ["pretrained", "posttrained"])

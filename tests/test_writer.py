@@ -2,69 +2,103 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import xxhash
 
+from slrmerge import writer
+from slrmerge.checkpoint import Extent
 from slrmerge.errors import NoSpaceError, OutputError
-from slrmerge.writer import Written, digest_file, output_error, write_chunks
+from slrmerge.writer import Written, combine, digest_file, output_error, write_content, write_piece
 
 CHUNKS = [b"head", b"", b"x" * 100_000, b"tail"]
 DATA = b"".join(CHUNKS)
-WRITTEN = Written(len(DATA), f"xxh3_128:{xxhash.xxh3_128_hexdigest(DATA)}")
 
 
-def test_what_is_written_is_what_was_given_and_its_digest_is_that_of_the_whole(tmp_path: Path) -> None:
+def digest(*pieces: bytes) -> str:
+    """The digest of a file with these pieces."""
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(b''.join(map(xxhash.xxh3_128_digest, pieces)))}"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "file").touch()
+    return tmp_path / "file"
+
+
+def test_a_piece_is_what_was_given_and_its_digest_is_that_of_its_bytes(path: Path) -> None:
     told: list[int] = []
-    written = write_chunks(tmp_path / "file", map(memoryview, CHUNKS), fsync=False, on_bytes=told.append)
-    assert (tmp_path / "file").read_bytes() == DATA
-    assert written == WRITTEN == digest_file(tmp_path / "file")
+    found = write_piece(path, 0, len(DATA), map(memoryview, CHUNKS), on_bytes=told.append)
+    assert path.read_bytes() == DATA
+    assert found == xxhash.xxh3_128_digest(DATA)
+    assert digest_file(path) == Written(len(DATA), digest(DATA))
     assert told == [4, 0, 100_000, 4]
 
 
-def test_a_digest_is_what_xxhsum_prints(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    assert digest_file(tmp_path / "file") == Written(0, "xxh3_128:99aa06d3014798d86001c324468d497f")
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_an_extent_is_copied_with_or_without_the_kernels_help(
+    path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool
+) -> None:
+    source = path.with_name("source")
+    source.write_bytes(DATA)
+    if not in_kernel:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    with open(source, "rb") as file:
+        extent = Extent(file.fileno(), 2, 50_000, source)
+        assert write_piece(path, 0, 50_004, [memoryview(b"head"), extent]) == xxhash.xxh3_128_digest(path.read_bytes())
+    assert path.read_bytes() == b"head" + DATA[2:50_002]
 
 
-def test_a_buffer_that_is_used_again_for_every_chunk_is_written_in_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS])
+def test_a_kernel_that_will_not_copy_is_not_asked_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*arguments: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    path.with_name("source").write_bytes(DATA)
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    with open(path.with_name("source"), "rb") as file:
+        write_piece(path, 0, len(DATA), [Extent(file.fileno(), 0, len(DATA), path)])
+    assert path.read_bytes() == DATA
+
+
+def test_pieces_written_in_any_order_make_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "PIECE_BYTES", 4096 * 10)
+    places = list(writer.pieces(len(DATA)))
+    assert places == [(0, 40960), (40960, 81920), (81920, 100_008)]
+    found = {place: write_piece(path, *place, [memoryview(DATA)[slice(*place)]]) for place in reversed(places)}
+    assert path.read_bytes() == DATA
+    assert digest_file(path).digest == combine(found[place] for place in places)
+    assert digest_file(path).digest == digest(*(DATA[slice(*place)] for place in places))
+
+
+def test_an_empty_file_is_one_empty_piece(path: Path) -> None:
+    assert digest_file(path) == write_content(path, b"", fsync=False) == Written(0, digest(b""))
+
+
+def test_a_buffer_that_is_used_again_for_every_chunk_is_written_in_time(path: Path) -> None:
     buffer = bytearray(1)
 
-    def chunks() -> "object":
+    def chunks() -> Iterator[memoryview]:
         for value in b"abc":
             buffer[0] = value
             yield memoryview(buffer)
 
-    write_chunks(tmp_path / "file", chunks(), fsync=False)  # type: ignore[arg-type]
-    assert (tmp_path / "file").read_bytes() == b"abc"
+    write_piece(path, 0, 3, chunks())
+    assert path.read_bytes() == b"abc"
 
 
-def test_a_system_that_takes_a_few_bytes_at_a_time_gets_them_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_that_takes_a_few_bytes_at_a_time_gets_them_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:999]))
-    assert write_chunks(tmp_path / "file", map(memoryview, CHUNKS), fsync=False) == WRITTEN
-    assert (tmp_path / "file").read_bytes() == DATA
+    write_piece(path, 0, len(DATA), map(memoryview, CHUNKS))
+    assert path.read_bytes() == DATA
 
 
-@pytest.mark.parametrize("fsync", [True, False])
-def test_a_file_is_synced_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool) -> None:
-    sizes: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
-    write_chunks(tmp_path / "file", map(memoryview, CHUNKS), fsync=fsync)
-    assert sizes == ([len(DATA)] if fsync else [])
-
-
-def test_progress_is_told_while_a_file_is_digested(tmp_path: Path) -> None:
-    told: list[int] = []
-    (tmp_path / "file").write_bytes(bytes(3_000_000))
-    digest_file(tmp_path / "file", on_bytes=told.append)
-    assert (sum(told), len(told)) == (3_000_000, 3)
-
-
-FULL = "file: the disk is full; free some space and run again: finished shards are kept"
+FULL = "file: the disk is full; free some space and run again"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +124,11 @@ def test_a_refusal_without_a_number_keeps_its_own_words() -> None:
 @pytest.mark.parametrize("where", ["missing/file", "."])
 def test_a_place_that_cannot_be_written_or_read_is_named(tmp_path: Path, where: str) -> None:
     reason = "Is a directory" if where == "." else "No such file or directory"
-    for act in (digest_file, lambda path: write_chunks(path, [], fsync=False)):
+    for act in (
+        digest_file,
+        lambda path: write_content(path, b"", fsync=False),
+        lambda path: write_piece(path, 0, 0, []),
+    ):
         with pytest.raises(OutputError) as caught:
             act(tmp_path / where)
         assert str(caught.value) == f"{tmp_path / where}: cannot be written or read ({reason})"

@@ -4,16 +4,27 @@ Opening one reads headers only; `CheckpointReader` reads tensors, in pieces, and
 """
 
 from slrmerge.checkpoint.folder import Checkpoint, open_checkpoint, open_pair
-from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, Shard, TensorInfo, header_bytes, read_shard
+from slrmerge.checkpoint.header import (
+    DTYPE_BITS,
+    FLOATING,
+    Identity,
+    Shard,
+    TensorInfo,
+    header_bytes,
+    open_regular,
+    read_shard,
+)
 from slrmerge.checkpoint.layers import LayerStack, layer_count
 from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
-from slrmerge.checkpoint.reader import CheckpointReader
+from slrmerge.checkpoint.reader import CheckpointReader, Extent, read_exactly
 
 __all__ = [
     "DTYPE_BITS",
     "FLOATING",
     "Checkpoint",
     "CheckpointReader",
+    "Extent",
+    "Identity",
     "LayerStack",
     "Shard",
     "TensorInfo",
@@ -21,7 +32,9 @@ __all__ = [
     "layer_count",
     "open_checkpoint",
     "open_pair",
+    "open_regular",
     "quantisation_config",
     "quantised_groups",
+    "read_exactly",
     "read_shard",
 ]

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from slrmerge.checkpoint.folder import Checkpoint
 from slrmerge.checkpoint.header import Identity, Shard
@@ -16,6 +16,18 @@ from slrmerge.errors import CheckpointError, Problem, SourceChangedError
 
 _FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 """Bytes as they are on Windows, and no waiting for a FIFO that took a shard's place."""
+
+
+class Extent(NamedTuple):
+    """A stretch of an open source file: `nbytes` bytes from byte `offset`."""
+
+    fd: int
+    offset: int
+    nbytes: int
+    path: Path
+
+    def cut_short(self) -> SourceChangedError:
+        return _changed(self.path, "was cut short while it was read")
 
 
 class CheckpointReader:
@@ -39,6 +51,7 @@ class CheckpointReader:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed = True
+        self._open.clear()
         self._closing.close()
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -46,16 +59,20 @@ class CheckpointReader:
 
         Raises SourceChangedError where the file is not what it was when its header was read.
         """
+        extent = self.extent(name, offset, len(buffer))
+        try:
+            read_exactly(extent.fd, extent.offset, buffer)
+        except EOFError:
+            raise extent.cut_short() from None
+        except OSError as error:
+            raise CheckpointError(Problem(str(extent.path), f"cannot be read ({error.strerror})")) from error
+
+    def extent(self, name: str, offset: int, count: int) -> Extent:
+        """Where bytes of tensor `name` lie. Raises SourceChangedError as `read_into` does."""
         file = self.checkpoint.weight_map[name]
         shard = self.checkpoint.shards[file]
-        fd = self._descriptor(file, shard)
-        position = shard.data_start + shard.tensors[name].data_offsets[0] + offset
-        try:
-            read_exactly(fd, position, buffer)
-        except EOFError:
-            raise _changed(shard.path, "was cut short while it was read") from None
-        except OSError as error:
-            raise CheckpointError(Problem(str(shard.path), f"cannot be read ({error.strerror})")) from error
+        fd = self._open.get(file) or self._descriptor(file, shard)
+        return Extent(fd, shard.data_start + shard.tensors[name].data_offsets[0] + offset, count, shard.path)
 
     def check_unchanged(self) -> None:
         """Raise SourceChangedError where an opened file has changed since its header was read."""

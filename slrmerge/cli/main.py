@@ -45,7 +45,7 @@ _planning = _options(
     click.option("--out", type=_Folder(), help="The folder to write; it appears complete or not at all."),
     click.option("--overwrite", is_flag=True, help="Replace an older checkpoint at --out, in one step."),
     click.option("--max-shard-size", metavar="SIZE", help="The most bytes in one file, such as 5GB."),
-    click.option("--dtype", help="Output dtype: float32, float16, bfloat16 or float64."),
+    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Output dtype."),
     click.option("--allow-code", is_flag=True, help="Copy the post-trained side's Python files too."),
 )
 

@@ -1,10 +1,12 @@
 """Progress on a terminal: bytes, rate and time left; elsewhere only what is worth a line."""
 
 import sys
-from typing import Never
+from typing import TYPE_CHECKING, Never
 
 import click
-from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class TerminalProgress:
@@ -16,13 +18,16 @@ class TerminalProgress:
 
     def start(self, what: str, total_bytes: int) -> None:
         self.close()
+        if self._quiet or not sys.stderr.isatty():
+            return
+        from tqdm import tqdm
+
         self._bar = tqdm(
             total=total_bytes,
             desc=what,
             unit="B",
             unit_scale=True,
             file=sys.stderr,
-            disable=self._quiet or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
 

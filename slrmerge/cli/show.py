@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from slrmerge.checkpoint import Checkpoint
 from slrmerge.merge import MergeResult, free_bytes, resolve_target
 from slrmerge.plan import Kind, MergePlan, summarise_parts
 from slrmerge.plan.summary import plan_sentences
 from slrmerge.verify import VerifyReport
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
@@ -173,14 +174,18 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape)) or "scalar"
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str) -> "Table":
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in ("tensors", "size", "files") else "left", no_wrap=True)
     return table
 
 
-def _print(table: Table) -> None:
+def _print(table: "Table") -> None:
+    from rich.console import Console
+
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000

@@ -6,17 +6,18 @@ Killed at any moment, the target is absent or as it was; the next run takes up f
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock, local
 
 from slrmerge import files
-from slrmerge.blend import one_core_per_chunk
+from slrmerge.blend import Blender, one_core_per_chunk
 from slrmerge.card import model_card, recipe_as_run
-from slrmerge.checkpoint import CheckpointReader, open_pair
+from slrmerge.checkpoint import CheckpointReader, Extent, open_pair
 from slrmerge.errors import CheckpointError, OutputError, Problem, VerificationError, raise_all
 from slrmerge.manifest import build_manifest
 from slrmerge.merge.journal import Journal, keep_finished
@@ -24,8 +25,8 @@ from slrmerge.merge.target import require_space, resolve_target, target_problems
 from slrmerge.plan import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, MergePlan, PlannedShard, plan_merge
 from slrmerge.progress import Progress, Silent, one_at_a_time
 from slrmerge.recipe import Recipe
-from slrmerge.stream import Sources, file_chunks, shard_chunks
-from slrmerge.writer import Written, output_error, write_chunks
+from slrmerge.stream import ShardStream, Sources, file_chunks
+from slrmerge.writer import Written, combine, output_error, pieces, write_content, write_piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +96,27 @@ def _make(
         with keep_finished(journal, len(plan.shards)):
             resumed = journal.resume(progress)
             require_space(plan, target, finished_bytes=sum(file.file_bytes for file in journal.finished.values()))
-            _write_shards(plan, sources, journal, threads, fsync=fsync, progress=progress)
             written = _write_files(plan, journal, target, fsync=fsync)
-            _judge(plan, journal.folder)
+            _write_shards(plan, sources, journal, threads, fsync=fsync, progress=progress)
+            written = _write_manifest(plan, journal, written, fsync=fsync)
             with journal.set_aside():
                 if fsync:
                     files.sync_folder(journal.folder)
-                leftover = files.publish(journal.folder, target, fsync=fsync)
-    if leftover is not None:
-        shutil.rmtree(leftover)
+                leftover = files.publish(journal.folder, target)
+                journal.published = True
+                if fsync:
+                    files.sync_folder(target.parent)
+            if leftover is not None:
+                _remove(leftover, progress)
     return written, resumed
+
+
+def _remove(leftover: Path, progress: Progress) -> None:
+    """Remove the checkpoint that was replaced; the merge is complete whether or not that works."""
+    try:
+        shutil.rmtree(leftover)
+    except OSError as error:
+        progress.say(f"the checkpoint that was replaced is still in {leftover} ({error.strerror}): remove it by hand")
 
 
 def available_cores() -> int:
@@ -115,14 +127,14 @@ def available_cores() -> int:
 def require_sound_bools(plan: MergePlan, sources: Sources) -> None:
     """Raise CheckpointError where a BOOL tensor holds bytes that are neither 0 nor 1; no header can tell."""
     problems: list[Problem] = []
-    for shard in plan.shards:
-        flags = tuple(tensor for tensor in shard.tensors if tensor.info.dtype == "BOOL")
-        for tensor in flags:
-            chunks = shard_chunks(plan, PlannedShard(shard.name, (tensor,)), sources)
-            next(chunks)  # the header
-            if any(max(chunk) > 1 for chunk in chunks):
-                side = plan.posttrained if tensor.pretrained is None else plan.pretrained
-                problems.append(Problem(str(side.folder), f"{tensor.name} is BOOL and holds bytes other than 0 and 1"))
+    for tensor in plan.tensors():
+        if tensor.info.dtype == "BOOL":
+            reader = sources.posttrained if tensor.pretrained is None else sources.pretrained
+            data = bytearray(tensor.info.nbytes)
+            reader.read_into(tensor.pretrained or tensor.name, 0, memoryview(data))
+            if max(data, default=0) > 1:
+                folder = reader.checkpoint.folder
+                problems.append(Problem(str(folder), f"{tensor.name} is BOOL and holds bytes other than 0 and 1"))
     raise_all(problems, CheckpointError)
 
 
@@ -132,29 +144,42 @@ def _os_errors_at(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise output_error(Path(error.filename or target), error) from error
+        said = output_error(Path(error.filename or target), error)
+        for note in getattr(error, "__notes__", ()):
+            said.add_note(note)
+        raise said from error
 
 
 def _write_shards(
     plan: MergePlan, sources: Sources, journal: Journal, threads: int, *, fsync: bool, progress: Progress
 ) -> None:
-    """Write the shards that the journal lacks, several at a time."""
+    """Write the shards that the journal lacks, piece by piece, `threads` pieces at a time."""
     waiting = [shard for shard in plan.shards if shard.name not in journal.finished]
     progress.start("merging", sum(shard.file_bytes for shard in waiting))
-    workers = max(1, min(threads, len(waiting)))
-    stop = Event()
     advance = one_at_a_time(progress.advance)
+    stop = Event()
+    own = _PerThread()
 
-    def write(shard: PlannedShard) -> None:
-        chunks = _until(stop, shard_chunks(plan, shard, sources, lanes=max(1, threads // workers)))
-        written = write_chunks(journal.folder / shard.name, chunks, fsync=fsync, on_bytes=advance)
-        sources.check_unchanged()
-        if not stop.is_set():
-            journal.record(shard.name, written)
+    def write(shard: _OpenShard, number: int, start: int, end: int) -> None:
+        parts = _until(stop, shard.stream.parts(start, end, own.blender))
+        digest = write_piece(shard.path, start, end, parts, on_bytes=advance)
+        if not stop.is_set() and shard.is_finished_by(number, digest):
+            if fsync:
+                files.sync_path(shard.path)
+            sources.check_unchanged()
+            _judge(shard.stream.shard, shard.path)
+            journal.record(shard.path.name, shard.written)
 
-    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPoolExecutor(workers) as pool:
-        pending: list[Future[None]] = [pool.submit(write, shard) for shard in waiting]
+    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPoolExecutor(threads) as pool:
+        pending: list[Future[None]] = []
         try:
+            # Neighbouring pieces in the queue belong to different files: threads that share one wait for its lock.
+            for group in (waiting[first : first + threads] for first in range(0, len(waiting), threads)):
+                opened = [_OpenShard(ShardStream(plan, shard, sources), journal.folder / shard.name) for shard in group]
+                for row in zip_longest(*(enumerate(pieces(shard.file_bytes)) for shard in group)):
+                    for shard, piece in zip(opened, row, strict=True):
+                        if piece is not None:
+                            pending.append(pool.submit(write, shard, piece[0], *piece[1]))
             wait(pending, return_when=FIRST_EXCEPTION)
         finally:
             if not all(future.done() and not future.exception() for future in pending):
@@ -165,45 +190,74 @@ def _write_shards(
             future.result()
 
 
-def _until(stop: Event, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-    for chunk in chunks:
+class _PerThread(local):
+    """What each thread has of its own."""
+
+    def __init__(self) -> None:
+        self.blender = Blender()
+
+
+class _OpenShard:
+    """A shard while its pieces are written."""
+
+    def __init__(self, stream: ShardStream, path: Path) -> None:
+        self.stream = stream
+        self.path = path
+        self._lock = Lock()
+        self._digests: list[bytes | None] = [None for _ in pieces(stream.shard.file_bytes)]
+        path.touch()
+
+    def is_finished_by(self, number: int, digest: bytes) -> bool:
+        """Note the digest of a piece; whether it was the last one missing."""
+        with self._lock:
+            self._digests[number] = digest
+            return None not in self._digests
+
+    @property
+    def written(self) -> Written:
+        return Written(self.stream.shard.file_bytes, combine(filter(None, self._digests)))
+
+
+def _until(stop: Event, parts: Iterator[memoryview | Extent]) -> Iterator[memoryview | Extent]:
+    for part in parts:
         if stop.is_set():
             return
-        yield chunk
+        yield part
 
 
 def _write_files(plan: MergePlan, journal: Journal, target: Path, *, fsync: bool) -> dict[str, Written]:
-    """Write everything beside the shards; returns all that the finished folder holds."""
+    """Write everything beside the weights, the manifest excepted."""
     recipe = recipe_as_run(plan, seen_from=target)
-    written = dict(journal.finished)
-
-    def write(name: str, chunks: Iterable[memoryview]) -> None:
+    made = {RECIPE_NAME: recipe, CARD_NAME: model_card(plan, recipe)}
+    contents = {file.name: b"".join(file_chunks(file)) for file in plan.files} | made
+    written: dict[str, Written] = {}
+    for name, content in contents.items():
         path = journal.folder / name
         files.create_folder(path.parent, fsync=fsync)
-        written[name] = write_chunks(path, chunks, fsync=fsync)
-
-    for file in plan.files:
-        write(file.name, file_chunks(file))
-    for name, content in ((RECIPE_NAME, recipe), (CARD_NAME, model_card(plan, recipe))):
-        write(name, [memoryview(content)])
-    write(MANIFEST_NAME, [memoryview(build_manifest(plan, written))])
+        written[name] = write_content(path, content, fsync=fsync)
     if fsync:
         for folder in {(journal.folder / name).parent for name in written}:
             files.sync_folder(folder)
     return written
 
 
-def _judge(plan: MergePlan, folder: Path) -> None:
-    """Have the loaders' own reader open every shard; raises VerificationError where it sees other tensors."""
+def _write_manifest(
+    plan: MergePlan, journal: Journal, written: dict[str, Written], *, fsync: bool
+) -> dict[str, Written]:
+    """Write the manifest of what was `written` and of the shards; returns all that the finished folder holds."""
+    written = written | journal.finished
+    manifest = build_manifest(plan, written)
+    return written | {MANIFEST_NAME: write_content(journal.folder / MANIFEST_NAME, manifest, fsync=fsync)}
+
+
+def _judge(shard: PlannedShard, path: Path) -> None:
+    """Have the loaders' own reader open a shard; raises VerificationError where it sees other tensors."""
     from safetensors import SafetensorError, safe_open
 
-    for shard in plan.shards:
-        try:
-            with safe_open(folder / shard.name, framework="numpy") as opened:
-                sound = set(opened.keys()) == {tensor.name for tensor in shard.tensors}
-        except SafetensorError:
-            sound = False
-        if not sound:
-            raise VerificationError(
-                Problem(str(folder / shard.name), "is not what was planned, says safetensors", "please report this")
-            )
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            sound = set(opened.keys()) == {tensor.name for tensor in shard.tensors}
+    except SafetensorError:
+        sound = False
+    if not sound:
+        raise VerificationError(Problem(str(path), "is not what was planned, says safetensors", "please report this"))

@@ -19,11 +19,15 @@ _FOR_GOOD = (SourceChangedError, BlendError, VerificationError)
 
 
 class Journal:
-    """A folder that fills with shards; `finished` holds those that are complete."""
+    """A folder that fills with shards; `finished` holds those that are complete.
+
+    `published` says that the folder has the target's name, so that nothing is to be kept or cleaned here any more.
+    """
 
     def __init__(self, folder: Path, finished: dict[str, Written], fingerprint: str, *, fsync: bool) -> None:
         self.folder = folder
         self.finished = finished
+        self.published = False
         self._fingerprint = fingerprint
         self._fsync = fsync
         self._lock = Lock()
@@ -74,7 +78,7 @@ class Journal:
         try:
             yield
         except BaseException:
-            if self.folder.exists():
+            if not self.published and self.folder.exists():
                 self._rewrite()
             raise
 
@@ -102,7 +106,7 @@ def keep_finished(journal: Journal, total: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not journal.folder.exists():
+        if journal.published or not journal.folder.exists():
             error.add_note("the merge is complete: this came after it")
             raise
         if journal.finished and not isinstance(error, _FOR_GOOD):

@@ -9,6 +9,10 @@ from pathlib import Path
 from slrmerge import files
 from slrmerge.errors import NoSpaceError, OutputError, Problem
 from slrmerge.plan import MergePlan
+from slrmerge.plan.sidefiles import CHAT_TEMPLATE_FOLDERS
+
+_MODEL_FOLDERS = frozenset({*CHAT_TEMPLATE_FOLDERS, ".cache"})
+"""Folders that a checkpoint has inside: its templates, and what `hf download` leaves."""
 
 
 def resolve_target(out: Path) -> Path:
@@ -29,9 +33,7 @@ def target_problems(plan: MergePlan, target: Path, *, overwrite: bool) -> Iterat
         yield Problem(str(target), "is a mount point, which cannot be swapped", "name a folder inside it")
         return
     overlaps = [
-        problem
-        for side in (plan.pretrained, plan.posttrained)
-        for problem in _overlap_problems(target, side.folder, [shard.path for shard in side.shards.values()])
+        problem for side in (plan.pretrained, plan.posttrained) for problem in _overlap_problems(target, side.folder)
     ]
     yield from overlaps
     if overlaps:
@@ -43,6 +45,9 @@ def target_problems(plan: MergePlan, target: Path, *, overwrite: bool) -> Iterat
             yield Problem(str(target), "exists and is not empty", "choose another --out, or replace it: --overwrite")
         elif not _is_checkpoint(target):
             yield Problem(str(target), "is not a checkpoint, so --overwrite leaves it alone", "choose another --out")
+        elif others := [path.name for path in target.iterdir() if path.is_dir() and path.name not in _MODEL_FOLDERS]:
+            what = f"holds more than a checkpoint ({', '.join(sorted(others))}), so --overwrite leaves it alone"
+            yield Problem(str(target), what, "choose another --out")
     parent = _nearest_folder(target)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         yield Problem(str(parent), "is not a folder one can write to", "choose another --out")
@@ -77,15 +82,19 @@ def free_bytes(target: Path) -> int:
     return shutil.disk_usage(_nearest_folder(target)).free
 
 
-def _overlap_problems(target: Path, folder: Path, shards: list[Path]) -> Iterator[Problem]:
+def _overlap_problems(target: Path, folder: Path) -> Iterator[Problem]:
+    """How a source and the places that a merge writes to get in each other's way, links and aliases seen through."""
     source = Path(os.path.realpath(folder))
-    if source in (files.staging_folder(target), files.set_aside_folder(target)):
-        yield Problem(str(source), f"is where {target} would be made", "move this source, or choose another --out")
-    elif target == source:
+    linked = [Path(os.path.realpath(entry)) for entry in folder.iterdir()]
+    for workplace in (files.staging_folder(target), files.set_aside_folder(target)):
+        if any(path.is_relative_to(workplace) for path in (source, *linked)):
+            yield Problem(str(source), f"is where {target} would be made", "move this source, or choose another --out")
+            return
+    if target == source or (target.exists() and target.samefile(source)):
         yield Problem(str(target), "is a source of this merge", "choose another --out")
     elif target.is_relative_to(source):
         yield Problem(str(target), f"is inside the source {source}", "choose an --out outside it")
     elif source.is_relative_to(target):
         yield Problem(str(target), f"holds the source {source}", "choose an --out beside it")
-    elif any(Path(os.path.realpath(shard)).is_relative_to(target) for shard in shards):
+    elif any(path.is_relative_to(target) for path in linked):
         yield Problem(str(target), f"holds files that {source} links to", "choose another --out")

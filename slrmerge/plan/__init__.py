@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from slrmerge.checkpoint import Checkpoint
-from slrmerge.errors import PlanError
+from slrmerge.errors import CheckpointError, PlanError, Problem, raise_all
 from slrmerge.plan.model import Kind, MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.plan.routes import route
 from slrmerge.plan.shards import lay_out
-from slrmerge.plan.sidefiles import CARD_NAME, INDEX_NAME, MANIFEST_NAME, RECIPE_NAME, plan_files
+from slrmerge.plan.sidefiles import CARD_NAME, INDEX_NAME, LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, plan_files
 from slrmerge.plan.summary import Part, summarise_parts
 from slrmerge.plan.tensors import TensorPlanner
 from slrmerge.recipe import Recipe
@@ -15,6 +15,7 @@ from slrmerge.recipe import Recipe
 __all__ = [
     "CARD_NAME",
     "INDEX_NAME",
+    "LOADED_SUFFIXES",
     "MANIFEST_NAME",
     "RECIPE_NAME",
     "Kind",
@@ -40,12 +41,22 @@ def plan_merge(recipe: Recipe, sides: tuple[Checkpoint, Checkpoint], *, allow_co
     pretrained, posttrained = sides
     alphas, problems = route(recipe, posttrained.weight_map, posttrained.stack)
     tensors, more, notes = TensorPlanner(pretrained, posttrained, recipe.dtype).plan(alphas)
-    if problems or more:
-        raise PlanError(*problems, *more)
+    raise_all([*problems, *_depth_problems(pretrained, posttrained), *more], PlanError)
     shards = lay_out(tensors, limit_bytes=recipe.max_shard_size)
-    files, code_notes = plan_files(posttrained, shards, dtype=recipe.dtype, allow_code=allow_code)
+    try:
+        files, code_notes = plan_files(posttrained, shards, dtype=recipe.dtype, allow_code=allow_code)
+    except OSError as error:
+        where = str(error.filename or posttrained.folder)
+        raise CheckpointError(Problem(where, f"cannot be read ({error.strerror})")) from error
     notes += [*_config_notes(pretrained, posttrained), *code_notes]
     return MergePlan(recipe, pretrained, posttrained, shards, tuple(files), tuple(notes), allow_code)
+
+
+def _depth_problems(pretrained: Checkpoint, posttrained: Checkpoint) -> Iterator[Problem]:
+    """Two models of different depth have no layers in common, whatever the names say."""
+    if pretrained.stack and posttrained.stack and pretrained.stack.count != posttrained.stack.count:
+        counts = f"{pretrained.stack.count} layers pre-trained and {posttrained.stack.count} post-trained"
+        yield Problem(str(pretrained.folder), f"{counts}: these are two models", "name the model it was trained from")
 
 
 def _config_notes(pretrained: Checkpoint, posttrained: Checkpoint) -> Iterator[str]:

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
-from slrmerge.checkpoint import Checkpoint, TensorInfo, header_bytes
+import slrmerge
+from slrmerge.checkpoint import Checkpoint, Identity, TensorInfo, header_bytes
 from slrmerge.recipe import Recipe
 
 Kind = Literal["copy", "cast", "blend"]
@@ -52,11 +53,12 @@ class PlannedShard:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A file beside the weights: copied from `source`, or written from `content`."""
+    """A file beside the weights: copied from `source`, which was `identity` when planned, or written from `content`."""
 
     name: str
     file_bytes: int
     source: Path | None = None
+    identity: Identity | None = None
     content: bytes | None = None
 
 
@@ -137,6 +139,7 @@ class MergePlan:
     def fingerprint(self) -> str:
         """A digest of everything that decides the output's bytes, the identity of the source files included."""
         parts = [
+            slrmerge.__version__,
             json.dumps(self.origins()),
             *(repr(shard.identity) for side in (self.pretrained, self.posttrained) for shard in side.shards.values()),
         ]

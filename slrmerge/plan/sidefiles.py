@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slrmerge.checkpoint import Checkpoint
+from slrmerge.checkpoint import Checkpoint, Identity
 from slrmerge.plan.model import PlannedFile, PlannedShard
 
 COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".spm", ".tiktoken", ".txt", ".vocab", ".bpe"})
+LOADED_SUFFIXES = COPIED_SUFFIXES | {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"}
+"""What a loader may look for in a model's folder."""
+
 COPIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 """Terms of use go along with the weights, whatever their ending."""
 
@@ -35,9 +38,9 @@ def plan_files(
             content = _dump(_with_dtype(posttrained.config, dtype))
             files.append(PlannedFile(name, len(content), content=content))
         elif _is_copied(path):
-            files.append(PlannedFile(name, path.stat().st_size, source=path))
+            files.append(_copy_of(path, name))
     if code and allow_code:
-        files += [PlannedFile(name, (path := posttrained.folder / name).stat().st_size, source=path) for name in code]
+        files += [_copy_of(posttrained.folder / name, name) for name in code]
     if len(shards) > 1:
         index = _dump(
             {
@@ -47,6 +50,11 @@ def plan_files(
         )
         files.append(PlannedFile(INDEX_NAME, len(index), content=index))
     return sorted(files, key=lambda file: file.name), _code_notes(code, posttrained, allow_code=allow_code)
+
+
+def _copy_of(path: Path, name: str) -> PlannedFile:
+    identity = Identity.of(path.stat())
+    return PlannedFile(name, identity.file_bytes, source=path, identity=identity)
 
 
 def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -182,7 +182,7 @@ def test_verify_prints_its_report_as_json(hybrid: Pair) -> None:
         "folder": str(hybrid.out),
         "files": 6,
         "against_sources": True,
-        "sources": "equal bit by bit",
+        "sources": "the weights are equal bit by bit",
         "verified": True,
     }
 

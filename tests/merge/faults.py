@@ -20,7 +20,7 @@ from slrmerge import files as durable
 from slrmerge.checkpoint import open_pair
 
 ROOT = Path(__file__).parents[2]
-OLD = {"config.json": b"{}", "model.safetensors": b"old weights", "folder/more": b"old too"}
+OLD = {"config.json": b"{}", "model.safetensors": b"old weights", "chat_templates/more.jinja": b"old too"}
 STATES = ("absent", "old", "new", "broken")
 
 

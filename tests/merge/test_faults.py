@@ -106,7 +106,7 @@ def test_ctrl_c_stops_at_once_and_says_what_is_kept(pair: Pair, chunk: int, fini
 def test_a_merge_that_could_not_take_its_name_is_not_done_again(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, fault: BaseException
 ) -> None:
-    def failing(staging: Path, target: Path, *, fsync: bool) -> None:
+    def failing(staging: Path, target: Path) -> None:
         raise fault
 
     plan = pair.plan(restore=[2, 3], max_shard_size="2KB")
@@ -122,8 +122,8 @@ def test_ctrl_c_after_the_target_appeared_does_not_say_that_nothing_was_written(
 ) -> None:
     publish = files.publish
 
-    def interrupted(staging: Path, target: Path, *, fsync: bool) -> None:
-        publish(staging, target, fsync=fsync)
+    def interrupted(staging: Path, target: Path) -> None:
+        publish(staging, target)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "publish", interrupted)
@@ -133,7 +133,7 @@ def test_ctrl_c_after_the_target_appeared_does_not_say_that_nothing_was_written(
     assert "nothing was written" not in result.stderr
 
 
-FULL = "the disk is full; free some space and run again: finished shards are kept"
+FULL = "the disk is full; free some space and run again"
 
 
 def full_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int) -> None:
@@ -146,6 +146,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int) -> None:
         return write(fd, data)
 
     monkeypatch.setattr(os, "write", failing)
+    monkeypatch.delattr(os, "copy_file_range", raising=False)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -213,7 +214,7 @@ def test_a_disk_that_really_fills_up_keeps_the_finished_shards(pair: Pair, small
         execute(plan, out, threads=1, progress=Recorder(5, fill))
     assert caught.value.problems[0].what == "the disk is full"
     assert not out.exists()
-    with pytest.raises(NoSpaceError, match="GB free"):  # before the first byte this time
+    with pytest.raises(NoSpaceError):
         execute(plan, out)
     ballast.unlink()
     assert execute(plan, out).resumed_shards == 2

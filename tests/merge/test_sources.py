@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from slrmerge import execute, merge_checkpoints, stream
+from slrmerge import execute, merge_checkpoints, writer
 from slrmerge.cli.progress import TerminalProgress
 from slrmerge.errors import BlendError, CheckpointError, SourceChangedError
 from tests.checkpoints import Tensor, llama_tensors, random_tensor, read_back, write_checkpoint
@@ -35,7 +35,7 @@ def calm(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Pair:
     """The pair with old file times, read in small steps so that there is a middle to every tensor."""
     for side in ("pre", "post"):
         age(pair.folder / side)
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(writer, "COPY_BYTES", 64)
     return pair
 
 
@@ -94,8 +94,9 @@ def test_a_source_replaced_or_deleted_after_it_was_opened_keeps_its_old_bytes(ca
 @pytest.mark.parametrize("fault", ["truncated", "grown", "deleted"])
 def test_a_side_file_that_changes_meanwhile_is_named(calm: Pair, fault: str) -> None:
     plan, path = calm.plan(restore=[2, 3]), calm.folder / "post" / "tokenizer.json"
+    harm(path, fault)
     with pytest.raises(SourceChangedError) as caught:
-        execute(plan, calm.out, progress=Recorder(1, lambda: harm(path, fault)))
+        execute(plan, calm.out)
     assert caught.value.problems[0].where == str(path)
     assert not calm.out.exists()
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from slrmerge.checkpoint import DTYPE_BITS, CheckpointReader, TensorInfo
 from slrmerge.plan import PlannedTensor
 from slrmerge.plan.shards import lay_out, split_by_size
-from slrmerge.stream import Sources, shard_chunks
+from slrmerge.stream import Sources
 from tests.checkpoints import llama_tensors
 from tests.plan import plan_of, write_pair
+from tests.streams import shard_chunks
 
 
 def planned(name: str, dtype: str, count: int) -> PlannedTensor:

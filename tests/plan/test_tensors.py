@@ -10,9 +10,10 @@ import pytest
 from slrmerge.checkpoint import CheckpointReader
 from slrmerge.errors import PlanError
 from slrmerge.plan import MergePlan, PlannedTensor
-from slrmerge.stream import Sources, shard_chunks
+from slrmerge.stream import Sources
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor
 from tests.plan import plan_of, write_pair
+from tests.streams import shard_chunks
 
 KEEP = "give it alpha: 0 under `tensors` to keep it post-trained"
 Q = "model.layers.{k}.self_attn.q_proj"
