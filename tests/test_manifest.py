@@ -11,6 +11,7 @@ import slrmerge
 from slrmerge.errors import VerificationError
 from slrmerge.manifest import build_manifest, read_manifest
 from slrmerge.writer import Written
+from tests.checkpoints import llama_config
 from tests.conftest import Pair
 
 
@@ -41,8 +42,10 @@ def test_a_manifest_names_sources_files_and_the_origin_of_every_tensor(pair: Pai
     }
     raw = (pair.folder / "pre" / "model.safetensors").read_bytes()
     header = raw[: 8 + int.from_bytes(raw[:8], "little")]
+    config = xxhash.xxh3_128_hexdigest(canonical(llama_config()))
     assert content["sources"]["pretrained"] == {
         "model": "pre",
+        "config": f"xxh3_128:{config}",
         "files": {"model.safetensors": {"bytes": len(raw), "header": f"xxh3_128:{xxhash.xxh3_128_hexdigest(header)}"}},
     }
     assert content["sources"]["posttrained"]["model"] == "post"

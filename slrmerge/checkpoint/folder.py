@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
 from slrmerge.checkpoint.header import Shard, TensorInfo, open_regular, read_shard, unique_keys
-from slrmerge.checkpoint.layers import LayerStack, find_stack, layer_count, longest_stack
+from slrmerge.checkpoint.layers import LayerStack, find_stack, layer_count, longest_stack, numbered_stacks
 from slrmerge.errors import CheckpointError, Problem
 
 T = TypeVar("T")
@@ -50,7 +50,12 @@ class Checkpoint:
     @cached_property
     def stack(self) -> LayerStack | None:
         """The decoder layers, or None where they cannot be told."""
-        return find_stack(self.weight_map, self.config)
+        return find_stack(self.numbered_stacks, self.config)
+
+    @cached_property
+    def numbered_stacks(self) -> dict[str, int]:
+        """Every outermost numbered prefix, each with how many layers follow one another from 0."""
+        return numbered_stacks(self.weight_map)
 
     @property
     def total_bytes(self) -> int:
@@ -227,7 +232,7 @@ def _weight_map(shards: Mapping[str, Shard]) -> dict[str, str]:
 def _require_layers(checkpoint: Checkpoint) -> None:
     """Refuse a config with more layers than the weights have: a loader would make up the rest at random."""
     wanted = layer_count(checkpoint.config)
-    longest = longest_stack(checkpoint.weight_map)
+    longest = longest_stack(checkpoint.numbered_stacks)
     if wanted is not None and wanted > longest:
         raise CheckpointError(
             Problem(

@@ -224,8 +224,12 @@ def _entry_fault(entry: Any) -> str:
 
 
 def _is_sizes(value: Any) -> bool:
-    # exact types: JSON's true is an int to isinstance
-    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
+    if type(value) is not list:
+        return False
+    for size in value:  # noqa: SIM110 (a loop, since this runs for every tensor; exact types: JSON's true is an int)
+        if type(size) is not int or size < 0:
+            return False
+    return True
 
 
 def _layout_faults(tensors: Mapping[str, TensorInfo], data_bytes: int) -> Iterable[str]:

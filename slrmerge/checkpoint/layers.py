@@ -67,10 +67,10 @@ def numbered_stacks(names: Iterable[str]) -> dict[str, int]:
     return {prefix: _run_from_zero(numbers) for prefix, numbers in members.items()}
 
 
-def find_stack(names: Iterable[str], config: Mapping[str, Any]) -> LayerStack | None:
-    """The decoder stack, or None where no stack, or more than one that is equally likely, fits the config."""
+def find_stack(stacks: Mapping[str, int], config: Mapping[str, Any]) -> LayerStack | None:
+    """The decoder stack among the numbered ones; None where none, or more than one equally likely, fits the config."""
     count = layer_count(config)
-    stacks = _decoder_like(numbered_stacks(names))
+    stacks = _decoder_like(stacks)
     if count is not None:
         long_enough = {prefix: count for prefix, run in stacks.items() if run >= count}
         stacks = {prefix: count for prefix, run in stacks.items() if run == count} or long_enough
@@ -80,9 +80,9 @@ def find_stack(names: Iterable[str], config: Mapping[str, Any]) -> LayerStack | 
     return LayerStack(chosen, stacks[chosen]) if stacks[chosen] > 0 else None
 
 
-def longest_stack(names: Iterable[str]) -> int:
+def longest_stack(stacks: Mapping[str, int]) -> int:
     """How many layers the weights have: in the stack whose name is known, or in the longest."""
-    return max(_decoder_like(numbered_stacks(names)).values(), default=0)
+    return max(_decoder_like(stacks).values(), default=0)
 
 
 def _decoder_like(stacks: Mapping[str, int]) -> dict[str, int]:

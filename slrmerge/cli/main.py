@@ -230,6 +230,7 @@ def _plan(recipe: Path, *, max_shard_size: str | None, dtype: str | None, allow_
         loaded = load_recipe(recipe, max_shard_size=max_shard_size, dtype=dtype)
         return plan_merge(loaded, open_pair(*loaded.source_folders()), allow_code=allow_code)
     finally:
+        gc.freeze()
         gc.enable()
 
 

@@ -20,7 +20,7 @@ def layers(prefix: str, count: int, inner: str = "mlp.weight") -> list[str]:
 
 
 def stack_of(names: Iterable[str], count: int | None) -> LayerStack | None:
-    return find_stack(names, {} if count is None else {"num_hidden_layers": count})
+    return find_stack(numbered_stacks(names), {} if count is None else {"num_hidden_layers": count})
 
 
 NAMINGS = [*STACK_PREFIXES, "encoder.layer", "layers", "h", "backbone.layers", "transformer.blocks"]
