@@ -528,3 +528,20 @@ def test_a_folder_that_cannot_be_is_refused_not_a_crash(written: str) -> None:
     recipe: Recipe = parse_recipe({"pretrained": written, "posttrained": "post", "alpha": 1})
     with pytest.raises(SlrmergeError):
         open_pair(*recipe.source_folders())
+
+
+def test_one_folder_cannot_be_both_sides(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    recipe = load_recipe(recipe_file(tmp_path, "pretrained: ./a\nposttrained: ./link\nalpha: 0.5\n"))
+    with pytest.raises(RecipeError) as caught:
+        recipe.source_folders()
+    assert str(caught.value).endswith(
+        "$.pretrained: is the same folder as posttrained; name the checkpoint that the other was trained from"
+    )
+
+
+@pytest.mark.parametrize("rule", ["alpha: 0x{f}", "restore: [1, 0x{f}]"])
+def test_a_number_past_all_sense_is_refused_not_a_crash(tmp_path: Path, rule: str) -> None:
+    text = f"pretrained: a\nposttrained: b\n{rule.format(f='f' * 5000)}\n"
+    assert "a number of more than 64 bits" in said_of_file(recipe_file(tmp_path, text))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slrmerge import execute, verify_checkpoint
+from slrmerge import MergePlan, execute, verify_checkpoint
 from slrmerge.errors import CheckpointError, VerificationError
 from tests.checkpoints import llama_config, llama_tensors, safetensors_bytes, write_checkpoint
 from tests.conftest import Pair
@@ -295,3 +295,18 @@ def test_source_data_that_no_restored_layer_takes_may_change(hybrid: Pair) -> No
     path = hybrid.folder / "pre" / "model.safetensors"
     flip(path, path.stat().st_size - 1, 0)  # the pre-trained head is not used
     assert verify_checkpoint(hybrid.out).against_sources
+
+
+def test_a_plan_that_is_not_the_one_carried_out_is_not_called_equal(
+    hybrid: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MergePlan, "origins", lambda self: {})
+    report = verify_checkpoint(hybrid.out)
+    assert not report.against_sources
+    assert report.sources.startswith("not compared: slrmerge ")
+
+
+def test_a_source_out_of_sight_is_not_at_hand(hybrid: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: "pre" not in str(path) and exists(path))
+    assert verify_checkpoint(hybrid.out).sources.endswith("pre is not at hand")

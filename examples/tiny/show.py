@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="try every interval of PRETRAINED POSTTRAINED")
     args = parser.parse_args()
     torch.set_num_threads(1)  # faster than two at this size
+    disable_progress_bar()
     for folder in args.folders:
         if not folder.is_dir():
             parser.error(f"{folder}: no such folder")

@@ -3,7 +3,7 @@
 Opening one reads headers only; `CheckpointReader` reads tensors, in pieces, and notices when a file changes under it.
 """
 
-from slrmerge.checkpoint.folder import Checkpoint, open_checkpoint, open_pair
+from slrmerge.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, open_pair
 from slrmerge.checkpoint.header import (
     DTYPE_BITS,
     FLOATING,
@@ -19,8 +19,11 @@ from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
 from slrmerge.checkpoint.reader import CheckpointReader, Extent, read_exactly
 
 __all__ = [
+    "CONFIG_NAME",
     "DTYPE_BITS",
     "FLOATING",
+    "INDEX_NAME",
+    "SINGLE_NAME",
     "Checkpoint",
     "CheckpointReader",
     "Extent",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from slrmerge.checkpoint.header import Shard, TensorInfo, open_regular, read_shard, unique_keys
 from slrmerge.checkpoint.layers import LayerStack, find_stack, layer_count, longest_stack, numbered_stacks
-from slrmerge.errors import CheckpointError, Problem
+from slrmerge.errors import CheckpointError, Problem, raise_all
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -80,8 +80,7 @@ def open_pair(pretrained: Path, posttrained: Path) -> tuple[Checkpoint, Checkpoi
             opened.append(open_checkpoint(folder))
         except CheckpointError as error:
             problems.extend(error.problems)
-    if problems:
-        raise CheckpointError(*problems)
+    raise_all(problems, CheckpointError)
     return opened[0], opened[1]
 
 
@@ -117,8 +116,7 @@ def _open(folder: Path) -> Checkpoint:
     found = {file: shard for file, shard in shards.items() if shard is not None}
     if index and len(found) == len(files):
         problems.extend(_index_problems(folder, index, found))
-    if problems:
-        raise CheckpointError(*problems)
+    raise_all(problems, CheckpointError)
     checkpoint = Checkpoint(folder, config, found, _weight_map(found))
     if not checkpoint.weight_map:
         raise CheckpointError(Problem(str(folder), "holds no tensors", "fetch it again"))
@@ -193,8 +191,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         for file in sorted({str(file) for file in weight_map.values()})
         if not _is_plain_name(file)
     ]
-    if problems:
-        raise CheckpointError(*problems)
+    raise_all(problems, CheckpointError)
     return weight_map
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
-from slrmerge.errors import CheckpointError, Problem, did_you_mean
+from slrmerge.errors import CheckpointError, Problem, did_you_mean, raise_all
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
@@ -40,10 +40,7 @@ _LOOKALIKES = (
     (b"<!doctype", "an HTML page (a failed download?)", "download it again"),
     (b"<html", "an HTML page (a failed download?)", "download it again"),
     (b"PK\x03\x04", "a pickle archive (PyTorch's own format)", "convert it to safetensors first"),
-    *(
-        (bytes((0x80, version)), "a pickle (PyTorch's old format)", "convert it to safetensors first")
-        for version in range(2, 6)
-    ),
+    *((bytes((0x80, version)), _PICKLE, "convert it to safetensors first") for version in range(2, 6)),
     (b"GGUF", "a GGUF file", "convert it to safetensors first"),
 )
 
@@ -179,8 +176,7 @@ def _check_entries(path: Path, header: dict[str, Any], *, data_bytes: int) -> di
             tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), (begin, end))
     if not problems:
         problems.extend(Problem(str(path), fault, "fetch it again") for fault in _layout_faults(tensors, data_bytes))
-    if problems:
-        raise CheckpointError(*problems)
+    raise_all(problems, CheckpointError)
     return tensors
 
 

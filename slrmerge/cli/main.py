@@ -21,7 +21,7 @@ Exit codes:
 """
 
 
-class _Folder(click.Path):
+class _Path(click.Path):
     """A path argument; whether it exists is said by whoever opens it, in its own words."""
 
     def __init__(self) -> None:
@@ -41,8 +41,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print the result a
 _quiet = click.option("--quiet", is_flag=True, help="No progress and no summary, only errors.")
 _threads = click.option("--threads", type=click.IntRange(min=1), help="Cores to use.  [default: all]")
 _planning = _options(
-    click.argument("recipe", type=_Folder()),
-    click.option("--out", type=_Folder(), help="The folder to write; it appears complete or not at all."),
+    click.argument("recipe", type=_Path()),
+    click.option("--out", type=_Path(), help="The folder to write; it appears complete or not at all."),
     click.option("--overwrite", is_flag=True, help="Replace an older checkpoint at --out, in one step."),
     click.option("--max-shard-size", metavar="SIZE", help="The most bytes in one file, such as 5GB."),
     click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Output dtype."),
@@ -103,7 +103,7 @@ def merge(
     plan = _plan(recipe, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code)
     if dry_run:
         _require_target(plan, out, overwrite=overwrite)
-        show.plan(plan, out, as_json=as_json)
+        show.print_plan(plan, out, as_json=as_json)
         return
     if out is None:
         raise click.UsageError("missing option '--out'", ctx)
@@ -116,7 +116,7 @@ def merge(
     finally:
         progress.close()
     if as_json or not quiet:
-        show.merged(plan, result, out, as_json=as_json)
+        show.print_merged(plan, result, out, as_json=as_json)
 
 
 @main.command()
@@ -145,13 +145,13 @@ def plan(
 
     made = _plan(recipe, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code)
     _require_target(made, out, overwrite=overwrite)
-    show.plan(made, out, as_json=as_json)
+    show.print_plan(made, out, as_json=as_json)
 
 
 @main.command()
-@click.argument("folder", type=_Folder())
-@click.option("--pretrained", type=_Folder(), help="Where the pre-trained side is now.")
-@click.option("--posttrained", type=_Folder(), help="Where the post-trained side is now.")
+@click.argument("folder", type=_Path())
+@click.option("--pretrained", type=_Path(), help="Where the pre-trained side is now.")
+@click.option("--posttrained", type=_Path(), help="Where the post-trained side is now.")
 @_threads
 @_json
 @_quiet
@@ -185,11 +185,11 @@ def verify(
     finally:
         progress.close()
     if as_json or not quiet:
-        show.verified(report, as_json=as_json)
+        show.print_verified(report, as_json=as_json)
 
 
 @main.command()
-@click.argument("checkpoint", type=_Folder())
+@click.argument("checkpoint", type=_Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
 @click.pass_context
@@ -204,7 +204,7 @@ def inspect(ctx: click.Context, checkpoint: Path, *, tensors: bool, as_json: boo
     from slrmerge.checkpoint import open_checkpoint
     from slrmerge.cli import show
 
-    show.checkpoint(open_checkpoint(checkpoint), tensors=tensors, as_json=as_json)
+    show.print_checkpoint(open_checkpoint(checkpoint), tensors=tensors, as_json=as_json)
 
 
 @main.command()

@@ -1,6 +1,7 @@
 """What people see: tables and sentences on stdout, or the same as JSON."""
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
+def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     """What would be read and written: sources, parts, files, disk, notes."""
     if as_json:
         room = {} if out is None else {"out": str(out), "free_bytes": free_bytes(resolve_target(out))}
@@ -51,7 +52,7 @@ def plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     return None
 
 
-def merged(plan: MergePlan, result: MergeResult, out: Path, *, as_json: bool) -> None:
+def print_merged(plan: MergePlan, result: MergeResult, out: Path, *, as_json: bool) -> None:
     """What was written, and how fast."""
     if as_json:
         return _print_json(
@@ -72,11 +73,11 @@ def merged(plan: MergePlan, result: MergeResult, out: Path, *, as_json: bool) ->
         click.echo(f"note: {note}")
     rate = result.output_bytes / max(result.elapsed_s, 1e-3)
     click.echo(f"{out}: {size(result.output_bytes)} in {result.elapsed_s:.1f} s ({size(rate)}/s)")
-    click.echo(f"prove it: slrmerge verify {out}")
+    click.echo(f"prove it: slrmerge verify {shlex.quote(str(out))}")
     return None
 
 
-def verified(report: VerifyReport, *, as_json: bool) -> None:
+def print_verified(report: VerifyReport, *, as_json: bool) -> None:
     """What was proven."""
     if as_json:
         return _print_json({**asdict(report), "folder": str(report.folder), "verified": True})
@@ -85,7 +86,7 @@ def verified(report: VerifyReport, *, as_json: bool) -> None:
     return None
 
 
-def checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) -> None:
+def print_checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) -> None:
     """A checkpoint's layers, shapes, dtypes and sizes."""
     if as_json:
         return _print_json(_described(checkpoint))

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from slrmerge import files
+from slrmerge.checkpoint import CONFIG_NAME
 from slrmerge.errors import NoSpaceError, OutputError, Problem
 from slrmerge.plan import MergePlan
 from slrmerge.plan.sidefiles import CHAT_TEMPLATE_FOLDERS
@@ -55,7 +56,7 @@ def target_problems(plan: MergePlan, target: Path, *, overwrite: bool) -> Iterat
 
 def _is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a model, or was one: nothing else is ever replaced."""
-    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    return (folder / CONFIG_NAME).exists() and any(folder.glob("*.safetensors"))
 
 
 def _nearest_folder(target: Path) -> Path:

@@ -7,14 +7,13 @@ from slrmerge.errors import CheckpointError, PlanError, Problem, raise_all
 from slrmerge.plan.model import Kind, MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.plan.routes import route
 from slrmerge.plan.shards import lay_out
-from slrmerge.plan.sidefiles import CARD_NAME, INDEX_NAME, LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, plan_files
+from slrmerge.plan.sidefiles import CARD_NAME, LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, plan_files
 from slrmerge.plan.summary import Part, summarise_parts
 from slrmerge.plan.tensors import TensorPlanner
 from slrmerge.recipe import Recipe
 
 __all__ = [
     "CARD_NAME",
-    "INDEX_NAME",
     "LOADED_SUFFIXES",
     "MANIFEST_NAME",
     "RECIPE_NAME",

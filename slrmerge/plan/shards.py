@@ -6,10 +6,8 @@ not fit; a tensor that is larger than a file gets one of its own.
 
 from collections.abc import Iterable
 
-from slrmerge.checkpoint import DTYPE_BITS, TensorInfo
+from slrmerge.checkpoint import DTYPE_BITS, SINGLE_NAME, TensorInfo
 from slrmerge.plan.model import PlannedShard, PlannedTensor
-
-SINGLE_NAME = "model.safetensors"
 
 
 def split_by_size(sizes: Iterable[int], *, limit_bytes: int) -> list[list[int]]:

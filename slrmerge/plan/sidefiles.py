@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slrmerge.checkpoint import Checkpoint, Identity
+from slrmerge.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, Identity
 from slrmerge.plan.model import PlannedFile, PlannedShard
 
 COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".spm", ".tiktoken", ".txt", ".vocab", ".bpe"})
@@ -20,7 +20,6 @@ CHAT_TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
 MANIFEST_NAME = "slrmerge.json"
 RECIPE_NAME = "slrmerge.yaml"
 CARD_NAME = "README.md"
-INDEX_NAME = "model.safetensors.index.json"
 
 _NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, "adapter_config.json", "trainer_state.json"})
 
@@ -34,7 +33,7 @@ def plan_files(
     for path, name in _candidates(posttrained.folder):
         if path.suffix == ".py":
             code.append(name)
-        elif name == "config.json" and dtype:
+        elif name == CONFIG_NAME and dtype:
             content = _dump(_with_dtype(posttrained.config, dtype))
             files.append(PlannedFile(name, len(content), content=content))
         elif _is_copied(path):

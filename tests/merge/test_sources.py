@@ -125,3 +125,12 @@ def test_a_value_that_float16_cannot_hold_leaves_nothing(pair: Pair, size: str) 
     )
     assert not pair.out.exists()
     assert leftovers(pair.out) == []  # the same command would fail again, so nothing is worth keeping
+
+
+def test_a_side_file_edited_to_the_same_length_after_planning_is_named(calm: Pair) -> None:
+    plan, path = calm.plan(restore=[2, 3]), calm.folder / "post" / "config.json"
+    path.write_bytes(path.read_bytes().replace(b"6", b"5"))
+    with pytest.raises(SourceChangedError) as caught:
+        execute(plan, calm.out)
+    assert str(caught.value) == f"{path}: was changed while it was read; run again"
+    assert leftovers(calm.out) == []

@@ -221,3 +221,39 @@ def test_exactly_enough_room_is_enough(pair: Pair, monkeypatch: pytest.MonkeyPat
     plan = pair.plan(restore=[2, 3])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=plan.output_bytes))
     assert execute(plan, pair.out).folder == pair.out
+
+
+@pytest.mark.parametrize("name", [".git", "checkpoint-5", "original"])
+def test_overwrite_leaves_a_folder_that_holds_more_than_a_checkpoint_alone(pair: Pair, name: str) -> None:
+    write_files(pair.out, OLD | {f"{name}/file": b"precious"})
+    before = tree(pair.out)
+    result = run(pair.recipe_file(restore=[2, 3]), "--out", pair.out, "--overwrite")
+    what = f"holds more than a checkpoint ({name}), so --overwrite leaves it alone; choose another --out"
+    assert result.stderr.splitlines()[1:] == [f"  {pair.out}: {what}"]
+    assert tree(pair.out) == before
+
+
+def test_a_target_that_a_side_file_of_a_source_links_into_is_refused(pair: Pair) -> None:
+    write_files(pair.out, OLD | {"vocab.txt": b"words"})
+    (pair.folder / "post" / "vocab.txt").symlink_to(pair.out / "vocab.txt")
+    result = run(pair.recipe_file(restore=[2, 3]), "--out", pair.out, "--overwrite")
+    what = f"holds files that {pair.folder}/post links to; choose another --out"
+    assert result.stderr.splitlines()[1:] == [f"  {pair.out}: {what}"]
+
+
+def test_a_replaced_checkpoint_that_cannot_be_removed_is_said_and_the_merge_is_complete(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(pair.out, OLD)
+    rmtree = shutil.rmtree
+
+    def stubborn(path: Path) -> None:
+        if (path / "model.safetensors").exists() and (path / "model.safetensors").read_bytes() == b"old weights":
+            raise PermissionError(13, "Permission denied", str(path))
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    result = run(pair.recipe_file(restore=[2, 3]), "--out", pair.out, "--overwrite")
+    assert result.exit_code == 0
+    assert "the checkpoint that was replaced is still in" in result.stderr
+    assert read_back(pair.out).keys() == pair.post.keys()

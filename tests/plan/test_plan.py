@@ -130,3 +130,12 @@ def test_everything_that_does_not_fit_comes_in_one_go_and_names_the_recipe_file(
         f"{where}: $.layers[0].range: 9 is past the last layer (5); use 0–5",
     ]
     assert "model.norm.weight: has shape [9] pre-trained and [8] post-trained; " in str(caught.value)
+
+
+def test_models_of_different_depth_are_two_models(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre", layers=8), llama_config(layers=8))
+    write_checkpoint(tmp_path / "post", llama_tensors("post", layers=6))
+    with pytest.raises(PlanError) as caught:
+        plan_of(tmp_path, restore=[1, 2])
+    said = "8 layers pre-trained and 6 post-trained: these are two models; name the model it was trained from"
+    assert str(caught.value) == f"{tmp_path}/pre: {said}"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from slrmerge.plan import INDEX_NAME, MergePlan
+from slrmerge.checkpoint import INDEX_NAME
+from slrmerge.plan import MergePlan
 from slrmerge.stream import file_chunks
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.plan import plan_of
