@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -310,3 +311,16 @@ def test_a_source_out_of_sight_is_not_at_hand(hybrid: Pair, monkeypatch: pytest.
     exists = os.path.exists
     monkeypatch.setattr(os.path, "exists", lambda path: "pre" not in str(path) and exists(path))
     assert verify_checkpoint(hybrid.out).sources.endswith("pre is not at hand")
+
+
+def test_the_loaders_own_reader_has_a_say(hybrid: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Blind(nullcontext[None]):
+        def keys(self) -> list[str]:
+            return []
+
+        def __enter__(self) -> "Blind":  # type: ignore[override]
+            return self
+
+    monkeypatch.setattr("safetensors.safe_open", lambda path, framework: Blind())
+    said = "is not what safetensors expects to read; please report this"
+    assert problems(hybrid.out) == [f"model-0000{k}-of-00003.safetensors: {said}" for k in (1, 2, 3)]

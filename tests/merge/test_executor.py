@@ -287,8 +287,8 @@ def test_without_fsync_nothing_waits_for_the_disk(pair: Pair, monkeypatch: pytes
     assert calls == []
 
 
-def test_a_restoration_does_without_torch(pair: Pair) -> None:
-    code = f"import sys; sys.modules.update(torch=None); {RUN}"
+def test_a_restoration_needs_neither_torch_nor_numpy(pair: Pair) -> None:
+    code = f"import sys; sys.modules.update(torch=None, numpy=None); {RUN}"
     command = [sys.executable, "-c", code, str(pair.recipe_file(restore=[2, 3])), "--out", str(pair.out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
