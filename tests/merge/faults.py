@@ -199,6 +199,7 @@ def interrupt(at: int, arguments: list[str]) -> None:
     from slrmerge.cli import main
     from slrmerge.cli.progress import TerminalProgress
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite itself runs in the background
     noticed, shutdown = Event(), ThreadPoolExecutor.shutdown
 
     def noticing_shutdown(self: ThreadPoolExecutor, **options: bool) -> None:
