@@ -157,10 +157,14 @@ def _write_shards(
     waiting = [shard for shard in plan.shards if shard.name not in journal.finished]
     progress.start("merging", sum(shard.file_bytes for shard in waiting))
     advance = one_at_a_time(progress.advance)
-    stop = Event()
+    # Nothing starts before all is queued: a thread that Ctrl-C catches being born is one that no pool waits for.
+    go, stop = Event(), Event()
     own = _PerThread()
 
     def write(shard: _OpenShard, number: int, start: int, end: int) -> None:
+        go.wait()
+        if stop.is_set():
+            return
         parts = _until(stop, shard.stream.parts(start, end, own.blender))
         digest = write_piece(shard.path, start, end, parts, on_bytes=advance)
         if not stop.is_set() and shard.is_finished_by(number, digest):
@@ -179,10 +183,12 @@ def _write_shards(
                     for shard, piece in zip(opened, row, strict=True):
                         if piece is not None:
                             pending.append(pool.submit(write, shard, piece[0], *piece[1]))
+            go.set()
             wait(pending, return_when=FIRST_EXCEPTION)
         finally:
-            if not all(future.done() and not future.exception() for future in pending):
+            if not go.is_set() or not all(future.done() and not future.exception() for future in pending):
                 stop.set()
+                go.set()
                 pool.shutdown(cancel_futures=True)
     for future in pending:
         if not future.cancelled():

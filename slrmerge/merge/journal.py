@@ -56,9 +56,7 @@ class Journal:
             path = self.folder / name
             if not path.exists() or digest_file(path) != expected:
                 del self.finished[name]
-        for path in self.folder.iterdir():
-            if path.name != JOURNAL_NAME and path.name not in self.finished:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.discard_unfinished()
         if self.finished:
             progress.say(f"resuming: {len(self.finished)} shards are as they should be")
         return len(self.finished)
@@ -70,6 +68,12 @@ class Journal:
             if self._fsync:
                 files.sync_file(file.fileno())
             self.finished[name] = written
+
+    def discard_unfinished(self) -> None:
+        """Remove everything but finished shards and the journal itself."""
+        for path in self.folder.iterdir():
+            if path.name != JOURNAL_NAME and path.name not in self.finished:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -110,9 +114,7 @@ def keep_finished(journal: Journal, total: int) -> Iterator[None]:
             error.add_note("the merge is complete: this came after it")
             raise
         if journal.finished and not isinstance(error, _FOR_GOOD):
-            for path in journal.folder.iterdir():
-                if path.name != JOURNAL_NAME and path.name not in journal.finished:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            journal.discard_unfinished()
             error.add_note(
                 f"{len(journal.finished)} of {total} shards are finished and kept in {journal.folder}; "
                 "the same command takes up from there"
