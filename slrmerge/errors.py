@@ -97,6 +97,20 @@ class BlendError(SlrmergeError):
     summary = "the result does not fit the output dtype"
 
 
+class UnsupportedModelError(SlrmergeError):
+    """A model is one that a search cannot serve, or does not serve exactly."""
+
+    exit_code = 12
+    summary = "this model cannot be searched"
+
+
+class MissingExtraError(SlrmergeError):
+    """A package is not installed that only some commands need."""
+
+    exit_code = 13
+    summary = "a package is missing"
+
+
 def raise_all(problems: Iterable[Problem], error: type[SlrmergeError]) -> None:
     """Raise `error` with all of `problems`, or return when there are none."""
     found = tuple(problems)

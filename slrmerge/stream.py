@@ -25,6 +25,34 @@ class Sources:
         self.pretrained.check_unchanged()
         self.posttrained.check_unchanged()
 
+    def read_for(self, tensor: PlannedTensor) -> list[tuple[CheckpointReader, str]]:
+        """What is read for a tensor, the pre-trained side first."""
+        sides = ((self.pretrained, tensor.pretrained), (self.posttrained, tensor.posttrained))
+        return [(reader, name) for reader, name in sides if name is not None]
+
+    def computed(self, tensor: PlannedTensor, begin: int, end: int, blender: Blender) -> Iterator[memoryview]:
+        """Bytes `begin` to `end` of a blend or a cast; both lie between elements. Valid until the next is asked for."""
+        width = DTYPE_BITS[tensor.info.dtype] // 8
+        sides = self.read_for(tensor)
+        dtypes = tuple(reader.checkpoint[name].dtype for reader, name in sides)
+        for start in range(begin // width, end // width, CHUNK_ELEMENTS):
+            count = min(CHUNK_ELEMENTS, end // width - start)
+            for (reader, name), dtype, buffer in zip(sides, dtypes, blender.inputs, strict=False):
+                source_width = DTYPE_BITS[dtype] // 8
+                reader.read_into(name, start * source_width, buffer[: count * source_width])
+            yield blender.run(tensor.name, count, dtypes, tensor.info.dtype, tensor.alpha)
+
+    def fill(self, buffer: memoryview, tensor: PlannedTensor, begin: int, blender: Blender) -> None:
+        """Fill `buffer` with a tensor's bytes from byte `begin` of it, which lies between two elements."""
+        if tensor.kind == "copy":
+            ((reader, name),) = self.read_for(tensor)
+            reader.read_into(name, begin, buffer)
+            return
+        done = 0
+        for chunk in self.computed(tensor, begin, begin + len(buffer), blender):
+            buffer[done : done + len(chunk)] = chunk
+            done += len(chunk)
+
 
 class ShardStream:
     """The bytes of a planned shard, in any stretch; threads may share one, each with a Blender of its own."""
@@ -51,10 +79,10 @@ class ShardStream:
                 return
             from_, to = max(begin, run_begin) - run_begin, min(end, run_end) - run_begin
             if first.kind == "copy":
-                ((reader, name),) = self._read(first)
+                ((reader, name),) = self._sources.read_for(first)
                 yield reader.extent(name, from_, to - from_)
             else:
-                yield from self._computed(first, from_, to, blender)
+                yield from self._sources.computed(first, from_, to, blender)
 
     def chunks(self, start: int, stop: int, blender: Blender) -> Iterator[memoryview]:
         """The same bytes, all in memory."""
@@ -78,22 +106,6 @@ class ShardStream:
     @cached_property
     def _run_ends(self) -> list[int]:
         return [run[-1].info.data_offsets[1] for run in self._runs]
-
-    def _read(self, tensor: PlannedTensor) -> list[tuple[CheckpointReader, str]]:
-        """What is read for a tensor, the pre-trained side first."""
-        sides = ((self._sources.pretrained, tensor.pretrained), (self._sources.posttrained, tensor.posttrained))
-        return [(reader, name) for reader, name in sides if name is not None]
-
-    def _computed(self, tensor: PlannedTensor, begin: int, end: int, blender: Blender) -> Iterator[memoryview]:
-        """Bytes of a blend or a cast; they start and stop between elements, since wide dtypes come first in a file."""
-        width = DTYPE_BITS[tensor.info.dtype] // 8
-        dtypes = self._plan.source_dtypes(tensor)
-        for start in range(begin // width, end // width, CHUNK_ELEMENTS):
-            count = min(CHUNK_ELEMENTS, end // width - start)
-            for (reader, name), dtype, buffer in zip(self._read(tensor), dtypes, blender.inputs, strict=False):
-                source_width = DTYPE_BITS[dtype] // 8
-                reader.read_into(name, start * source_width, buffer[: count * source_width])
-            yield blender.run(tensor.name, count, dtypes, tensor.info.dtype, tensor.alpha)
 
 
 def file_chunks(file: PlannedFile) -> Iterator[memoryview]:

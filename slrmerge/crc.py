@@ -1,0 +1,77 @@
+"""Proxy tasks: cheap questions whose answers show how obedient and how varied a model is (paper, section 3.2).
+
+A task is one class, named in `TASKS`.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHORTEST_RANGE = 4
+"""Characters that a range holds at least: with fewer there is little variety to lose."""
+
+_DIGITS = "0123456789"
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ONLY = "Do not include anything else in your reply."
+_FAMILIES = (
+    ("Generate a random integer in the range [{}, {}]. " + _ONLY, _DIGITS),
+    ("Generate a random letter from {} to {} (inclusive). " + _ONLY, _LETTERS),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a model is asked, and the answers that are valid; each has to be a single token."""
+
+    text: str
+    answers: tuple[str, ...]
+
+
+class Scores(NamedTuple):
+    """Quality and diversity, each of shape (hybrids, prompts), float64."""
+
+    quality: NDArray[np.float64]
+    diversity: NDArray[np.float64]
+
+
+class ProxyTask(Protocol):
+    """Questions, and what the probabilities of their valid answers say about a model."""
+
+    def questions(self) -> tuple[Question, ...]: ...
+
+    def score(self, log_probs: NDArray[np.float64]) -> Scores:
+        """`log_probs` of the valid answers, shape (hybrids, prompts, answers), NaN past a prompt's own answers."""
+        ...
+
+
+class ConstrainedRandomCharacter:
+    """CRC: a random digit, or letter, from a range. 20 prompts of each, the same in every run.
+
+    Q is the probability that the first token is valid, D the entropy (nats) of the valid tokens among themselves.
+    """
+
+    prompts_per_family = 20
+
+    def questions(self) -> tuple[Question, ...]:
+        rng = random.Random(0)
+        asked = []
+        for text, alphabet in _FAMILIES:
+            ends = [(a, b) for a in range(len(alphabet)) for b in range(a + SHORTEST_RANGE - 1, len(alphabet))]
+            for a, b in sorted(rng.sample(ends, self.prompts_per_family)):
+                asked.append(Question(text.format(alphabet[a], alphabet[b]), tuple(alphabet[a : b + 1])))
+        return tuple(asked)
+
+    def score(self, log_probs: NDArray[np.float64]) -> Scores:
+        probabilities = np.exp(log_probs)
+        quality = np.nansum(probabilities, axis=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):  # no mass on any valid answer: no variety either
+            share = probabilities / quality[..., None]
+            diversity = -np.nansum(np.where(share > 0, share * np.log(share), 0.0), axis=-1)
+        return Scores(quality, np.where(quality > 0, diversity, 0.0))
+
+
+TASKS: dict[str, type[ProxyTask]] = {"crc": ConstrainedRandomCharacter}
+"""The tasks by the names that the command line gives them."""

@@ -1,0 +1,216 @@
+"""Many hybrids of one pair, asked the same prompts in one pass over the layers.
+
+Two tries carry it. Over layers: hybrids with the same weights up to a layer have the same states there, so each distinct
+state is worked out once, and each layer's weights are read once per side. Over tokens: prompts share most of their
+text, so they are packed as a trie. Nothing here knows what an interval is.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import xxhash
+
+import slrmerge
+from slrmerge.sweep.model import Layout, StagedModel, rows_in_use
+from slrmerge.sweep.paths import Step, count_states, step
+from slrmerge.sweep.states import StateStore
+from slrmerge.sweep.trie import pack
+from slrmerge.sweep.weights import Choice, HybridWeights
+
+CHUNK_TOKENS = 4096
+"""Tokens run through a layer at a time: enough for the matrix products, little enough for the caches."""
+
+HEAD_BYTES = 1 << 28
+"""Memory for a step of the head: rows of its weights, and the logits that they give in float64."""
+
+
+class Prompt(Protocol):
+    """What a hybrid is asked: token ids, and those of the answers that are valid."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def valid_ids(self) -> Sequence[int]: ...
+
+
+class SweepProgress(Protocol):
+    """Who wants to know how far a sweep is, in states: one hybrid's tokens through one layer."""
+
+    def stage(self, what: str) -> None: ...
+    def advance(self, states: int) -> None: ...
+    def say(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Hybrids as choices, stage by stage. `variants[s]` are the different weights of stage s, each the alphas of its
+    tensors in the order of `stages[s]`; `choices[s]` is, for every hybrid, which of them it takes."""
+
+    stages: tuple[tuple[str, ...], ...]
+    variants: tuple[tuple[tuple[float, ...], ...], ...]
+    choices: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, stages: tuple[tuple[str, ...], ...], hybrids: Sequence[Mapping[str, float]]) -> "SweepPlan":
+        """From the alpha of every tensor, hybrid by hybrid."""
+        variants: list[tuple[tuple[float, ...], ...]] = []
+        choices: list[tuple[int, ...]] = []
+        for names in stages:
+            number: dict[tuple[float, ...], int] = {}
+            choices.append(
+                tuple(number.setdefault(tuple(map(hybrid.__getitem__, names)), len(number)) for hybrid in hybrids)
+            )
+            variants.append(tuple(number))
+        return cls(stages, tuple(variants), tuple(choices))
+
+    @cached_property
+    def state_counts(self) -> list[int]:
+        """How many states each stage makes at most."""
+        return count_states(self.choices)
+
+    @property
+    def wanted(self) -> set[Choice]:
+        """Every tensor with every alpha that some hybrid wants it at."""
+        return {
+            choice
+            for names, variants in zip(self.stages, self.variants, strict=True)
+            for alphas in variants
+            for choice in zip(names, alphas, strict=True)
+        }
+
+    def tensors(self, stage: int, variant: int) -> list[Choice]:
+        return list(zip(self.stages[stage], self.variants[stage][variant], strict=True))
+
+
+class Sweep:
+    """One pass of `plan`'s hybrids over `prompts`."""
+
+    def __init__(
+        self, model: StagedModel, weights: HybridWeights, *, plan: SweepPlan, prompts: Sequence[Prompt]
+    ) -> None:
+        self._model = model
+        self._weights = weights
+        self._plan = plan
+        self._prompts = prompts
+        self._layout: Layout = model.lay_out(pack([prompt.ids for prompt in prompts]))
+        self._last = len(plan.stages) - 1
+
+    @torch.inference_mode()
+    def run(self, store: StateStore, progress: SweepProgress) -> torch.Tensor:
+        """Log-probabilities of the valid answers, float64, shape (hybrids, prompts, answers), NaN past a prompt's own.
+
+        Goes on where an earlier run of the same sweep stopped, if `store` holds its states.
+        """
+        resumed = store.resume()
+        if resumed is None:
+            done, (nodes, states) = 1, self._embed(store)
+        else:
+            done, nodes, states = resumed.stages_done, resumed.nodes, resumed.states
+            progress.say(f"going on after layer {done - 2}" if done > 1 else "going on after the embedding")
+            progress.advance(sum(self._plan.state_counts[1:done]))
+        for stage in range(done, self._last):
+            now = self._step(stage, nodes)
+            progress.stage(f"layer {stage - 1} of {self._last - 2}, {len(set(now.nodes))} states")
+            states = self._layer(stage, now, states, store, progress)
+            nodes = now.nodes
+            store.commit(stage + 1, nodes, states)
+        progress.stage("head")
+        return self._head(nodes, states)
+
+    def _step(self, stage: int, nodes: Sequence[int]) -> Step:
+        """The step of a stage; variants whose weights are the same bytes on both sides count as one."""
+        same = [self._weights.same_on_both_sides(name) for name in self._plan.stages[stage]]
+        number: dict[tuple[float, ...], int] = {}
+        merged = []
+        for place, alphas in enumerate(self._plan.variants[stage]):
+            key = tuple(0.0 if equal and alpha == 1 else alpha for alpha, equal in zip(alphas, same, strict=True))
+            merged.append(number.setdefault(key, place))
+        return step(nodes, [merged[variant] for variant in self._plan.choices[stage]])
+
+    def _embed(self, store: StateStore) -> tuple[tuple[int, ...], torch.Tensor]:
+        now = self._step(0, (0,) * len(self._plan.choices[0]))
+        rows = rows_in_use(self._layout.trie.ids)
+        made: dict[int, torch.Tensor] = {}
+        for variant, jobs in now.jobs.items():
+            for _, end in jobs:
+                made[end] = self._model.embed(self._layout, self._embedding(variant, rows)).cpu()
+        states = store.allocate((now.state_count, *made[0].shape[1:]), made[0].dtype)
+        for end, state in made.items():
+            states[end] = state[0]
+        return now.nodes, states
+
+    def _embedding(self, variant: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The embedding's weights with these rows only."""
+        embedding, *others = self._plan.tensors(0, variant)
+        return {embedding[0]: self._weights.load_rows(embedding, rows), **self._weights.load(others)}
+
+    def _layer(
+        self, stage: int, now: Step, states: torch.Tensor, store: StateStore, progress: SweepProgress
+    ) -> torch.Tensor:
+        tokens = states.shape[1] if stage < self._last - 1 else len(self._prompts)
+        made = store.allocate((now.state_count, tokens, states.shape[2]), states.dtype)
+        at_a_time = max(1, CHUNK_TOKENS // states.shape[1])
+        for variant, jobs in now.jobs.items():
+            weights = self._weights.load(self._plan.tensors(stage, variant))
+            for start in range(0, len(jobs), at_a_time):
+                before, after = map(list, zip(*jobs[start : start + at_a_time], strict=True))
+                chunk = states[before].to(self._model.device)
+                made[after] = self._model.run_layer(stage - 1, self._layout, weights, chunk).to(made.device)
+                progress.advance(len(before))
+            del weights
+        return made
+
+    def _head(self, nodes: Sequence[int], states: torch.Tensor) -> torch.Tensor:
+        now = self._step(self._last, nodes)
+        answers = max(len(prompt.valid_ids) for prompt in self._prompts)
+        shape = (now.state_count, len(self._prompts))
+        total = torch.full(shape, -torch.inf, dtype=torch.float64)
+        valid = torch.full((*shape, answers), torch.nan, dtype=torch.float64)
+        for variant, jobs in now.jobs.items():
+            head, *others = self._plan.tensors(self._last, variant)
+            shared = self._weights.load(choice for choice in others if choice[0] != self._model.head_bias_name)
+            for rows in self._row_chunks(states.shape[2]):
+                part = {head[0]: self._weights.load_rows(head, rows), **shared}
+                for bias in others:
+                    if bias[0] == self._model.head_bias_name:
+                        part[bias[0]] = self._weights.load_rows(bias, rows)
+                asked = self._asked_in(rows)
+                at_a_time = max(1, HEAD_BYTES // (len(self._prompts) * len(rows) * 8))
+                for start in range(0, len(jobs), at_a_time):
+                    before, after = map(list, zip(*jobs[start : start + at_a_time], strict=True))
+                    logits = self._model.logits(states[before].to(self._model.device), part).double().cpu()
+                    total[after] = torch.logaddexp(total[after], logits.logsumexp(dim=-1))
+                    for prompt, answer, column in asked:
+                        valid[after, prompt, answer] = logits[:, prompt, column]
+        return (valid - total[..., None])[list(now.nodes)]
+
+    def _row_chunks(self, width: int) -> Iterator[range]:
+        """The vocabulary in runs of rows that fit in `HEAD_BYTES`."""
+        rows = max(1, HEAD_BYTES // (width * self._model.dtype.itemsize) // 2)
+        for start in range(0, self._model.vocabulary, rows):
+            yield range(start, min(start + rows, self._model.vocabulary))
+
+    def _asked_in(self, rows: range) -> list[tuple[int, int, int]]:
+        """The valid answers in a run of the vocabulary: (prompt, place among its answers, row in the run)."""
+        return [
+            (number, answer, token - rows.start)
+            for number, prompt in enumerate(self._prompts)
+            for answer, token in enumerate(prompt.valid_ids)
+            if token in rows
+        ]
+
+    def fingerprint(self, *sources: object) -> str:
+        """A digest of all that decides the result: the hybrids, the prompts, the model, the versions, and `sources`."""
+        import transformers
+
+        parts = [
+            (slrmerge.__version__, torch.__version__, transformers.__version__),
+            (self._model.name, self._model.dtype, self._model.device),
+            self._plan,
+            [(list(prompt.ids), list(prompt.valid_ids)) for prompt in self._prompts],
+            sources,
+        ]
+        return xxhash.xxh3_128_hexdigest("\n".join(map(repr, parts)).encode())

@@ -1,0 +1,107 @@
+"""The hidden states of a sweep, in memory or past a limit in a mapped file, and what is needed to go on after a kill."""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from slrmerge.errors import OutputError, Problem
+from slrmerge.writer import digest_file
+
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where an earlier run got to: the stages that are done, the hybrids' places, and their states."""
+
+    stages_done: int
+    nodes: tuple[int, ...]
+    states: torch.Tensor
+
+
+class StateStore:
+    """Gives room for states and, with a `folder`, keeps those of the last finished stage there.
+
+    Old and new states of a stage together stay under `max_bytes` of memory, or are mapped files in the folder.
+    """
+
+    def __init__(self, folder: Path | None, *, max_bytes: int, fingerprint: str) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._fingerprint = fingerprint
+        self._held_bytes = 0
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Room for the states that a stage makes, while those of the stage before are still held."""
+        count = prod(shape) * dtype.itemsize
+        in_memory = self._folder is None or self._held_bytes + count <= self._max_bytes
+        self._held_bytes = count
+        if in_memory:
+            return torch.empty(*shape, dtype=dtype)
+        return self._mapped(self._new, shape, dtype)
+
+    def commit(self, stages_done: int, nodes: Sequence[int], states: torch.Tensor) -> None:
+        """Keep a finished stage; from here a killed run goes on."""
+        if self._folder is None:
+            return
+        kept = self._kept(stages_done)
+        try:
+            if not self._new.exists():
+                with open(self._new, "wb") as file:
+                    file.write(memoryview(states.reshape(-1).view(torch.uint8).numpy()))
+            os.replace(self._new, kept)
+            value = {
+                "fingerprint": self._fingerprint,
+                "stages_done": stages_done,
+                "nodes": list(nodes),
+                "shape": list(states.shape),
+                "dtype": str(states.dtype).removeprefix("torch."),
+                "digest": digest_file(kept).digest,
+            }
+            beside = self._folder / f"{_PROGRESS}.new"
+            beside.write_text(json.dumps(value))
+            os.replace(beside, self._folder / _PROGRESS)
+        except OSError as error:
+            what = f"cannot hold the search's states ({error.strerror})"
+            raise OutputError(Problem(str(self._folder), what, "choose another --out, or --no-resume")) from error
+        with suppress(OSError):
+            self._kept(stages_done - 1).unlink()
+
+    def resume(self) -> Resumed | None:
+        """What an earlier run of the same sweep left, or None where there is nothing sound of it."""
+        if self._folder is None:
+            return None
+        try:
+            value = json.loads((self._folder / _PROGRESS).read_bytes())
+            kept = self._kept(value["stages_done"])
+            if value["fingerprint"] != self._fingerprint or value["digest"] != digest_file(kept).digest:
+                return None
+            dtype = getattr(torch, value["dtype"])
+        except (OSError, OutputError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        self._new.unlink(missing_ok=True)
+        self._held_bytes = kept.stat().st_size
+        if self._held_bytes > self._max_bytes:
+            states = self._mapped(kept, value["shape"], dtype)
+        else:
+            states = torch.frombuffer(bytearray(kept.read_bytes()), dtype=dtype).view(value["shape"])
+        return Resumed(value["stages_done"], tuple(value["nodes"]), states)
+
+    @property
+    def _new(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "states.new"
+
+    def _kept(self, stages_done: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"states-{stages_done}"
+
+    @staticmethod
+    def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(*shape)
