@@ -6,6 +6,7 @@ Every expected failure is a `SlrmergeError`: a list of problems, each with where
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,14 @@ def raise_all(problems: Iterable[Problem], error: type[SlrmergeError]) -> None:
     found = tuple(problems)
     if found:
         raise error(*found)
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """Raise MissingExtraError unless all `packages`, which slrmerge's `extra` brings, are installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        remedy = f"pip install 'slrmerge[{extra}]'"
+        raise MissingExtraError(Problem(f"slrmerge {extra}", f"needs {' and '.join(missing)}", remedy))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

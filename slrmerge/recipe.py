@@ -218,6 +218,11 @@ class Recipe(_Strict):
         raise_all(problems, RecipeError)
         return folders[0], folders[1]
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether it says what to merge, and not only which two checkpoints."""
+        return any(getattr(self, key) not in (None, ()) for key in _RULES)
+
     def to_dict(self) -> dict[str, Any]:
         """What the recipe says, without what it leaves at its default; sizes in bytes, intervals as a list."""
         return self.model_dump(mode="json", exclude_defaults=True)
@@ -226,10 +231,11 @@ class Recipe(_Strict):
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
-def load_recipe(path: Path, **overrides: object) -> Recipe:
+def load_recipe(path: Path, *, pair_only: bool = False, **overrides: object) -> Recipe:
     """Read the recipe in the YAML file at `path`; `overrides` that are not None replace its top-level keys.
 
-    Raises RecipeError with every problem found, each with its place in the file (`$.layers[0].range`).
+    With `pair_only` it may name two checkpoints and nothing to do with them. Raises RecipeError with every problem
+    found, each with its place in the file (`$.layers[0].range`).
     """
     try:
         with open(path, "rb") as file:
@@ -243,13 +249,14 @@ def load_recipe(path: Path, **overrides: object) -> Recipe:
     if not isinstance(content, dict):
         raise RecipeError(Problem(str(path), "is not a map of keys to values", "start with `pretrained: FOLDER`"))
     content.update({key: value for key, value in overrides.items() if value is not None})
-    return parse_recipe(content, file=path)
+    return parse_recipe(content, file=path, pair_only=pair_only)
 
 
-def parse_recipe(content: Mapping[str, Any], *, file: Path | None = None) -> Recipe:
+def parse_recipe(content: Mapping[str, Any], *, file: Path | None = None, pair_only: bool = False) -> Recipe:
     """A recipe from plain values, as YAML gives them; raises RecipeError with every problem found.
 
-    `file` is where it was read: messages name it, and relative folders count from its folder.
+    `file` is where it was read: messages name it, and relative folders count from its folder. `pair_only` as in
+    `load_recipe`.
     """
     where = str(file or "recipe")
     problems: list[Problem] = []
@@ -258,7 +265,7 @@ def parse_recipe(content: Mapping[str, Any], *, file: Path | None = None) -> Rec
         recipe = Recipe.model_validate({str(key): value for key, value in content.items()})
     except ValidationError as error:
         problems.extend(_problem(where, detail) for detail in error.errors(include_url=False))
-    if _says_nothing(content) and content.keys() <= Recipe.model_fields.keys():
+    if not pair_only and _says_nothing(content) and content.keys() <= Recipe.model_fields.keys():
         problems.append(Problem(f"{where}: $", "nothing to merge", f"give one of {', '.join(_RULES)}"))
     if recipe is None or problems:
         raise RecipeError(*problems)

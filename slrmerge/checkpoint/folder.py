@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
@@ -60,6 +61,11 @@ class Checkpoint:
     @property
     def total_bytes(self) -> int:
         return sum(info.nbytes for _, info in self.items())
+
+    @property
+    def parameters(self) -> int:
+        """How many elements its tensors have."""
+        return sum(prod(info.shape) for _, info in self.items())
 
     @property
     def model_name(self) -> str:

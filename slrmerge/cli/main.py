@@ -3,51 +3,23 @@
 import gc
 import json
 import sys
-from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
 
 import click
 
 import slrmerge
 from slrmerge.cli.group import DefaultGroup
+from slrmerge.cli.options import PathArgument, json_option, planning_options, quiet_option, threads_option
+from slrmerge.cli.search import search, select
 
 _EPILOG = """\b
 Exit codes:
   0 done   1 a bug   2 usage   3 recipe   4 checkpoint   5 recipe and checkpoints do not fit
   6 output   7 disk space   8 target in use   9 source changed   10 verification failed
-  11 result does not fit the output dtype   130 stopped by Ctrl-C
+  11 result does not fit the output dtype   12 this model cannot be searched   13 a package is missing
+  130 stopped by Ctrl-C
 """
-
-
-class _Path(click.Path):
-    """A path argument; whether it exists is said by whoever opens it, in its own words."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(command: Any) -> Any:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-_quiet = click.option("--quiet", is_flag=True, help="No progress and no summary, only errors.")
-_threads = click.option("--threads", type=click.IntRange(min=1), help="Cores to use.  [default: all]")
-_planning = _options(
-    click.argument("recipe", type=_Path()),
-    click.option("--out", type=_Path(), help="The folder to write; it appears complete or not at all."),
-    click.option("--overwrite", is_flag=True, help="Replace an older checkpoint at --out, in one step."),
-    click.option("--max-shard-size", metavar="SIZE", help="The most bytes in one file, such as 5GB."),
-    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Output dtype."),
-    click.option("--allow-code", is_flag=True, help="Copy the post-trained side's Python files too."),
-)
 
 
 @click.group(cls=DefaultGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,8 +29,9 @@ def main(ctx: click.Context) -> None:
     """Merge a pre-trained and a post-trained checkpoint, layer by layer, without loading either.
 
     \b
-    slrmerge recipe.yaml --out ./hybrid     merge by a recipe
-    slrmerge verify ./hybrid                prove what was written
+    slrmerge search recipe.yaml --out ./search     find the layers to restore
+    slrmerge search/slr.yaml --out ./hybrid        merge by a recipe
+    slrmerge verify ./hybrid                       prove what was written
     """
     ctx.obj = {}
     for stream in (sys.stdout, sys.stderr):
@@ -67,12 +40,12 @@ def main(ctx: click.Context) -> None:
 
 
 @main.command()
-@_planning
-@_threads
+@planning_options
+@threads_option
 @click.option("--fsync/--no-fsync", default=True, show_default=True, help="Wait until the disk has everything.")
 @click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
-@_json
-@_quiet
+@json_option
+@quiet_option
 @click.pass_context
 def merge(
     ctx: click.Context,
@@ -120,8 +93,8 @@ def merge(
 
 
 @main.command()
-@_planning
-@_json
+@planning_options
+@json_option
 @click.pass_context
 def plan(
     ctx: click.Context,
@@ -149,12 +122,12 @@ def plan(
 
 
 @main.command()
-@click.argument("folder", type=_Path())
-@click.option("--pretrained", type=_Path(), help="Where the pre-trained side is now.")
-@click.option("--posttrained", type=_Path(), help="Where the post-trained side is now.")
-@_threads
-@_json
-@_quiet
+@click.argument("folder", type=PathArgument())
+@click.option("--pretrained", type=PathArgument(), help="Where the pre-trained side is now.")
+@click.option("--posttrained", type=PathArgument(), help="Where the post-trained side is now.")
+@threads_option
+@json_option
+@quiet_option
 @click.pass_context
 def verify(
     ctx: click.Context,
@@ -189,9 +162,9 @@ def verify(
 
 
 @main.command()
-@click.argument("checkpoint", type=_Path())
+@click.argument("checkpoint", type=PathArgument())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@_json
+@json_option
 @click.pass_context
 def inspect(ctx: click.Context, checkpoint: Path, *, tensors: bool, as_json: bool) -> None:
     """Show what CHECKPOINT holds: layers, shapes, dtypes, sizes. Reads headers only.
@@ -217,6 +190,10 @@ def schema() -> None:
     from slrmerge.recipe import recipe_schema
 
     click.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+main.add_command(search)
+main.add_command(select)
 
 
 def _plan(recipe: Path, *, max_shard_size: str | None, dtype: str | None, allow_code: bool) -> "slrmerge.MergePlan":

@@ -5,7 +5,6 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +24,8 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     """What would be read and written: sources, parts, files, disk, notes."""
     if as_json:
         room = {} if out is None else {"out": str(out), "free_bytes": free_bytes(resolve_target(out))}
-        return _print_json({**plan.to_dict(), **room})
-    sources = _table("", "checkpoint", "tensors", "size", "files")
+        return print_json({**plan.to_dict(), **room})
+    sources = table("", "checkpoint", "tensors", "size", "files")
     for side, checkpoint in (("pre-trained", plan.pretrained), ("post-trained", plan.posttrained)):
         sources.add_row(
             side,
@@ -35,11 +34,11 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
             size(checkpoint.total_bytes),
             str(len(checkpoint.shards)),
         )
-    _print(sources)
-    parts = _table("part", "from", "tensors", "size")
+    print_table(sources)
+    parts = table("part", "from", "tensors", "size")
     for part in summarise_parts(plan):
         parts.add_row(part.where, part.source, f"{part.tensors:,}", size(part.output_bytes))
-    _print(parts)
+    print_table(parts)
     kinds = Counter(tensor.kind for tensor in plan.tensors())
     click.echo("tensors  " + ", ".join(f"{kinds[kind]:,} {_DONE[kind]}" for kind in _DONE if kinds[kind]))
     click.echo(f"reads    {size(plan.read_bytes)}")
@@ -55,7 +54,7 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
 def print_merged(plan: MergePlan, result: MergeResult, out: Path, *, as_json: bool) -> None:
     """What was written, and how fast."""
     if as_json:
-        return _print_json(
+        return print_json(
             {
                 "out": str(result.folder),
                 "output_bytes": result.output_bytes,
@@ -80,7 +79,7 @@ def print_merged(plan: MergePlan, result: MergeResult, out: Path, *, as_json: bo
 def print_verified(report: VerifyReport, *, as_json: bool) -> None:
     """What was proven."""
     if as_json:
-        return _print_json({**asdict(report), "folder": str(report.folder), "verified": True})
+        return print_json({**asdict(report), "folder": str(report.folder), "verified": True})
     click.echo(f"{report.folder}: {report.files} files, {size(report.checked_bytes)}, all as they were written")
     click.echo(f"against the sources: {report.sources}")
     return None
@@ -89,7 +88,7 @@ def print_verified(report: VerifyReport, *, as_json: bool) -> None:
 def print_checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) -> None:
     """A checkpoint's layers, shapes, dtypes and sizes."""
     if as_json:
-        return _print_json(_described(checkpoint))
+        return print_json(_described(checkpoint))
     described = _described(checkpoint)
     click.echo(f"{checkpoint.folder}: {described['architecture'] or 'unknown architecture'}")
     stack = checkpoint.stack
@@ -98,15 +97,15 @@ def print_checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) ->
     click.echo(f"layers      {layers}")
     click.echo(f"parameters  {described['parameters']:,} in {len(checkpoint.weight_map):,} tensors")
     click.echo(f"size        {size(checkpoint.total_bytes)} in {_count(len(checkpoint.shards), 'file')} ({dtypes})")
-    table = _table("tensor", "layers", "dtype", "shape", "size")
+    rows = table("tensor", "layers", "dtype", "shape", "size")
     if tensors:
-        table = _table("tensor", "dtype", "shape", "size", "file")
+        rows = table("tensor", "dtype", "shape", "size", "file")
         for name, info in checkpoint.items():
-            table.add_row(name, info.dtype, _shape(info.shape), size(info.nbytes), checkpoint.weight_map[name])
+            rows.add_row(name, info.dtype, _shape(info.shape), size(info.nbytes), checkpoint.weight_map[name])
     else:
         for (name, dtype, shape), members in _families(checkpoint).items():
-            table.add_row(name, members[0], dtype, shape, size(members[1]))
-    _print(table)
+            rows.add_row(name, members[0], dtype, shape, size(members[1]))
+    print_table(rows)
     return None
 
 
@@ -143,7 +142,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else None,
         "layers": checkpoint.stack.count if checkpoint.stack else None,
         "layer_prefix": checkpoint.stack.prefix if checkpoint.stack else None,
-        "parameters": sum(prod(info.shape) for _, info in checkpoint.items()),
+        "parameters": checkpoint.parameters,
         "total_bytes": checkpoint.total_bytes,
         "bytes_by_dtype": dict(by_dtype),
         "files": {name: shard.identity.file_bytes for name, shard in checkpoint.shards.items()},
@@ -175,16 +174,23 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape)) or "scalar"
 
 
-def _table(*columns: str) -> "Table":
+_NUMBERS = frozenset(
+    {"tensors", "size", "files", "layers", "Q", "D", "Q of post", "D of post", "rank", "candidates", "states"}
+    | {"arithmetic", "rate here", "time here", "relative change", "cosine", "parameters"}
+)
+"""Columns that are set flush right."""
+
+
+def table(*columns: str) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in ("tensors", "size", "files") else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
     return table
 
 
-def _print(table: "Table") -> None:
+def print_table(table: "Table") -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -194,5 +200,5 @@ def _print(table: "Table") -> None:
     click.echo()
 
 
-def _print_json(value: Mapping[str, Any]) -> None:
+def print_json(value: Mapping[str, Any]) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,13 +29,22 @@ def resolve_target(out: Path) -> Path:
 
 
 def target_problems(plan: MergePlan, target: Path, *, overwrite: bool) -> Iterator[Problem]:
-    """What keeps `target` from being written, as far as can be told without writing."""
+    """What keeps `target` from taking a merge, as far as can be told without writing."""
+    sources = [plan.pretrained.folder, plan.posttrained.folder]
+    return folder_problems(target, sources, overwrite=overwrite, reluctance=_no_mere_checkpoint)
+
+
+def folder_problems(
+    target: Path, sources: Iterable[Path], *, overwrite: bool, reluctance: Callable[[Path], str | None]
+) -> Iterator[Problem]:
+    """What keeps `target` from being written while `sources` are read.
+
+    With `overwrite` a folder is replaced unless `reluctance` says why it should not be.
+    """
     if not target.name or os.path.ismount(target):
         yield Problem(str(target), "is a mount point, which cannot be swapped", "name a folder inside it")
         return
-    overlaps = [
-        problem for side in (plan.pretrained, plan.posttrained) for problem in _overlap_problems(target, side.folder)
-    ]
+    overlaps = [problem for folder in sources for problem in _overlap_problems(target, folder)]
     yield from overlaps
     if overlaps:
         return
@@ -44,19 +53,19 @@ def target_problems(plan: MergePlan, target: Path, *, overwrite: bool) -> Iterat
     elif target.exists() and any(target.iterdir()):
         if not overwrite:
             yield Problem(str(target), "exists and is not empty", "choose another --out, or replace it: --overwrite")
-        elif not _is_checkpoint(target):
-            yield Problem(str(target), "is not a checkpoint, so --overwrite leaves it alone", "choose another --out")
-        elif others := [path.name for path in target.iterdir() if path.is_dir() and path.name not in _MODEL_FOLDERS]:
-            what = f"holds more than a checkpoint ({', '.join(sorted(others))}), so --overwrite leaves it alone"
-            yield Problem(str(target), what, "choose another --out")
+        elif why := reluctance(target):
+            yield Problem(str(target), f"{why}, so --overwrite leaves it alone", "choose another --out")
     parent = _nearest_folder(target)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         yield Problem(str(parent), "is not a folder one can write to", "choose another --out")
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a model, or was one: nothing else is ever replaced."""
-    return (folder / CONFIG_NAME).exists() and any(folder.glob("*.safetensors"))
+def _no_mere_checkpoint(folder: Path) -> str | None:
+    """Why a folder is more or less than a model; nothing else is ever replaced by one."""
+    if not (folder / CONFIG_NAME).exists() or not any(folder.glob("*.safetensors")):
+        return "is not a checkpoint"
+    others = [path.name for path in folder.iterdir() if path.is_dir() and path.name not in _MODEL_FOLDERS]
+    return f"holds more than a checkpoint ({', '.join(sorted(others))})" if others else None
 
 
 def _nearest_folder(target: Path) -> Path:
@@ -92,7 +101,7 @@ def _overlap_problems(target: Path, folder: Path) -> Iterator[Problem]:
             yield Problem(str(source), f"is where {target} would be made", "move this source, or choose another --out")
             return
     if target == source or (target.exists() and target.samefile(source)):
-        yield Problem(str(target), "is a source of this merge", "choose another --out")
+        yield Problem(str(target), "is one of the sources", "choose another --out")
     elif target.is_relative_to(source):
         yield Problem(str(target), f"is inside the source {source}", "choose an --out outside it")
     elif source.is_relative_to(target):

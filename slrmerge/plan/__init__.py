@@ -9,7 +9,7 @@ from slrmerge.plan.routes import route
 from slrmerge.plan.shards import lay_out
 from slrmerge.plan.sidefiles import CARD_NAME, LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, plan_files
 from slrmerge.plan.summary import Part, summarise_parts
-from slrmerge.plan.tensors import TensorPlanner
+from slrmerge.plan.tensors import TensorPlanner, plan_choices
 from slrmerge.recipe import Recipe
 
 __all__ = [
@@ -23,7 +23,10 @@ __all__ = [
     "PlannedFile",
     "PlannedShard",
     "PlannedTensor",
+    "depth_problems",
+    "plan_choices",
     "plan_merge",
+    "route",
     "summarise_parts",
 ]
 
@@ -40,7 +43,7 @@ def plan_merge(recipe: Recipe, sides: tuple[Checkpoint, Checkpoint], *, allow_co
     pretrained, posttrained = sides
     alphas, problems = route(recipe, posttrained.weight_map, posttrained.stack)
     tensors, more, notes = TensorPlanner(pretrained, posttrained, recipe.dtype).plan(alphas)
-    raise_all([*problems, *_depth_problems(pretrained, posttrained), *more], PlanError)
+    raise_all([*problems, *depth_problems(pretrained, posttrained), *more], PlanError)
     shards = lay_out(tensors, limit_bytes=recipe.max_shard_size)
     try:
         files, code_notes = plan_files(posttrained, shards, dtype=recipe.dtype, allow_code=allow_code)
@@ -51,7 +54,7 @@ def plan_merge(recipe: Recipe, sides: tuple[Checkpoint, Checkpoint], *, allow_co
     return MergePlan(recipe, pretrained, posttrained, shards, tuple(files), tuple(notes), allow_code)
 
 
-def _depth_problems(pretrained: Checkpoint, posttrained: Checkpoint) -> Iterator[Problem]:
+def depth_problems(pretrained: Checkpoint, posttrained: Checkpoint) -> Iterator[Problem]:
     """Two models of different depth have no layers in common, whatever the names say."""
     if pretrained.stack and posttrained.stack and pretrained.stack.count != posttrained.stack.count:
         counts = f"{pretrained.stack.count} layers pre-trained and {posttrained.stack.count} post-trained"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 from slrmerge.checkpoint import DTYPE_BITS, FLOATING, Checkpoint, TensorInfo, quantisation_config, quantised_groups
-from slrmerge.errors import Problem
+from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.plan.model import Kind, PlannedTensor
 
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -169,6 +169,26 @@ class TensorPlanner:
         """Keep `names` for the error that lists them all; what they would have been planned as is None."""
         self.refused[what, remedy].extend(names)
         return None
+
+
+def plan_choices(
+    choices: Iterable[tuple[str, float]], pretrained: Checkpoint, posttrained: Checkpoint, *, dtype: str | None
+) -> dict[tuple[str, float], PlannedTensor]:
+    """Tensors at alphas, one tensor maybe at several: (name, alpha) → what a merge would write for it.
+
+    Raises PlanError with everything that cannot be planned.
+    """
+    names: dict[float, list[str]] = defaultdict(list)
+    for name, alpha in choices:
+        names[alpha].append(name)
+    planned: dict[tuple[str, float], PlannedTensor] = {}
+    problems: dict[Problem, None] = {}
+    for alpha, wanted in sorted(names.items()):
+        tensors, found, _ = TensorPlanner(pretrained, posttrained, dtype).plan(dict.fromkeys(sorted(wanted), alpha))
+        planned |= {(tensor.name, alpha): tensor for tensor in tensors}
+        problems |= dict.fromkeys(found)
+    raise_all(problems, PlanError)
+    return planned
 
 
 def _some(names: list[str]) -> str:

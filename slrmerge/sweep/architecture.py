@@ -28,13 +28,19 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype, attenti
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
-        raise UnsupportedModelError(Problem(where, f"transformers does not read its config ({_first_line(error)})", REMEDY)) from error
+        raise UnsupportedModelError(
+            Problem(where, f"transformers does not read its config ({_first_line(error)})", REMEDY)
+        ) from error
     raise_all((Problem(where, what, REMEDY) for what in _refusals(config)), UnsupportedModelError)
     try:
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(Problem(where, f"transformers cannot build it ({_first_line(error)})", REMEDY)) from error
+        raise UnsupportedModelError(
+            Problem(where, f"transformers cannot build it ({_first_line(error)})", REMEDY)
+        ) from error
     model.eval()
     raise_all(_parameter_problems(checkpoint, model), UnsupportedModelError)
     return model

@@ -20,7 +20,7 @@ from slrmerge.sweep.states import StateStore
 from slrmerge.sweep.trie import pack
 from slrmerge.sweep.weights import Choice, HybridWeights
 
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 2048
 """Tokens run through a layer at a time: enough for the matrix products, little enough for the caches."""
 
 HEAD_BYTES = 1 << 28
@@ -119,6 +119,20 @@ class Sweep:
             store.commit(stage + 1, nodes, states)
         progress.stage("head")
         return self._head(nodes, states)
+
+    @torch.inference_mode()
+    def ordinary(self) -> torch.Tensor:
+        """What the first hybrid answers by the model's own forward, as `run` has it; one stage's weights at a time."""
+        ids = [prompt.ids for prompt in self._prompts]
+        rows = rows_in_use(token for prompt in ids for token in prompt)
+
+        def weights(stage: int) -> Mapping[str, torch.Tensor]:
+            variant = self._plan.choices[stage][0]
+            return (
+                self._embedding(variant, rows) if stage == 0 else self._weights.load(self._plan.tensors(stage, variant))
+            )
+
+        return self._head((0,) * len(self._plan.choices[0]), self._model.ordinary(ids, weights))[:1]
 
     def _step(self, stage: int, nodes: Sequence[int]) -> Step:
         """The step of a stage; variants whose weights are the same bytes on both sides count as one."""

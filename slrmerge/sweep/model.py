@@ -55,10 +55,12 @@ class StagedModel:
                 setattr(module, name, buffer.to(device))
         embedding = self._model.get_input_embeddings()
         embedding.padding_idx = None  # no row is special when only the rows in use are there
-        self.embedding_name = next(f"{name}.weight" for name, module in self._model.named_modules() if module is embedding)
+        self.embedding_name = next(
+            f"{name}.weight" for name, module in self._model.named_modules() if module is embedding
+        )
         self._head_name = head_name(self._model)
         self.head_name = self.embedding_name if is_tied(checkpoint, self._model) else self._head_name
-        self.vocabulary = checkpoint[self.head_name].shape[0]
+        self.vocabulary, self.width = checkpoint[self.head_name].shape
         self._layers, self._stand_ins, self._prefix = self._take_layers(checkpoint)
         self.head_bias_name = self._head_name.removesuffix("weight") + "bias"
         self.stages = self._name_stages()
@@ -76,7 +78,9 @@ class StagedModel:
         self._model.set_attn_implementation(NAME)
         longest = trie.longest
         if any(not isinstance(rule, torch.Tensor) or rule.shape[-2:] != (longest, longest) for rule in rules):
-            raise UnsupportedModelError(Problem(self._where, f"{self.name} does not say what its layers may attend to", REMEDY))
+            raise UnsupportedModelError(
+                Problem(self._where, f"{self.name} does not say what its layers may attend to", REMEDY)
+            )
         return Layout(
             trie,
             self._calls(depths),

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-
 @dataclass(frozen=True)
 class Step:
     """What to work out at one stage: for each variant of its weights, (state to start from, state to make).

@@ -93,6 +93,12 @@ class StateStore:
             states = torch.frombuffer(bytearray(kept.read_bytes()), dtype=dtype).view(value["shape"])
         return Resumed(value["stages_done"], tuple(value["nodes"]), states)
 
+    def clear(self) -> None:
+        """Forget the states: the sweep is done."""
+        if self._folder is not None:
+            for path in (self._folder / _PROGRESS, self._new, *self._folder.glob("states-*")):
+                path.unlink(missing_ok=True)
+
     @property
     def _new(self) -> Path:
         assert self._folder is not None

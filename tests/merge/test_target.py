@@ -40,12 +40,12 @@ def a_file(folder: Path) -> Path:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "a source": (lambda folder: folder / "pre", "{out}: is a source of this merge; choose another --out"),
+    "a source": (lambda folder: folder / "pre", "{out}: is one of the sources; choose another --out"),
     "a source by another way": (
         lambda folder: folder / "pre" / ".." / "post",
-        "{folder}/post: is a source of this merge; choose another --out",
+        "{folder}/post: is one of the sources; choose another --out",
     ),
-    "a link to a source": (through_a_link, "{folder}/post: is a source of this merge; choose another --out"),
+    "a link to a source": (through_a_link, "{folder}/post: is one of the sources; choose another --out"),
     "inside a source": (
         lambda folder: folder / "pre" / "hybrid",
         "{out}: is inside the source {folder}/pre; choose an --out outside it",

@@ -1,0 +1,54 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class PathArgument(click.Path):
+    """A path argument; whether it exists is said by whoever opens it, in its own words."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+
+class Size(click.ParamType):
+    """A number of bytes, written as 8GB or 500MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from pydantic_core import PydanticCustomError
+
+        from slrmerge.recipe import parse_bytes
+
+        try:
+            return parse_bytes(value)
+        except PydanticCustomError as error:
+            self.fail(error.message(), param, ctx)
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, in the order given."""
+
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+quiet_option = click.option("--quiet", is_flag=True, help="No progress and no summary, only errors.")
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="Cores to use.  [default: all]")
+planning_options = options(
+    click.argument("recipe", type=PathArgument()),
+    click.option("--out", type=PathArgument(), help="The folder to write; it appears complete or not at all."),
+    click.option("--overwrite", is_flag=True, help="Replace an older checkpoint at --out, in one step."),
+    click.option("--max-shard-size", metavar="SIZE", help="The most bytes in one file, such as 5GB."),
+    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Output dtype."),
+    click.option("--allow-code", is_flag=True, help="Copy the post-trained side's Python files too."),
+)

@@ -1,0 +1,127 @@
+"""The commands that look before a merge: search, select, diff."""
+
+from pathlib import Path
+
+import click
+
+from slrmerge.cli.options import PathArgument, Size, json_option, quiet_option, threads_option
+
+_SPACES = ("intervals", "soups", "attention", "mlp")
+_min_quality = click.option(
+    "--min-quality",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="The share of the post-trained model's quality to keep.",
+)
+
+
+@click.command()
+@click.argument("recipe", type=PathArgument())
+@click.option("--out", type=PathArgument(), help="The folder for the results; it appears complete or not at all.")
+@click.option("--overwrite", is_flag=True, help="Replace the results of an older search at --out.")
+@_min_quality
+@click.option(
+    "--space",
+    "spaces",
+    type=click.Choice(_SPACES),
+    multiple=True,
+    default=("intervals", "soups"),
+    show_default=True,
+    help="What to try; may be given several times.",
+)
+@click.option("--also", type=PathArgument(), multiple=True, metavar="RECIPE", help="Another recipe to try.")
+@click.option("--task", type=click.Choice(["crc"]), default="crc", show_default=True, help="The proxy task.")
+@click.option("--quick", is_flag=True, help="Ask 8 prompts of everything, then all prompts of the leaders.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of the first pass.  [default: bfloat16 from 1e9 parameters]",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to compute; cuda has not been tried yet.")
+@click.option("--max-memory", type=Size(), help="For states; more go to a file.  [default: half of the memory]")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Keep states so that a killed run goes on.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take on this machine, search nothing.")
+@threads_option
+@json_option
+@quiet_option
+@click.pass_context
+def search(
+    ctx: click.Context,
+    recipe: Path,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    min_quality: float,
+    spaces: tuple[str, ...],
+    also: tuple[Path, ...],
+    task: str,
+    quick: bool,
+    dtype: str | None,
+    device: str,
+    max_memory: int | None,
+    resume: bool,
+    dry_run: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Find the layers to restore: score every interval and soup of RECIPE's two checkpoints in one pass.
+
+    The recipe may name only the two checkpoints. The results hold recipes that are ready for a merge.
+
+    \b
+    slrmerge search recipe.yaml --out ./search
+    slrmerge search recipe.yaml --dry-run
+    """
+    ctx.obj["as_json"] = as_json
+    from slrmerge.cli import show_search
+    from slrmerge.cli.progress import SearchBar
+    from slrmerge.recipe import load_recipe
+    from slrmerge.search import Search, SearchOptions
+
+    chosen = SearchOptions(
+        task=task,
+        spaces=tuple(dict.fromkeys(spaces)),
+        also=tuple((path.name, load_recipe(path)) for path in also),
+        min_quality=min_quality,
+        dtype=dtype,
+        device=device,
+        max_memory_bytes=max_memory,
+        quick=quick,
+        resumable=resume,
+        threads=threads,
+    )
+    with Search(load_recipe(recipe, pair_only=True), chosen) as ready:
+        if dry_run:
+            if out is not None:
+                ready.require_target(out, overwrite=overwrite)
+            show_search.print_estimate(ready.estimate(), as_json=as_json)
+            return
+        if out is None:
+            raise click.UsageError("missing option '--out'", ctx)
+        progress = SearchBar(quiet=quiet or as_json)
+        try:
+            report = ready.run(out, overwrite=overwrite, progress=progress)
+        finally:
+            progress.close()
+    if as_json or not quiet:
+        show_search.print_report(report, out, as_json=as_json)
+
+
+@click.command()
+@click.argument("folder", type=PathArgument())
+@_min_quality
+@json_option
+@click.pass_context
+def select(ctx: click.Context, folder: Path, *, min_quality: float, as_json: bool) -> None:
+    """Choose again from the results in FOLDER, by another share of quality, without searching again.
+
+    \b
+    slrmerge select ./search --min-quality 0.95
+    """
+    ctx.obj["as_json"] = as_json
+    from slrmerge.cli import show_search
+    from slrmerge.search import select as choose_again
+
+    show_search.print_report(choose_again(folder, min_quality=min_quality), folder, as_json=as_json)

@@ -1,0 +1,114 @@
+"""A search in pictures: the trade-off of quality and diversity, and both over all intervals."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slrmerge.search.choose import Row
+from slrmerge.search.results import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PICTURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg")
+
+_INTERVAL, _SOUP, _POST, _CHOICE, _FAINT = "#1f6f8b", "#c97b2a", "#3a3a3a", "#c0392b", "#9fb8c1"
+
+
+def draw_report(folder: Path, report: Report) -> None:
+    """Both pictures, each as PNG and as SVG. The same results give the same bytes."""
+    for name, figure in (("tradeoff", tradeoff(report)), ("heatmaps", heatmaps(report))):
+        save(figure, folder / name)
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """`path` with .png and with .svg, without dates or random ids in them."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "slrmerge", "svg.fonttype": "none"}):
+        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def tradeoff(report: Report) -> "Figure":
+    """Quality against diversity (paper, figure 2): all intervals, the front with its lengths, soups, the choice."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    choice = report.choice
+    spaces = {row.candidate.space for row in report.rows}
+    for space, colour in (("interval", _FAINT), ("attention", "#b7a7cf"), ("mlp", "#a9c7a0")):
+        rows = [row for row in report.rows if row.candidate.space == space]
+        if rows:
+            label = {"interval": "intervals", "attention": "attention only", "mlp": "MLPs only"}[space]
+            axes.scatter(*_points(rows), s=10, color=colour, alpha=0.5, linewidths=0, label=label)
+    front = sorted(
+        (row for row in report.rows if row.candidate.space == "interval" and row.pareto), key=lambda row: row.quality
+    )
+    axes.plot(
+        *_points(front), "o-", color=_INTERVAL, markersize=4, linewidth=1, label="their front, with layers restored"
+    )
+    for row in front:
+        _write_beside(axes, row, str(row.candidate.layers_restored))
+    if "soup" in spaces:
+        curve = [row for row in report.rows if row.candidate.space in ("post", "soup", "pre")]
+        curve.sort(key=lambda row: row.candidate.alpha or 0)
+        axes.plot(*_points(curve), "s--", color=_SOUP, markersize=3, linewidth=1, label="soups")
+    others = [row for row in report.rows if row.candidate.space == "recipe"]
+    if others:
+        axes.scatter(*_points(others), marker="^", s=50, color="black", label="recipes")
+    axes.scatter(*_points([choice.post]), marker="D", s=60, color=_POST, zorder=3, label="post-trained")
+    if choice.slr is not None:
+        label = f"choice: {choice.slr.candidate.label}"
+        axes.scatter(*_points([choice.slr]), marker="*", s=220, color=_CHOICE, zorder=4, label=label)
+    floor = choice.min_quality * choice.post.quality
+    axes.axvline(floor, color="grey", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        f"{choice.min_quality:g} · Q(post)", (floor, 1), xycoords=("data", "axes fraction"), fontsize=7, color="grey",
+        xytext=(3, -3), textcoords="offset points", va="top",
+    )  # fmt: skip
+    axes.set_xlabel("quality Q: probability of a valid answer")
+    axes.set_ylabel("diversity D: entropy of the valid answers (nats)")
+    axes.legend(fontsize=8, loc="best")
+    return figure
+
+
+def heatmaps(report: Report) -> "Figure":
+    """Q and D of every interval over its first and last layer, the choice framed."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    for number, (name, title) in enumerate((("quality", "quality Q"), ("diversity", "diversity D (nats)"))):
+        axes = figure.add_subplot(1, 2, number + 1)
+        grid = np.full((report.layers, report.layers), np.nan)
+        for start, end, row in _intervals(report):
+            grid[start, end] = getattr(row, name)
+        image = axes.imshow(grid, origin="lower", cmap="viridis")
+        figure.colorbar(image, ax=axes, shrink=0.85)
+        if report.choice.slr is not None:
+            start, end = report.choice.slr.candidate.start, report.choice.slr.candidate.end
+            assert start is not None
+            assert end is not None
+            axes.add_patch(Rectangle((end - 0.5, start - 0.5), 1, 1, fill=False, edgecolor=_CHOICE, linewidth=2))
+        axes.set(title=title, xlabel="last restored layer", ylabel="first restored layer")
+    return figure
+
+
+def _points(rows: list[Row]) -> tuple[list[float], list[float]]:
+    return [row.quality for row in rows], [row.diversity for row in rows]
+
+
+def _write_beside(axes: "Axes", row: Row, text: str) -> None:
+    options: dict[str, Any] = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7, "color": _INTERVAL}
+    axes.annotate(text, (row.quality, row.diversity), **options)
+
+
+def _intervals(report: Report) -> Iterator[tuple[int, int, Row]]:
+    for row in report.rows:
+        if row.candidate.space == "interval" and row.candidate.start is not None and row.candidate.end is not None:
+            yield row.candidate.start, row.candidate.end, row

@@ -1,0 +1,302 @@
+"""A search from a recipe to a folder of results: prepare, check, one pass over everything, one more over the leaders."""
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+from typing import Literal, Protocol, Self
+
+import numpy as np
+import torch
+
+from slrmerge import files
+from slrmerge.chat import tokenise
+from slrmerge.checkpoint import open_pair
+from slrmerge.crc import TASKS, Scores
+from slrmerge.errors import NoSpaceError, OutputError, PlanError, Problem, raise_all, require_extra
+from slrmerge.merge import available_cores, folder_problems, free_bytes, resolve_target
+from slrmerge.plan import depth_problems
+from slrmerge.recipe import Recipe
+from slrmerge.search.candidates import SPACES, ends, from_recipe
+from slrmerge.search.choose import MIN_QUALITY, Row, choose, conditions, judge, leaders
+from slrmerge.search.plots import PICTURES, draw_report
+from slrmerge.search.results import PROMPTS, RECIPES, SUMMARY, TABLE, Report, read_report, write_prompts, write_report
+from slrmerge.search.scoring import PairSweeper, Pass
+from slrmerge.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate
+from slrmerge.sweep.engine import SweepProgress
+
+BIG_PARAMETERS = 1_000_000_000
+"""From here a first pass runs in bfloat16 unless told otherwise."""
+
+QUICK_PROMPTS = 8
+"""Prompts of a quick first pass, spread over the task's."""
+
+RESCORED_AT_LEAST = 10
+"""How many of each space are asked again exactly, besides all that may win."""
+
+ROUNDING_MARGIN, QUICK_MARGIN = 0.01, 0.05
+"""How far a first pass's scores may be off: bf16 moves D by up to 7e-3; eight prompts instead of forty by more."""
+
+_PASSES = {"first": "all candidates", "leaders": "the leaders again, exactly"}
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search. `also` are recipes to try besides the `spaces`; `dtype` and `max_memory_bytes` have defaults that
+    follow from the model and the machine. With `quick` a first pass asks fewer prompts."""
+
+    task: str = "crc"
+    spaces: tuple[str, ...] = ("intervals", "soups")
+    also: tuple[tuple[str, Recipe], ...] = ()
+    min_quality: float = MIN_QUALITY
+    dtype: str | None = None
+    device: str = "cpu"
+    max_memory_bytes: int | None = None
+    quick: bool = False
+    resumable: bool = True
+    threads: int | None = None
+
+
+class SearchProgress(SweepProgress, Protocol):
+    """Who wants to know how far a search is; `start` names a sweep and says how many states it has at most."""
+
+    def start(self, what: str, states: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What searches would take on this machine: the pair at hand first, then the paper's three models."""
+
+    prompts: int
+    prompt_tokens: int
+    packed_tokens: int
+    lines: tuple["EstimateLine", ...]
+
+
+@dataclass(frozen=True)
+class EstimateLine:
+    """One search's first pass: its cost, and the rate of a matrix product of its width, measured here."""
+
+    name: str
+    candidates: int
+    dtype: str
+    cost: Cost
+    flop_per_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The products alone; reading weights and all else comes on top."""
+        return self.cost.flop / self.flop_per_s
+
+
+class Search:
+    """A search that is ready to run: both checkpoints are open, the questions are tokens, the candidates are known.
+
+    Use it in a `with`. Raises RecipeError, CheckpointError, PlanError and UnsupportedModelError for what cannot be
+    searched.
+    """
+
+    def __init__(self, recipe: Recipe, options: SearchOptions) -> None:
+        require_extra("search", "transformers", "matplotlib")
+        torch.set_num_threads(options.threads or available_cores())
+        self.recipe, self.options = recipe, options
+        pretrained, posttrained = open_pair(*recipe.source_folders())
+        raise_all(depth_problems(pretrained, posttrained), PlanError)
+        if posttrained.stack is None:
+            what = "no stack of layers in these weights is as long as the config says, or more than one is"
+            raise PlanError(Problem(str(posttrained.folder), what))
+        self.layers = posttrained.stack.count
+        self.task = TASKS[options.task]()
+        self.questions = self.task.questions()
+        self.prompts = tokenise(self.questions, posttrained.folder)
+        self.candidates = [*ends(posttrained, self.layers)]
+        for space in options.spaces:
+            self.candidates += SPACES[space](posttrained, self.layers)
+        if recipe.has_rules:
+            self.candidates.append(from_recipe(recipe, "the recipe's own"))
+        self.candidates += [from_recipe(other, label) for label, other in options.also]
+        big = posttrained.parameters >= BIG_PARAMETERS
+        self.dtype: torch.dtype = getattr(torch, options.dtype or ("bfloat16" if big else "float32"))
+        device = torch.device(options.device)
+        self._sweeper = PairSweeper(pretrained, posttrained, output_dtype=recipe.dtype, device=device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sweeper.__exit__(None, None, None)
+
+    def estimate(self) -> Estimate:
+        """What the first pass costs, from shapes and a matrix product measured here; reads no weights."""
+        first = self._first_pass()
+        shape, cost = self._sweeper.shape(first), self._sweeper.cost(first)
+        device = torch.device(self.options.device)
+        rate = measured_rate(shape.width, first.dtype, device)
+        lines = [EstimateLine(shape.name, len(self.candidates), _name(first.dtype), cost, rate)]
+        for known in PAPER_MODELS:
+            candidates = known.layers * (known.layers + 1) // 2 + 2
+            rate = measured_rate(known.width, torch.bfloat16, device)
+            lines.append(EstimateLine(known.name, candidates, "bfloat16", all_intervals_cost(known), rate))
+        prompt_tokens = sum(len(prompt.ids) for prompt in first.prompts)
+        return Estimate(len(first.prompts), prompt_tokens, shape.tokens, tuple(lines))
+
+    def require_target(self, out: Path, *, overwrite: bool) -> Path:
+        """Where the results go. Raises OutputError where they must not, NoSpaceError where the states find no room."""
+        target = resolve_target(out)
+        sources = [self._sweeper.pretrained.folder, self._sweeper.posttrained.folder]
+        raise_all(folder_problems(target, sources, overwrite=overwrite, reluctance=_no_mere_results), OutputError)
+        needed, free = self._scratch_bytes(), free_bytes(target)
+        if needed > free:
+            what = f"the search's states need {needed / 1e9:,.2f} GB there, the disk has {free / 1e9:,.2f} GB free"
+            remedy = "choose --out on another disk" + ("" if self._must_map() else ", or --no-resume to keep none")
+            raise NoSpaceError(Problem(str(target), what, remedy))
+        return target
+
+    def run(self, out: Path, *, overwrite: bool = False, progress: SearchProgress) -> Report:
+        """Search, and leave the results in the folder `out`, which appears complete or not at all.
+
+        Killed, the same search goes on after the last layer that it finished, unless it was told not to keep states.
+        """
+        started = monotonic()
+        target = self.require_target(out, overwrite=overwrite)
+        files.create_folder(target.parent, fsync=False)
+        with files.exclusive(target):
+            files.recover(target)
+            self.require_target(out, overwrite=overwrite)
+            staging = files.staging_folder(target)
+            staging.mkdir(exist_ok=True)
+            report = self._search(target, started, progress)
+            for left in staging.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+            if (leftover := files.publish(staging, target)) is not None:
+                shutil.rmtree(leftover)
+        return report
+
+    def _search(self, target: Path, started: float, progress: SearchProgress) -> Report:
+        staging = files.staging_folder(target)
+        post = self.candidates[0]
+        first = self._first_pass()
+        progress.say(f"checking that {self._sweeper.model(torch.float32).name} answers in a sweep as it does by itself")
+        self._sweeper.check([self.prompts[0], self.prompts[-1]], post)
+        rows, scores = self._pass(first, staging, progress)
+        notes: list[str] = []
+        post_quality = {conditions(rows[0]): rows[0].quality}
+        if not rows[0].exact:
+            again = leaders(
+                rows, min_quality=self.options.min_quality, margin=self._margin(), at_least=RESCORED_AT_LEAST
+            )
+            notes.append(
+                f"all {len(rows)} candidates were asked {conditions(rows[0])}; "
+                f"the {len(again)} that may win or are compared were asked again, all {len(self.prompts)} prompts in fp32"
+            )
+            second = Pass("leaders", again, self.prompts, torch.float32)
+            exact, exact_scores = self._pass(second, staging, progress)
+            post_quality[conditions(exact[0])] = exact[0].quality
+            rows, scores = _merged(rows, scores, exact, exact_scores)
+        judged = judge(rows, post_quality=post_quality, min_quality=self.options.min_quality)
+        report = Report(
+            rows=tuple(judged),
+            choice=choose(judged, min_quality=self.options.min_quality),
+            post_quality=post_quality,
+            layers=self.layers,
+            task=self.options.task,
+            pretrained=self._said("pretrained", target),
+            posttrained=self._said("posttrained", target),
+            dtype=self.recipe.dtype,
+            notes=tuple(notes),
+            elapsed_s=monotonic() - started,
+        )
+        write_prompts(staging / PROMPTS, report.rows, [question.text for question in self.questions], scores)
+        write_report(staging, report)
+        draw_report(staging, report)
+        return report
+
+    def _pass(self, wanted: Pass, staging: Path, progress: SearchProgress) -> tuple[list[Row], Scores]:
+        """Score a pass's candidates; scores have a column for every prompt, NaN where it was not asked."""
+        progress.start(_PASSES[wanted.name], self._sweeper.cost(wanted).states)
+        folder = staging / wanted.name if self.options.resumable or self._must_map() else None
+        log_probs = self._sweeper.run(wanted, folder, max_bytes=self._max_memory_bytes(), progress=progress)
+        asked = self.task.score(log_probs)
+        exact = wanted.dtype == torch.float32 and len(wanted.prompts) == len(self.prompts)
+        rows = [
+            Row(candidate, float(q), float(d), len(wanted.prompts), _name(wanted.dtype), exact)
+            for candidate, q, d in zip(wanted.candidates, asked.quality.mean(1), asked.diversity.mean(1), strict=True)
+        ]
+        columns = [self.prompts.index(prompt) for prompt in wanted.prompts]
+        wide = [np.full((len(rows), len(self.prompts)), np.nan) for _ in asked]
+        for side, values in zip(wide, asked, strict=True):
+            side[:, columns] = values
+        return rows, Scores(*wide)
+
+    def _first_pass(self) -> Pass:
+        prompts = self.prompts
+        if self.options.quick:
+            prompts = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)]
+        return Pass("first", self.candidates, prompts, self.dtype)
+
+    def _margin(self) -> float:
+        return max(QUICK_MARGIN if self.options.quick else 0, ROUNDING_MARGIN if self.dtype != torch.float32 else 0)
+
+    def _max_memory_bytes(self) -> int:
+        return self.options.max_memory_bytes or physical_memory_bytes() // 2
+
+    def _must_map(self) -> bool:
+        """Whether the states are too many for memory, so that they lie in a file in any case."""
+        return self._sweeper.cost(self._first_pass()).states_bytes > self._max_memory_bytes()
+
+    def _scratch_bytes(self) -> int:
+        return self._sweeper.cost(self._first_pass()).states_bytes if self.options.resumable or self._must_map() else 0
+
+    def _said(self, side: Literal["pretrained", "posttrained"], target: Path) -> str:
+        """A side as a recipe in `target` has to name it: as it was written, or from there where that was relative."""
+        written: str = getattr(self.recipe, side)
+        folder = self.recipe.source_folder(side)
+        return written if Path(written).expanduser().is_absolute() else os.path.relpath(folder, target)
+
+
+def select(folder: Path, *, min_quality: float) -> Report:
+    """Choose again from a search's results, by another share of quality, and renew its recipes, summary and pictures.
+
+    Raises OutputError where `folder` does not hold a search's results.
+    """
+    report = read_report(folder)
+    rows = tuple(judge(report.rows, post_quality=report.post_quality, min_quality=min_quality))
+    again = replace(report, rows=rows, choice=choose(rows, min_quality=min_quality))
+    write_report(folder, again)
+    draw_report(folder, again)
+    return again
+
+
+def physical_memory_bytes() -> int:
+    """This machine's memory, or a modest guess where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _merged(rows: list[Row], scores: Scores, exact: list[Row], exact_scores: Scores) -> tuple[list[Row], Scores]:
+    """The rows of both passes, a candidate once; what was asked exactly counts."""
+    place = {id(row.candidate): number for number, row in enumerate(rows)}
+    rows, merged = list(rows), Scores(*(side.copy() for side in scores))
+    for number, row in enumerate(exact):
+        at = place[id(row.candidate)]
+        rows[at] = row
+        for side, values in zip(merged, exact_scores, strict=True):
+            side[at] = values[number]
+    return rows, merged
+
+
+def _no_mere_results(folder: Path) -> str | None:
+    """Why a folder is more or less than a search's results; nothing else is ever replaced by them."""
+    names = {path.name for path in folder.iterdir()}
+    if SUMMARY not in names or TABLE not in names:
+        return "does not hold the results of a search"
+    others = sorted(names - {SUMMARY, TABLE, PROMPTS, *RECIPES.values(), *PICTURES})
+    return f"holds more than the results of a search ({', '.join(others)})" if others else None
