@@ -36,8 +36,8 @@ class Blender:
 
         Raises BlendError where float16 cannot hold a finite result.
         """
-        output = self._view(self._output, output_dtype, elements)
-        values = [self._view(self.inputs[side], dtype, elements) for side, dtype in enumerate(dtypes)]
+        output = as_tensor(self._output, output_dtype, elements)
+        values = [as_tensor(self.inputs[side], dtype, elements) for side, dtype in enumerate(dtypes)]
         if len(values) == 1:
             result = values[0]
         else:
@@ -54,15 +54,9 @@ class Blender:
         return self._output[: elements * output.element_size()]
 
     def _widen(self, side: int, value: "torch.Tensor", dtype: str) -> "torch.Tensor":
-        wide = self._view(self._wide[side], dtype, value.numel())
+        wide = as_tensor(self._wide[side], dtype, value.numel())
         wide.copy_(value)
         return wide
-
-    @staticmethod
-    def _view(buffer: memoryview, dtype: str, elements: int) -> "torch.Tensor":
-        import torch
-
-        return torch.frombuffer(buffer, dtype=getattr(torch, _DTYPES[dtype]), count=elements)
 
     @staticmethod
     def _refuse_overflow(name: str, output: "torch.Tensor", values: "list[torch.Tensor]") -> None:
@@ -74,6 +68,21 @@ class Blender:
                 raise BlendError(
                     Problem(name, "has values past float16's 65504", "use dtype: bfloat16 or float32 in the recipe")
                 )
+
+
+def as_tensor(buffer: memoryview, dtype: str, elements: int) -> "torch.Tensor":
+    """The first `elements` of a buffer as a tensor of a safetensors dtype, without a copy."""
+    import torch
+
+    return torch.frombuffer(buffer, dtype=torch_dtype(dtype), count=elements)
+
+
+def torch_dtype(dtype: str) -> "torch.dtype":
+    """torch's word for a floating safetensors dtype."""
+    import torch
+
+    found: torch.dtype = getattr(torch, _DTYPES[dtype])
+    return found
 
 
 def _buffer() -> memoryview:

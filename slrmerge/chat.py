@@ -62,11 +62,11 @@ def _answer_token(tokenizer: Any, question: Question, answer: str, text: str, id
     after = _encode(tokenizer, taught)
     if after[: len(ids)] != ids:
         return f"the answer {answer!r} changes the tokens of the prompt before it"
-    first = after[len(ids)] if len(after) > len(ids) else None
-    written = tokenizer.decode([first]) if first is not None else ""
+    first = after[len(ids) : len(ids) + 1]
+    written = tokenizer.decode(first)
     if written.strip() != answer:
         return f"the answer {answer!r} is not a single token after the chat template; the first is {written!r}"
-    return int(first)
+    return first[0]
 
 
 def _render(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:

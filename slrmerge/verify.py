@@ -128,7 +128,7 @@ def _replan(
     folder: Path, manifest: Mapping[str, Any], pretrained: Path | None, posttrained: Path | None
 ) -> tuple[MergePlan | None, str]:
     """The plan that made `folder`, worked out anew; or None and why the sources cannot be compared with."""
-    overrides = {
+    overrides: dict[str, Any] = {
         side: str(given.absolute())
         for side, given in (("pretrained", pretrained), ("posttrained", posttrained))
         if given

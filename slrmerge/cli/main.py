@@ -11,7 +11,7 @@ import click
 import slrmerge
 from slrmerge.cli.group import DefaultGroup
 from slrmerge.cli.options import PathArgument, json_option, planning_options, quiet_option, threads_option
-from slrmerge.cli.search import search, select
+from slrmerge.cli.search import diff, search, select
 
 _EPILOG = """\b
 Exit codes:
@@ -192,6 +192,7 @@ def schema() -> None:
     click.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
+main.add_command(diff)
 main.add_command(search)
 main.add_command(select)
 

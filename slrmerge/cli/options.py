@@ -14,20 +14,18 @@ class PathArgument(click.Path):
         super().__init__(path_type=Path)
 
 
-class Size(click.ParamType):
-    """A number of bytes, written as 8GB or 500MiB."""
+def bytes_of(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """An option's callback: 8GB or 500MiB as a number of bytes."""
+    if value is None:
+        return None
+    from pydantic_core import PydanticCustomError
 
-    name = "size"
+    from slrmerge.recipe import parse_bytes
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from pydantic_core import PydanticCustomError
-
-        from slrmerge.recipe import parse_bytes
-
-        try:
-            return parse_bytes(value)
-        except PydanticCustomError as error:
-            self.fail(error.message(), param, ctx)
+    try:
+        return parse_bytes(value)
+    except PydanticCustomError as error:
+        raise click.BadParameter(error.message(), ctx, parameter) from None
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from slrmerge.cli.options import PathArgument, Size, json_option, quiet_option, threads_option
+from slrmerge.cli.options import PathArgument, bytes_of, json_option, quiet_option, threads_option
 
 _SPACES = ("intervals", "soups", "attention", "mlp")
 _min_quality = click.option(
@@ -39,7 +39,12 @@ _min_quality = click.option(
     help="Of the first pass.  [default: bfloat16 from 1e9 parameters]",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to compute; cuda has not been tried yet.")
-@click.option("--max-memory", type=Size(), help="For states; more go to a file.  [default: half of the memory]")
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    callback=bytes_of,
+    help="For states; more go to a file.  [default: half of the memory]",
+)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Keep states so that a killed run goes on.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take on this machine, search nothing.")
 @threads_option
@@ -125,3 +130,40 @@ def select(ctx: click.Context, folder: Path, *, min_quality: float, as_json: boo
     from slrmerge.search import select as choose_again
 
     show_search.print_report(choose_again(folder, min_quality=min_quality), folder, as_json=as_json)
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, type=PathArgument(), metavar="RECIPE | PRETRAINED POSTTRAINED")
+@click.option("--out", type=PathArgument(), help="A folder for diff.csv and the heat map, as PNG and SVG.")
+@threads_option
+@json_option
+@quiet_option
+@click.pass_context
+def diff(
+    ctx: click.Context, sources: tuple[Path, ...], out: Path | None, *, threads: int | None, as_json: bool, quiet: bool
+) -> None:
+    """Show how far post-training moved the weights, layer by layer: of RECIPE's two checkpoints, or of two folders.
+
+    \b
+    slrmerge diff recipe.yaml
+    slrmerge diff ./llama-3.1-8b ./llama-3.1-8b-instruct --out ./moved
+    """
+    ctx.obj["as_json"] = as_json
+    if len(sources) > 2:
+        raise click.UsageError("give one recipe, or the pre-trained and the post-trained folder", ctx)
+    from slrmerge.checkpoint import open_pair
+    from slrmerge.cli import show_search
+    from slrmerge.cli.progress import TerminalProgress
+    from slrmerge.diff import compare_checkpoints, save_differences
+    from slrmerge.recipe import load_recipe
+
+    folders = sources if len(sources) == 2 else load_recipe(sources[0], pair_only=True).source_folders()
+    progress = TerminalProgress(quiet=quiet or as_json)
+    try:
+        differences = compare_checkpoints(*open_pair(*folders), threads=threads, progress=progress)
+    finally:
+        progress.close()
+    if out is not None:
+        save_differences(differences, out)
+    if as_json or not quiet:
+        show_search.print_differences(differences, as_json=as_json)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from slrmerge.cli.show import print_json, print_table, size, table
+from slrmerge.diff import OUTSIDE, Differences, Distance
 from slrmerge.search import Estimate, Report, Row, ten_best
 
 _NAMES = {
@@ -70,6 +71,44 @@ def print_estimate(estimate: Estimate, *, as_json: bool) -> None:
         )  # fmt: skip
     print_table(rows)
     click.echo("time: matrix products alone, at the rate measured here; reading weights and the rest comes on top")
+
+
+def print_differences(differences: Differences, *, as_json: bool) -> None:
+    """A line a layer with its parts, then what is outside the layers."""
+    if as_json:
+        print_json(
+            {
+                "modules": [
+                    {
+                        "layer": None if layer == OUTSIDE else layer,
+                        "module": name,
+                        "parameters": found.parameters,
+                        "relative_change": found.relative_change,
+                        "cosine": found.cosine,
+                    }
+                    for (layer, name), found in differences.by_module.items()
+                ],
+                "notes": list(differences.notes),
+            }
+        )
+        return
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in differences.modules()))
+    rows = table("layer", "parameters", "relative change", "cosine", *parts)
+    for layer in range(differences.layers):
+        whole = differences.of_layer(layer)
+        inside = (differences.of_layer(layer, part) for part in parts)
+        rows.add_row(str(layer), *_distance(whole), *(f"{found.relative_change:.2e}" for found in inside))
+    for (layer, name), found in differences.by_module.items():
+        if layer == OUTSIDE:
+            rows.add_row(name, *_distance(found), *("" for _ in parts))
+    print_table(rows)
+    for note in differences.notes:
+        click.echo(f"note: {note}")
+    click.echo("relative change: |post − pre| / |pre|, of a layer as a whole and of its parts")
+
+
+def _distance(found: Distance) -> tuple[str, str, str]:
+    return f"{found.parameters:,}", f"{found.relative_change:.2e}", f"{found.cosine:.6f}"
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,8 @@ class Row:
     """A candidate with its scores: means over `prompts` prompts, worked out in `dtype`.
 
     `exact` rows were asked everything in the final dtype; only they are chosen. `feasible` means enough quality
-    against the post-trained model under the same conditions, `pareto` that no candidate of its space has more of both.
+    against the post-trained model under the same conditions, `pareto` that no candidate of its space, for the two
+    models themselves no candidate at all, has more of both.
     """
 
     candidate: Candidate
@@ -56,11 +57,10 @@ def conditions(row: Row) -> str:
 
 def judge(rows: Sequence[Row], *, post_quality: Mapping[str, float], min_quality: float) -> list[Row]:
     """The same rows with `feasible` and `pareto` worked out; `post_quality` is by conditions."""
-    front = {
-        id(row)
-        for space in {row.candidate.space for row in rows}
-        for row in _front([row for row in rows if row.candidate.space == space])
-    }
+    front: set[int] = set()
+    for space in {row.candidate.space for row in rows}:
+        rivals = rows if space in ("post", "pre") else [row for row in rows if row.candidate.space == space]
+        front |= {id(row) for row in _front(rivals) if row.candidate.space == space}
     return [
         replace(row, feasible=row.quality >= min_quality * post_quality[conditions(row)], pareto=id(row) in front)
         for row in rows

@@ -165,7 +165,8 @@ def _recipe(report: Report, name: str, row: Row) -> bytes:
     return (
         f"# {row.candidate.label}: {_WHY[name].format(ratio=report.choice.min_quality)}.\n"
         f"# Found by `slrmerge search` ({report.task}, {conditions(row)}) among {len(report.rows)} candidates:\n"
-        f"# Q {row.quality:.4f}, D {row.diversity:.4f} nats; post-trained Q {post.quality:.4f}, D {post.diversity:.4f}.\n"
+        f"# Q {row.quality:.4f}, D {row.diversity:.4f} nats; the post-trained model has {post.quality:.4f} and "
+        f"{post.diversity:.4f}.\n"
         + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
     ).encode()
 

@@ -1,4 +1,4 @@
-"""A search from a recipe to a folder of results: prepare, check, one pass over everything, one more over the leaders."""
+"""A search from a recipe to a folder of results: prepare, check, ask everything in one pass, the leaders in another."""
 
 import os
 import shutil
@@ -17,10 +17,10 @@ from slrmerge.crc import TASKS, Scores
 from slrmerge.errors import NoSpaceError, OutputError, PlanError, Problem, raise_all, require_extra
 from slrmerge.merge import available_cores, folder_problems, free_bytes, resolve_target
 from slrmerge.plan import depth_problems
+from slrmerge.plots import PICTURES, draw_report
 from slrmerge.recipe import Recipe
 from slrmerge.search.candidates import SPACES, ends, from_recipe
 from slrmerge.search.choose import MIN_QUALITY, Row, choose, conditions, judge, leaders
-from slrmerge.search.plots import PICTURES, draw_report
 from slrmerge.search.results import PROMPTS, RECIPES, SUMMARY, TABLE, Report, read_report, write_prompts, write_report
 from slrmerge.search.scoring import PairSweeper, Pass
 from slrmerge.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate
@@ -188,8 +188,8 @@ class Search:
                 rows, min_quality=self.options.min_quality, margin=self._margin(), at_least=RESCORED_AT_LEAST
             )
             notes.append(
-                f"all {len(rows)} candidates were asked {conditions(rows[0])}; "
-                f"the {len(again)} that may win or are compared were asked again, all {len(self.prompts)} prompts in fp32"
+                f"all {len(rows)} candidates were asked {conditions(rows[0])}; the {len(again)} that may win or that "
+                f"the winner is held against were asked again: {len(self.prompts)} prompts, float32"
             )
             second = Pass("leaders", again, self.prompts, torch.float32)
             exact, exact_scores = self._pass(second, staging, progress)

@@ -34,7 +34,7 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype, attenti
     raise_all((Problem(where, what, REMEDY) for what in _refusals(config)), UnsupportedModelError)
     try:
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,8 +1,8 @@
 """Many hybrids of one pair, asked the same prompts in one pass over the layers.
 
-Two tries carry it. Over layers: hybrids with the same weights up to a layer have the same states there, so each distinct
-state is worked out once, and each layer's weights are read once per side. Over tokens: prompts share most of their
-text, so they are packed as a trie. Nothing here knows what an interval is.
+Two tries carry it. Over layers: hybrids with the same weights up to a layer have the same states there, so each state
+is worked out once, and each layer's weights are read once per side. Over tokens: prompts share most of their text, so
+they are packed as a trie. Nothing here knows what an interval is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -74,10 +74,11 @@ class StagedModel:
         depths = torch.tensor([trie.depths])
         leaves = depths[:, torch.tensor(trie.leaves)]
         self._model.set_attn_implementation("eager")
-        rules = [call.get("attention_mask") for call in self._calls(torch.arange(trie.longest)[None])]
+        masks = [call.get("attention_mask") for call in self._calls(torch.arange(trie.longest)[None])]
         self._model.set_attn_implementation(NAME)
-        longest = trie.longest
-        if any(not isinstance(rule, torch.Tensor) or rule.shape[-2:] != (longest, longest) for rule in rules):
+        square = (1, 1, trie.longest, trie.longest)
+        rules = [mask[0, 0] for mask in masks if isinstance(mask, torch.Tensor) and mask.shape == square]
+        if len(rules) < len(masks):
             raise UnsupportedModelError(
                 Problem(self._where, f"{self.name} does not say what its layers may attend to", REMEDY)
             )
@@ -89,7 +90,7 @@ class StagedModel:
             TrieAttention.of(
                 (((number,), path) for number, path in enumerate(trie.paths_of(trie.leaves))), self.device
             ),
-            [rule[0, 0] for rule in rules],
+            rules,
         )
 
     def embed(self, layout: Layout, weights: Weights) -> torch.Tensor:
@@ -107,7 +108,7 @@ class StagedModel:
         return states[0]
 
     def run_layer(self, number: int, layout: Layout, weights: Weights, states: torch.Tensor) -> torch.Tensor:
-        """A layer's output for `states`, both of shape (states, tokens, width); the last layer's for the leaves only."""
+        """A layer's output for `states`, both (states, tokens, width); the last layer's for the leaves only."""
         attention, rule = layout.attention, layout.rules[number]
         if number < len(self._layers) - 1:
             return self._run(number, weights, states, layout.calls[number], replace(attention, rule=rule))

@@ -1,4 +1,4 @@
-"""The hidden states of a sweep, in memory or past a limit in a mapped file, and what is needed to go on after a kill."""
+"""A sweep's hidden states, in memory or past a limit in a mapped file, and what it takes to go on after a kill."""
 
 import json
 import os
@@ -54,7 +54,7 @@ class StateStore:
         try:
             if not self._new.exists():
                 with open(self._new, "wb") as file:
-                    file.write(memoryview(states.reshape(-1).view(torch.uint8).numpy()))
+                    file.write(states.reshape(-1).view(torch.uint8).numpy().data)
             os.replace(self._new, kept)
             value = {
                 "fingerprint": self._fingerprint,

@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from slrmerge.blend import Blender, one_core_per_chunk
+from slrmerge.blend import Blender, one_core_per_chunk, torch_dtype
 from slrmerge.checkpoint import DTYPE_BITS
 from slrmerge.plan import PlannedTensor
 from slrmerge.stream import Sources
@@ -18,7 +18,6 @@ from slrmerge.stream import Sources
 Choice = tuple[str, float]
 """A tensor's name and the alpha that it is wanted at."""
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COMPARED_BYTES = 4 << 20
 
 
@@ -83,7 +82,7 @@ class HybridWeights:
 
     def _make(self, tensors: Sequence[PlannedTensor], rows: Sequence[range] | None) -> list[torch.Tensor]:
         """Each tensor, or the range of its rows that stands at its place in `rows`, as a merge would write it."""
-        parts = rows or [None] * len(tensors)
+        parts: Sequence[range | None] = rows or [None] * len(tensors)
         if all(tensor.kind == "copy" for tensor in tensors):
             return list(map(self._one, tensors, parts))
         with one_core_per_chunk():
@@ -93,7 +92,7 @@ class HybridWeights:
         shape = tensor.info.shape
         if rows is not None:
             shape = (len(rows), *shape[1:])
-        made = torch.empty(shape, dtype=_DTYPES[tensor.info.dtype])
+        made = torch.empty(shape, dtype=torch_dtype(tensor.info.dtype))
         begin = rows.start * prod(shape[1:]) * DTYPE_BITS[tensor.info.dtype] // 8 if rows is not None else 0
         blender = self._blenders.get()
         try:
@@ -108,4 +107,5 @@ class HybridWeights:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's own memory, to be written to."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return view

@@ -1,4 +1,4 @@
-"""A search in pictures: the trade-off of quality and diversity, and both over all intervals."""
+"""Pictures: the trade-off of quality and diversity, both over all intervals, and how far each layer was moved."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slrmerge.search.choose import Row
-from slrmerge.search.results import Report
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from slrmerge.diff import Differences
+    from slrmerge.search import Report, Row
 
 PICTURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg")
 
 _INTERVAL, _SOUP, _POST, _CHOICE, _FAINT = "#1f6f8b", "#c97b2a", "#3a3a3a", "#c0392b", "#9fb8c1"
 
 
-def draw_report(folder: Path, report: Report) -> None:
+def draw_report(folder: Path, report: "Report") -> None:
     """Both pictures, each as PNG and as SVG. The same results give the same bytes."""
     for name, figure in (("tradeoff", tradeoff(report)), ("heatmaps", heatmaps(report))):
         save(figure, folder / name)
@@ -33,7 +33,7 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
-def tradeoff(report: Report) -> "Figure":
+def tradeoff(report: "Report") -> "Figure":
     """Quality against diversity (paper, figure 2): all intervals, the front with its lengths, soups, the choice."""
     from matplotlib.figure import Figure
 
@@ -77,7 +77,7 @@ def tradeoff(report: Report) -> "Figure":
     return figure
 
 
-def heatmaps(report: Report) -> "Figure":
+def heatmaps(report: "Report") -> "Figure":
     """Q and D of every interval over its first and last layer, the choice framed."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -91,24 +91,41 @@ def heatmaps(report: Report) -> "Figure":
         image = axes.imshow(grid, origin="lower", cmap="viridis")
         figure.colorbar(image, ax=axes, shrink=0.85)
         if report.choice.slr is not None:
-            start, end = report.choice.slr.candidate.start, report.choice.slr.candidate.end
-            assert start is not None
-            assert end is not None
-            axes.add_patch(Rectangle((end - 0.5, start - 0.5), 1, 1, fill=False, edgecolor=_CHOICE, linewidth=2))
+            for start, end, row in _intervals(report):
+                if row is report.choice.slr:
+                    axes.add_patch(Rectangle((end - 0.5, start - 0.5), 1, 1, fill=False, edgecolor=_CHOICE, lw=2))
         axes.set(title=title, xlabel="last restored layer", ylabel="first restored layer")
     return figure
 
 
-def _points(rows: list[Row]) -> tuple[list[float], list[float]]:
+def differences_figure(differences: "Differences") -> "Figure":
+    """The relative change of each module in each layer."""
+    from matplotlib.figure import Figure
+
+    modules = differences.modules()
+    grid = np.full((len(modules), differences.layers), np.nan)
+    for (layer, module), distance in differences.by_module.items():
+        if module in modules and 0 <= layer < differences.layers:
+            grid[modules.index(module), layer] = distance.relative_change
+    figure = Figure(figsize=(2.5 + 0.28 * differences.layers, 1.2 + 0.3 * len(modules)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap="viridis", aspect="auto")
+    figure.colorbar(image, ax=axes, label="|post − pre| / |pre|")
+    axes.set_yticks(range(len(modules)), modules)
+    axes.set(xlabel="layer", title="how far post-training moved the weights")
+    return figure
+
+
+def _points(rows: "list[Row]") -> tuple[list[float], list[float]]:
     return [row.quality for row in rows], [row.diversity for row in rows]
 
 
-def _write_beside(axes: "Axes", row: Row, text: str) -> None:
+def _write_beside(axes: "Axes", row: "Row", text: str) -> None:
     options: dict[str, Any] = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7, "color": _INTERVAL}
     axes.annotate(text, (row.quality, row.diversity), **options)
 
 
-def _intervals(report: Report) -> Iterator[tuple[int, int, Row]]:
+def _intervals(report: "Report") -> "Iterator[tuple[int, int, Row]]":
     for row in report.rows:
         if row.candidate.space == "interval" and row.candidate.start is not None and row.candidate.end is not None:
             yield row.candidate.start, row.candidate.end, row
