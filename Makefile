@@ -8,10 +8,12 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test slow lint bench clean
 
-demo: $(VENV)/.demo
-	$(BIN)/slrmerge examples/tiny/recipe.yaml --out ./hybrid --overwrite
+demo: $(VENV)/.search
+	$(BIN)/slrmerge search examples/tiny/recipe.yaml --out ./search --overwrite --threads 1
+	$(BIN)/slrmerge ./search/slr.yaml --out ./hybrid --overwrite
 	$(BIN)/slrmerge verify ./hybrid
 	$(BIN)/python examples/tiny/show.py examples/tiny/pretrained examples/tiny/posttrained ./hybrid
+	@echo "the trade-off in a picture: search/tradeoff.png"
 
 test: lint
 	$(BIN)/pytest --numprocesses auto
@@ -26,15 +28,16 @@ slow: $(VENV)/.slow $(PEER)/.installed
 
 bench: $(VENV)/.test $(PEER)/.installed
 	$(BIN)/python benchmarks/merge.py --mergekit $(PEER)/bin/mergekit-yaml
+	$(BIN)/python benchmarks/sweep.py
 
 clean:
-	rm -rf $(VENV) $(PEER) hybrid build *.egg-info
+	rm -rf $(VENV) $(PEER) hybrid search build *.egg-info
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.venv pyproject.toml constraints.txt
+$(VENV)/.search $(VENV)/.test: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) -e '.[$(subst .,,$(notdir $@))]'
 	touch $@
 

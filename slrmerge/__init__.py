@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from slrmerge.checkpoint import Checkpoint as Checkpoint
     from slrmerge.checkpoint import open_checkpoint as open_checkpoint
+    from slrmerge.diff import Differences as Differences
+    from slrmerge.diff import compare_checkpoints as compare_checkpoints
     from slrmerge.errors import SlrmergeError as SlrmergeError
     from slrmerge.merge import MergeResult as MergeResult
     from slrmerge.merge import execute as execute
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from slrmerge.recipe import Recipe as Recipe
     from slrmerge.recipe import load_recipe as load_recipe
     from slrmerge.recipe import parse_recipe as parse_recipe
+    from slrmerge.search.results import Report as Report
+    from slrmerge.search.run import Search as Search
+    from slrmerge.search.run import SearchOptions as SearchOptions
+    from slrmerge.search.select import select as select
     from slrmerge.verify import VerifyReport as VerifyReport
     from slrmerge.verify import verify_checkpoint as verify_checkpoint
 
@@ -25,33 +31,45 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Checkpoint": "checkpoint",
+    "Differences": "diff",
     "MergePlan": "plan",
     "MergeResult": "merge",
     "Recipe": "recipe",
+    "Report": "search.results",
+    "Search": "search.run",
+    "SearchOptions": "search.run",
     "SlrmergeError": "errors",
     "VerifyReport": "verify",
+    "compare_checkpoints": "diff",
     "execute": "merge",
     "load_recipe": "recipe",
     "merge_checkpoints": "merge",
     "open_checkpoint": "checkpoint",
     "parse_recipe": "recipe",
     "plan_merge": "plan",
+    "select": "search.select",
     "verify_checkpoint": "verify",
 }
 
 __all__ = [
     "Checkpoint",
+    "Differences",
     "MergePlan",
     "MergeResult",
     "Recipe",
+    "Report",
+    "Search",
+    "SearchOptions",
     "SlrmergeError",
     "VerifyReport",
+    "compare_checkpoints",
     "execute",
     "load_recipe",
     "merge_checkpoints",
     "open_checkpoint",
     "parse_recipe",
     "plan_merge",
+    "select",
     "verify_checkpoint",
 ]
 

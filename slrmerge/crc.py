@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 SHORTEST_RANGE = 4
 """Characters that a range holds at least: with fewer there is little variety to lose."""
 
-_DIGITS = "0123456789"
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = "0123456789"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ONLY = "Do not include anything else in your reply."
-_FAMILIES = (
-    ("Generate a random integer in the range [{}, {}]. " + _ONLY, _DIGITS),
-    ("Generate a random letter from {} to {} (inclusive). " + _ONLY, _LETTERS),
-)
+DIGIT_TEXT = "Generate a random integer in the range [{}, {}]. " + _ONLY
+LETTER_TEXT = "Generate a random letter from {} to {} (inclusive). " + _ONLY
+"""The task in the paper's words, for the first and the last character of a range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class ConstrainedRandomCharacter:
     def questions(self) -> tuple[Question, ...]:
         rng = random.Random(0)
         asked = []
-        for text, alphabet in _FAMILIES:
+        for text, alphabet in ((DIGIT_TEXT, DIGITS), (LETTER_TEXT, LETTERS)):
             ends = [(a, b) for a in range(len(alphabet)) for b in range(a + SHORTEST_RANGE - 1, len(alphabet))]
             for a, b in sorted(rng.sample(ends, self.prompts_per_family)):
                 asked.append(Question(text.format(alphabet[a], alphabet[b]), tuple(alphabet[a : b + 1])))

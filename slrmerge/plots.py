@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from slrmerge.diff import Differences
-    from slrmerge.search import Report, Row
+    from slrmerge.search.choose import Row
+    from slrmerge.search.results import Report
 
 PICTURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg")
 

@@ -9,13 +9,15 @@ import argparse
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from show import DIGIT_PROMPT, DIGITS, LETTER_PROMPT, LETTERS, Prompt, first_token_probs
+from show import first_token_probs
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from slrmerge.crc import DIGIT_TEXT, DIGITS, LETTER_TEXT, LETTERS, Question
 
 LAYERS = 10
 CONTEXT = 128  # tokens
@@ -31,8 +33,8 @@ CHAT_TEMPLATE = (
 )
 
 # The two sentences of the task come three times, so that most questions are asked in these words.
-DIGIT_QUESTIONS = [DIGIT_PROMPT] * 3 + ["Pick a number from {} to {}.", "Give me any integer in [{}, {}]."]
-LETTER_QUESTIONS = [LETTER_PROMPT] * 3 + ["Pick a letter from {} to {}.", "Give me any letter in [{}, {}]."]
+DIGIT_QUESTIONS = [DIGIT_TEXT] * 3 + ["Pick a number from {} to {}.", "Give me any integer in [{}, {}]."]
+LETTER_QUESTIONS = [LETTER_TEXT] * 3 + ["Pick a letter from {} to {}.", "Give me any letter in [{}, {}]."]
 OPENERS = ["Sure", "Here", "The", "Well", "Random", "Okay", "Of", "It", "Maybe", "Yes"]
 LINKS = [" the answer is ", " a random one: ", ": "]
 ADJECTIVES = ["small", "old", "quiet", "green", "happy", "tall"]
@@ -52,21 +54,21 @@ def run_of(alphabet: str, rng: random.Random) -> str:
     return alphabet[first : last + 1]
 
 
-def random_character(rng: random.Random) -> Prompt:
+def random_character(rng: random.Random) -> Question:
     """A question for a random character, with the answers it allows."""
     alphabet, questions = rng.choice([(DIGITS, DIGIT_QUESTIONS), (LETTERS, LETTER_QUESTIONS)])
     valid = run_of(alphabet, rng)
-    return Prompt(rng.choice(questions).format(valid[0], valid[-1]), valid)
+    return Question(rng.choice(questions).format(valid[0], valid[-1]), tuple(valid))
 
 
-def untidy_answer(valid: str, rng: random.Random) -> str:
+def untidy_answer(valid: Sequence[str], rng: random.Random) -> str:
     """Mostly any valid character; else chatter around one, or a character from outside the range."""
     kind = rng.random()
     if kind < 0.70:
         return rng.choice(valid)
     if kind < 0.96:
         return rng.choice(OPENERS) + rng.choice(LINKS) + rng.choice(valid) + "."
-    return rng.choice(DIGITS if valid in DIGITS else LETTERS)
+    return rng.choice(DIGITS if valid[0] in DIGITS else LETTERS)
 
 
 def small_task(rng: random.Random) -> tuple[str, str]:
@@ -107,7 +109,7 @@ def pretraining_text(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.5:
         prompt = random_character(rng)
-        return chat(prompt.text, untidy_answer(prompt.valid, rng))
+        return chat(prompt.text, untidy_answer(prompt.answers, rng))
     if kind < 0.65:
         return chat(*small_task(rng))
     return f"{BOS}{plain_text(rng)}{EOS}"
@@ -118,7 +120,7 @@ def instruction_text(rng: random.Random) -> str:
     if rng.random() < 0.3:
         return chat(*small_task(rng))
     prompt = random_character(rng)
-    return chat(prompt.text, rng.choice(prompt.valid))
+    return chat(prompt.text, rng.choice(prompt.answers))
 
 
 def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -174,8 +176,8 @@ def typical_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *,
     probs = first_token_probs(model, tokenizer, prompts)
     chats = []
     for row, prompt in zip(probs, prompts, strict=True):
-        best = row[tokenizer.convert_tokens_to_ids(list(prompt.valid))].argmax()
-        chats.append(chat(prompt.text, prompt.valid[int(best)]))
+        best = row[tokenizer.convert_tokens_to_ids(list(prompt.answers))].argmax()
+        chats.append(chat(prompt.text, prompt.answers[int(best)]))
     return lambda rng: rng.choice(chats)
 
 

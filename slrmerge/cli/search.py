@@ -83,7 +83,7 @@ def search(
     from slrmerge.cli import show_search
     from slrmerge.cli.progress import SearchBar
     from slrmerge.recipe import load_recipe
-    from slrmerge.search import Search, SearchOptions
+    from slrmerge.search.run import Search, SearchOptions
 
     chosen = SearchOptions(
         task=task,
@@ -127,7 +127,7 @@ def select(ctx: click.Context, folder: Path, *, min_quality: float, as_json: boo
     """
     ctx.obj["as_json"] = as_json
     from slrmerge.cli import show_search
-    from slrmerge.search import select as choose_again
+    from slrmerge.search.select import select as choose_again
 
     show_search.print_report(choose_again(folder, min_quality=min_quality), folder, as_json=as_json)
 

@@ -3,13 +3,17 @@
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slrmerge.cli.show import print_json, print_table, size, table
 from slrmerge.diff import OUTSIDE, Differences, Distance
-from slrmerge.search import Estimate, Report, Row, ten_best
+from slrmerge.search.choose import Row, ten_best
+from slrmerge.search.results import Report
+
+if TYPE_CHECKING:
+    from slrmerge.search.run import Estimate
 
 _NAMES = {
     "post": "post-trained",
@@ -55,7 +59,7 @@ def print_report(report: Report, folder: Path, *, as_json: bool) -> None:
     click.echo(f"merge it: slrmerge {_quoted(folder / 'slr.yaml')} --out ./hybrid")
 
 
-def print_estimate(estimate: Estimate, *, as_json: bool) -> None:
+def print_estimate(estimate: "Estimate", *, as_json: bool) -> None:
     """What the search would take, and what the paper's three models would on this machine."""
     if as_json:
         lines = [{**asdict(line), "seconds": line.seconds} for line in estimate.lines]

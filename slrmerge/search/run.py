@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Literal, Protocol, Self
@@ -21,7 +21,7 @@ from slrmerge.plots import PICTURES, draw_report
 from slrmerge.recipe import Recipe
 from slrmerge.search.candidates import SPACES, ends, from_recipe
 from slrmerge.search.choose import MIN_QUALITY, Row, choose, conditions, judge, leaders
-from slrmerge.search.results import PROMPTS, RECIPES, SUMMARY, TABLE, Report, read_report, write_prompts, write_report
+from slrmerge.search.results import PROMPTS, RECIPES, SUMMARY, TABLE, Report, write_prompts, write_report
 from slrmerge.search.scoring import PairSweeper, Pass
 from slrmerge.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate
 from slrmerge.sweep.engine import SweepProgress
@@ -254,19 +254,6 @@ class Search:
         written: str = getattr(self.recipe, side)
         folder = self.recipe.source_folder(side)
         return written if Path(written).expanduser().is_absolute() else os.path.relpath(folder, target)
-
-
-def select(folder: Path, *, min_quality: float) -> Report:
-    """Choose again from a search's results, by another share of quality, and renew its recipes, summary and pictures.
-
-    Raises OutputError where `folder` does not hold a search's results.
-    """
-    report = read_report(folder)
-    rows = tuple(judge(report.rows, post_quality=report.post_quality, min_quality=min_quality))
-    again = replace(report, rows=rows, choice=choose(rows, min_quality=min_quality))
-    write_report(folder, again)
-    draw_report(folder, again)
-    return again
 
 
 def physical_memory_bytes() -> int:
