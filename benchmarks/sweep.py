@@ -24,6 +24,7 @@ import transformers
 
 from slrmerge.chat import Prompt
 from slrmerge.checkpoint import LayerStack, open_pair
+from slrmerge.progress import Silent
 from slrmerge.search.candidates import Candidate, ends, intervals
 from slrmerge.search.scoring import PairSweeper, Pass
 from slrmerge.sweep.cost import PAPER_MODELS, all_intervals_cost, measured_rate
@@ -35,19 +36,6 @@ FAMILIES = {
     "gemma2": (transformers.Gemma2Config, {"head_dim": 64, "query_pre_attn_scalar": 64}),
 }
 Weights = dict[str, torch.Tensor]
-
-
-class Silent:
-    """A SweepProgress that shows nothing."""
-
-    def stage(self, what: str) -> None:
-        pass
-
-    def advance(self, states: int) -> None:
-        pass
-
-    def say(self, message: str) -> None:
-        pass
 
 
 def made_prompts() -> list[Prompt]:

@@ -6,9 +6,13 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Who wants to know how far a merge is; called from several threads, one at a time."""
+    """Who wants to know how far a run is; called from several threads, one at a time.
 
-    def start(self, what: str, total_bytes: int) -> None: ...
+    `start` begins a count, of bytes or, in a sweep, of states; `stage` names the part that is being worked on.
+    """
+
+    def start(self, what: str, total: int) -> None: ...
+    def stage(self, what: str) -> None: ...
     def advance(self, count: int) -> None: ...
     def say(self, message: str) -> None: ...
 
@@ -16,7 +20,10 @@ class Progress(Protocol):
 class Silent:
     """A Progress that shows nothing."""
 
-    def start(self, what: str, total_bytes: int) -> None:
+    def start(self, what: str, total: int) -> None:
+        pass
+
+    def stage(self, what: str) -> None:
         pass
 
     def advance(self, count: int) -> None:

@@ -81,7 +81,7 @@ def search(
     """
     ctx.obj["as_json"] = as_json
     from slrmerge.cli import show_search
-    from slrmerge.cli.progress import SearchBar
+    from slrmerge.cli.progress import TerminalProgress
     from slrmerge.recipe import load_recipe
     from slrmerge.search.run import Search, SearchOptions
 
@@ -105,7 +105,7 @@ def search(
             return
         if out is None:
             raise click.UsageError("missing option '--out'", ctx)
-        progress = SearchBar(quiet=quiet or as_json)
+        progress = TerminalProgress(quiet=quiet or as_json, unit=" states")
         try:
             report = ready.run(out, overwrite=overwrite, progress=progress)
         finally:

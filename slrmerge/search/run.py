@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -18,13 +18,13 @@ from slrmerge.errors import NoSpaceError, OutputError, PlanError, Problem, raise
 from slrmerge.merge import available_cores, folder_problems, free_bytes, resolve_target
 from slrmerge.plan import depth_problems
 from slrmerge.plots import PICTURES, draw_report
+from slrmerge.progress import Progress, Silent
 from slrmerge.recipe import Recipe
 from slrmerge.search.candidates import SPACES, ends, from_recipe
 from slrmerge.search.choose import MIN_QUALITY, Row, choose, conditions, judge, leaders
 from slrmerge.search.results import PROMPTS, RECIPES, SUMMARY, TABLE, Report, write_prompts, write_report
 from slrmerge.search.scoring import PairSweeper, Pass
 from slrmerge.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate
-from slrmerge.sweep.engine import SweepProgress
 
 BIG_PARAMETERS = 1_000_000_000
 """From here a first pass runs in bfloat16 unless told otherwise."""
@@ -56,12 +56,6 @@ class SearchOptions:
     quick: bool = False
     resumable: bool = True
     threads: int | None = None
-
-
-class SearchProgress(SweepProgress, Protocol):
-    """Who wants to know how far a search is; `start` names a sweep and says how many states it has at most."""
-
-    def start(self, what: str, states: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -153,12 +147,12 @@ class Search:
             raise NoSpaceError(Problem(str(target), what, remedy))
         return target
 
-    def run(self, out: Path, *, overwrite: bool = False, progress: SearchProgress) -> Report:
+    def run(self, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Report:
         """Search, and leave the results in the folder `out`, which appears complete or not at all.
 
         Killed, the same search goes on after the last layer that it finished, unless it was told not to keep states.
         """
-        started = monotonic()
+        started, progress = monotonic(), progress or Silent()
         target = self.require_target(out, overwrite=overwrite)
         files.create_folder(target.parent, fsync=False)
         with files.exclusive(target):
@@ -174,7 +168,7 @@ class Search:
                 shutil.rmtree(leftover)
         return report
 
-    def _search(self, target: Path, started: float, progress: SearchProgress) -> Report:
+    def _search(self, target: Path, started: float, progress: Progress) -> Report:
         staging = files.staging_folder(target)
         post = self.candidates[0]
         first = self._first_pass()
@@ -213,7 +207,7 @@ class Search:
         draw_report(staging, report)
         return report
 
-    def _pass(self, wanted: Pass, staging: Path, progress: SearchProgress) -> tuple[list[Row], Scores]:
+    def _pass(self, wanted: Pass, staging: Path, progress: Progress) -> tuple[list[Row], Scores]:
         """Score a pass's candidates; scores have a column for every prompt, NaN where it was not asked."""
         progress.start(_PASSES[wanted.name], self._sweeper.cost(wanted).states)
         folder = staging / wanted.name if self.options.resumable or self._must_map() else None

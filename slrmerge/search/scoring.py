@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from slrmerge.chat import Prompt
 from slrmerge.checkpoint import Checkpoint, CheckpointReader
 from slrmerge.plan import plan_choices
+from slrmerge.progress import Progress, Silent
 from slrmerge.search.candidates import Candidate, alphas_of
 from slrmerge.stream import Sources
 from slrmerge.sweep.check import require_agreement
 from slrmerge.sweep.cost import Cost, Shape, cost_of
-from slrmerge.sweep.engine import Sweep, SweepPlan, SweepProgress
+from slrmerge.sweep.engine import Sweep, SweepPlan
 from slrmerge.sweep.model import StagedModel
 from slrmerge.sweep.states import StateStore
 from slrmerge.sweep.trie import pack
@@ -80,11 +81,11 @@ class PairSweeper:
         """Ask the post-trained model in fp32 the ordinary way and by a sweep; raise where the answers differ."""
         wanted = Pass("check", [post], prompts, torch.float32)
         with self._sweep(wanted) as sweep:
-            swept = sweep.run(StateStore(None, max_bytes=0, fingerprint=""), _Silent())
+            swept = sweep.run(StateStore(None, max_bytes=0, fingerprint=""), Silent())
             model = self.model(torch.float32)
             require_agreement(sweep.ordinary(), swept, where=str(self.posttrained.folder), model=model.name)
 
-    def run(self, wanted: Pass, folder: Path | None, *, max_bytes: int, progress: SweepProgress) -> NDArray[np.float64]:
+    def run(self, wanted: Pass, folder: Path | None, *, max_bytes: int, progress: Progress) -> NDArray[np.float64]:
         """Log-probabilities of the valid answers, shape (candidates, prompts, answers), NaN past a prompt's own.
 
         With a `folder`, what is finished is kept there, and an earlier run of the same pass is taken up.
@@ -115,19 +116,6 @@ class PairSweeper:
         planned = plan_choices(plan.wanted, self.pretrained, self.posttrained, dtype=self._output_dtype)
         with HybridWeights(planned, self._sources, dtype=wanted.dtype, device=self._device) as weights:
             yield Sweep(self.model(wanted.dtype), weights, plan=plan, prompts=wanted.prompts)
-
-
-class _Silent:
-    """A SweepProgress that shows nothing."""
-
-    def stage(self, what: str) -> None:
-        pass
-
-    def advance(self, states: int) -> None:
-        pass
-
-    def say(self, message: str) -> None:
-        pass
 
 
 def _read_result(path: Path, fingerprint: str) -> NDArray[np.float64] | None:

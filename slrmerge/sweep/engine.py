@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 import slrmerge
+from slrmerge.progress import Progress
 from slrmerge.sweep.model import Layout, StagedModel, rows_in_use
 from slrmerge.sweep.paths import Step, count_states, step
 from slrmerge.sweep.states import StateStore
@@ -34,14 +35,6 @@ class Prompt(Protocol):
     def ids(self) -> Sequence[int]: ...
     @property
     def valid_ids(self) -> Sequence[int]: ...
-
-
-class SweepProgress(Protocol):
-    """Who wants to know how far a sweep is, in states: one hybrid's tokens through one layer."""
-
-    def stage(self, what: str) -> None: ...
-    def advance(self, states: int) -> None: ...
-    def say(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ class Sweep:
         self._last = len(plan.stages) - 1
 
     @torch.inference_mode()
-    def run(self, store: StateStore, progress: SweepProgress) -> torch.Tensor:
+    def run(self, store: StateStore, progress: Progress) -> torch.Tensor:
         """Log-probabilities of the valid answers, float64, shape (hybrids, prompts, answers), NaN past a prompt's own.
 
         Goes on where an earlier run of the same sweep stopped, if `store` holds its states.
@@ -109,11 +102,11 @@ class Sweep:
             done, (nodes, states) = 1, self._embed(store)
         else:
             done, nodes, states = resumed.stages_done, resumed.nodes, resumed.states
-            progress.say(f"going on after layer {done - 2}" if done > 1 else "going on after the embedding")
+            progress.say(f"going on after layer {done - 1} of {self._last - 1}, which an earlier run finished")
             progress.advance(sum(self._plan.state_counts[1:done]))
         for stage in range(done, self._last):
             now = self._step(stage, nodes)
-            progress.stage(f"layer {stage - 1} of {self._last - 2}, {len(set(now.nodes))} states")
+            progress.stage(f"layer {stage} of {self._last - 1}, {len(nodes)} candidates")
             states = self._layer(stage, now, states, store, progress)
             nodes = now.nodes
             store.commit(stage + 1, nodes, states)
@@ -162,7 +155,7 @@ class Sweep:
         return {embedding[0]: self._weights.load_rows(embedding, rows), **self._weights.load(others)}
 
     def _layer(
-        self, stage: int, now: Step, states: torch.Tensor, store: StateStore, progress: SweepProgress
+        self, stage: int, now: Step, states: torch.Tensor, store: StateStore, progress: Progress
     ) -> torch.Tensor:
         tokens = states.shape[1] if stage < self._last - 1 else len(self._prompts)
         made = store.allocate((now.state_count, tokens, states.shape[2]), states.dtype)

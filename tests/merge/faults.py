@@ -37,8 +37,11 @@ class Recorder:
         self.said: list[str] = []
         self.calls = self.advanced = 0
 
-    def start(self, what: str, total_bytes: int) -> None:
-        self.started.append((what, total_bytes))
+    def start(self, what: str, total: int) -> None:
+        self.started.append((what, total))
+
+    def stage(self, what: str) -> None:
+        pass
 
     def advance(self, count: int) -> None:
         self.calls += 1
