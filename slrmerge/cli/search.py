@@ -85,6 +85,7 @@ def search(
     from slrmerge.recipe import load_recipe
     from slrmerge.search.run import Search, SearchOptions
 
+    _require_device(device, ctx)
     chosen = SearchOptions(
         task=task,
         spaces=tuple(dict.fromkeys(spaces)),
@@ -112,6 +113,17 @@ def search(
             progress.close()
     if as_json or not quiet:
         show_search.print_report(report, out, as_json=as_json)
+
+
+def _require_device(device: str, ctx: click.Context) -> None:
+    """Refuse a device that torch does not know, or cannot use on this machine."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise click.UsageError(f"--device {device} cannot be used: {first}", ctx) from None
 
 
 @click.command()

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import monotonic
 from typing import Literal, Self
@@ -123,8 +125,8 @@ class Search:
 
     def estimate(self) -> Estimate:
         """What the first pass costs, from shapes and a matrix product measured here; reads no weights."""
-        first = self._first_pass()
-        shape, cost = self._sweeper.shape(first), self._sweeper.cost(first)
+        first, cost = self._first_pass, self._first_cost
+        shape = self._sweeper.shape(first)
         device = torch.device(self.options.device)
         rate = measured_rate(shape.width, first.dtype, device)
         lines = [EstimateLine(shape.name, len(self.candidates), _name(first.dtype), cost, rate)]
@@ -140,7 +142,7 @@ class Search:
         target = resolve_target(out)
         sources = [self._sweeper.pretrained.folder, self._sweeper.posttrained.folder]
         raise_all(folder_problems(target, sources, overwrite=overwrite, reluctance=_no_mere_results), OutputError)
-        needed, free = self._scratch_bytes(), free_bytes(target)
+        needed, free = self._scratch_bytes(), free_bytes(target) + _bytes_in(files.staging_folder(target))
         if needed > free:
             what = f"the search's states need {needed / 1e9:,.2f} GB there, the disk has {free / 1e9:,.2f} GB free"
             remedy = "choose --out on another disk" + ("" if self._must_map() else ", or --no-resume to keep none")
@@ -160,10 +162,14 @@ class Search:
             self.require_target(out, overwrite=overwrite)
             staging = files.staging_folder(target)
             staging.mkdir(exist_ok=True)
-            report = self._search(target, started, progress)
-            for left in staging.iterdir():
-                if left.is_dir():
-                    shutil.rmtree(left)
+            _keep_only(staging, set(_PASSES))  # states that an earlier run left, and nothing else that may lie there
+            try:
+                report = self._search(target, started, progress)
+            except KeyboardInterrupt as error:
+                if self.options.resumable:
+                    error.add_note("finished layers are kept, and the same command goes on from there")
+                raise
+            _remove(staging / name for name in _PASSES)
             if (leftover := files.publish(staging, target)) is not None:
                 shutil.rmtree(leftover)
         return report
@@ -171,7 +177,7 @@ class Search:
     def _search(self, target: Path, started: float, progress: Progress) -> Report:
         staging = files.staging_folder(target)
         post = self.candidates[0]
-        first = self._first_pass()
+        first = self._first_pass
         progress.say(f"checking that {self._sweeper.model(torch.float32).name} answers in a sweep as it does by itself")
         self._sweeper.check([self.prompts[0], self.prompts[-1]], post)
         rows, scores = self._pass(first, staging, progress)
@@ -224,11 +230,16 @@ class Search:
             side[:, columns] = values
         return rows, Scores(*wide)
 
+    @cached_property
     def _first_pass(self) -> Pass:
         prompts = self.prompts
         if self.options.quick:
             prompts = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)]
         return Pass("first", self.candidates, prompts, self.dtype)
+
+    @cached_property
+    def _first_cost(self) -> Cost:
+        return self._sweeper.cost(self._first_pass)
 
     def _margin(self) -> float:
         return max(QUICK_MARGIN if self.options.quick else 0, ROUNDING_MARGIN if self.dtype != torch.float32 else 0)
@@ -238,16 +249,32 @@ class Search:
 
     def _must_map(self) -> bool:
         """Whether the states are too many for memory, so that they lie in a file in any case."""
-        return self._sweeper.cost(self._first_pass()).states_bytes > self._max_memory_bytes()
+        return self._first_cost.states_bytes > self._max_memory_bytes()
 
     def _scratch_bytes(self) -> int:
-        return self._sweeper.cost(self._first_pass()).states_bytes if self.options.resumable or self._must_map() else 0
+        return self._first_cost.states_bytes if self.options.resumable or self._must_map() else 0
 
     def _said(self, side: Literal["pretrained", "posttrained"], target: Path) -> str:
         """A side as a recipe in `target` has to name it: as it was written, or from there where that was relative."""
         written: str = getattr(self.recipe, side)
         folder = self.recipe.source_folder(side)
         return written if Path(written).expanduser().is_absolute() else os.path.relpath(folder, target)
+
+
+def _keep_only(folder: Path, names: set[str]) -> None:
+    _remove(path for path in folder.iterdir() if path.name not in names)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def physical_memory_bytes() -> int:

@@ -24,7 +24,7 @@ from slrmerge.sweep.weights import Choice, HybridWeights
 CHUNK_TOKENS = 2048
 """Tokens run through a layer at a time: enough for the matrix products, little enough for the caches."""
 
-HEAD_BYTES = 1 << 28
+HEAD_BYTES = 1 << 26
 """Memory for a step of the head: rows of its weights, and the logits that they give in float64."""
 
 
@@ -97,7 +97,7 @@ class Sweep:
 
         Goes on where an earlier run of the same sweep stopped, if `store` holds its states.
         """
-        resumed = store.resume()
+        resumed = store.resume(progress.say)
         if resumed is None:
             done, (nodes, states) = 1, self._embed(store)
         else:
@@ -147,6 +147,7 @@ class Sweep:
         states = store.allocate((now.state_count, *made[0].shape[1:]), made[0].dtype)
         for end, state in made.items():
             states[end] = state[0]
+        store.commit(1, now.nodes, states)
         return now.nodes, states
 
     def _embedding(self, variant: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:

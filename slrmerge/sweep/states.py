@@ -2,16 +2,17 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from slrmerge.errors import OutputError, Problem
-from slrmerge.writer import digest_file
+from slrmerge.errors import OutputError
+from slrmerge.writer import digest_file, output_error
 
 _PROGRESS = "progress.json"
 
@@ -44,7 +45,13 @@ class StateStore:
         self._held_bytes = count
         if in_memory:
             return torch.empty(*shape, dtype=dtype)
-        return self._mapped(self._new, shape, dtype)
+        try:
+            with open(self._new, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # or a full disk would end the process when the map is written to
+                    os.posix_fallocate(file.fileno(), 0, max(count, 1))
+        except OSError as error:
+            raise output_error(self._new, error) from error
+        return _mapped(self._new, shape, dtype)
 
     def commit(self, stages_done: int, nodes: Sequence[int], states: torch.Tensor) -> None:
         """Keep a finished stage; from here a killed run goes on."""
@@ -68,27 +75,33 @@ class StateStore:
             beside.write_text(json.dumps(value))
             os.replace(beside, self._folder / _PROGRESS)
         except OSError as error:
-            what = f"cannot hold the search's states ({error.strerror})"
-            raise OutputError(Problem(str(self._folder), what, "choose another --out, or --no-resume")) from error
+            raise output_error(self._new, error) from error
         with suppress(OSError):
             self._kept(stages_done - 1).unlink()
 
-    def resume(self) -> Resumed | None:
-        """What an earlier run of the same sweep left, or None where there is nothing sound of it."""
-        if self._folder is None:
+    def resume(self, say: Callable[[str], None]) -> Resumed | None:
+        """What an earlier run of the same sweep left; None, and the reason said, where that cannot be taken up."""
+        if self._folder is None or not (self._folder / _PROGRESS).exists():
             return None
         try:
             value = json.loads((self._folder / _PROGRESS).read_bytes())
             kept = self._kept(value["stages_done"])
-            if value["fingerprint"] != self._fingerprint or value["digest"] != digest_file(kept).digest:
-                return None
-            dtype = getattr(torch, value["dtype"])
+            if value["fingerprint"] != self._fingerprint:
+                say("starting anew: what an earlier run left belongs to another search, or to other checkpoints")
+            elif value["digest"] != digest_file(kept).digest:
+                say("starting anew: what an earlier run left is damaged")
+            else:
+                return self._taken_up(kept, value)
         except (OSError, OutputError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        self._new.unlink(missing_ok=True)
+            say("starting anew: what an earlier run left is damaged")
+        self.clear()
+        return None
+
+    def _taken_up(self, kept: Path, value: dict[str, Any]) -> Resumed:
+        dtype = getattr(torch, value["dtype"])
         self._held_bytes = kept.stat().st_size
         if self._held_bytes > self._max_bytes:
-            states = self._mapped(kept, value["shape"], dtype)
+            states = _mapped(kept, value["shape"], dtype)
         else:
             states = torch.frombuffer(bytearray(kept.read_bytes()), dtype=dtype).view(value["shape"])
         return Resumed(value["stages_done"], tuple(value["nodes"]), states)
@@ -108,6 +121,6 @@ class StateStore:
         assert self._folder is not None
         return self._folder / f"states-{stages_done}"
 
-    @staticmethod
-    def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(*shape)
+
+def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(*shape)

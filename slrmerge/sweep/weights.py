@@ -18,7 +18,7 @@ from slrmerge.stream import Sources
 Choice = tuple[str, float]
 """A tensor's name and the alpha that it is wanted at."""
 
-_COMPARED_BYTES = 4 << 20
+_COMPARED_BYTES = 1 << 18
 
 
 class HybridWeights:
@@ -48,7 +48,7 @@ class HybridWeights:
     def load(self, choices: Iterable[Choice]) -> dict[str, torch.Tensor]:
         """The tensors by name. Raises what reading and blending raise (SourceChangedError, BlendError)."""
         wanted = [self._planned[choice] for choice in choices]
-        return {tensor.name: self._moved(made) for tensor, made in zip(wanted, self._make(wanted, None), strict=True)}
+        return {tensor.name: made for tensor, made in zip(wanted, self._make(wanted, None), strict=True)}
 
     def load_rows(self, choice: Choice, rows: Sequence[int]) -> torch.Tensor:
         """Some rows of a tensor, in the order given."""
@@ -59,7 +59,7 @@ class HybridWeights:
                 runs[-1] = range(runs[-1].start, row + 1)
             else:
                 runs.append(range(row, row + 1))
-        return self._moved(torch.cat(self._make([tensor] * len(runs), runs)))
+        return torch.cat(self._make([tensor] * len(runs), runs))
 
     def same_on_both_sides(self, name: str) -> bool:
         """Whether restoring a tensor changes no byte of it; read no further than the first difference."""
@@ -81,7 +81,7 @@ class HybridWeights:
         self._sources.check_unchanged()
 
     def _make(self, tensors: Sequence[PlannedTensor], rows: Sequence[range] | None) -> list[torch.Tensor]:
-        """Each tensor, or the range of its rows that stands at its place in `rows`, as a merge would write it."""
+        """Each tensor, or the range of its rows that stands at its place in `rows`."""
         parts: Sequence[range | None] = rows or [None] * len(tensors)
         if all(tensor.kind == "copy" for tensor in tensors):
             return list(map(self._one, tensors, parts))
@@ -99,10 +99,7 @@ class HybridWeights:
             self._sources.fill(_bytes(made), tensor, begin, blender)
         finally:
             self._blenders.put(blender)
-        return made
-
-    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device, self._dtype)
+        return made.to(self._device, self._dtype)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
