@@ -20,8 +20,9 @@ from slrmerge.search.candidates import Candidate, alphas_of
 from slrmerge.stream import Sources
 from slrmerge.sweep.check import require_agreement
 from slrmerge.sweep.cost import Cost, Shape, cost_of
-from slrmerge.sweep.engine import Sweep, SweepPlan
+from slrmerge.sweep.engine import Sweep
 from slrmerge.sweep.model import StagedModel
+from slrmerge.sweep.paths import SweepPlan
 from slrmerge.sweep.states import StateStore
 from slrmerge.sweep.trie import pack
 from slrmerge.sweep.weights import HybridWeights

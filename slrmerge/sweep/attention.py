@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from slrmerge.errors import Problem, UnsupportedModelError
+from slrmerge.sweep.architecture import REMEDY
+
 NAME = "slrmerge_trie"
 """What the implementation is called in a model's config."""
 
@@ -91,18 +94,21 @@ def trie_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,  # noqa: ARG001 (the rule stands in its place)
     *,
-    trie: TrieAttention,
+    trie: TrieAttention | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls instead of its own attention; `trie` comes with the layer's keyword arguments.
 
-    Raises TypeError for an argument that would change the result and that is not known here (attention sinks).
+    Raises UnsupportedModelError for an argument that would change the result and is not known here (attention sinks).
     """
-    strange = [name for name, value in others.items() if value is not None and name not in _HARMLESS]
-    if strange:
-        raise TypeError(f"attention with {', '.join(sorted(strange))}")
+    strange = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    if trie is None or strange:
+        what = (
+            f"uses attention with {', '.join(strange)}" if strange else "keeps a layer's arguments from its attention"
+        )
+        raise UnsupportedModelError(Problem(type(module).__name__, what, REMEDY))
     trie.calls += 1
     if trie.keep:
         trie.kept = key, value

@@ -6,8 +6,6 @@ they are packed as a trie. Nothing here knows what an interval is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -16,10 +14,10 @@ import xxhash
 import slrmerge
 from slrmerge.progress import Progress
 from slrmerge.sweep.model import Layout, StagedModel, rows_in_use
-from slrmerge.sweep.paths import Step, count_states, step
+from slrmerge.sweep.paths import Step, SweepPlan, step
 from slrmerge.sweep.states import StateStore
 from slrmerge.sweep.trie import pack
-from slrmerge.sweep.weights import Choice, HybridWeights
+from slrmerge.sweep.weights import HybridWeights
 
 CHUNK_TOKENS = 2048
 """Tokens run through a layer at a time: enough for the matrix products, little enough for the caches."""
@@ -35,47 +33,6 @@ class Prompt(Protocol):
     def ids(self) -> Sequence[int]: ...
     @property
     def valid_ids(self) -> Sequence[int]: ...
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """Hybrids as choices, stage by stage. `variants[s]` are the different weights of stage s, each the alphas of its
-    tensors in the order of `stages[s]`; `choices[s]` is, for every hybrid, which of them it takes."""
-
-    stages: tuple[tuple[str, ...], ...]
-    variants: tuple[tuple[tuple[float, ...], ...], ...]
-    choices: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, stages: tuple[tuple[str, ...], ...], hybrids: Sequence[Mapping[str, float]]) -> "SweepPlan":
-        """From the alpha of every tensor, hybrid by hybrid."""
-        variants: list[tuple[tuple[float, ...], ...]] = []
-        choices: list[tuple[int, ...]] = []
-        for names in stages:
-            number: dict[tuple[float, ...], int] = {}
-            choices.append(
-                tuple(number.setdefault(tuple(map(hybrid.__getitem__, names)), len(number)) for hybrid in hybrids)
-            )
-            variants.append(tuple(number))
-        return cls(stages, tuple(variants), tuple(choices))
-
-    @cached_property
-    def state_counts(self) -> list[int]:
-        """How many states each stage makes at most."""
-        return count_states(self.choices)
-
-    @property
-    def wanted(self) -> set[Choice]:
-        """Every tensor with every alpha that some hybrid wants it at."""
-        return {
-            choice
-            for names, variants in zip(self.stages, self.variants, strict=True)
-            for alphas in variants
-            for choice in zip(names, alphas, strict=True)
-        }
-
-    def tensors(self, stage: int, variant: int) -> list[Choice]:
-        return list(zip(self.stages[stage], self.variants[stage][variant], strict=True))
 
 
 class Sweep:
@@ -121,9 +78,7 @@ class Sweep:
 
         def weights(stage: int) -> Mapping[str, torch.Tensor]:
             variant = self._plan.choices[stage][0]
-            return (
-                self._embedding(variant, rows) if stage == 0 else self._weights.load(self._plan.tensors(stage, variant))
-            )
+            return self._embedding(variant, rows) if stage == 0 else self._whole(stage, variant)
 
         return self._head((0,) * len(self._plan.choices[0]), self._model.ordinary(ids, weights))[:1]
 
@@ -141,9 +96,8 @@ class Sweep:
         now = self._step(0, (0,) * len(self._plan.choices[0]))
         rows = rows_in_use(self._layout.trie.ids)
         made: dict[int, torch.Tensor] = {}
-        for variant, jobs in now.jobs.items():
-            for _, end in jobs:
-                made[end] = self._model.embed(self._layout, self._embedding(variant, rows)).cpu()
+        for variant, ((_, end),) in now.jobs.items():
+            made[end] = self._model.embed(self._layout, self._embedding(variant, rows)).cpu()
         states = store.allocate((now.state_count, *made[0].shape[1:]), made[0].dtype)
         for end, state in made.items():
             states[end] = state[0]
@@ -155,6 +109,9 @@ class Sweep:
         embedding, *others = self._plan.tensors(0, variant)
         return {embedding[0]: self._weights.load_rows(embedding, rows), **self._weights.load(others)}
 
+    def _whole(self, stage: int, variant: int) -> dict[str, torch.Tensor]:
+        return self._weights.load(self._plan.tensors(stage, variant))
+
     def _layer(
         self, stage: int, now: Step, states: torch.Tensor, store: StateStore, progress: Progress
     ) -> torch.Tensor:
@@ -162,7 +119,7 @@ class Sweep:
         made = store.allocate((now.state_count, tokens, states.shape[2]), states.dtype)
         at_a_time = max(1, CHUNK_TOKENS // states.shape[1])
         for variant, jobs in now.jobs.items():
-            weights = self._weights.load(self._plan.tensors(stage, variant))
+            weights = self._whole(stage, variant)
             for start in range(0, len(jobs), at_a_time):
                 before, after = map(list, zip(*jobs[start : start + at_a_time], strict=True))
                 chunk = states[before].to(self._model.device)
@@ -178,13 +135,11 @@ class Sweep:
         total = torch.full(shape, -torch.inf, dtype=torch.float64)
         valid = torch.full((*shape, answers), torch.nan, dtype=torch.float64)
         for variant, jobs in now.jobs.items():
-            head, *others = self._plan.tensors(self._last, variant)
-            shared = self._weights.load(choice for choice in others if choice[0] != self._model.head_bias_name)
+            tensors = self._plan.tensors(self._last, variant)
+            whole = self._weights.load(choice for choice in tensors if choice[0] not in self._model.vocabulary_names)
+            by_row = [choice for choice in tensors if choice[0] in self._model.vocabulary_names]
             for rows in self._row_chunks(states.shape[2]):
-                part = {head[0]: self._weights.load_rows(head, rows), **shared}
-                for bias in others:
-                    if bias[0] == self._model.head_bias_name:
-                        part[bias[0]] = self._weights.load_rows(bias, rows)
+                part = whole | {choice[0]: self._weights.load_rows(choice, rows) for choice in by_row}
                 asked = self._asked_in(rows)
                 at_a_time = max(1, HEAD_BYTES // (len(self._prompts) * len(rows) * 8))
                 for start in range(0, len(jobs), at_a_time):

@@ -39,8 +39,8 @@ class Layout:
 class StagedModel:
     """The causal language model of a checkpoint, without weights.
 
-    `stages` names, stage by stage, the tensors of the checkpoint that it uses. Raises UnsupportedModelError, with the
-    reasons, for a model that cannot be run so.
+    `stages` names, stage by stage, the tensors of the checkpoint that it uses; those of `vocabulary_names` in the last
+    one have a row for each token. Raises UnsupportedModelError, with the reasons, for a model that cannot be run so.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class StagedModel:
         self.head_name = self.embedding_name if is_tied(checkpoint, self._model) else self._head_name
         self.vocabulary, self.width = checkpoint[self.head_name].shape
         self._layers, self._stand_ins, self._prefix = self._take_layers(checkpoint)
-        self.head_bias_name = self._head_name.removesuffix("weight") + "bias"
+        self.vocabulary_names = (self.head_name, self._head_name.removesuffix("weight") + "bias")
         self.stages = self._name_stages()
 
     @property
@@ -176,15 +176,14 @@ class StagedModel:
         return layers, stand_ins, stack.prefix
 
     def _name_stages(self) -> tuple[tuple[str, ...], ...]:
-        own = (self.embedding_name, self._head_name)
-        outer = [name for name, _ in self._model.named_parameters(remove_duplicate=False) if name not in own]
-        bias = [name for name in outer if name == self.head_bias_name]
-        shared = [name for name in outer if name != self.head_bias_name]
+        outer = [name for name, _ in self._model.named_parameters(remove_duplicate=False)]
+        head = [name for name in self.vocabulary_names if name in outer]
+        shared = [name for name in outer if name not in (self.embedding_name, self._head_name, *head)]
         layers = (
             tuple(f"{self._prefix}.{number}.{inner}" for inner, _ in layer.named_parameters())
             for number, layer in enumerate(self._layers)
         )
-        return ((self.embedding_name, *shared), *layers, (self.head_name, *bias, *shared))
+        return ((self.embedding_name, *shared), *layers, (*head, *shared))
 
     def _calls(self, depths: torch.Tensor) -> list[dict[str, Any]]:
         """The arguments of every layer for tokens at these depths, shape (1, tokens)."""
@@ -195,8 +194,14 @@ class StagedModel:
             return hidden
 
         ids = torch.zeros_like(depths, device=self.device)
-        with self._acting(dict.fromkeys(range(len(self._layers)), note)):
-            self._forward({}, input_ids=ids, position_ids=depths.to(self.device))
+        try:
+            with self._acting(dict.fromkeys(range(len(self._layers)), note)):
+                self._forward({}, input_ids=ids, position_ids=depths.to(self.device))
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            what = (
+                f"{self.name} does not hand one tensor from layer to layer ({next(iter(str(error).splitlines()), '')})"
+            )
+            raise UnsupportedModelError(Problem(self._where, what, REMEDY)) from error
         return calls
 
     def _run(
@@ -211,9 +216,12 @@ class StagedModel:
     def _call(self, number: int, weights: Weights, states: torch.Tensor, others: dict[str, Any]) -> torch.Tensor:
         start = len(f"{self._prefix}.{number}.")
         inner = {name[start:]: tensor for name, tensor in weights.items()}
-        output: torch.Tensor = torch.func.functional_call(
-            self._layers[number], inner, (states,), others, tie_weights=False
-        )
+        layer = self._layers[number]
+        try:
+            output: torch.Tensor = torch.func.functional_call(layer, inner, (states,), others, tie_weights=False)
+        except TypeError as error:
+            what = f"{type(layer).__name__} cannot be run by itself ({error})"
+            raise UnsupportedModelError(Problem(self._where, what, REMEDY)) from error
         return output
 
     def _forward(self, weights: Weights, **inputs: torch.Tensor) -> torch.Tensor:
@@ -221,7 +229,7 @@ class StagedModel:
 
         Without rows the head and the embedding are one row, so that nothing is spent on logits nobody wants.
         """
-        narrow = (self.embedding_name, self._head_name, self.head_bias_name)
+        narrow = (self.embedding_name, self._head_name, *self.vocabulary_names)
         zeros = {
             name: torch.zeros(
                 (1, *parameter.shape[1:]) if name in narrow else parameter.shape, dtype=self.dtype, device=self.device
@@ -268,5 +276,8 @@ class _StandIn(torch.nn.Module):
         except AttributeError:
             return getattr(self.__dict__["layer"], name)
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **others: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *positional: Any, **others: Any) -> torch.Tensor:
+        if positional:
+            layer = type(self.__dict__["layer"]).__name__
+            raise UnsupportedModelError(Problem(layer, "is called in a way that a sweep cannot follow", REMEDY))
         return self.act(hidden_states, others)

@@ -14,9 +14,7 @@ from slrmerge.blend import Blender, one_core_per_chunk, torch_dtype
 from slrmerge.checkpoint import DTYPE_BITS
 from slrmerge.plan import PlannedTensor
 from slrmerge.stream import Sources
-
-Choice = tuple[str, float]
-"""A tensor's name and the alpha that it is wanted at."""
+from slrmerge.sweep.paths import Choice
 
 _COMPARED_BYTES = 1 << 18
 
