@@ -86,6 +86,11 @@ def _parameter_problems(checkpoint: Checkpoint, model: Any) -> Iterator[Problem]
     ]
     for what in strange[:3]:
         yield Problem(str(checkpoint.folder), what, REMEDY)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if kept := sorted(name for name in model.state_dict() if name in checkpoint and name not in parameters):
+        yield Problem(
+            str(checkpoint.folder), f"{kind} keeps {kept[0]} as a buffer, which a sweep does not load", REMEDY
+        )
     if len(strange) > 3:
         yield Problem(str(checkpoint.folder), f"and {len(strange) - 3} more")
 

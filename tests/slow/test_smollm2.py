@@ -77,6 +77,41 @@ def test_transformers_loads_it_and_it_answers(hybrid: Path) -> None:
     assert text.strip()
 
 
+@pytest.fixture(scope="module")
+def searched(real_pair: Path) -> Path:
+    """A quick search in bfloat16: everything asked eight prompts, the leaders all forty in float32."""
+    run(SLRMERGE, "search", "recipe.yaml", "--out", "search", "--quick", "--dtype", "bfloat16", cwd=real_pair)
+    return real_pair / "search"
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+@pytest.mark.timeout(600)
+def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched: Path, real_pair: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from slrmerge.chat import tokenise
+    from slrmerge.crc import ConstrainedRandomCharacter
+
+    task = ConstrainedRandomCharacter()
+    prompts = tokenise(task.questions(), real_pair / "posttrained")
+    chosen = json.loads((searched / "summary.json").read_text())["chosen"]
+    for name in ("slr", "soup"):
+        run(SLRMERGE, searched / f"{name}.yaml", "--out", real_pair / f"searched-{name}")
+        model = AutoModelForCausalLM.from_pretrained(real_pair / f"searched-{name}", dtype=torch.float32)
+        log_probs = torch.full((1, len(prompts), 26), torch.nan, dtype=torch.float64)
+        with torch.inference_mode():
+            for number, prompt in enumerate(prompts):
+                logits = model(input_ids=torch.tensor([prompt.ids])).logits[0, -1].double()
+                valid = logits.log_softmax(dim=-1)[list(prompt.valid_ids)]
+                log_probs[0, number, : len(valid)] = valid
+        quality, diversity = task.score(log_probs.numpy())
+        assert quality.mean() == pytest.approx(chosen[name]["quality"], abs=1e-4)
+        assert diversity.mean() == pytest.approx(chosen[name]["diversity"], abs=1e-4)
+    assert chosen["slr"]["quality"] >= 0.9 * chosen["post"]["quality"]
+    assert chosen["slr"]["diversity"] > chosen["post"]["diversity"]
+
+
 def test_a_soup_of_it_is_verified_too(real_pair: Path) -> None:
     (real_pair / "soup.yaml").write_text("pretrained: ./pretrained\nposttrained: ./posttrained\nalpha: 0.5\n")
     run(SLRMERGE, "soup.yaml", "--out", "soup", "--max-shard-size", "100MB", cwd=real_pair)
