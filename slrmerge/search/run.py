@@ -17,7 +17,7 @@ from slrmerge.chat import tokenise
 from slrmerge.checkpoint import open_pair
 from slrmerge.crc import TASKS, Scores
 from slrmerge.errors import NoSpaceError, OutputError, PlanError, Problem, raise_all, require_extra
-from slrmerge.merge import available_cores, folder_problems, free_bytes, resolve_target
+from slrmerge.merge import folder_problems, free_bytes, resolve_target
 from slrmerge.plan import depth_problems
 from slrmerge.plots import PICTURES, draw_report
 from slrmerge.progress import Progress, Silent
@@ -95,7 +95,8 @@ class Search:
 
     def __init__(self, recipe: Recipe, options: SearchOptions) -> None:
         require_extra("search", "transformers", "matplotlib")
-        torch.set_num_threads(options.threads or available_cores())
+        if options.threads:
+            torch.set_num_threads(options.threads)
         self.recipe, self.options = recipe, options
         pretrained, posttrained = open_pair(*recipe.source_folders())
         raise_all(depth_problems(pretrained, posttrained), PlanError)
