@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slrmerge.crc import Question
-from slrmerge.errors import Problem, UnsupportedModelError, raise_all
+from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ def tokenise(questions: Sequence[Question], folder: Path) -> list[Prompt]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UnsupportedModelError(Problem(where, f"its tokenizer cannot be loaded ({first})")) from error
+        what = f"its tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
+        raise UnsupportedModelError(Problem(where, what)) from error
     if tokenizer.chat_template is None:
         what = "its tokenizer has no chat template, so how to ask is not known"
         raise UnsupportedModelError(Problem(where, what, "add the chat_template that the model was trained with"))
@@ -70,9 +70,15 @@ def _answer_token(tokenizer: Any, question: Question, answer: str, text: str, id
 
 
 def _render(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    text: str = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=add_generation_prompt, tokenize=False, enable_thinking=False
-    )
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=add_generation_prompt, tokenize=False, enable_thinking=False
+        )
+    except (TemplateError, ValueError) as error:
+        what = f"its chat template cannot be used ({error})"
+        raise UnsupportedModelError(Problem(str(tokenizer.name_or_path), what)) from error
     return text
 
 

@@ -69,7 +69,7 @@ class ConstrainedRandomCharacter:
         with np.errstate(divide="ignore", invalid="ignore"):  # no mass on any valid answer: no variety either
             share = probabilities / quality[..., None]
             diversity = -np.nansum(np.where(share > 0, share * np.log(share), 0.0), axis=-1)
-        return Scores(quality, np.where(quality > 0, diversity, 0.0))
+        return Scores(quality, diversity)
 
 
 TASKS: dict[str, type[ProxyTask]] = {"crc": ConstrainedRandomCharacter}

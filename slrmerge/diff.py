@@ -15,7 +15,7 @@ from slrmerge.files import write_file
 from slrmerge.merge import available_cores
 from slrmerge.plan import depth_problems
 from slrmerge.progress import Progress, Silent, one_at_a_time
-from slrmerge.writer import output_error
+from slrmerge.writer import os_errors_at
 
 OUTSIDE = -1
 """The layer of what is in no layer: embedding, last norm, head."""
@@ -48,7 +48,7 @@ class Distance:
         """The cosine between the two as vectors; 1 where they are equal, NaN where one is zero."""
         if self.moved == 0:
             return 1.0
-        return self.product / sqrt(self.pre * self.post) if self.pre and self.post else float("nan")
+        return self.product / (sqrt(self.pre) * sqrt(self.post)) if self.pre and self.post else float("nan")
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,18 @@ def compare_checkpoints(
 
 
 def save_differences(differences: Differences, folder: Path) -> None:
-    """`diff.csv` and the heat map, `diff.png` and `diff.svg`, in `folder`. Raises OutputError, MissingExtraError."""
+    """`diff.csv` and, where there are layers, the heat map `diff.png` and `diff.svg`, in `folder`.
+
+    Raises OutputError, and MissingExtraError without matplotlib.
+    """
     require_extra("search", "matplotlib")
     from slrmerge.plots import differences_figure, save
 
-    try:
+    with os_errors_at(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "diff.csv", differences.table(), fsync=False)
-        save(differences_figure(differences), folder / "diff")
-    except OSError as error:
-        raise output_error(folder, error) from error
+        if differences.layers:
+            save(differences_figure(differences), folder / "diff")
 
 
 def _comparable(pretrained: Checkpoint, posttrained: Checkpoint) -> tuple[list[str], list[str]]:

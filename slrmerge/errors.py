@@ -81,7 +81,7 @@ class SourceChangedError(SlrmergeError):
     """A source file was changed, replaced or shortened while it was being read."""
 
     exit_code = 9
-    summary = "a source changed during the merge"
+    summary = "a source changed while it was read"
 
 
 class VerificationError(SlrmergeError):
@@ -132,3 +132,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     choices = list(known)
     near = get_close_matches(word, choices, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as far as it fits in a sentence."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -50,9 +50,9 @@ def tradeoff(report: "Report") -> "Figure":
     front = sorted(
         (row for row in report.rows if row.candidate.space == "interval" and row.pareto), key=lambda row: row.quality
     )
-    axes.plot(
-        *_points(front), "o-", color=_INTERVAL, markersize=4, linewidth=1, label="their front, with layers restored"
-    )
+    if front:
+        label = "their front, with layers restored"
+        axes.plot(*_points(front), "o-", color=_INTERVAL, markersize=4, linewidth=1, label=label)
     for row in front:
         _write_beside(axes, row, str(row.candidate.layers_restored))
     if "soup" in spaces:
@@ -127,6 +127,8 @@ def _write_beside(axes: "Axes", row: "Row", text: str) -> None:
 
 
 def _intervals(report: "Report") -> "Iterator[tuple[int, int, Row]]":
+    spaces = {row.candidate.space for row in report.rows}
+    shown = next((space for space in ("interval", "attention", "mlp") if space in spaces), None)
     for row in report.rows:
-        if row.candidate.space == "interval" and row.candidate.start is not None and row.candidate.end is not None:
+        if row.candidate.space == shown and row.candidate.start is not None and row.candidate.end is not None:
             yield row.candidate.start, row.candidate.end, row

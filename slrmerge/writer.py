@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -166,3 +167,15 @@ def output_error(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpaceError(Problem(str(path), "the disk is full", "free some space and run again"))
     return OutputError(Problem(str(path), f"cannot be written or read ({error.strerror or error})"))
+
+
+@contextmanager
+def os_errors_at(target: Path) -> Iterator[None]:
+    """Refusals of the operating system that nobody closer has put into words."""
+    try:
+        yield
+    except OSError as error:
+        said = output_error(Path(error.filename or target), error)
+        for note in getattr(error, "__notes__", ()):
+            said.add_note(note)
+        raise said from error

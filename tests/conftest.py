@@ -1,16 +1,21 @@
 """What most tests start from: a pair of small checkpoints and a recipe for them."""
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from slrmerge.checkpoint import open_pair
 from slrmerge.plan import MergePlan, plan_merge
 from slrmerge.recipe import Recipe, load_recipe
 from tests.checkpoints import Tensor, llama_tensors, write_checkpoint
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny"
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,34 @@ def pair(tmp_path: Path) -> Pair:
     write_checkpoint(tmp_path / "pre", pre)
     write_checkpoint(tmp_path / "post", post, shards=2)
     return Pair(tmp_path, pre, post)
+
+
+@pytest.fixture(scope="session")
+def tiny_search(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example pair, searched once by the command line; not to be written to.
+
+    The folder holds `pre`, `post`, `pair.yaml`, the results in `search`, and what was printed in `stdout` and `stderr`.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # what the workers share
+    folder /= "tiny-search"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _search_tiny(folder.with_name("tiny-search.new"))
+            folder.with_name("tiny-search.new").rename(folder)
+    return folder
+
+
+def _search_tiny(folder: Path) -> None:
+    from tests.cli import run
+
+    for side in ("pre", "post"):
+        shutil.copytree(TINY / f"{side}trained", folder / side)
+    (folder / "pair.yaml").write_text("pretrained: ./pre\nposttrained: ./post\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = run("search", "pair.yaml", "--out", "search", "--threads", 1)
+    assert result.exit_code == 0, result.stderr
+    (folder / "stdout").write_text(result.stdout)
+    (folder / "stderr").write_text(result.stderr)

@@ -1,5 +1,6 @@
 """The commands that look before a merge: search, select, diff."""
 
+from math import isnan
 from pathlib import Path
 
 import click
@@ -7,9 +8,18 @@ import click
 from slrmerge.cli.options import PathArgument, bytes_of, json_option, quiet_option, threads_option
 
 _SPACES = ("intervals", "soups", "attention", "mlp")
+
+
+def _a_number(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    if isnan(value):  # which is in every range
+        raise click.BadParameter("nan is not a number", ctx, parameter)
+    return value
+
+
 _min_quality = click.option(
     "--min-quality",
     type=click.FloatRange(0, 1),
+    callback=_a_number,
     default=0.9,
     show_default=True,
     help="The share of the post-trained model's quality to keep.",
@@ -83,9 +93,10 @@ def search(
     from slrmerge.cli import show_search
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.recipe import load_recipe
-    from slrmerge.search.run import Search, SearchOptions
+    from slrmerge.search.run import Search, SearchOptions, device_problem
 
-    _require_device(device, ctx)
+    if problem := device_problem(device):
+        raise click.UsageError(f"--device {device} cannot be used: {problem}", ctx)
     chosen = SearchOptions(
         task=task,
         spaces=tuple(dict.fromkeys(spaces)),
@@ -113,17 +124,6 @@ def search(
             progress.close()
     if as_json or not quiet:
         show_search.print_report(report, out, as_json=as_json)
-
-
-def _require_device(device: str, ctx: click.Context) -> None:
-    """Refuse a device that torch does not know, or cannot use on this machine."""
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise click.UsageError(f"--device {device} cannot be used: {first}", ctx) from None
 
 
 @click.command()
@@ -167,8 +167,11 @@ def diff(
     from slrmerge.cli import show_search
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.diff import compare_checkpoints, save_differences
+    from slrmerge.errors import require_extra
     from slrmerge.recipe import load_recipe
 
+    if out is not None:
+        require_extra("search", "matplotlib")
     folders = sources if len(sources) == 2 else load_recipe(sources[0], pair_only=True).source_folders()
     progress = TerminalProgress(quiet=quiet or as_json)
     try:

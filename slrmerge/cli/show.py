@@ -25,7 +25,7 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     if as_json:
         room = {} if out is None else {"out": str(out), "free_bytes": free_bytes(resolve_target(out))}
         return print_json({**plan.to_dict(), **room})
-    sources = table("", "checkpoint", "tensors", "size", "files")
+    sources = table("", "checkpoint", ">tensors", ">size", ">files")
     for side, checkpoint in (("pre-trained", plan.pretrained), ("post-trained", plan.posttrained)):
         sources.add_row(
             side,
@@ -35,7 +35,7 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
             str(len(checkpoint.shards)),
         )
     print_table(sources)
-    parts = table("part", "from", "tensors", "size")
+    parts = table("part", "from", ">tensors", ">size")
     for part in summarise_parts(plan):
         parts.add_row(part.where, part.source, f"{part.tensors:,}", size(part.output_bytes))
     print_table(parts)
@@ -97,9 +97,9 @@ def print_checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) ->
     click.echo(f"layers      {layers}")
     click.echo(f"parameters  {described['parameters']:,} in {len(checkpoint.weight_map):,} tensors")
     click.echo(f"size        {size(checkpoint.total_bytes)} in {_count(len(checkpoint.shards), 'file')} ({dtypes})")
-    rows = table("tensor", "layers", "dtype", "shape", "size")
+    rows = table("tensor", "layers", "dtype", "shape", ">size")
     if tensors:
-        rows = table("tensor", "dtype", "shape", "size", "file")
+        rows = table("tensor", "dtype", "shape", ">size", "file")
         for name, info in checkpoint.items():
             rows.add_row(name, info.dtype, _shape(info.shape), size(info.nbytes), checkpoint.weight_map[name])
     else:
@@ -174,19 +174,13 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape)) or "scalar"
 
 
-_NUMBERS = frozenset(
-    {"tensors", "size", "files", "layers", "Q", "D", "Q of post", "D of post", "rank", "candidates", "states"}
-    | {"arithmetic", "rate here", "time here", "relative change", "cosine", "parameters"}
-)
-"""Columns that are set flush right."""
-
-
 def table(*columns: str) -> "Table":
+    """A table with these columns; those written with a > before them are set flush right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
+        table.add_column(column.removeprefix(">"), justify="right" if column[:1] == ">" else "left", no_wrap=True)
     return table
 
 

@@ -2,8 +2,9 @@
 
 import shlex
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -31,30 +32,28 @@ def print_report(report: Report, folder: Path, *, as_json: bool) -> None:
         print_json({"out": str(folder), **report.summary(), "ten_best": [_plain(row) for row in ten_best(report.rows)]})
         return
     choice = report.choice
-    compared = table("", "hybrid", "layers", "Q", "D", "Q of post", "D of post")
+    compared = table("", "hybrid", ">layers", ">Q", ">D", ">choice in Q", ">choice in D")
     for name, row in choice.named().items():
         compared.add_row(
             _NAMES[name], row.candidate.label, str(row.candidate.layers_restored or ""), *_scores(row),
-            _share(row.quality, choice.post.quality), _share(row.diversity, choice.post.diversity),
+            _gain(choice.slr, row, "quality"), _gain(choice.slr, row, "diversity"),
         )  # fmt: skip
     print_table(compared)
-    best = table("rank", "hybrid", "layers", "Q", "D")
+    best = table(">rank", "hybrid", ">layers", ">Q", ">D")
     for rank, row in enumerate(ten_best(report.rows), 1):
         best.add_row(str(rank), row.candidate.label, str(row.candidate.layers_restored), *_scores(row))
     print_table(best)
     for note in report.notes:
         click.echo(f"note: {note}")
+    for doubt in report.doubts:
+        click.echo(doubt)
     floor = f"Q at least {choice.min_quality:g} of the post-trained model's"
     if choice.slr is None:
-        click.echo(
-            f"no interval has {floor}; try a lower --min-quality: slrmerge select {_quoted(folder)} --min-quality 0.8"
-        )
+        if any(row.candidate.space == "interval" for row in report.rows):
+            click.echo(
+                f"no interval has {floor}; choose by a lower one: slrmerge select {_quoted(folder)} --min-quality …"
+            )
         return
-    for row in choice.near_ties:
-        gap = choice.slr.diversity - row.diversity
-        click.echo(f"near-tie: {row.candidate.label} has only {gap:.1e} nats less than {choice.slr.candidate.label}")
-    if not choice.slr.exact:
-        click.echo("note: the choice was not asked again exactly; search again with this --min-quality to be sure")
     click.echo(f"{choice.slr.candidate.label}: the highest D with {floor}, among {len(report.rows)} candidates")
     click.echo(f"merge it: slrmerge {_quoted(folder / 'slr.yaml')} --out ./hybrid")
 
@@ -67,7 +66,7 @@ def print_estimate(estimate: "Estimate", *, as_json: bool) -> None:
         return
     tokens = f"{estimate.prompt_tokens:,} tokens, packed into {estimate.packed_tokens:,}"
     click.echo(f"{estimate.prompts} prompts, {tokens}")
-    rows = table("search of", "candidates", "arithmetic", "states", "dtype", "rate here", "time here")
+    rows = table("search of", ">candidates", ">arithmetic", ">states", "dtype", ">rate here", ">time here")
     for line in estimate.lines:
         rows.add_row(
             line.name, f"{line.candidates:,}", f"{line.cost.flop / 1e12:,.3g} TFLOP", size(line.cost.states_bytes),
@@ -87,8 +86,8 @@ def print_differences(differences: Differences, *, as_json: bool) -> None:
                         "layer": None if layer == OUTSIDE else layer,
                         "module": name,
                         "parameters": found.parameters,
-                        "relative_change": found.relative_change,
-                        "cosine": found.cosine,
+                        "relative_change": _finite(found.relative_change),
+                        "cosine": _finite(found.cosine),
                     }
                     for (layer, name), found in differences.by_module.items()
                 ],
@@ -97,7 +96,7 @@ def print_differences(differences: Differences, *, as_json: bool) -> None:
         )
         return
     parts = list(dict.fromkeys(name.partition(".")[0] for name in differences.modules()))
-    rows = table("layer", "parameters", "relative change", "cosine", *parts)
+    rows = table("layer", ">parameters", ">relative change", ">cosine", *(f">{part}" for part in parts))
     for layer in range(differences.layers):
         whole = differences.of_layer(layer)
         inside = (differences.of_layer(layer, part) for part in parts)
@@ -109,6 +108,11 @@ def print_differences(differences: Differences, *, as_json: bool) -> None:
     for note in differences.notes:
         click.echo(f"note: {note}")
     click.echo("relative change: |post − pre| / |pre|, of a layer as a whole and of its parts")
+
+
+def _finite(value: float) -> float | None:
+    """What JSON has a number for."""
+    return value if isfinite(value) else None
 
 
 def _distance(found: Distance) -> tuple[str, str, str]:
@@ -126,8 +130,11 @@ def _scores(row: Row) -> tuple[str, str]:
     return f"{row.quality:.3f}", f"{row.diversity:.3f}"
 
 
-def _share(value: float, of: float) -> str:
-    return f"{value / of:.0%}" if of else ""
+def _gain(choice: Row | None, other: Row, score: Literal["quality", "diversity"]) -> str:
+    """How much more of a score the choice has than another row, as a share of the other's."""
+    if choice is None or choice is other or not getattr(other, score):
+        return ""
+    return f"{getattr(choice, score) / getattr(other, score) - 1:+.0%}"
 
 
 def _plain(row: Row) -> dict[str, Any]:

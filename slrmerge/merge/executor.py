@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -26,7 +26,7 @@ from slrmerge.plan import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, MergePlan, plan
 from slrmerge.progress import Progress, Silent, one_at_a_time
 from slrmerge.recipe import Recipe
 from slrmerge.stream import ShardStream, Sources, file_chunks
-from slrmerge.writer import Written, combine, output_error, pieces, write_content, write_piece
+from slrmerge.writer import Written, combine, os_errors_at, pieces, write_content, write_piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def execute(
     progress = progress or Silent()
     target = resolve_target(out)
     raise_all(target_problems(plan, target, overwrite=overwrite), OutputError)
-    with _os_errors_at(target):
+    with os_errors_at(target):
         files.create_folder(target.parent, fsync=fsync)
         with files.exclusive(target):
             if files.recover(target):
@@ -136,18 +136,6 @@ def require_sound_bools(plan: MergePlan, sources: Sources) -> None:
                 folder = reader.checkpoint.folder
                 problems.append(Problem(str(folder), f"{tensor.name} is BOOL and holds bytes other than 0 and 1"))
     raise_all(problems, CheckpointError)
-
-
-@contextmanager
-def _os_errors_at(target: Path) -> Iterator[None]:
-    """Refusals of the operating system that nobody closer has put into words."""
-    try:
-        yield
-    except OSError as error:
-        said = output_error(Path(error.filename or target), error)
-        for note in getattr(error, "__notes__", ()):
-            said.add_note(note)
-        raise said from error
 
 
 def _write_shards(

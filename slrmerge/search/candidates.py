@@ -76,11 +76,13 @@ SPACES: dict[str, Space] = {"intervals": intervals, "soups": soups, "attention":
 """The spaces by the names that the command line gives them."""
 
 
-def from_recipe(recipe: Recipe, label: str) -> Candidate:
+def from_recipe(recipe: Recipe, label: str, posttrained: Checkpoint) -> Candidate:
     """What a recipe says, as a candidate."""
     rules = {key: value for key, value in recipe.to_dict().items() if key in ("alpha", "restore", "layers", "tensors")}
-    restored = {k for first, last in recipe.restore or () for k in range(first, last + 1)}
-    return Candidate("recipe", rules, label, alpha=recipe.alpha, layers_restored=len(restored))
+    alphas, _ = route(recipe, posttrained.weight_map, posttrained.stack)
+    restored = [name for name, alpha in alphas.items() if alpha == 1]
+    layers = {place[0] for name in restored if posttrained.stack and (place := posttrained.stack.locate(name))}
+    return Candidate("recipe", rules, label, alpha=recipe.alpha, layers_restored=len(layers))
 
 
 def recipe_of(candidate: Candidate, *, pretrained: str, posttrained: str, dtype: str | None) -> dict[str, Any]:

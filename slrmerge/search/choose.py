@@ -68,9 +68,12 @@ def judge(rows: Sequence[Row], *, post_quality: Mapping[str, float], min_quality
 
 
 def choose(rows: Sequence[Row], *, min_quality: float) -> Choice:
-    """The best interval, the best soup and the controls of the interval's length, from judged rows."""
+    """The best interval, the best soup and the controls of the interval's length, from judged rows.
+
+    Raises ValueError without exactly one exact row of each of the two models.
+    """
     exact = [row for row in rows if row.exact]
-    post, pre = (next(row for row in exact if row.candidate.space == space) for space in ("post", "pre"))
+    post, pre = (_only(exact, space) for space in ("post", "pre"))
     slr, soup = _best(exact, "interval"), _best(exact, "soup")
     early = late = None
     ties: tuple[Row, ...] = ()
@@ -82,6 +85,13 @@ def choose(rows: Sequence[Row], *, min_quality: float) -> Choice:
             and slr.diversity - row.diversity < NEAR_TIE
         )  # fmt: skip
     return Choice(min_quality, post, pre, slr, soup, early, late, ties)
+
+
+def may_be_better(rows: Sequence[Row], choice: Choice) -> list[Row]:
+    """Feasible intervals that were not asked exactly, and came out more diverse than the choice."""
+    bar = choice.slr.diversity if choice.slr else float("-inf")
+    rough = [row for row in rows if row.candidate.space == "interval" and row.feasible and not row.exact]
+    return sorted((row for row in rough if row.diversity > bar), key=_preference)
 
 
 def ten_best(rows: Sequence[Row], count: int = 10) -> list[Row]:
@@ -96,11 +106,12 @@ def leaders(rows: Sequence[Row], *, min_quality: float, margin: float, at_least:
     `margin` is how far scores may still move, in Q and in nats of D. Of each space at least `at_least` by rank.
     """
     floor = min_quality * next(row.quality for row in rows if row.candidate.space == "post")
+    slack = (1 + min_quality) * margin  # the post-trained model's own score may move too
     kept = {id(row) for row in rows if row.candidate.space in ("post", "pre", "recipe")}
     for space in {row.candidate.space for row in rows} - {"post", "pre", "recipe"}:
         own = [row for row in rows if row.candidate.space == space]
-        hopeful = sorted((row for row in own if row.quality >= floor - margin), key=_preference)
-        surely = [row.diversity for row in hopeful if row.quality >= floor + margin]
+        hopeful = sorted((row for row in own if row.quality >= floor - slack), key=_preference)
+        surely = [row.diversity for row in hopeful if row.quality >= floor + slack]
         bar = surely[0] - 2 * margin if surely else float("-inf")
         kept |= {id(row) for rank, row in enumerate(hopeful) if rank < at_least or row.diversity >= bar}
     for length in {
@@ -117,6 +128,13 @@ def _controls(rows: Sequence[Row], length: int) -> tuple[Row, Row]:
     return by_start[0], by_start[-1]
 
 
+def _only(rows: Sequence[Row], space: str) -> Row:
+    found = [row for row in rows if row.candidate.space == space]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} exact rows of space {space}")
+    return found[0]
+
+
 def _preference(row: Row) -> tuple[float, int, int]:
     """Highest diversity first; among equals the shorter and then the earlier interval."""
     return -row.diversity, row.candidate.layers_restored, row.candidate.start or 0
@@ -130,6 +148,8 @@ def _front(rows: Sequence[Row]) -> list[Row]:
     """Those that no other has at least as much quality and diversity as, and more of one."""
     front: list[Row] = []
     for row in sorted(rows, key=lambda row: (-row.quality, -row.diversity)):
-        if not front or row.diversity > front[-1].diversity:
+        best = front[-1] if front else None
+        alike = best is not None and (row.quality, row.diversity) == (best.quality, best.diversity)
+        if best is None or alike or row.diversity > best.diversity:
             front.append(row)
     return front

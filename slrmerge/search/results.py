@@ -16,7 +16,7 @@ import slrmerge
 from slrmerge.crc import Scores
 from slrmerge.errors import OutputError, Problem
 from slrmerge.search.candidates import Candidate, recipe_of
-from slrmerge.search.choose import Choice, Row, choose, conditions
+from slrmerge.search.choose import Choice, Row, choose, conditions, may_be_better
 from slrmerge.writer import output_error
 
 TABLE, SUMMARY, PROMPTS = "results.csv", "summary.json", "prompts.npz"
@@ -47,6 +47,24 @@ class Report:
     notes: tuple[str, ...]
     elapsed_s: float
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What may make another choice the better one: near-ties, and candidates that only a rough pass asked."""
+        slr = self.choice.slr
+        ties = [
+            f"near-tie: {row.candidate.label} has only {slr.diversity - row.diversity:.1e} nats less than "
+            f"{slr.candidate.label}"
+            for row in self.choice.near_ties
+            if slr is not None
+        ]
+        rough = may_be_better(self.rows, self.choice)
+        if rough:
+            named = ", ".join(row.candidate.label for row in rough[:3]) + (", …" if len(rough) > 3 else "")
+            ties.append(
+                f"asked only roughly, and maybe better: {named}; search again with this --min-quality to be sure"
+            )
+        return tuple(ties)
+
     def summary(self) -> dict[str, Any]:
         """The outcome as plain values, for `summary.json` and `--json`."""
         return {
@@ -62,6 +80,7 @@ class Report:
             "near_ties": [_described(row) for row in self.choice.near_ties],
             "post_quality": dict(self.post_quality),
             "notes": list(self.notes),
+            "doubts": list(self.doubts),
             "elapsed_s": round(self.elapsed_s, 1),
         }
 
@@ -104,6 +123,8 @@ def read_report(folder: Path) -> Report:
         summary = json.loads((folder / SUMMARY).read_bytes())
         with open(folder / TABLE, encoding="utf-8", newline="") as file:
             rows = tuple(map(_row, csv.DictReader(file)))
+        if strange := {conditions(row) for row in rows} - summary["post_quality"].keys():
+            raise ValueError(f"no quality of the post-trained model for {strange}")
         return Report(
             rows=rows,
             choice=choose(rows, min_quality=summary["min_quality"]),
@@ -112,7 +133,7 @@ def read_report(folder: Path) -> Report:
             notes=tuple(summary["notes"]),
             **{name: summary[name] for name in ("layers", "task", "pretrained", "posttrained", "dtype")},
         )
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         what = "does not hold the results of a search"
         raise OutputError(Problem(str(folder), what, "name the folder that slrmerge search wrote")) from error
 

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from slrmerge import files
 from slrmerge.chat import tokenise
 from slrmerge.checkpoint import open_pair
 from slrmerge.crc import TASKS, Scores
-from slrmerge.errors import NoSpaceError, OutputError, PlanError, Problem, raise_all, require_extra
+from slrmerge.errors import NoSpaceError, OutputError, PlanError, Problem, first_line, raise_all, require_extra
 from slrmerge.merge import folder_problems, free_bytes, resolve_target
 from slrmerge.plan import depth_problems
 from slrmerge.plots import PICTURES, draw_report
@@ -27,6 +28,7 @@ from slrmerge.search.choose import MIN_QUALITY, Row, choose, conditions, judge, 
 from slrmerge.search.results import PROMPTS, RECIPES, SUMMARY, TABLE, Report, write_prompts, write_report
 from slrmerge.search.scoring import PairSweeper, Pass
 from slrmerge.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate
+from slrmerge.writer import os_errors_at
 
 BIG_PARAMETERS = 1_000_000_000
 """From here a first pass runs in bfloat16 unless told otherwise."""
@@ -111,8 +113,8 @@ class Search:
         for space in options.spaces:
             self.candidates += SPACES[space](posttrained, self.layers)
         if recipe.has_rules:
-            self.candidates.append(from_recipe(recipe, "the recipe's own"))
-        self.candidates += [from_recipe(other, label) for label, other in options.also]
+            self.candidates.append(from_recipe(recipe, "the recipe's own", posttrained))
+        self.candidates += [from_recipe(other, label, posttrained) for label, other in options.also]
         big = posttrained.parameters >= BIG_PARAMETERS
         self.dtype: torch.dtype = getattr(torch, options.dtype or ("bfloat16" if big else "float32"))
         device = torch.device(options.device)
@@ -157,23 +159,33 @@ class Search:
         """
         started, progress = monotonic(), progress or Silent()
         target = self.require_target(out, overwrite=overwrite)
-        files.create_folder(target.parent, fsync=False)
-        with files.exclusive(target):
-            files.recover(target)
-            self.require_target(out, overwrite=overwrite)
-            staging = files.staging_folder(target)
-            staging.mkdir(exist_ok=True)
-            _keep_only(staging, set(_PASSES))  # states that an earlier run left, and nothing else that may lie there
-            try:
-                report = self._search(target, started, progress)
-            except KeyboardInterrupt as error:
-                if self.options.resumable:
-                    error.add_note("finished layers are kept, and the same command goes on from there")
-                raise
-            _remove(staging / name for name in _PASSES)
-            if (leftover := files.publish(staging, target)) is not None:
-                shutil.rmtree(leftover)
+        with os_errors_at(target):
+            files.create_folder(target.parent, fsync=False)
+            with files.exclusive(target):
+                files.recover(target)
+                self.require_target(out, overwrite=overwrite)
+                with self._staging(target) as staging:
+                    report = self._search(target, started, progress)
+                    _remove(staging / name for name in _PASSES)
+                    leftover = files.publish(staging, target)
+                if leftover is not None:
+                    shutil.rmtree(leftover)
         return report
+
+    @contextmanager
+    def _staging(self, target: Path) -> Iterator[Path]:
+        """The folder to work in; after a failure it stays if it holds finished layers, and that is said."""
+        staging = files.staging_folder(target)
+        staging.mkdir(exist_ok=True)
+        _remove(path for path in staging.iterdir() if path.name not in _PASSES)
+        try:
+            yield staging
+        except BaseException as error:
+            if self.options.resumable and any(staging.glob("*/*")):
+                error.add_note("finished layers are kept, and the same command goes on from there")
+            else:
+                _remove([staging])
+            raise
 
     def _search(self, target: Path, started: float, progress: Progress) -> Report:
         staging = files.staging_folder(target)
@@ -259,11 +271,9 @@ class Search:
         """A side as a recipe in `target` has to name it: as it was written, or from there where that was relative."""
         written: str = getattr(self.recipe, side)
         folder = self.recipe.source_folder(side)
-        return written if Path(written).expanduser().is_absolute() else os.path.relpath(folder, target)
-
-
-def _keep_only(folder: Path, names: set[str]) -> None:
-    _remove(path for path in folder.iterdir() if path.name not in names)
+        return (
+            written if Path(written).expanduser().is_absolute() else os.path.relpath(os.path.realpath(folder), target)
+        )
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -276,6 +286,15 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def device_problem(device: str) -> str | None:
+    """Why torch cannot compute on a device, or None where it can."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)
+    return None
 
 
 def physical_memory_bytes() -> int:

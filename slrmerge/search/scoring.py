@@ -1,5 +1,6 @@
 """A pair of checkpoints held open and asked by sweeps: candidates in, log-probabilities of the valid answers out."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -94,17 +95,21 @@ class PairSweeper:
         with self._sweep(wanted) as sweep:
             fingerprint = sweep.fingerprint(
                 [shard.identity for side in (self.pretrained, self.posttrained) for shard in side.shards.values()],
+                [sorted(side.config.items()) for side in (self.pretrained, self.posttrained)],
                 self._output_dtype,
             )
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 if (earlier := _read_result(folder / _RESULT, fingerprint)) is not None:
+                    progress.say("an earlier run finished this pass")
                     return earlier
             store = StateStore(folder, max_bytes=max_bytes, fingerprint=fingerprint)
             log_probs: NDArray[np.float64] = sweep.run(store, progress).numpy()
             self._sources.check_unchanged()
         if folder is not None:
-            np.savez(folder / _RESULT, fingerprint=fingerprint, log_probs=log_probs)
+            beside = folder / f"new-{_RESULT}"
+            np.savez(beside, fingerprint=fingerprint, log_probs=log_probs)
+            os.replace(beside, folder / _RESULT)
             store.clear()
         return log_probs
 
@@ -122,10 +127,10 @@ class PairSweeper:
 def _read_result(path: Path, fingerprint: str) -> NDArray[np.float64] | None:
     """What a finished pass left, if it was this one."""
     try:
-        with np.load(path) as kept:
+        with open(path, "rb") as file, np.load(file) as kept:
             if str(kept["fingerprint"]) == fingerprint:
                 log_probs: NDArray[np.float64] = kept["log_probs"]
                 return log_probs
-    except (OSError, ValueError, KeyError, BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
         pass
     return None

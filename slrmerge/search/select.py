@@ -7,6 +7,7 @@ from slrmerge.errors import require_extra
 from slrmerge.plots import draw_report
 from slrmerge.search.choose import choose, judge
 from slrmerge.search.results import Report, read_report, write_report
+from slrmerge.writer import os_errors_at
 
 
 def select(folder: Path, *, min_quality: float) -> Report:
@@ -18,6 +19,7 @@ def select(folder: Path, *, min_quality: float) -> Report:
     report = read_report(folder)
     rows = tuple(judge(report.rows, post_quality=report.post_quality, min_quality=min_quality))
     again = replace(report, rows=rows, choice=choose(rows, min_quality=min_quality))
-    write_report(folder, again)
-    draw_report(folder, again)
+    with os_errors_at(folder):
+        write_report(folder, again)
+        draw_report(folder, again)
     return again

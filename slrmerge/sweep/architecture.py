@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from slrmerge.checkpoint import Checkpoint
-from slrmerge.errors import Problem, UnsupportedModelError, raise_all
+from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_all
 
 REMEDY = "dense decoder-only models that transformers loads without custom code can be searched"
 
@@ -29,7 +29,7 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype, attenti
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
         raise UnsupportedModelError(
-            Problem(where, f"transformers does not read its config ({_first_line(error)})", REMEDY)
+            Problem(where, f"transformers does not read its config ({first_line(error)})", REMEDY)
         ) from error
     raise_all((Problem(where, what, REMEDY) for what in _refusals(config)), UnsupportedModelError)
     try:
@@ -39,7 +39,7 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype, attenti
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
-            Problem(where, f"transformers cannot build it ({_first_line(error)})", REMEDY)
+            Problem(where, f"transformers cannot build it ({first_line(error)})", REMEDY)
         ) from error
     model.eval()
     raise_all(_parameter_problems(checkpoint, model), UnsupportedModelError)
@@ -110,7 +110,3 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

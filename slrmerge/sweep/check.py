@@ -13,7 +13,7 @@ def require_agreement(ordinary: torch.Tensor, swept: torch.Tensor, *, where: str
 
     Both are log-probabilities of one hybrid's answers, shape (1, prompts, answers).
     """
-    gap = (ordinary.exp() - swept.exp()).abs().nan_to_num().max().item()
+    gap = (ordinary.exp().nan_to_num(nan=-1) - swept.exp().nan_to_num(nan=-1)).abs().max().item()
     if not gap <= TOLERANCE:
         what = f"{model} answers otherwise in a sweep: a probability differs by {gap:.2g}, {TOLERANCE:g} is allowed"
         raise UnsupportedModelError(Problem(where, what, "please report this model; it cannot be searched yet"))

@@ -59,7 +59,8 @@ class Sweep:
             done, (nodes, states) = 1, self._embed(store)
         else:
             done, nodes, states = resumed.stages_done, resumed.nodes, resumed.states
-            progress.say(f"going on after layer {done - 1} of {self._last - 1}, which an earlier run finished")
+            where = f"layer {done - 1} of {self._last - 1}" if done > 1 else "the embedding"
+            progress.say(f"going on after {where}, which an earlier run finished")
             progress.advance(sum(self._plan.state_counts[1:done]))
         for stage in range(done, self._last):
             now = self._step(stage, nodes)

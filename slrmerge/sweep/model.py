@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from slrmerge.checkpoint import Checkpoint
-from slrmerge.errors import Problem, UnsupportedModelError
+from slrmerge.errors import Problem, UnsupportedModelError, first_line
 from slrmerge.sweep.architecture import REMEDY, head_name, is_tied, model_without_weights
 from slrmerge.sweep.attention import NAME, Kept, TrieAttention, trie_attention
 from slrmerge.sweep.trie import TokenTrie
@@ -198,9 +198,7 @@ class StagedModel:
             with self._acting(dict.fromkeys(range(len(self._layers)), note)):
                 self._forward({}, input_ids=ids, position_ids=depths.to(self.device))
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            what = (
-                f"{self.name} does not hand one tensor from layer to layer ({next(iter(str(error).splitlines()), '')})"
-            )
+            what = f"{self.name} does not hand one tensor from layer to layer ({first_line(error)})"
             raise UnsupportedModelError(Problem(self._where, what, REMEDY)) from error
         return calls
 

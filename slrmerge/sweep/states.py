@@ -43,9 +43,11 @@ class StateStore:
         count = prod(shape) * dtype.itemsize
         in_memory = self._folder is None or self._held_bytes + count <= self._max_bytes
         self._held_bytes = count
-        if in_memory:
-            return torch.empty(*shape, dtype=dtype)
         try:
+            if self._folder is not None:
+                self._new.unlink(missing_ok=True)  # what a killed run left half made
+            if in_memory:
+                return torch.empty(*shape, dtype=dtype)
             with open(self._new, "wb") as file:
                 if hasattr(os, "posix_fallocate"):  # or a full disk would end the process when the map is written to
                     os.posix_fallocate(file.fileno(), 0, max(count, 1))

@@ -5,6 +5,7 @@ After a wanted change: `UPDATE_GOLDEN=1 pytest tests/cli/test_golden.py`, then r
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 OUTPUTS = {
     "help": ["--help"],
+    "search-space": ["search", "restore.yaml", "--space", "heads"],
+    "search-unfit": ["search", "restore.yaml", "--out", "search"],
+    "select-nothing": ["select", "post"],
     "plan": ["plan", "restore.yaml", "--out", "hybrid"],
     "plan-fine": ["plan", "fine.yaml"],
+    "diff": ["diff", "pre", "post"],
+    "diff-nothing": ["diff", "pre", "pre", "pre"],
     "inspect": ["inspect", "post"],
     "inspect-tensors": ["inspect", "pre", "--tensors"],
     "merge": ["restore.yaml", "--out", "hybrid"],
@@ -40,6 +46,15 @@ OUTPUTS = {
     "wrong": ["wrong.yaml", "--out", "hybrid"],
     "unfit": ["unfit.yaml", "--out", "hybrid"],
     "usage": ["plna", "x"],
+}
+
+AFTER_A_SEARCH = {
+    "select": ["select", "search", "--min-quality", "0.95"],
+    "select-soft": ["select", "search", "--min-quality", "0.6"],
+    "search-estimate": ["search", "pair.yaml", "--dry-run", "--threads", "1"],
+    "search-not-empty": ["search", "pair.yaml", "--out", "search"],
+    "search-wrong": ["search", "pair.yaml", "--out", "post/search", "--overwrite"],
+    "diff-tiny": ["diff", "pair.yaml"],
 }
 
 AFTER_A_MERGE = {
@@ -61,8 +76,13 @@ def here(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Path:
 def check(name: str, arguments: list[str], folder: Path) -> None:
     """Hold a command and all it prints against its golden file, with what differs from run to run left out."""
     result = run(*arguments)
-    text = f"$ slrmerge {' '.join(arguments)}\n{result.stdout}"
-    text += "".join(f"2> {line}\n" for line in result.stderr.splitlines()) + f"exit {result.exit_code}\n"
+    compare(name, arguments, (result.stdout, result.stderr, result.exit_code), folder)
+
+
+def compare(name: str, arguments: list[str], printed: tuple[str, str, int], folder: Path) -> None:
+    stdout, stderr, exit_code = printed
+    text = f"$ slrmerge {' '.join(arguments)}\n{stdout}"
+    text += "".join(f"2> {line}\n" for line in stderr.splitlines()) + f"exit {exit_code}\n"
     text = text.replace(str(folder), "HERE")
     text = re.sub(r"in \d+\.\d s \([\d.]+ \w+/s\)", "in TIME (RATE)", text)
     text = re.sub(r"[\d.]+ \w+ free", "FREE free", text)
@@ -84,5 +104,31 @@ def test_the_output_after_a_merge_is_as_it_was_read_and_approved(here: Path, nam
     check(name, AFTER_A_MERGE[name], here)
 
 
+def test_the_output_of_a_search_is_as_it_was_read_and_approved(tiny_search: Path) -> None:
+    printed = ((tiny_search / "stdout").read_text(), (tiny_search / "stderr").read_text(), 0)
+    compare("search", ["search", "pair.yaml", "--out", "search", "--threads", "1"], printed, tiny_search)
+
+
+@pytest.mark.parametrize("file", ["slr.yaml", "soup.yaml", "early.yaml", "late.yaml"])
+def test_the_recipes_of_a_search_are_as_they_were_read_and_approved(tiny_search: Path, file: str) -> None:
+    text = (tiny_search / "search" / file).read_text(encoding="utf-8")
+    path = GOLDEN / f"search-{file}"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", AFTER_A_SEARCH)
+def test_the_output_after_a_search_is_as_it_was_read_and_approved(
+    tiny_search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    here = shutil.copytree(tiny_search, tmp_path / "here")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("slrmerge.search.select.draw_report", lambda folder, report: None)
+    monkeypatch.setattr("slrmerge.search.run.measured_rate", lambda width, dtype, device: 1e11)
+    check(name, AFTER_A_SEARCH[name], here)
+
+
 def test_there_is_no_golden_file_without_a_test() -> None:
-    assert {path.stem for path in GOLDEN.glob("*.txt")} == OUTPUTS.keys() | AFTER_A_MERGE.keys()
+    names = OUTPUTS.keys() | AFTER_A_MERGE.keys() | AFTER_A_SEARCH.keys() | {"search"}
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == names

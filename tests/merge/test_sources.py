@@ -58,7 +58,7 @@ def test_a_source_that_changes_while_it_is_read_ends_the_merge(
     monkeypatch.setattr(TerminalProgress, "advance", lambda self, count: recorder.advance(count))
     result = run(recipe, "--out", calm.out, "--threads", 1)
     assert result.stderr.splitlines() == [
-        "error: a source changed during the merge",
+        "error: a source changed while it was read",
         f"  {path}: {fault.what}; run again when nothing else writes to it",
     ]
     assert (result.exit_code, result.stdout) == (9, "")

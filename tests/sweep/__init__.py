@@ -1,0 +1,1 @@
+"""Tests of `slrmerge.sweep`, module by module."""

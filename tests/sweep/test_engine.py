@@ -1,0 +1,365 @@
+"""A pass over the layers: what is worked out once, what is held at a time, and how a killed one goes on."""
+
+import gc
+import json
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import slrmerge.sweep.engine
+from slrmerge.checkpoint import open_checkpoint
+from slrmerge.sweep.engine import Sweep
+from slrmerge.sweep.weights import HybridWeights
+from tests.sweep.models import (
+    INTERVALS,
+    LAYERS,
+    MIXED,
+    POST,
+    PRE,
+    SOUPS,
+    Killed,
+    Recorder,
+    edit_config,
+    gaps,
+    hybrid,
+    merged_and_asked,
+    prompts,
+    swept,
+    write_models,
+)
+
+ALL = [POST, PRE, *INTERVALS, *SOUPS, *MIXED]
+FEW = [POST, PRE, *INTERVALS[3:6], SOUPS[1]]
+IN_MEMORY, MAPPED = 1 << 30, 0
+
+
+def share(folder: Path, *names: str) -> None:
+    """Give the post-trained side the pre-trained bytes of all tensors whose names start so."""
+    pre, post = (load_file(folder / side / "model.safetensors") for side in ("pre", "post"))
+    shared = {name: pre[name] if name.startswith(names) else tensor for name, tensor in post.items()}
+    save_file(shared, folder / "post" / "model.safetensors", {"format": "pt"})
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.tobytes() == other.tobytes()
+
+
+# What is worked out
+
+
+def test_layers_that_are_the_same_on_both_sides_are_worked_out_once_and_answers_stay_right(tmp_path: Path) -> None:
+    write_models(tmp_path, "llama")
+    share(tmp_path, "model.layers.1.", "model.layers.3.")
+    recorder = Recorder()
+    answers = swept(tmp_path, [POST, *INTERVALS], prompts(), progress=recorder)
+    #  states: what layer 0 is, then whether layer 2 is restored too
+    assert sum(recorder.states) == 2 + 2 + 4 + 4
+    assert max(gaps(answers, merged_and_asked(tmp_path, [POST, *INTERVALS], prompts(), tmp_path))) < 1e-5
+    kinds: dict[tuple[bool, bool], list[np.ndarray]] = {}
+    for candidate, answer in zip([POST, *INTERVALS], answers, strict=True):
+        start, end = candidate.rules.get("restore", (LAYERS, LAYERS))
+        kinds.setdefault((start <= 0 <= end, start <= 2 <= end), []).append(answer)
+    assert sorted(map(len, kinds.values())) == [2, 2, 3, 4]
+    for alike in kinds.values():
+        assert all(same(alike[0], other) for other in alike)
+    assert len({alike[0].tobytes() for alike in kinds.values()}) == 4
+
+
+def test_a_layer_of_which_a_part_is_the_same_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    write_models(tmp_path, "llama")
+    share(tmp_path, "model.layers.1.self_attn.")
+    recorder = Recorder()
+    candidates = [POST, hybrid(restore=[1, 1]), MIXED[0], hybrid(restore=[2, 2])]
+    answers = swept(tmp_path, candidates, prompts(), progress=recorder)
+    assert max(gaps(answers, merged_and_asked(tmp_path, candidates, prompts(), tmp_path))) < 1e-5
+    #  layer 1: as it is, or its MLP restored, its attention alone being no change; layer 2: from there as it is twice,
+    #  and from the first also with its attention and wholly restored
+    assert sum(recorder.states) == 1 + 2 + 4 + 4
+
+
+def test_blends_of_what_is_the_same_on_both_sides_are_worked_out_for_rounding_may_change_them(tmp_path: Path) -> None:
+    write_models(tmp_path, "llama")
+    share(tmp_path, "model.layers.0.")
+    candidates = [POST, hybrid(layers=[{"range": [0, 0], "alpha": 0.3}]), hybrid(restore=[0, 0])]
+    recorder = Recorder()
+    answers = swept(tmp_path, candidates, prompts(), progress=recorder)
+    assert sum(recorder.states) == 2 * LAYERS
+    assert same(answers[0], answers[2])
+    expected = merged_and_asked(tmp_path, candidates, prompts(), tmp_path)
+    assert max(gaps(answers, expected)) < 1e-5
+    name = "model.layers.0.mlp.up_proj.weight"
+    post, blend = (load_file(tmp_path / side / "model.safetensors")[name] for side in ("post", "hybrid-1"))
+    assert not torch.equal(post, blend)
+
+
+def test_soups_are_not_mistaken_for_either_side(tmp_path: Path) -> None:
+    write_models(tmp_path, "llama", dtypes=(torch.bfloat16, torch.bfloat16))
+    share(tmp_path, "model.layers.0.", "model.embed_tokens")
+    candidates = [POST, PRE, *SOUPS]
+    recorder = Recorder()
+    answers = swept(tmp_path, candidates, prompts(), progress=recorder)
+    assert max(gaps(answers, merged_and_asked(tmp_path, candidates, prompts(), tmp_path))) < 1e-5
+    #  post and pre are one up to layer 0, if the final norm, which comes with the embedding, is not looked at
+    assert sum(recorder.states) == LAYERS * len(candidates)
+
+
+def test_hybrids_that_are_one_get_one_answer_for_one_piece_of_work(llamas: Path) -> None:
+    twins = [hybrid(restore=[1, 2]), hybrid(layers=[{"range": [1, 2], "alpha": 1.0}]), hybrid(restore=[[1, 1], [2, 2]])]
+    recorder = Recorder()
+    first, second, third = swept(llamas, twins, prompts(), progress=recorder)
+    assert sum(recorder.states) == LAYERS
+    assert same(first, second)
+    assert same(first, third)
+
+
+def test_the_layers_are_told_one_after_another_and_then_the_head(llamas: Path) -> None:
+    recorder = Recorder()
+    swept(llamas, ALL, prompts(), progress=recorder)
+    assert recorder.stages == [*(f"layer {k} of {LAYERS}, {len(ALL)} candidates" for k in range(1, 1 + LAYERS)), "head"]
+    assert recorder.said == []
+
+
+# How it is cut
+
+
+@pytest.mark.parametrize("head_bytes", [1, 5000, 20_000])
+def test_a_head_in_pieces_gives_the_same_answers(
+    llamas: Path, monkeypatch: pytest.MonkeyPatch, head_bytes: int
+) -> None:
+    whole = swept(llamas, FEW, prompts())
+    pieces: list[range] = []
+    rows = Sweep._row_chunks
+
+    def counted(self: Sweep, width: int) -> Iterable[range]:
+        for piece in rows(self, width):
+            pieces.append(piece)
+            yield piece
+
+    monkeypatch.setattr(slrmerge.sweep.engine, "HEAD_BYTES", head_bytes)
+    monkeypatch.setattr(Sweep, "_row_chunks", counted)
+    assert max(gaps(swept(llamas, FEW, prompts()), whole)) < 1e-6
+    assert len({(piece.start, piece.stop) for piece in pieces}) > 1
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 100])
+def test_states_in_small_chunks_give_the_same_answers(
+    llamas: Path, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
+) -> None:
+    whole, few, many = swept(llamas, ALL, prompts()), Recorder(), Recorder()
+    swept(llamas, ALL, prompts(), progress=few)
+    monkeypatch.setattr(slrmerge.sweep.engine, "CHUNK_TOKENS", chunk_tokens)
+    assert max(gaps(swept(llamas, ALL, prompts(), progress=many), whole)) < 1e-6
+    assert sum(few.states) == sum(many.states)
+    assert len(many.states) > len(few.states)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "max_bytes"),
+    [(torch.float32, MAPPED), (torch.float32, 30_000), (torch.float32, 100_000), (torch.bfloat16, MAPPED)],
+)
+def test_states_in_files_give_the_same_bits_as_states_in_memory(
+    llamas: Path, tmp_path: Path, dtype: torch.dtype, max_bytes: int
+) -> None:
+    in_memory = swept(llamas, ALL, prompts(), dtype=dtype)
+    assert same(in_memory, swept(llamas, ALL, prompts(), dtype=dtype, kept=tmp_path, max_bytes=max_bytes))
+    assert [path.name for path in tmp_path.iterdir()] == ["log_probs.npz"]
+
+
+def test_at_most_two_layers_of_weights_are_alive_at_once(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(llamas / "post")
+    layer_bytes = sum(info.nbytes for name, info in checkpoint.items() if name.startswith("model.layers.0."))
+    outer_bytes = checkpoint.total_bytes - LAYERS * layer_bytes
+    alive: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+    most = {"layers": 0, "outer": 0}
+
+    def watch(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            nbytes = tensor.numel() * tensor.element_size()
+            kind = "layers" if ".layers." in name else "outer"
+            alive[len(alive)] = weakref.ref(tensor), nbytes if kind == "layers" else -nbytes
+        held = [nbytes for reference, nbytes in alive.values() if reference() is not None]
+        most["layers"] = max(most["layers"], sum(nbytes for nbytes in held if nbytes > 0))
+        most["outer"] = max(most["outer"], -sum(nbytes for nbytes in held if nbytes < 0))
+
+    load, load_rows = HybridWeights.load, HybridWeights.load_rows
+
+    def watched(self: HybridWeights, choices: Iterable[tuple[str, float]]) -> dict[str, torch.Tensor]:
+        tensors = load(self, choices)
+        watch(tensors.items())
+        return tensors
+
+    def watched_rows(self: HybridWeights, choice: tuple[str, float], rows: Sequence[int]) -> torch.Tensor:
+        tensor = load_rows(self, choice, rows)
+        watch([(choice[0], tensor)])
+        return tensor
+
+    monkeypatch.setattr(HybridWeights, "load", watched)
+    monkeypatch.setattr(HybridWeights, "load_rows", watched_rows)
+    gc.disable()  # nothing may wait for it
+    try:
+        swept(llamas, ALL, prompts())
+    finally:
+        gc.enable()
+    assert layer_bytes <= most["layers"] <= 2 * layer_bytes
+    assert 0 < most["outer"] <= 2 * outer_bytes
+    assert len(alive) > LAYERS * 2
+
+
+def test_every_variant_of_a_layer_is_read_once(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+    load = HybridWeights.load
+
+    def counted(self: HybridWeights, choices: Iterable[tuple[str, float]]) -> dict[str, torch.Tensor]:
+        choices = list(choices)
+        asked.extend(choices)
+        return load(self, choices)
+
+    monkeypatch.setattr(HybridWeights, "load", counted)
+    swept(llamas, [POST, PRE, *INTERVALS], prompts())
+    inner = [choice for choice in asked if ".layers." in choice[0]]
+    names = [name for name in open_checkpoint(llamas / "post").weight_map if ".layers." in name]
+    assert sorted(inner) == sorted((name, alpha) for name in names for alpha in (0.0, 1.0))
+
+
+# Killed, and gone on with
+
+
+LIMITS = ((IN_MEMORY, IN_MEMORY), (MAPPED, MAPPED), (MAPPED, IN_MEMORY), (20_000, MAPPED))
+"""Of memory, for a sweep that is killed and the one that goes on."""
+
+
+@pytest.mark.parametrize("limit", range(len(LIMITS)), ids=map(str, LIMITS))
+def test_a_sweep_killed_anywhere_goes_on_and_gives_the_same_bits(llamas: Path, tmp_path: Path, limit: int) -> None:
+    candidates, asked = [POST, PRE, INTERVALS[4]], prompts()[:3]
+    whole = Recorder()
+    complete = swept(llamas, candidates, asked, progress=whole)
+    for kill_at in range(limit % 2, len(whole.stages) + len(whole.states), 2):
+        kept, killed, again = tmp_path / str(kill_at), Recorder(kill_at=kill_at), Recorder()
+        with pytest.raises(Killed):
+            swept(llamas, candidates, asked, kept=kept, max_bytes=LIMITS[limit][0], progress=killed)
+        answers = swept(llamas, candidates, asked, kept=kept, max_bytes=LIMITS[limit][1], progress=again)
+        assert same(answers, complete), kill_at
+        finished = max(0, len(killed.stages) - 1 + killed.at_stage)
+        assert again.stages == whole.stages[finished:], kill_at
+        assert sum(again.states) == sum(whole.states)
+        after = f"layer {finished} of {LAYERS}" if finished else "the embedding"
+        assert again.said == [f"going on after {after}, which an earlier run finished"], kill_at
+        assert [path.name for path in kept.iterdir()] == ["log_probs.npz"]
+
+
+def test_a_sweep_killed_again_and_again_gets_there(llamas: Path, tmp_path: Path) -> None:
+    complete, runs = swept(llamas, FEW, prompts()), 0
+    for runs in range(100):
+        try:
+            answers = swept(
+                llamas,
+                FEW,
+                prompts(),
+                kept=tmp_path,
+                max_bytes=(IN_MEMORY, MAPPED)[runs % 2],
+                progress=Recorder(kill_at=6),
+            )
+            break
+        except Killed:
+            continue
+    assert runs > 1
+    assert same(answers, complete)
+
+
+def test_what_is_finished_is_not_worked_out_again(llamas: Path, tmp_path: Path) -> None:
+    first, second = Recorder(), Recorder()
+    answers = swept(llamas, FEW, prompts(), kept=tmp_path, progress=first)
+    assert same(swept(llamas, FEW, prompts(), kept=tmp_path, progress=second), answers)
+    assert first.stages
+    assert second.stages == second.states == []
+    assert second.said == ["an earlier run finished this pass"]
+
+
+def other_dtype(folder: Path) -> dict[str, Any]:
+    return {"dtype": torch.bfloat16}
+
+
+def other_config(folder: Path) -> dict[str, Any]:
+    rope = json.loads((folder / "post" / "config.json").read_text())["rope_parameters"]
+    edit_config(folder / "post", rope_parameters={**rope, "rope_theta": 3.0})
+    return {}
+
+
+def other_weights(folder: Path) -> dict[str, Any]:
+    share(folder, "model.layers.0.mlp")
+    return {}
+
+
+CHANGES = {
+    "dtype": other_dtype,
+    "output dtype": lambda folder: {"output_dtype": "bfloat16"},
+    "config": other_config,
+    "weights": other_weights,
+}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_another_sweep_left_is_not_gone_on_with(tmp_path: Path, change: Any, finished: bool) -> None:
+    write_models(tmp_path, "llama")
+    kept = tmp_path / "kept"
+    if finished:
+        swept(tmp_path, FEW, prompts(), kept=kept)
+    else:
+        with pytest.raises(Killed):
+            swept(tmp_path, FEW, prompts(), kept=kept, progress=Recorder(kill_at=8))
+    before = swept(tmp_path, FEW, prompts())
+    others, recorder = change(tmp_path), Recorder()
+    answers = swept(tmp_path, FEW, prompts(), kept=kept, progress=recorder, **others)
+    assert same(answers, swept(tmp_path, FEW, prompts(), **others))
+    assert not same(answers, before)
+    assert len(recorder.stages) == LAYERS + 1
+
+
+@pytest.mark.parametrize("what", ["candidates", "ids", "answers"])
+def test_another_question_is_not_answered_with_an_earlier_answer(llamas: Path, tmp_path: Path, what: str) -> None:
+    swept(llamas, FEW, prompts(), kept=tmp_path)
+    candidates, asked = list(FEW), prompts()
+    if what == "candidates":
+        candidates[2] = INTERVALS[0]
+    elif what == "ids":
+        asked[0] = type(asked[0])((*asked[0].ids, 5), asked[0].valid_ids)
+    else:
+        asked[0] = type(asked[0])(asked[0].ids, asked[0].valid_ids[::-1])
+    answers = swept(llamas, candidates, asked, kept=tmp_path)
+    assert same(answers, swept(llamas, candidates, asked))
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", b"\x00" * 100, None])
+def test_a_damaged_result_is_worked_out_again(llamas: Path, tmp_path: Path, damage: bytes | None) -> None:
+    answers = swept(llamas, FEW, prompts(), kept=tmp_path)
+    path = tmp_path / "log_probs.npz"
+    path.write_bytes(path.read_bytes()[:-30] if damage is None else damage)
+    assert same(swept(llamas, FEW, prompts(), kept=tmp_path), answers)
+
+
+def test_damaged_states_are_said_and_worked_out_again(llamas: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        swept(llamas, FEW, prompts(), kept=tmp_path, progress=Recorder(kill_at=8))
+    (states,) = tmp_path.glob("states-*")
+    states.write_bytes(bytes(states.stat().st_size))
+    recorder = Recorder()
+    answers = swept(llamas, FEW, prompts(), kept=tmp_path, progress=recorder)
+    assert recorder.said == ["starting anew: what an earlier run left is damaged"]
+    assert same(answers, swept(llamas, FEW, prompts()))
+
+
+def test_a_sweep_that_keeps_nothing_writes_nothing(
+    llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(llamas.rglob("*"))
+    swept(llamas, FEW, prompts(), max_bytes=0)
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(llamas.rglob("*")) == before

@@ -1,0 +1,331 @@
+"""How far post-training moved the weights, held against numpy, whatever the dtypes, shapes and zeros."""
+
+import csv
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slrmerge import open_checkpoint
+from slrmerge.checkpoint import CheckpointReader
+from slrmerge.diff import OUTSIDE, Differences, Distance, compare_checkpoints, save_differences
+from slrmerge.errors import MissingExtraError, OutputError, PlanError, SourceChangedError
+from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
+from tests.conftest import Pair
+from tests.merge.faults import Recorder, age
+
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
+
+def values(tensor: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """A tensor's elements, read without slrmerge."""
+    if tensor.dtype == "BF16":
+        halves = np.frombuffer(tensor.data, "<u2").astype("<u4") << 16
+        return halves.view("<f4").astype(np.float64)
+    return np.frombuffer(tensor.data, NUMPY[tensor.dtype]).astype(np.float64)
+
+
+def expected(pre: Mapping[str, Tensor], post: Mapping[str, Tensor], names: list[str]) -> tuple[int, float, float]:
+    """Parameters, |post − pre| / |pre| and cosine of some tensors, as one vector."""
+    p, q = (np.concatenate([values(side[name]) for name in names]) for side in (pre, post))
+    change = np.linalg.norm(q - p) / np.linalg.norm(p)
+    return len(p), float(change), float(p @ q / np.linalg.norm(p) / np.linalg.norm(q))
+
+
+def compare(folder: Path, pre: Mapping[str, Tensor], post: Mapping[str, Tensor], *, layers: int = 1) -> Differences:
+    for side, tensors in (("pre", pre), ("post", post)):
+        write_checkpoint(folder / side, tensors, llama_config(layers=layers))
+    return compare_checkpoints(open_checkpoint(folder / "pre"), open_checkpoint(folder / "post"))
+
+
+def differences(pair: Pair) -> Differences:
+    return compare_checkpoints(open_checkpoint(pair.folder / "pre"), open_checkpoint(pair.folder / "post"))
+
+
+def one(folder: Path, pre: Tensor, post: Tensor) -> Distance:
+    """The distance of a layer with a single tensor."""
+    name = "model.layers.0.mlp.w"
+    return compare(folder, {name: pre}, {name: post}).by_module[0, "mlp"]
+
+
+def floats(dtype: str, *numbers: float) -> Tensor:
+    if dtype == "BF16":
+        return Tensor(dtype, (len(numbers),), (np.array(numbers, "<f4").view("<u4") >> 16).astype("<u2").tobytes())
+    return Tensor(dtype, (len(numbers),), np.array(numbers, NUMPY[dtype]).tobytes())
+
+
+# the numbers
+
+
+def test_every_module_is_as_numpy_has_it(pair: Pair) -> None:
+    found = differences(pair)
+    assert found.layers == 6
+    inside = {
+        (int(name.split(".")[2]), ".".join(name.split(".")[3:-1])): name for name in pair.post if ".layers." in name
+    }
+    outside = {(OUTSIDE, name.removesuffix(".weight")): name for name in pair.post if ".layers." not in name}
+    assert found.by_module.keys() == (inside | outside).keys()
+    for key, name in (inside | outside).items():
+        parameters, change, cosine = expected(pair.pre, pair.post, [name])
+        distance = found.by_module[key]
+        assert distance.parameters == parameters
+        assert distance.relative_change == pytest.approx(change, rel=1e-12)
+        assert distance.cosine == pytest.approx(cosine, rel=1e-12)
+
+
+def test_a_layer_is_all_its_tensors_as_one_vector(pair: Pair) -> None:
+    found = differences(pair)
+    for layer in range(6):
+        for prefix in ("", "mlp", "self_attn", "self_attn.q"):
+            names = [name for name in pair.post if name.startswith(f"model.layers.{layer}.{prefix}")]
+            parameters, change, cosine = expected(pair.pre, pair.post, names)
+            distance = found.of_layer(layer, prefix)
+            assert distance.parameters == parameters
+            assert distance.relative_change == pytest.approx(change, rel=1e-12)
+            assert distance.cosine == pytest.approx(cosine, rel=1e-12)
+
+
+def test_biases_belong_to_their_module(tmp_path: Path) -> None:
+    tensors = {f"model.layers.0.mlp.{name}": floats("F32", 1, 2) for name in ("w.weight", "w.bias", "v.weight")}
+    found = compare(tmp_path, tensors, tensors)
+    assert {key: distance.parameters for key, distance in found.by_module.items()} == {(0, "mlp.w"): 4, (0, "mlp.v"): 2}
+
+
+@pytest.mark.parametrize("pre_dtype", [*NUMPY, "BF16"])
+@pytest.mark.parametrize("post_dtype", [*NUMPY, "BF16"])
+def test_sides_of_different_dtypes_are_compared_as_they_are(tmp_path: Path, pre_dtype: str, post_dtype: str) -> None:
+    pre, post = random_tensor(pre_dtype, (7, 5), "pre"), random_tensor(post_dtype, (7, 5), "post")
+    distance = one(tmp_path, pre, post)
+    parameters, change, cosine = expected({"w": pre}, {"w": post}, ["w"])
+    assert distance.parameters == parameters == 35
+    assert distance.relative_change == pytest.approx(change, rel=1e-12)
+    assert distance.cosine == pytest.approx(cosine, rel=1e-12)
+
+
+def test_what_rounding_alone_changed_is_seen(tmp_path: Path) -> None:
+    exact = random_tensor("F32", (100,), "x")
+    rounded = Tensor("BF16", (100,), torch.tensor(values(exact)).bfloat16().view(torch.uint8).numpy().tobytes())
+    distance = one(tmp_path, exact, rounded)
+    assert 1e-4 < distance.relative_change < 2**-8
+    assert 1 - 1e-5 < distance.cosine < 1
+
+
+@pytest.mark.parametrize(
+    ("pre", "post", "change", "cosine"),
+    [
+        ((3.0, 4.0), (3.0, 4.0), 0.0, 1.0),
+        ((0.0, 0.0), (0.0, 0.0), 0.0, 1.0),
+        ((0.0, -0.0), (0.0, 0.0), 0.0, 1.0),
+        ((0.0, 0.0), (3.0, 4.0), math.inf, math.nan),
+        ((3.0, 4.0), (0.0, 0.0), 1.0, math.nan),
+        ((3.0, 4.0), (-3.0, -4.0), 2.0, -1.0),
+        ((1.0, 0.0), (0.0, 1.0), math.sqrt(2), 0.0),
+        ((3.0, 4.0), (6.0, 8.0), 1.0, 1.0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [*NUMPY, "BF16"])
+def test_zeros_and_simple_angles_come_out_as_they_should(
+    tmp_path: Path, dtype: str, pre: tuple[float, ...], post: tuple[float, ...], change: float, cosine: float
+) -> None:
+    distance = one(tmp_path, floats(dtype, *pre), floats(dtype, *post))
+    assert distance.relative_change == pytest.approx(change, rel=1e-12)
+    assert distance.cosine == pytest.approx(cosine, rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e100])
+def test_very_small_and_very_large_numbers_have_an_angle_too(tmp_path: Path, scale: float) -> None:
+    distance = one(tmp_path, floats("F64", 3 * scale, 4 * scale), floats("F64", 6 * scale, 8 * scale))
+    assert distance.relative_change == pytest.approx(1)
+    assert distance.cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_numbers_that_are_none_show(tmp_path: Path, odd: float) -> None:
+    distance = one(tmp_path, floats("F32", 1, 2), floats("F32", 1, odd))
+    assert not math.isfinite(distance.relative_change)
+    assert math.isnan(distance.cosine)
+
+
+finite = st.floats(-100, 100, width=32)
+
+
+@given(st.lists(st.tuples(finite, finite), min_size=1, max_size=6), st.integers(0, 6))
+def test_the_distance_of_two_parts_together_is_that_of_the_whole(pairs: list[tuple[float, float]], cut: int) -> None:
+    def distance(some: list[tuple[float, float]]) -> Distance:
+        return Distance(
+            len(some), math.fsum(p * p for p, _ in some), math.fsum(q * q for _, q in some),
+            math.fsum((q - p) ** 2 for p, q in some), math.fsum(p * q for p, q in some),
+        )  # fmt: skip
+
+    parts, whole = distance(pairs[:cut]) + distance(pairs[cut:]), distance(pairs)
+    assert vars(parts) == pytest.approx(vars(whole), rel=1e-9, abs=1e-9)
+    assert parts.parameters == whole.parameters
+
+
+# how it is read
+
+
+def test_tensors_are_read_in_chunks_and_the_sums_do_not_show_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slrmerge.diff.CHUNK_ELEMENTS", 8)
+    asked: list[tuple[str, int]] = []
+    read_into = CheckpointReader.read_into
+
+    def watched(self: CheckpointReader, name: str, begin: int, buffer: memoryview) -> None:
+        asked.append((name, len(buffer)))
+        read_into(self, name, begin, buffer)
+
+    monkeypatch.setattr(CheckpointReader, "read_into", watched)
+    pre, post = random_tensor("F32", (5, 9), "pre"), random_tensor("BF16", (5, 9), "post")
+    distance = one(tmp_path, pre, post)
+    parameters, change, _ = expected({"w": pre}, {"w": post}, ["w"])
+    assert (distance.parameters, distance.relative_change) == (parameters, pytest.approx(change, rel=1e-12))
+    assert len(asked) == 2 * 6  # 45 elements by eights, of each side
+    assert max(size for _, size in asked) == 8 * 4
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_the_number_of_threads_does_not_show(pair: Pair, threads: int) -> None:
+    sides = open_checkpoint(pair.folder / "pre"), open_checkpoint(pair.folder / "post")
+    assert compare_checkpoints(*sides, threads=threads).table() == differences(pair).table()
+
+
+def test_progress_counts_the_bytes_of_both_sides(pair: Pair) -> None:
+    recorder = Recorder()
+    sides = open_checkpoint(pair.folder / "pre"), open_checkpoint(pair.folder / "post")
+    compare_checkpoints(*sides, progress=recorder)
+    total = sum(len(tensor.data) for side in (pair.pre, pair.post) for tensor in side.values())
+    assert recorder.started == [("comparing", total)]
+    assert recorder.advanced == total
+
+
+def test_a_source_that_changes_meanwhile_is_named(pair: Pair) -> None:
+    age(pair.folder)
+    path = pair.folder / "pre" / "model.safetensors"
+    sides = open_checkpoint(pair.folder / "pre"), open_checkpoint(pair.folder / "post")
+    with pytest.raises(SourceChangedError) as caught:
+        compare_checkpoints(*sides, threads=1, progress=Recorder(3, lambda: os.utime(path)))
+    assert str(caught.value) == f"{path}: was changed while it was read; run again when nothing else writes to it"
+
+
+# what cannot be compared
+
+
+def test_tensors_of_one_side_of_other_shapes_and_of_whole_numbers_are_noted(tmp_path: Path) -> None:
+    pre, post = llama_tensors("pre", layers=1), llama_tensors("post", layers=1)
+    del pre["lm_head.weight"], post["model.norm.weight"]
+    pre["model.embed_tokens.weight"] = random_tensor("BF16", (12, 8), "short")
+    for side in (pre, post):
+        side["counts"] = random_tensor("I64", (3,), "counts")
+    for name in ("a", "b", "c"):
+        post[f"extra.{name}"] = random_tensor("BF16", (2,), name)
+    found = compare(tmp_path, pre, post)
+    assert found.notes == (
+        "not compared, of another shape: model.embed_tokens.weight",
+        "not compared, only post-trained: lm_head.weight and 3 more",
+        "not compared, not floating: counts",
+        "not compared, only pre-trained: model.norm.weight",
+    )
+    assert {layer for layer, _ in found.by_module} == {0}
+
+
+def test_models_of_different_depth_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre", layers=5), llama_config(layers=5))
+    write_checkpoint(tmp_path / "post", llama_tensors("post"))
+    with pytest.raises(PlanError) as caught:
+        compare_checkpoints(open_checkpoint(tmp_path / "pre"), open_checkpoint(tmp_path / "post"))
+    assert "5" in str(caught.value)
+    assert "6" in str(caught.value)
+
+
+def test_two_that_have_nothing_in_common_are_refused(tmp_path: Path) -> None:
+    config: dict[str, object] = {}
+    write_checkpoint(tmp_path / "pre", {"a": random_tensor("F32", (2,), "a")}, config)
+    write_checkpoint(tmp_path / "post", {"b": random_tensor("F32", (2,), "b")}, config)
+    with pytest.raises(PlanError) as caught:
+        compare_checkpoints(open_checkpoint(tmp_path / "pre"), open_checkpoint(tmp_path / "post"))
+    assert str(caught.value) == (
+        f"{tmp_path / 'post'}: the two checkpoints have no floating tensor in common; "
+        "name a model and what was trained from it"
+    )
+
+
+def test_what_has_no_layers_is_compared_all_the_same(tmp_path: Path) -> None:
+    for side, number in (("pre", 1), ("post", 2)):
+        write_checkpoint(tmp_path / side, {"adapter.weight": floats("F32", number, 0)}, {})
+    found = compare_checkpoints(open_checkpoint(tmp_path / "pre"), open_checkpoint(tmp_path / "post"))
+    assert (found.layers, found.modules()) == (0, [])
+    assert found.by_module[OUTSIDE, "adapter"].relative_change == 1
+    save_differences(found, tmp_path / "moved")
+    assert (tmp_path / "moved" / "diff.csv").read_text().splitlines()[1] == ",adapter,2,1.0,1.0"
+
+
+# what comes out
+
+
+def test_layers_come_in_order_and_what_is_outside_them_last(tmp_path: Path) -> None:
+    tensors = llama_tensors("x", layers=12)
+    backwards = dict(reversed(tensors.items()))
+    found = compare(tmp_path, backwards, backwards, layers=12)
+    layers = [layer for layer, _ in found.by_module]
+    assert layers == sorted(layers[:-3]) + [OUTSIDE] * 3
+    assert len(found.modules()) == 5
+
+
+def test_the_table_has_a_line_a_module(pair: Pair) -> None:
+    found = differences(pair)
+    lines = list(csv.DictReader(found.table().decode().splitlines()))
+    assert list(lines[0]) == ["layer", "module", "parameters", "relative_change", "cosine"]
+    assert [(line["layer"], line["module"]) for line in lines] == [
+        ("" if layer == OUTSIDE else str(layer), module) for layer, module in found.by_module
+    ]
+    assert [float(line["relative_change"]) for line in lines] == [
+        distance.relative_change for distance in found.by_module.values()
+    ]
+    assert found.table().count(b"\r") == 0
+
+
+def test_the_table_and_the_heat_map_are_saved_with_the_same_bytes_every_time(pair: Pair) -> None:
+    found = differences(pair)
+    for name in ("one", "two"):
+        save_differences(found, pair.folder / name / "deep")
+    files = {path.name: path.read_bytes() for path in (pair.folder / "one" / "deep").iterdir()}
+    assert sorted(files) == ["diff.csv", "diff.png", "diff.svg"]
+    assert files == {path.name: path.read_bytes() for path in (pair.folder / "two" / "deep").iterdir()}
+    svg = files["diff.svg"].decode()
+    assert all(f">{module}<" in svg for module in found.modules())
+    assert "how far post-training moved the weights" in svg
+
+
+def test_an_infinite_change_leaves_a_heat_map(tmp_path: Path) -> None:
+    found = compare(
+        tmp_path,
+        {f"model.layers.{k}.mlp.w": floats("F32", 0, k) for k in range(2)},
+        {f"model.layers.{k}.mlp.w": floats("F32", 1, 1) for k in range(2)},
+        layers=2,
+    )
+    save_differences(found, tmp_path / "moved")
+    assert (tmp_path / "moved" / "diff.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_place_that_cannot_be_written_is_said(pair: Pair) -> None:
+    place = pair.recipe_file() / "below"
+    with pytest.raises(OutputError) as caught:
+        save_differences(differences(pair), place)
+    assert str(caught.value).startswith(f"{place}: ")
+
+
+def test_the_heat_map_needs_matplotlib(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = differences(pair)
+    monkeypatch.setattr("slrmerge.errors.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError) as caught:
+        save_differences(found, pair.folder / "moved")
+    assert str(caught.value) == "slrmerge search: needs matplotlib; pip install 'slrmerge[search]'"
+    assert not (pair.folder / "moved").exists()
