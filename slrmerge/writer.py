@@ -1,7 +1,6 @@
 """Files on disk: written in pieces by any number of threads, digested on the way, durable when they say so."""
 
 import errno
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,13 +17,8 @@ from slrmerge.errors import NoSpaceError, OutputError, Problem
 PIECE_BYTES = 1 << 24
 """Files are written and digested in pieces of 16 MiB, so that several cores can share one file."""
 
-COPY_BYTES = PIECE_BYTES
-"""The most that the kernel is asked to copy in one call."""
-
 CHUNK_BYTES = 1 << 19
-"""Bytes per step where they pass through memory: few calls, and small enough to stay in a core's cache."""
-
-_WINDOW_BYTES = 1 << 22  # what is mapped at a time counts as ours
+"""Bytes per step: few calls, and small enough to stay in a core's cache."""
 
 DIGEST_NAME = "xxh3_128"
 
@@ -48,32 +42,28 @@ def combine(digests: Iterable[bytes]) -> str:
 
 
 def write_piece(
-    path: Path,
-    start: int,
-    stop: int,
-    parts: Iterable[memoryview | Extent],
-    *,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    path: Path, start: int, parts: Iterable[memoryview | Extent], *, on_bytes: Callable[[int], None] = lambda _: None
 ) -> bytes:
-    """Write `parts` to the existing file `path`, bytes `start` to `stop`; returns the digest of the piece.
+    """Write `parts` to the existing file `path`, from byte `start` on; returns the digest of the piece.
 
     Whatever is written is told to `on_bytes`.
 
     Raises NoSpaceError when the disk is full and OutputError for whatever else keeps the file from being written,
     SourceChangedError for an extent that has become shorter.
     """
+    hasher = xxhash.xxh3_128()
     try:
         with open(path, "r+b", buffering=0) as file:
             file.seek(start)
             for part in parts:
-                if isinstance(part, memoryview):
-                    _write_all(file, part, on_bytes)
-                elif not _copy_in_kernel(part, file, on_bytes):
-                    for chunk in extent_chunks(part, memoryview(bytearray(CHUNK_BYTES))):
-                        _write_all(file, chunk, on_bytes)
-            return _digest_own(file, start, stop)
+                for chunk in _written(file, [part]) if isinstance(part, memoryview) else _copied(file, part):
+                    hasher.update(chunk)
+                    on_bytes(len(chunk))
+    except EOFError:
+        raise OutputError(Problem(str(path), "was cut short while it was written", "run again")) from None
     except OSError as error:
         raise output_error(path, error) from error
+    return hasher.digest()
 
 
 def extent_chunks(extent: Extent, buffer: memoryview) -> Iterator[memoryview]:
@@ -87,45 +77,42 @@ def extent_chunks(extent: Extent, buffer: memoryview) -> Iterator[memoryview]:
         yield chunk
 
 
-def _copy_in_kernel(extent: Extent, file: FileIO, on_bytes: Callable[[int], None]) -> bool:
-    """Copy an extent to where `file` stands without bringing it here; False where the system has no way to."""
-    if not hasattr(os, "copy_file_range"):
-        return False
-    done = 0
+def _copied(file: FileIO, extent: Extent) -> Iterator[memoryview]:
+    """Copy an extent to where `file` stands, inside the kernel where it can; yields what `file` then holds.
+
+    A chunk is read back at once, while a core's cache has it: cheaper than a map of the file, or than reading it later.
+    """
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    position, done = file.tell(), 0
     while done < extent.nbytes:
+        count = min(extent.nbytes - done, len(buffer))
         try:
-            count = min(extent.nbytes - done, COPY_BYTES)
-            moved = os.copy_file_range(extent.fd, file.fileno(), count, extent.offset + done)
+            moved = _copy_in_kernel(extent.fd, file.fileno(), count, extent.offset + done)
         except OSError as error:
             if done or error.errno not in (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            return False
+            yield from _written(file, extent_chunks(extent, buffer))
+            return
         if moved == 0:
             raise extent.cut_short()
+        read_exactly(file.fileno(), position + done, buffer[:moved])
         done += moved
-        on_bytes(moved)
-    return True
+        yield buffer[:moved]
 
 
-def _write_all(file: FileIO, chunk: memoryview, on_bytes: Callable[[int], None]) -> None:
-    on_bytes(len(chunk))
-    while chunk:
-        chunk = chunk[os.write(file.fileno(), chunk) :]
+def _copy_in_kernel(source: int, target: int, count: int, offset: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, "only Linux has it")
+    return os.copy_file_range(source, target, count, offset)
 
 
-def _digest_own(file: FileIO, start: int, stop: int) -> bytes:
-    """The digest of what was just written. The file is ours alone, so that it can be mapped: nobody cuts it short."""
-    hasher = xxhash.xxh3_128()
-    for begin in range(start, stop, _WINDOW_BYTES):
-        size = min(_WINDOW_BYTES, stop - begin)
-        if hasattr(mmap, "MAP_POPULATE"):
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-            with mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ, offset=begin) as window:
-                hasher.update(window)
-        else:
-            file.seek(begin)
-            hasher.update(file.read(size))
-    return hasher.digest()
+def _written(file: FileIO, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+    """Write chunks where `file` stands; yields each."""
+    for chunk in chunks:
+        left = chunk
+        while left:
+            left = left[os.write(file.fileno(), left) :]
+        yield chunk
 
 
 def write_content(path: Path, content: bytes, *, fsync: bool) -> Written:

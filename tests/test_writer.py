@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_piece_is_what_was_given_and_its_digest_is_that_of_its_bytes(path: Path) -> None:
     told: list[int] = []
-    found = write_piece(path, 0, len(DATA), map(memoryview, CHUNKS), on_bytes=told.append)
+    found = write_piece(path, 0, map(memoryview, CHUNKS), on_bytes=told.append)
     assert path.read_bytes() == DATA
     assert found == xxhash.xxh3_128_digest(DATA)
     assert digest_file(path) == Written(len(DATA), digest(DATA))
@@ -47,7 +47,7 @@ def test_an_extent_is_copied_with_or_without_the_kernels_help(
         monkeypatch.delattr(os, "copy_file_range", raising=False)
     with open(source, "rb") as file:
         extent = Extent(file.fileno(), 2, 50_000, source)
-        assert write_piece(path, 0, 50_004, [memoryview(b"head"), extent]) == xxhash.xxh3_128_digest(path.read_bytes())
+        assert write_piece(path, 0, [memoryview(b"head"), extent]) == xxhash.xxh3_128_digest(path.read_bytes())
     assert path.read_bytes() == b"head" + DATA[2:50_002]
 
 
@@ -61,15 +61,23 @@ def test_a_kernel_that_will_not_copy_is_not_asked_again(
     path.with_name("source").write_bytes(DATA)
     monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
     with open(path.with_name("source"), "rb") as file:
-        write_piece(path, 0, len(DATA), [Extent(file.fileno(), 0, len(DATA), path)])
+        write_piece(path, 0, [Extent(file.fileno(), 0, len(DATA), path)])
     assert path.read_bytes() == DATA
+
+
+def test_a_file_that_loses_what_was_copied_to_it_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "copy_file_range", lambda source, target, count, offset: count, raising=False)
+    path.with_name("source").write_bytes(DATA)
+    with open(path.with_name("source"), "rb") as file, pytest.raises(OutputError) as caught:
+        write_piece(path, 0, [Extent(file.fileno(), 0, len(DATA), path)])
+    assert str(caught.value) == f"{path}: was cut short while it was written; run again"
 
 
 def test_pieces_written_in_any_order_make_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "PIECE_BYTES", 4096 * 10)
     places = list(writer.pieces(len(DATA)))
     assert places == [(0, 40960), (40960, 81920), (81920, 100_008)]
-    found = {place: write_piece(path, *place, [memoryview(DATA)[slice(*place)]]) for place in reversed(places)}
+    found = {place: write_piece(path, place[0], [memoryview(DATA)[slice(*place)]]) for place in reversed(places)}
     assert path.read_bytes() == DATA
     assert digest_file(path).digest == combine(found[place] for place in places)
     assert digest_file(path).digest == digest(*(DATA[slice(*place)] for place in places))
@@ -87,14 +95,14 @@ def test_a_buffer_that_is_used_again_for_every_chunk_is_written_in_time(path: Pa
             buffer[0] = value
             yield memoryview(buffer)
 
-    write_piece(path, 0, 3, chunks())
+    write_piece(path, 0, chunks())
     assert path.read_bytes() == b"abc"
 
 
 def test_a_system_that_takes_a_few_bytes_at_a_time_gets_them_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:999]))
-    write_piece(path, 0, len(DATA), map(memoryview, CHUNKS))
+    write_piece(path, 0, map(memoryview, CHUNKS))
     assert path.read_bytes() == DATA
 
 
@@ -127,7 +135,7 @@ def test_a_place_that_cannot_be_written_or_read_is_named(tmp_path: Path, where: 
     for act in (
         digest_file,
         lambda path: write_content(path, b"", fsync=False),
-        lambda path: write_piece(path, 0, 0, []),
+        lambda path: write_piece(path, 0, []),
     ):
         with pytest.raises(OutputError) as caught:
             act(tmp_path / where)

@@ -154,7 +154,7 @@ def _write_shards(
         if stop.is_set():
             return
         parts = _until(stop, shard.stream.parts(start, end, own.blender))
-        digest = write_piece(shard.path, start, end, parts, on_bytes=advance)
+        digest = write_piece(shard.path, start, parts, on_bytes=advance)
         if not stop.is_set() and shard.is_finished_by(number, digest):
             if fsync:
                 files.sync_path(shard.path)

@@ -35,7 +35,7 @@ def calm(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Pair:
     """The pair with old file times, read in small steps so that there is a middle to every tensor."""
     for side in ("pre", "post"):
         age(pair.folder / side)
-    monkeypatch.setattr(writer, "COPY_BYTES", 64)
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 64)
     return pair
 
 
