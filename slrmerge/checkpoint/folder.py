@@ -45,8 +45,8 @@ class Checkpoint:
         return name in self.weight_map
 
     def items(self) -> Iterator[tuple[str, TensorInfo]]:
-        for name, file in self.weight_map.items():
-            yield name, self.shards[file].tensors[name]
+        for shard in self.shards.values():
+            yield from shard.tensors.items()
 
     @cached_property
     def stack(self) -> LayerStack | None:
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        return sum(info.nbytes for _, info in self.items())
+        return sum(shard.identity.file_bytes - shard.data_start for shard in self.shards.values())
 
     @property
     def parameters(self) -> int:
@@ -225,11 +225,7 @@ def _index_problems(folder: Path, index: Mapping[str, str], shards: Mapping[str,
 
 
 def _weight_map(shards: Mapping[str, Shard]) -> dict[str, str]:
-    return {
-        name: file
-        for file, shard in shards.items()
-        for name, _ in sorted(shard.tensors.items(), key=lambda item: item[1].data_offsets)
-    }
+    return {name: file for file, shard in shards.items() for name in shard.tensors}
 
 
 def _require_layers(checkpoint: Checkpoint) -> None:

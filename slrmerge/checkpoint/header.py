@@ -74,7 +74,8 @@ class Identity(NamedTuple):
 class Shard:
     """A safetensors file whose header has been read and found sound.
 
-    `data_start` is where the data begins, in bytes; `header_digest` covers everything before it.
+    `data_start` is where the data begins, in bytes; `header_digest` covers everything before it. `tensors` are in the
+    order of their data.
     """
 
     path: Path
@@ -116,7 +117,7 @@ def header_bytes(tensors: Iterable[tuple[str, TensorInfo]]) -> bytes:
     """The header for a file that holds `tensors` in this order: length, JSON, padding to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     for name, info in tensors:
-        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -174,9 +175,10 @@ def _check_entries(path: Path, header: dict[str, Any], *, data_bytes: int) -> di
         else:
             begin, end = entry["data_offsets"]
             tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), (begin, end))
-    if not problems:
-        problems.extend(Problem(str(path), fault, "fetch it again") for fault in _layout_faults(tensors, data_bytes))
     raise_all(problems, CheckpointError)
+    tensors = dict(sorted(tensors.items(), key=lambda item: item[1].data_offsets))
+    faults = _layout_faults(tensors, data_bytes)
+    raise_all((Problem(str(path), fault, "fetch it again") for fault in faults), CheckpointError)
     return tensors
 
 
@@ -229,8 +231,9 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _layout_faults(tensors: Mapping[str, TensorInfo], data_bytes: int) -> Iterable[str]:
+    """What is wrong with the places of `tensors`, given in the order of their data."""
     expected = 0
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+    for name, info in tensors.items():
         begin, end = info.data_offsets
         if begin != expected:
             yield f"tensor {name!r} begins at byte {begin:,} of the data, {expected:,} expected (hole or overlap)"

@@ -4,6 +4,7 @@ Names alone do not tell: a vision tower has numbered layers too. The stack is th
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,7 @@ STACK_PREFIXES = (
 )
 """Where decoder layers live. Needed only where a model has two stacks of the right length: the first here wins."""
 
-_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
-_NUMBERED = re.compile(r"([^\d].*?)\.(\d{1,9})\.", re.ASCII)
+_LAYER = re.compile(r"\.(\d{1,9})\.", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,10 @@ class LayerStack:
 
         Layers past `count` (the extra prediction layers of DeepSeek-V3) are outside.
         """
-        if not name.startswith(self.prefix + "."):
+        found = _LAYER.match(name, len(self.prefix)) if name.startswith(self.prefix) else None
+        if not found or (layer := int(found[1])) >= self.count or found.end() == len(name):
             return None
-        number, _, inner = name[len(self.prefix) + 1 :].partition(".")
-        if not _NUMBER.fullmatch(number) or int(number) >= self.count or not inner:
-            return None
-        return int(number), inner
+        return layer, name[found.end() :]
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
@@ -60,10 +58,10 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
 
 def numbered_stacks(names: Iterable[str]) -> dict[str, int]:
     """The outermost numbered prefixes, each with how many layers follow one another from 0."""
-    members: dict[str, set[int]] = {}
+    members: dict[str, set[int]] = defaultdict(set)
     for name in names:
-        if match := _NUMBERED.match(name):
-            members.setdefault(match[1], set()).add(int(match[2]))
+        if (found := _LAYER.search(name, 1)) and not "0" <= name[0] <= "9":
+            members[name[: found.start()]].add(int(found[1]))
     return {prefix: _run_from_zero(numbers) for prefix, numbers in members.items()}
 
 

@@ -35,10 +35,8 @@ def quantised_groups(tensors: Iterable[tuple[str, TensorInfo]]) -> dict[str, str
     """Every tensor of a quantised module, mapped to the name of that module."""
     own = {name: _module(name, info) for name, info in tensors}
     modules = set(own.values()) - {""}
-    if not modules:
-        return {}
     groups: dict[str, str] = {}
-    for name, module in own.items():
+    for name, module in own.items() if modules else ():
         parent = name.rpartition(".")[0]
         if module:
             groups[name] = module

@@ -89,12 +89,9 @@ class MergePlan:
     @property
     def read_bytes(self) -> int:
         """The tensor bytes that are read from both sides."""
-        return sum(
-            side[name].nbytes
-            for tensor in self.tensors()
-            for side, name in ((self.pretrained, tensor.pretrained), (self.posttrained, tensor.posttrained))
-            if name is not None
-        )
+        pre = (tensor.pretrained for tensor in self.tensors() if tensor.pretrained is not None)
+        post = (tensor.posttrained for tensor in self.tensors() if tensor.posttrained is not None)
+        return sum(self.pretrained[name].nbytes for name in pre) + sum(self.posttrained[name].nbytes for name in post)
 
     @property
     def needs_arithmetic(self) -> bool:

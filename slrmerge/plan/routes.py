@@ -33,21 +33,24 @@ def route(recipe: Recipe, names: Iterable[str], stack: LayerStack | None) -> tup
     matches = [
         _Rule(recipe.place(f"$.tensors[{number}].match"), [rule.match]) for number, rule in enumerate(recipe.tensors)
     ]
+    layer_rules = list(zip(recipe.layers, modules, strict=True))
+    tensor_rules = list(zip(recipe.tensors, matches, strict=True))
+    restored = _restored_layers(recipe, stack)
     alphas: dict[str, float] = {}
     inner_names: set[str] = set()
     for name in names:
         alpha = recipe.alpha or 0.0
-        located = stack.locate(name) if stack and (recipe.restore or recipe.layers) else None
+        located = stack.locate(name) if stack and (restored or layer_rules) else None
         if located:
             layer, inner = located
-            if any(first <= layer <= last for first, last in recipe.restore or ()):
+            if layer in restored:
                 alpha = 1.0
-            paths = _module_paths(inner) if recipe.layers else []
+            paths = _module_paths(inner) if layer_rules else []
             inner_names.update(paths)
-            for rule, module in zip(recipe.layers, modules, strict=True):
+            for rule, module in layer_rules:
                 if rule.range[0] <= layer <= rule.range[1] and module.matches(paths):
                     alpha = rule.alpha_at(layer)
-        for tensor_rule, match in zip(recipe.tensors, matches, strict=True):
+        for tensor_rule, match in tensor_rules:
             if match.matches([name]):
                 alpha = tensor_rule.alpha
         alphas[name] = alpha
@@ -59,6 +62,11 @@ def route(recipe: Recipe, names: Iterable[str], stack: LayerStack | None) -> tup
             if known
         ]
     return alphas, problems
+
+
+def _restored_layers(recipe: Recipe, stack: LayerStack | None) -> set[int]:
+    layers = range(stack.count if stack else 0)
+    return {layer for first, last in recipe.restore or () for layer in layers[first : last + 1]}
 
 
 def _module_paths(inner: str) -> list[str]:

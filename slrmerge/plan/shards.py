@@ -48,6 +48,7 @@ def _place(tensors: list[PlannedTensor]) -> tuple[PlannedTensor, ...]:
     offset = 0
     for tensor in sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.info.dtype]):
         end = offset + tensor.info.nbytes
-        placed.append(tensor._replace(info=TensorInfo(tensor.info.dtype, tensor.info.shape, (offset, end))))
+        info = TensorInfo(tensor.info.dtype, tensor.info.shape, (offset, end))
+        placed.append(PlannedTensor(tensor.name, info, *tensor[2:]))
         offset = end
     return tuple(placed)
