@@ -165,7 +165,9 @@ def _write_shards(
         pending: list[Future[None]] = []
         try:
             # Neighbouring pieces in the queue belong to different files: threads that share one wait for its lock.
-            for group in (waiting[first : first + threads] for first in range(0, len(waiting), threads)):
+            # So there are never fewer files at a time than threads, unless there are no more.
+            groups = max(len(waiting) // threads, 1)
+            for group in (waiting[first::groups] for first in range(groups)):
                 opened = [_OpenShard(ShardStream(plan, shard, sources), journal.folder / shard.name) for shard in group]
                 for row in zip_longest(*(enumerate(pieces(shard.file_bytes)) for shard in group)):
                     for shard, piece in zip(opened, row, strict=True):
