@@ -1,7 +1,8 @@
 """Time a merge against `cp -r` and mergekit, on a pair made here, in one run: whole processes, in turn, repeated.
 
 Absolute times mean little on a shared machine, so the figures are ratios of neighbouring runs (median, lowest–highest),
-with each process's peak memory as the kernel counted it.
+with each process's peak memory as the kernel counted it. slrmerge is byte-compiled first, as an installed package is:
+an editable one may be compiled anew at every start (PYTHONDONTWRITEBYTECODE), which costs 0.1 s or more.
 
     python benchmarks/merge.py --size 4GB --runs 5                    # a restoration and a soup against cp
     python benchmarks/merge.py --mergekit venv/bin/mergekit-yaml      # and against mergekit 0.1.5
@@ -9,6 +10,7 @@ with each process's peak memory as the kernel counted it.
 """
 
 import argparse
+import compileall
 import json
 import os
 import random
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import yaml
 
+import slrmerge
 from slrmerge.checkpoint import TensorInfo, header_bytes
 from slrmerge.recipe import parse_bytes
 
@@ -247,6 +250,7 @@ def main() -> None:
     parser.add_argument("--full-scale", action="store_true", help="only one run on a sparse 9B pair")
     parser.add_argument("--work", type=Path, default=None, help="where to work (default: a temporary folder)")
     chosen = parser.parse_args()
+    compileall.compile_dir(Path(slrmerge.__file__).parent, quiet=1)
     with tempfile.TemporaryDirectory(dir=chosen.work, prefix="slrmerge-benchmark-") as folder:
         work = Path(folder)
         if chosen.full_scale:
