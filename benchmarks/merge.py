@@ -10,7 +10,6 @@ an editable one may be compiled anew at every start (PYTHONDONTWRITEBYTECODE), w
 """
 
 import argparse
-import compileall
 import json
 import os
 import random
@@ -250,7 +249,7 @@ def main() -> None:
     parser.add_argument("--full-scale", action="store_true", help="only one run on a sparse 9B pair")
     parser.add_argument("--work", type=Path, default=None, help="where to work (default: a temporary folder)")
     chosen = parser.parse_args()
-    compileall.compile_dir(Path(slrmerge.__file__).parent, quiet=1)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(Path(slrmerge.__file__).parent)], check=True)
     with tempfile.TemporaryDirectory(dir=chosen.work, prefix="slrmerge-benchmark-") as folder:
         work = Path(folder)
         if chosen.full_scale:

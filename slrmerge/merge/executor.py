@@ -28,6 +28,9 @@ from slrmerge.recipe import Recipe
 from slrmerge.stream import ShardStream, Sources, file_chunks
 from slrmerge.writer import Written, combine, os_errors_at, pieces, write_content, write_piece
 
+_PIECES_PER_SYNC = 8
+"""How much of a shard goes to the disk at a time, while more of it is copied: 128 MiB."""
+
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
@@ -155,13 +158,20 @@ def _write_shards(
             return
         parts = _until(stop, shard.stream.parts(start, end, own.blender))
         digest = write_piece(shard.path, start, parts, on_bytes=advance)
-        if not stop.is_set() and shard.is_finished_by(number, digest):
+        if stop.is_set():
+            return
+        if fsync and (number + 1) % _PIECES_PER_SYNC == 0:
+            shard.early_syncs.append(syncing.submit(files.sync_path, shard.path))
+        if shard.is_finished_by(number, digest):
             if fsync:
+                for sync in shard.early_syncs:
+                    sync.result()  # the system tells of a failed write once only, perhaps to this one
                 files.sync_path(shard.path)
             sources.check_unchanged()
             journal.record(shard.path.name, shard.written)
 
-    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPoolExecutor(threads) as pool:
+    one_core = one_core_per_chunk() if plan.needs_arithmetic else nullcontext()
+    with one_core, ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(threads) as pool:
         pending: list[Future[None]] = []
         try:
             # Neighbouring pieces in the queue belong to different files: threads that share one wait for its lock.
@@ -198,6 +208,7 @@ class _OpenShard:
     def __init__(self, stream: ShardStream, path: Path) -> None:
         self.stream = stream
         self.path = path
+        self.early_syncs: list[Future[None]] = []
         self._lock = Lock()
         self._digests: list[bytes | None] = [None for _ in pieces(stream.shard.file_bytes)]
         path.touch()

@@ -15,6 +15,7 @@ import pytest
 
 from slrmerge import execute, files
 from slrmerge.errors import NoSpaceError, SlrmergeError
+from slrmerge.merge import executor
 from tests.cli import run
 from tests.conftest import Pair
 from tests.merge.faults import OLD, ROOT, Recorder, Row, leftovers, snapshot, write_files
@@ -182,6 +183,24 @@ def test_any_other_refusal_to_write_keeps_the_systems_words(pair: Pair, monkeypa
     assert result.stderr.splitlines() == [
         "error: the output cannot be written",
         f"  {files.staging_folder(pair.out)}/model.safetensors: cannot be written or read (Input/output error)",
+    ]
+    assert result.exit_code == 6
+    assert leftovers(pair.out) == []
+
+
+def test_a_write_that_fails_while_more_is_copied_is_not_forgotten(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = iter([OSError(errno.EIO, os.strerror(errno.EIO))])
+
+    def told_once(path: Path) -> None:  # as the kernel does it
+        for refusal in refusals:
+            raise refusal
+
+    monkeypatch.setattr(executor, "_PIECES_PER_SYNC", 1)
+    monkeypatch.setattr(files, "sync_path", told_once)
+    result = run(pair.recipe_file(restore=[2, 3]), "--out", pair.out)
+    assert result.stderr.splitlines() == [
+        "error: the output cannot be written",
+        f"  {pair.out}: cannot be written or read (Input/output error)",
     ]
     assert result.exit_code == 6
     assert leftovers(pair.out) == []
