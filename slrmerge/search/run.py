@@ -124,7 +124,7 @@ class Search:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._sweeper.__exit__(None, None, None)
+        self._sweeper.__exit__()
 
     def estimate(self) -> Estimate:
         """What the first pass costs, from shapes and a matrix product measured here; reads no weights."""

@@ -38,9 +38,10 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype, attenti
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(
-            Problem(where, f"transformers cannot build it ({first_line(error)})", REMEDY)
-        ) from error
+        what = f"transformers cannot build it ({first_line(error)})"
+        if isinstance(error, KeyError) and error.args == (attention,):
+            what = f"transformers keeps the attention of this architecture ({config.model_type}) to itself"
+        raise UnsupportedModelError(Problem(where, what, REMEDY)) from error
     model.eval()
     raise_all(_parameter_problems(checkpoint, model), UnsupportedModelError)
     return model

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from math import prod
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -38,9 +37,7 @@ class HybridWeights:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.close()
 
     def load(self, choices: Iterable[Choice]) -> dict[str, torch.Tensor]:
