@@ -30,7 +30,7 @@ def tokenise(questions: Sequence[Question], folder: Path) -> list[Prompt]:
     where = str(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:
         what = f"its tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
         raise UnsupportedModelError(Problem(where, what)) from error
     if tokenizer.chat_template is None:
@@ -70,14 +70,12 @@ def _answer_token(tokenizer: Any, question: Question, answer: str, text: str, id
 
 
 def _render(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
     try:
         text: str = tokenizer.apply_chat_template(
             turns, add_generation_prompt=add_generation_prompt, tokenize=False, enable_thinking=False
         )
-    except (TemplateError, ValueError) as error:
-        what = f"its chat template cannot be used ({error})"
+    except Exception as error:
+        what = f"its chat template cannot be used ({first_line(error)})"
         raise UnsupportedModelError(Problem(str(tokenizer.name_or_path), what)) from error
     return text
 

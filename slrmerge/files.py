@@ -67,6 +67,13 @@ def write_file(path: Path, data: bytes, *, fsync: bool) -> None:
             sync_file(file.fileno())
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file so that its name holds the old content or the new, never half of it."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_bytes(data)
+    os.replace(beside, path)
+
+
 def sync_file(fd: int) -> None:
     """Bring a file's bytes to the disk itself (macOS needs more than fsync for that)."""
     if sys.platform == "darwin":

@@ -1,10 +1,13 @@
 """Pictures: the trade-off of quality and diversity, both over all intervals, and how far each layer was moved."""
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from slrmerge.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +33,10 @@ def save(figure: "Figure", path: Path) -> None:
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "slrmerge", "svg.fonttype": "none"}):
-        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            drawn = BytesIO()
+            figure.savefig(drawn, format=form, dpi=150, metadata=metadata)
+            replace_file(path.with_suffix(f".{form}"), drawn.getvalue())
 
 
 def tradeoff(report: "Report") -> "Figure":
@@ -47,9 +52,7 @@ def tradeoff(report: "Report") -> "Figure":
         if rows:
             label = {"interval": "intervals", "attention": "attention only", "mlp": "MLPs only"}[space]
             axes.scatter(*_points(rows), s=10, color=colour, alpha=0.5, linewidths=0, label=label)
-    front = sorted(
-        (row for row in report.rows if row.candidate.space == "interval" and row.pareto), key=lambda row: row.quality
-    )
+    front = sorted((row for row in report.intervals if row.pareto), key=lambda row: row.quality)
     if front:
         label = "their front, with layers restored"
         axes.plot(*_points(front), "o-", color=_INTERVAL, markersize=4, linewidth=1, label=label)
@@ -100,20 +103,24 @@ def heatmaps(report: "Report") -> "Figure":
 
 
 def differences_figure(differences: "Differences") -> "Figure":
-    """The relative change of each module in each layer."""
+    """The relative change and the cosine of each module in each layer."""
     from matplotlib.figure import Figure
 
     modules = differences.modules()
-    grid = np.full((len(modules), differences.layers), np.nan)
-    for (layer, module), distance in differences.by_module.items():
-        if module in modules and 0 <= layer < differences.layers:
-            grid[modules.index(module), layer] = distance.relative_change
-    figure = Figure(figsize=(2.5 + 0.28 * differences.layers, 1.2 + 0.3 * len(modules)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(grid, cmap="viridis", aspect="auto")
-    figure.colorbar(image, ax=axes, label="|post − pre| / |pre|")
-    axes.set_yticks(range(len(modules)), modules)
-    axes.set(xlabel="layer", title="how far post-training moved the weights")
+    size = (2.5 + 0.28 * differences.layers, 1.6 + 0.6 * len(modules))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = (("relative_change", "|post − pre| / |pre|", "viridis"), ("cosine", "cosine", "viridis_r"))
+    for number, (name, label, colours) in enumerate(panels, 1):
+        grid = np.full((len(modules), differences.layers), np.nan)
+        for (layer, module), distance in differences.by_module.items():
+            if module in modules and 0 <= layer < differences.layers:
+                grid[modules.index(module), layer] = getattr(distance, name)
+        axes = figure.add_subplot(2, 1, number)
+        image = axes.imshow(grid, cmap=colours, aspect="auto")
+        figure.colorbar(image, ax=axes, label=label)
+        axes.set_yticks(range(len(modules)), modules)
+        axes.set_xlabel("layer")
+    figure.suptitle("how far post-training moved the weights")
     return figure
 
 
@@ -127,8 +134,6 @@ def _write_beside(axes: "Axes", row: "Row", text: str) -> None:
 
 
 def _intervals(report: "Report") -> "Iterator[tuple[int, int, Row]]":
-    spaces = {row.candidate.space for row in report.rows}
-    shown = next((space for space in ("interval", "attention", "mlp") if space in spaces), None)
-    for row in report.rows:
-        if row.candidate.space == shown and row.candidate.start is not None and row.candidate.end is not None:
+    for row in report.intervals:
+        if row.candidate.start is not None and row.candidate.end is not None:
             yield row.candidate.start, row.candidate.end, row

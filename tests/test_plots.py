@@ -124,6 +124,8 @@ def test_whatever_was_tried_can_be_drawn(case: str) -> None:
     assert "post-trained" in said
     assert ("soups" in said) == any(each.candidate.space == "soup" for each in rows)
     assert any(word.startswith("choice: ") for word in said) == (report.choice.slr is not None)
-    assert ("their front, with layers restored" in said) == any(each.candidate.space == "interval" for each in rows)
+    assert ("their front, with layers restored" in said) == any(
+        each.candidate.space in ("interval", "attention") for each in rows
+    )
     frames = [patch for axes in figures[1].axes if axes.get_images() for patch in axes.patches]
     assert bool(frames) == (report.choice.slr is not None)

@@ -1,12 +1,16 @@
 """Progress on a terminal: bytes, rate and time left; elsewhere only what is worth a line."""
 
 import sys
+from time import monotonic
 from typing import TYPE_CHECKING, Never
 
 import click
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+_SECONDS_PER_LINE = 60
+"""Off a terminal, a stage is worth a line when nothing was said for so long."""
 
 
 class TerminalProgress:
@@ -16,6 +20,7 @@ class TerminalProgress:
         self._quiet = quiet
         self._unit = unit
         self._bar: tqdm[Never] | None = None
+        self._last_line = monotonic()
 
     def start(self, what: str, total: int) -> None:
         self.close()
@@ -35,12 +40,15 @@ class TerminalProgress:
     def stage(self, what: str) -> None:
         if self._bar is not None:
             self._bar.set_description(what)
+        elif monotonic() - self._last_line > _SECONDS_PER_LINE:
+            self.say(what)
 
     def advance(self, count: int) -> None:
         if self._bar is not None:
             self._bar.update(count)
 
     def say(self, message: str) -> None:
+        self._last_line = monotonic()
         if not self._quiet:
             click.echo(message, err=True)
 

@@ -38,7 +38,7 @@ _min_quality = click.option(
     multiple=True,
     default=("intervals", "soups"),
     show_default=True,
-    help="What to try; may be given several times.",
+    help="What to try, in place of the default; may be given several times.",
 )
 @click.option("--also", type=PathArgument(), multiple=True, metavar="RECIPE", help="Another recipe to try.")
 @click.option("--task", type=click.Choice(["crc"]), default="crc", show_default=True, help="The proxy task.")
@@ -46,7 +46,7 @@ _min_quality = click.option(
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
-    help="Of the first pass.  [default: bfloat16 from 1e9 parameters]",
+    help="To compute the first pass in; leaders are then asked in float32.  [default: bfloat16 from 1e9 parameters]",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to compute; cuda has not been tried yet.")
 @click.option(
@@ -90,6 +90,8 @@ def search(
     slrmerge search recipe.yaml --dry-run
     """
     ctx.obj["as_json"] = as_json
+    if out is None and not dry_run:
+        raise click.UsageError("missing option '--out'", ctx)
     from slrmerge.cli import show_search
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.recipe import load_recipe
@@ -110,13 +112,11 @@ def search(
         threads=threads,
     )
     with Search(load_recipe(recipe, pair_only=True), chosen) as ready:
-        if dry_run:
-            if out is not None:
-                ready.require_target(out, overwrite=overwrite)
+        if out is not None:
+            ready.require_target(out, overwrite=overwrite)
+        if out is None or dry_run:
             show_search.print_estimate(ready.estimate(), as_json=as_json)
             return
-        if out is None:
-            raise click.UsageError("missing option '--out'", ctx)
         progress = TerminalProgress(quiet=quiet or as_json, unit=" states")
         try:
             report = ready.run(out, overwrite=overwrite, progress=progress)

@@ -32,7 +32,7 @@ def print_report(report: Report, folder: Path, *, as_json: bool) -> None:
         print_json({"out": str(folder), **report.summary(), "ten_best": [_plain(row) for row in ten_best(report.rows)]})
         return
     choice = report.choice
-    compared = table("", "hybrid", ">layers", ">Q", ">D", ">choice in Q", ">choice in D")
+    compared = table("", "hybrid", ">layers", ">Q", ">D", ">gain in Q", ">gain in D")
     for name, row in choice.named().items():
         compared.add_row(
             _NAMES[name], row.candidate.label, str(row.candidate.layers_restored or ""), *_scores(row),
@@ -41,7 +41,12 @@ def print_report(report: Report, folder: Path, *, as_json: bool) -> None:
     print_table(compared)
     best = table(">rank", "hybrid", ">layers", ">Q", ">D")
     for rank, row in enumerate(ten_best(report.rows), 1):
-        best.add_row(str(rank), row.candidate.label, str(row.candidate.layers_restored), *_scores(row))
+        best.add_row(
+            str(rank),
+            row.candidate.label + ("" if row.exact else " (roughly)"),
+            str(row.candidate.layers_restored),
+            *_scores(row),
+        )
     print_table(best)
     for note in report.notes:
         click.echo(f"note: {note}")
@@ -49,10 +54,9 @@ def print_report(report: Report, folder: Path, *, as_json: bool) -> None:
         click.echo(doubt)
     floor = f"Q at least {choice.min_quality:g} of the post-trained model's"
     if choice.slr is None:
-        if any(row.candidate.space == "interval" for row in report.rows):
-            click.echo(
-                f"no interval has {floor}; choose by a lower one: slrmerge select {_quoted(folder)} --min-quality …"
-            )
+        if report.intervals:
+            again = f"slrmerge select {_quoted(folder)} --min-quality …"
+            click.echo(f"no interval has {floor}; choose again by a lower share: {again}")
         return
     click.echo(f"{choice.slr.candidate.label}: the highest D with {floor}, among {len(report.rows)} candidates")
     click.echo(f"merge it: slrmerge {_quoted(folder / 'slr.yaml')} --out ./hybrid")
@@ -73,7 +77,10 @@ def print_estimate(estimate: "Estimate", *, as_json: bool) -> None:
             line.dtype, f"{line.flop_per_s / 1e9:,.0f} GFLOP/s", duration(line.seconds),
         )  # fmt: skip
     print_table(rows)
-    click.echo("time: matrix products alone, at the rate measured here; reading weights and the rest comes on top")
+    click.echo(
+        "time: the products of a first pass at the rate measured here; weights are to be read too, and after a pass"
+    )
+    click.echo("in bfloat16 the leaders are asked again in float32")
 
 
 def print_differences(differences: Differences, *, as_json: bool) -> None:

@@ -8,6 +8,9 @@ from slrmerge.search.candidates import Candidate
 MIN_QUALITY = 0.9
 """The share of the post-trained model's quality that has to be kept (paper, section 3.3)."""
 
+INTERVAL_SPACES = ("interval", "attention", "mlp")
+"""Spaces of intervals; the choice is made in the first of them that was tried."""
+
 NEAR_TIE = 1e-3
 """Nats of diversity by which two candidates differ so little that other prompts could turn them round."""
 
@@ -73,15 +76,16 @@ def choose(rows: Sequence[Row], *, min_quality: float) -> Choice:
     Raises ValueError without exactly one exact row of each of the two models.
     """
     exact = [row for row in rows if row.exact]
+    space = interval_space(rows)
     post, pre = (_only(exact, space) for space in ("post", "pre"))
-    slr, soup = _best(exact, "interval"), _best(exact, "soup")
+    slr, soup = _best(exact, space), _best(exact, "soup")
     early = late = None
     ties: tuple[Row, ...] = ()
     if slr is not None:
-        early, late = _controls(rows, slr.candidate.layers_restored)
+        early, late = _controls(rows, slr.candidate)
         ties = tuple(
             row for row in exact
-            if row is not slr and row.feasible and row.candidate.space == "interval"
+            if row is not slr and row.feasible and row.candidate.space == space
             and slr.diversity - row.diversity < NEAR_TIE
         )  # fmt: skip
     return Choice(min_quality, post, pre, slr, soup, early, late, ties)
@@ -90,8 +94,15 @@ def choose(rows: Sequence[Row], *, min_quality: float) -> Choice:
 def may_be_better(rows: Sequence[Row], choice: Choice) -> list[Row]:
     """Feasible intervals that were not asked exactly, and came out more diverse than the choice."""
     bar = choice.slr.diversity if choice.slr else float("-inf")
-    rough = [row for row in rows if row.candidate.space == "interval" and row.feasible and not row.exact]
+    space = interval_space(rows)
+    rough = [row for row in rows if row.candidate.space == space and row.feasible and not row.exact]
     return sorted((row for row in rough if row.diversity > bar), key=_preference)
+
+
+def interval_space(rows: Sequence[Row]) -> str:
+    """The space in which the choice is made."""
+    tried = {row.candidate.space for row in rows}
+    return next((space for space in INTERVAL_SPACES if space in tried), INTERVAL_SPACES[0])
 
 
 def ten_best(rows: Sequence[Row], count: int = 10) -> list[Row]:
@@ -114,16 +125,16 @@ def leaders(rows: Sequence[Row], *, min_quality: float, margin: float, at_least:
         surely = [row.diversity for row in hopeful if row.quality >= floor + slack]
         bar = surely[0] - 2 * margin if surely else float("-inf")
         kept |= {id(row) for rank, row in enumerate(hopeful) if rank < at_least or row.diversity >= bar}
-    for length in {
-        row.candidate.layers_restored for row in rows if id(row) in kept and row.candidate.space == "interval"
-    }:
-        kept |= set(map(id, _controls(rows, length)))
+    for row in rows:
+        if id(row) in kept and row.candidate.space in INTERVAL_SPACES:
+            kept |= set(map(id, _controls(rows, row.candidate)))
     return [row.candidate for row in rows if id(row) in kept]
 
 
-def _controls(rows: Sequence[Row], length: int) -> tuple[Row, Row]:
-    """The first and the last interval of a length."""
-    alike = [row for row in rows if row.candidate.space == "interval" and row.candidate.layers_restored == length]
+def _controls(rows: Sequence[Row], interval: Candidate) -> tuple[Row, Row]:
+    """The first and the last interval of the same length and space."""
+    kind = (interval.space, interval.layers_restored)
+    alike = [row for row in rows if (row.candidate.space, row.candidate.layers_restored) == kind]
     by_start = sorted(alike, key=lambda row: row.candidate.start or 0)
     return by_start[0], by_start[-1]
 

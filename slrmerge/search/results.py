@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO, StringIO
@@ -15,8 +14,9 @@ import yaml
 import slrmerge
 from slrmerge.crc import Scores
 from slrmerge.errors import OutputError, Problem
+from slrmerge.files import replace_file
 from slrmerge.search.candidates import Candidate, recipe_of
-from slrmerge.search.choose import Choice, Row, choose, conditions, may_be_better
+from slrmerge.search.choose import Choice, Row, choose, conditions, interval_space, may_be_better
 from slrmerge.writer import output_error
 
 TABLE, SUMMARY, PROMPTS = "results.csv", "summary.json", "prompts.npz"
@@ -48,10 +48,15 @@ class Report:
     elapsed_s: float
 
     @property
+    def intervals(self) -> list[Row]:
+        """The rows of the space in which the choice is made."""
+        return [row for row in self.rows if row.candidate.space == interval_space(self.rows)]
+
+    @property
     def doubts(self) -> tuple[str, ...]:
         """What may make another choice the better one: near-ties, and candidates that only a rough pass asked."""
         slr = self.choice.slr
-        ties = [
+        doubts = [
             f"near-tie: {row.candidate.label} has only {slr.diversity - row.diversity:.1e} nats less than "
             f"{slr.candidate.label}"
             for row in self.choice.near_ties
@@ -60,10 +65,9 @@ class Report:
         rough = may_be_better(self.rows, self.choice)
         if rough:
             named = ", ".join(row.candidate.label for row in rough[:3]) + (", …" if len(rough) > 3 else "")
-            ties.append(
-                f"asked only roughly, and maybe better: {named}; search again with this --min-quality to be sure"
-            )
-        return tuple(ties)
+            remedy = "search without --quick and with --dtype float32 to be sure"
+            doubts.append(f"asked only roughly, and maybe better: {named}; {remedy}")
+        return tuple(doubts)
 
     def summary(self) -> dict[str, Any]:
         """The outcome as plain values, for `summary.json` and `--json`."""
@@ -133,7 +137,7 @@ def read_report(folder: Path) -> Report:
             notes=tuple(summary["notes"]),
             **{name: summary[name] for name in ("layers", "task", "pretrained", "posttrained", "dtype")},
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         what = "does not hold the results of a search"
         raise OutputError(Problem(str(folder), what, "name the folder that slrmerge search wrote")) from error
 
@@ -194,9 +198,7 @@ def _recipe(report: Report, name: str, row: Row) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     """A whole file or the old one."""
-    beside = path.with_name(f"{path.name}.new")
     try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
+        replace_file(path, data)
     except OSError as error:
         raise output_error(path, error) from error

@@ -17,7 +17,16 @@ from slrmerge import files
 from slrmerge.chat import tokenise
 from slrmerge.checkpoint import open_pair
 from slrmerge.crc import TASKS, Scores
-from slrmerge.errors import NoSpaceError, OutputError, PlanError, Problem, first_line, raise_all, require_extra
+from slrmerge.errors import (
+    NoSpaceError,
+    OutputError,
+    PlanError,
+    Problem,
+    UnsupportedModelError,
+    first_line,
+    raise_all,
+    require_extra,
+)
 from slrmerge.merge import folder_problems, free_bytes, resolve_target
 from slrmerge.plan import depth_problems
 from slrmerge.plots import PICTURES, draw_report
@@ -114,6 +123,7 @@ class Search:
             self.candidates += SPACES[space](posttrained, self.layers)
         if recipe.has_rules:
             self.candidates.append(from_recipe(recipe, "the recipe's own", posttrained))
+        raise_all(_other_pairs(recipe, options), PlanError)
         self.candidates += [from_recipe(other, label, posttrained) for label, other in options.also]
         big = posttrained.parameters >= BIG_PARAMETERS
         self.dtype: torch.dtype = getattr(torch, options.dtype or ("bfloat16" if big else "float32"))
@@ -128,7 +138,7 @@ class Search:
 
     def estimate(self) -> Estimate:
         """What the first pass costs, from shapes and a matrix product measured here; reads no weights."""
-        first, cost = self._first_pass, self._first_cost
+        first, cost = self._first_pass, self._sweeper.cost(self._first_pass)
         shape = self._sweeper.shape(first)
         device = torch.device(self.options.device)
         rate = measured_rate(shape.width, first.dtype, device)
@@ -145,11 +155,7 @@ class Search:
         target = resolve_target(out)
         sources = [self._sweeper.pretrained.folder, self._sweeper.posttrained.folder]
         raise_all(folder_problems(target, sources, overwrite=overwrite, reluctance=_no_mere_results), OutputError)
-        needed, free = self._scratch_bytes(), free_bytes(target) + _bytes_in(files.staging_folder(target))
-        if needed > free:
-            what = f"the search's states need {needed / 1e9:,.2f} GB there, the disk has {free / 1e9:,.2f} GB free"
-            remedy = "choose --out on another disk" + ("" if self._must_map() else ", or --no-resume to keep none")
-            raise NoSpaceError(Problem(str(target), what, remedy))
+        self._require_space(target, self._sweeper.cost(self._first_pass))
         return target
 
     def run(self, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Report:
@@ -181,7 +187,8 @@ class Search:
         try:
             yield staging
         except BaseException as error:
-            if self.options.resumable and any(staging.glob("*/*")):
+            kept = [*staging.glob("*/progress.json"), *staging.glob("*/log_probs.npz")]
+            if self.options.resumable and kept:
                 error.add_note("finished layers are kept, and the same command goes on from there")
             else:
                 _remove([staging])
@@ -193,7 +200,10 @@ class Search:
         first = self._first_pass
         progress.say(f"checking that {self._sweeper.model(torch.float32).name} answers in a sweep as it does by itself")
         self._sweeper.check([self.prompts[0], self.prompts[-1]], post)
-        rows, scores = self._pass(first, staging, progress)
+        rows, scores = self._pass(first, target, progress)
+        if not rows[0].quality > 0:
+            what = "gives no valid answer any probability, so there is nothing to hold hybrids against"
+            raise UnsupportedModelError(Problem(str(self._sweeper.posttrained.folder), what, "name an instruct model"))
         notes: list[str] = []
         post_quality = {conditions(rows[0]): rows[0].quality}
         if not rows[0].exact:
@@ -205,7 +215,7 @@ class Search:
                 f"the winner is held against were asked again: {len(self.prompts)} prompts, float32"
             )
             second = Pass("leaders", again, self.prompts, torch.float32)
-            exact, exact_scores = self._pass(second, staging, progress)
+            exact, exact_scores = self._pass(second, target, progress)
             post_quality[conditions(exact[0])] = exact[0].quality
             rows, scores = _merged(rows, scores, exact, exact_scores)
         judged = judge(rows, post_quality=post_quality, min_quality=self.options.min_quality)
@@ -226,10 +236,12 @@ class Search:
         draw_report(staging, report)
         return report
 
-    def _pass(self, wanted: Pass, staging: Path, progress: Progress) -> tuple[list[Row], Scores]:
+    def _pass(self, wanted: Pass, target: Path, progress: Progress) -> tuple[list[Row], Scores]:
         """Score a pass's candidates; scores have a column for every prompt, NaN where it was not asked."""
-        progress.start(_PASSES[wanted.name], self._sweeper.cost(wanted).states)
-        folder = staging / wanted.name if self.options.resumable or self._must_map() else None
+        cost = self._sweeper.cost(wanted)
+        self._require_space(target, cost)
+        progress.start(_PASSES[wanted.name], cost.states)
+        folder = files.staging_folder(target) / wanted.name if self._uses_disk(cost) else None
         log_probs = self._sweeper.run(wanted, folder, max_bytes=self._max_memory_bytes(), progress=progress)
         asked = self.task.score(log_probs)
         exact = wanted.dtype == torch.float32 and len(wanted.prompts) == len(self.prompts)
@@ -250,22 +262,24 @@ class Search:
             prompts = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)]
         return Pass("first", self.candidates, prompts, self.dtype)
 
-    @cached_property
-    def _first_cost(self) -> Cost:
-        return self._sweeper.cost(self._first_pass)
-
     def _margin(self) -> float:
         return max(QUICK_MARGIN if self.options.quick else 0, ROUNDING_MARGIN if self.dtype != torch.float32 else 0)
 
     def _max_memory_bytes(self) -> int:
         return self.options.max_memory_bytes or physical_memory_bytes() // 2
 
-    def _must_map(self) -> bool:
-        """Whether the states are too many for memory, so that they lie in a file in any case."""
-        return self._first_cost.states_bytes > self._max_memory_bytes()
+    def _uses_disk(self, cost: Cost) -> bool:
+        """Whether states are written to a file: to go on after a kill, or because memory cannot hold them."""
+        return self.options.resumable or cost.states_bytes > self._max_memory_bytes()
 
-    def _scratch_bytes(self) -> int:
-        return self._first_cost.states_bytes if self.options.resumable or self._must_map() else 0
+    def _require_space(self, target: Path, cost: Cost) -> None:
+        needed = cost.states_bytes if self._uses_disk(cost) else 0
+        free = free_bytes(target) + _bytes_in(files.staging_folder(target))
+        if needed > free:
+            what = f"the search's states need {needed / 1e9:,.2f} GB there, the disk has {free / 1e9:,.2f} GB free"
+            fits = cost.states_bytes <= self._max_memory_bytes()
+            remedy = "choose --out on another disk" + (", or --no-resume to keep none" if fits else "")
+            raise NoSpaceError(Problem(str(target), what, remedy))
 
     def _said(self, side: Literal["pretrained", "posttrained"], target: Path) -> str:
         """A side as a recipe in `target` has to name it: as it was written, or from there where that was relative."""
@@ -288,10 +302,20 @@ def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def _other_pairs(recipe: Recipe, options: SearchOptions) -> Iterator[Problem]:
+    """Recipes to be tried besides that are for other checkpoints."""
+    sides: tuple[Literal["pretrained", "posttrained"], ...] = ("pretrained", "posttrained")
+    for label, other in options.also:
+        for side in sides:
+            if os.path.realpath(other.source_folder(side)) != os.path.realpath(recipe.source_folder(side)):
+                what = f"names {getattr(other, side)}, which is not the {side} side of this search"
+                yield Problem(f"{label}: $.{side}", what, "try only recipes for the same two checkpoints")
+
+
 def device_problem(device: str) -> str | None:
     """Why torch cannot compute on a device, or None where it can."""
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         return first_line(error)
     return None
@@ -326,5 +350,7 @@ def _no_mere_results(folder: Path) -> str | None:
     names = {path.name for path in folder.iterdir()}
     if SUMMARY not in names or TABLE not in names:
         return "does not hold the results of a search"
-    others = sorted(names - {SUMMARY, TABLE, PROMPTS, *RECIPES.values(), *PICTURES})
+    others = sorted(
+        {name.removesuffix(".new") for name in names} - {SUMMARY, TABLE, PROMPTS, *RECIPES.values(), *PICTURES}
+    )
     return f"holds more than the results of a search ({', '.join(others)})" if others else None

@@ -30,9 +30,9 @@ from slrmerge.sweep.weights import HybridWeights
 _RESULT = "log_probs.npz"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
-    """A sweep to be made: who is asked what, in which dtype."""
+    """A sweep to be made: who is asked what, in which dtype. Each is itself only."""
 
     name: str
     candidates: Sequence[Candidate]
@@ -50,6 +50,7 @@ class PairSweeper:
         self._output_dtype = output_dtype
         self._device = device
         self._models: dict[torch.dtype, StagedModel] = {}
+        self._plans: dict[Pass, SweepPlan] = {}
         self._closing = ExitStack()
         readers = (self._closing.enter_context(CheckpointReader(side)) for side in (pretrained, posttrained))
         self._sources = Sources(*readers)
@@ -111,7 +112,10 @@ class PairSweeper:
         return log_probs
 
     def _plan(self, wanted: Pass) -> SweepPlan:
-        return SweepPlan.of(self.model(wanted.dtype).stages, alphas_of(wanted.candidates, self.posttrained))
+        if wanted not in self._plans:
+            alphas = alphas_of(wanted.candidates, self.posttrained)
+            self._plans[wanted] = SweepPlan.of(self.model(wanted.dtype).stages, alphas)
+        return self._plans[wanted]
 
     @contextmanager
     def _sweep(self, wanted: Pass) -> Iterator[Sweep]:

@@ -27,7 +27,7 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype, attenti
     where = str(checkpoint.folder)
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+    except Exception as error:
         raise UnsupportedModelError(
             Problem(where, f"transformers does not read its config ({first_line(error)})", REMEDY)
         ) from error
@@ -37,7 +37,7 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype, attenti
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         what = f"transformers cannot build it ({first_line(error)})"
         if isinstance(error, KeyError) and error.args == (attention,):
             what = f"transformers keeps the attention of this architecture ({config.model_type}) to itself"

@@ -149,7 +149,10 @@ class Sweep:
                     total[after] = torch.logaddexp(total[after], logits.logsumexp(dim=-1))
                     for prompt, answer, column in asked:
                         valid[after, prompt, answer] = logits[:, prompt, column]
-        return (valid - total[..., None])[list(now.nodes)]
+        log_probs = valid - total[..., None]
+        asked_for = torch.tensor([[a < len(prompt.valid_ids) for a in range(answers)] for prompt in self._prompts])
+        log_probs[log_probs.isnan() & asked_for] = -torch.inf  # overflow somewhere: such a hybrid answers nothing valid
+        return log_probs[list(now.nodes)]
 
     def _row_chunks(self, width: int) -> Iterator[range]:
         """The vocabulary in runs of rows that fit in `HEAD_BYTES`."""

@@ -73,9 +73,8 @@ class StagedModel:
         """How the layers are called for `trie`. Raises UnsupportedModelError where a layer's rule cannot be read."""
         depths = torch.tensor([trie.depths])
         leaves = depths[:, torch.tensor(trie.leaves)]
-        self._model.set_attn_implementation("eager")
-        masks = [call.get("attention_mask") for call in self._calls(torch.arange(trie.longest)[None])]
-        self._model.set_attn_implementation(NAME)
+        with self._eager():
+            masks = [call.get("attention_mask") for call in self._calls(torch.arange(trie.longest)[None])]
         square = (1, 1, trie.longest, trie.longest)
         rules = [mask[0, 0] for mask in masks if isinstance(mask, torch.Tensor) and mask.shape == square]
         if len(rules) < len(masks):
@@ -151,12 +150,8 @@ class StagedModel:
 
             return call
 
-        self._model.set_attn_implementation("eager")
-        try:
-            with self._acting({number: run(number) for number in range(len(self._layers))}):
-                self._forward(weights(0), input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
-        finally:
-            self._model.set_attn_implementation(NAME)
+        with self._eager(), self._acting({number: run(number) for number in range(len(self._layers))}):
+            self._forward(weights(0), input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         return final[0][torch.arange(len(prompts), device=self.device), ends][None]
 
@@ -239,6 +234,15 @@ class StagedModel:
         output = torch.func.functional_call(self._model, {**zeros, **weights}, (), given, tie_weights=False)
         logits: torch.Tensor = output.logits
         return logits
+
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        """With transformers' own attention and the masks that belong to it."""
+        self._model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(NAME)
 
     @contextmanager
     def _acting(self, acts: Mapping[int, LayerCall]) -> Iterator[None]:

@@ -63,7 +63,7 @@ class StateStore:
         try:
             if not self._new.exists():
                 with open(self._new, "wb") as file:
-                    file.write(states.reshape(-1).view(torch.uint8).numpy().data)
+                    file.write(_bytes(states))
             os.replace(self._new, kept)
             value = {
                 "fingerprint": self._fingerprint,
@@ -102,10 +102,12 @@ class StateStore:
     def _taken_up(self, kept: Path, value: dict[str, Any]) -> Resumed:
         dtype = getattr(torch, value["dtype"])
         self._held_bytes = kept.stat().st_size
-        if self._held_bytes > self._max_bytes:
+        if 2 * self._held_bytes > self._max_bytes:
             states = _mapped(kept, value["shape"], dtype)
         else:
-            states = torch.frombuffer(bytearray(kept.read_bytes()), dtype=dtype).view(value["shape"])
+            states = torch.empty(value["shape"], dtype=dtype)
+            with open(kept, "rb") as file:
+                file.readinto(_bytes(states))
         return Resumed(value["stages_done"], tuple(value["nodes"]), states)
 
     def clear(self) -> None:
@@ -122,6 +124,11 @@ class StateStore:
     def _kept(self, stages_done: int) -> Path:
         assert self._folder is not None
         return self._folder / f"states-{stages_done}"
+
+
+def _bytes(states: torch.Tensor) -> memoryview:
+    view: memoryview = states.reshape(-1).view(torch.uint8).numpy().data
+    return view
 
 
 def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

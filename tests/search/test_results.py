@@ -275,7 +275,7 @@ def test_what_was_not_asked_exactly_and_might_win_by_another_ratio_is_said(tmp_p
     assert again.choice.slr is not None
     assert again.choice.slr.candidate.label == "layers 1–1"
     assert again.doubts == (
-        "asked only roughly, and maybe better: layers 1–2; search again with this --min-quality to be sure",
+        "asked only roughly, and maybe better: layers 1–2; search without --quick and with --dtype float32 to be sure",
     )
 
 

@@ -29,6 +29,7 @@ from slrmerge.recipe import load_recipe
 from slrmerge.search.choose import NEAR_TIE
 from slrmerge.search.results import Report, read_report
 from slrmerge.search.run import Search, SearchOptions
+from slrmerge.sweep.cost import Cost
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.conftest import TINY
 from tests.merge.faults import Stop, age, leftovers, snapshot, stop, tree, write_files
@@ -111,8 +112,45 @@ def test_the_same_search_leaves_the_same_bytes(small: SmallPair, plain: dict[str
 def test_what_to_try_is_up_to_the_spaces(small: SmallPair) -> None:
     report = small.report(spaces=("attention", "mlp"))
     assert [each.candidate.space for each in report.rows] == ["post", "pre", *["attention"] * 10, *["mlp"] * 10]
-    assert list(report.choice.named()) == ["post", "pre"]
-    assert {path.name for path in small.out.glob("*.yaml")} == set()
+    assert list(report.choice.named()) == ["post", "slr", "early", "late", "pre"]
+    assert {row.candidate.space for name, row in report.choice.named().items() if name not in ("post", "pre")} == {
+        "attention"
+    }
+    assert {path.name for path in small.out.glob("*.yaml")} == {"slr.yaml", "early.yaml", "late.yaml"}
+
+
+@hurried
+def test_a_recipe_for_other_checkpoints_is_not_tried_besides(small: SmallPair) -> None:
+    other = load_recipe(small.recipe_file("other.yaml", pretrained="./elsewhere", alpha=0.5))
+    with pytest.raises(PlanError) as caught, small.search(small.recipe(), also=(("other.yaml", other),)):
+        pass
+    assert str(caught.value) == (
+        "other.yaml: $.pretrained: names ./elsewhere, which is not the pretrained side of this search; "
+        "try only recipes for the same two checkpoints"
+    )
+
+
+@hurried
+def test_a_model_that_answers_nothing_valid_is_nothing_to_search(
+    small: SmallPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small.search(small.recipe()) as search:
+        count = len(search.candidates), len(search.prompts)
+        monkeypatch.setattr("slrmerge.search.scoring.PairSweeper.run", lambda *_, **__: np.full((*count, 9), -np.inf))
+        with pytest.raises(UnsupportedModelError) as caught:
+            search.run(small.out)
+    assert str(caught.value) == (
+        f"{small.folder / 'post'}: gives no valid answer any probability, so there is nothing to hold hybrids against; "
+        "name an instruct model"
+    )
+
+
+@hurried
+def test_what_a_killed_selection_left_beside_the_results_does_not_keep_them(small: SmallPair) -> None:
+    small.report()
+    (small.out / "results.csv.new").touch()
+    small.report(overwrite=True)
+    assert not (small.out / "results.csv.new").exists()
 
 
 @hurried
@@ -243,7 +281,8 @@ def test_a_merge_after_a_killed_search_in_the_same_place_is_not_mixed_with_its_s
 @hurried
 def test_too_little_room_is_said_before_anything_is_written(small: SmallPair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slrmerge.search.run.free_bytes", lambda target: 2_000_000)
-    monkeypatch.setattr("slrmerge.search.run.Search._scratch_bytes", lambda self: 3_210_000_000)
+    cost = Cost(flop=1.0, states_bytes=3_210_000_000, states=1)
+    monkeypatch.setattr("slrmerge.search.scoring.PairSweeper.cost", lambda self, wanted: cost)
     before = tree(small.folder)
     recipe = small.recipe()
     with small.search(recipe) as search, pytest.raises(NoSpaceError) as caught:
