@@ -185,7 +185,15 @@ def test_a_chat_template_that_refuses_the_question_is_an_error_with_its_reason(t
     assert "a system turn is needed" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_a_chat_template_that_fails_in_its_own_way_is_an_error_too(tmp_path: Path) -> None:
+    said = refusal(save(tmp_path, "{{ messages + 1 }}"), "A")
+    assert said.startswith(f"{tmp_path}: its chat template cannot be used (")
+
+
+UNKNOWN_KIND = '{"version": "1.0", "added_tokens": [], "model": {"type": "Rumour"}}'
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", UNKNOWN_KIND])
 def test_a_folder_without_a_sound_tokenizer_is_refused(tmp_path: Path, content: str | None) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     if content is not None:

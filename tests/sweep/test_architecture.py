@@ -85,6 +85,12 @@ def test_what_the_config_rules_out_is_refused_by_name(
     assert refusal(tmp_path / "post") == what
 
 
+def test_a_config_with_a_word_for_a_number_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "post", "llama")
+    edit_config(tmp_path / "post", rms_norm_eps="very small")
+    assert refusal(tmp_path / "post").startswith("transformers does not read its config (")
+
+
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "post", "llama")
     edit_config(tmp_path / "post", quantization_config={"quant_method": "fp8"})

@@ -30,6 +30,7 @@ from tests.sweep.models import (
     hybrid,
     merged_and_asked,
     prompts,
+    scores,
     swept,
     write_models,
 )
@@ -96,6 +97,24 @@ def test_blends_of_what_is_the_same_on_both_sides_are_worked_out_for_rounding_ma
     name = "model.layers.0.mlp.up_proj.weight"
     post, blend = (load_file(tmp_path / side / "model.safetensors")[name] for side in ("post", "hybrid-1"))
     assert not torch.equal(post, blend)
+
+
+def test_a_hybrid_that_overflows_gives_no_valid_answer_any_probability(tmp_path: Path) -> None:
+    write_models(tmp_path, "llama")
+    path = tmp_path / "pre" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, path, {"format": "pt"})
+    asked = prompts()
+    answers = swept(tmp_path, [POST, hybrid(restore=[2, 2]), hybrid(restore=[1, 1])], asked)
+    sound, overflowed, other = (scores(answers[[number]]) for number in range(3))
+    assert (overflowed.quality == 0).all()
+    assert (overflowed.diversity == 0).all()
+    assert (sound.quality > 0).all()
+    assert (other.quality > 0).all()
+    assert (
+        np.isnan(answers).sum(axis=(1, 2)) == sum(answers.shape[2] - len(prompt.valid_ids) for prompt in asked)
+    ).all()
 
 
 def test_soups_are_not_mistaken_for_either_side(tmp_path: Path) -> None:
