@@ -23,8 +23,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# A file of tests on each core: some wait for pip while others compute.
 slow: $(VENV)/.slow $(PEER)/.installed
-	$(BIN)/pytest -m slow --durations 0
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --durations 0
 
 bench: $(VENV)/.test $(PEER)/.installed
 	$(BIN)/python benchmarks/merge.py --mergekit $(PEER)/bin/mergekit-yaml
