@@ -80,7 +80,8 @@ def test_transformers_loads_it_and_it_answers(hybrid: Path) -> None:
 @pytest.fixture(scope="module")
 def searched(real_pair: Path) -> Path:
     """A quick search in bfloat16: everything asked eight prompts, the leaders all forty in float32."""
-    run(SLRMERGE, "search", "recipe.yaml", "--out", "search", "--quick", "--dtype", "bfloat16", cwd=real_pair)
+    options = ["--quick", "--dtype", "bfloat16", "--space", "intervals"]
+    run(SLRMERGE, "search", "recipe.yaml", "--out", "search", *options, cwd=real_pair)
     return real_pair / "search"
 
 
@@ -96,7 +97,7 @@ def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched
     task = ConstrainedRandomCharacter()
     prompts = tokenise(task.questions(), real_pair / "posttrained")
     chosen = json.loads((searched / "summary.json").read_text())["chosen"]
-    for name in ("slr", "soup"):
+    for name in ("slr", "early"):
         run(SLRMERGE, searched / f"{name}.yaml", "--out", real_pair / f"searched-{name}")
         model = AutoModelForCausalLM.from_pretrained(real_pair / f"searched-{name}", dtype=torch.float32)
         log_probs = torch.full((1, len(prompts), 26), torch.nan, dtype=torch.float64)
