@@ -77,6 +77,14 @@ def as_tensor(buffer: memoryview, dtype: str, elements: int) -> "torch.Tensor":
     return torch.frombuffer(buffer, dtype=torch_dtype(dtype), count=elements)
 
 
+def as_bytes(tensor: "torch.Tensor") -> memoryview:
+    """A contiguous tensor's own memory, to be read or written."""
+    import torch
+
+    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
 def torch_dtype(dtype: str) -> "torch.dtype":
     """torch's word for a floating safetensors dtype."""
     import torch

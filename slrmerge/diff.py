@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import StringIO
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 
 from slrmerge.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
-from slrmerge.checkpoint import DTYPE_BITS, FLOATING, Checkpoint, CheckpointReader
+from slrmerge.checkpoint import FLOATING, Checkpoint, CheckpointReader
 from slrmerge.errors import PlanError, Problem, raise_all, require_extra
 from slrmerge.files import write_file
 from slrmerge.merge import available_cores
@@ -163,17 +163,14 @@ def _more(names: list[str]) -> str:
 
 def _chunks(pre: CheckpointReader, post: CheckpointReader, name: str) -> Iterator[Distance]:
     """A tensor's distance in parts, a chunk of elements at a time."""
-    sides = [(reader, reader.checkpoint[name].dtype, memoryview(bytearray(CHUNK_ELEMENTS * MAX_ELEMENT_BYTES)))
-             for reader in (pre, post)]  # fmt: skip
-    elements = post.checkpoint[name].nbytes * 8 // DTYPE_BITS[post.checkpoint[name].dtype]
+    sides = [(reader, memoryview(bytearray(CHUNK_ELEMENTS * MAX_ELEMENT_BYTES))) for reader in (pre, post)]
+    elements = prod(post.checkpoint[name].shape)
     for start in range(0, elements, CHUNK_ELEMENTS):
         count = min(CHUNK_ELEMENTS, elements - start)
-        values = []
-        for reader, dtype, buffer in sides:
-            width = DTYPE_BITS[dtype] // 8
-            reader.read_into(name, start * width, buffer[: count * width])
-            values.append(as_tensor(buffer, dtype, count).double())
-        p, q = values
+        p, q = (
+            as_tensor(buffer, reader.read_elements(name, start, count, buffer), count).double()
+            for reader, buffer in sides
+        )
         moved = q - p
         sums = (float(a.dot(b)) for a, b in ((p, p), (q, q), (moved, moved), (p, q)))
         yield Distance(count, *sums)

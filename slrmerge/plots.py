@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 PICTURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg")
 
 _INTERVAL, _SOUP, _POST, _CHOICE, _FAINT = "#1f6f8b", "#c97b2a", "#3a3a3a", "#c0392b", "#9fb8c1"
+_SPACES = {
+    "interval": ("intervals", _FAINT),
+    "attention": ("attention only", "#b7a7cf"),
+    "mlp": ("MLPs only", "#a9c7a0"),
+}
+"""What the legend calls the spaces of intervals, and their colours."""
 
 
 def draw_report(folder: Path, report: "Report") -> None:
@@ -47,10 +53,9 @@ def tradeoff(report: "Report") -> "Figure":
     axes = figure.add_subplot()
     choice = report.choice
     spaces = {row.candidate.space for row in report.rows}
-    for space, colour in (("interval", _FAINT), ("attention", "#b7a7cf"), ("mlp", "#a9c7a0")):
+    for space, (label, colour) in _SPACES.items():
         rows = [row for row in report.rows if row.candidate.space == space]
         if rows:
-            label = {"interval": "intervals", "attention": "attention only", "mlp": "MLPs only"}[space]
             axes.scatter(*_points(rows), s=10, color=colour, alpha=0.5, linewidths=0, label=label)
     front = sorted((row for row in report.intervals if row.pareto), key=lambda row: row.quality)
     if front:
@@ -92,12 +97,10 @@ def heatmaps(report: "Report") -> "Figure":
         grid = np.full((report.layers, report.layers), np.nan)
         for start, end, row in _intervals(report):
             grid[start, end] = getattr(row, name)
+            if row is report.choice.slr:
+                axes.add_patch(Rectangle((end - 0.5, start - 0.5), 1, 1, fill=False, edgecolor=_CHOICE, lw=2))
         image = axes.imshow(grid, origin="lower", cmap="viridis")
         figure.colorbar(image, ax=axes, shrink=0.85)
-        if report.choice.slr is not None:
-            for start, end, row in _intervals(report):
-                if row is report.choice.slr:
-                    axes.add_patch(Rectangle((end - 0.5, start - 0.5), 1, 1, fill=False, edgecolor=_CHOICE, lw=2))
         axes.set(title=title, xlabel="last restored layer", ylabel="first restored layer")
     return figure
 

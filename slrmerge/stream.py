@@ -34,12 +34,12 @@ class Sources:
         """Bytes `begin` to `end` of a blend or a cast; both lie between elements. Valid until the next is asked for."""
         width = DTYPE_BITS[tensor.info.dtype] // 8
         sides = self.read_for(tensor)
-        dtypes = tuple(reader.checkpoint[name].dtype for reader, name in sides)
         for start in range(begin // width, end // width, CHUNK_ELEMENTS):
             count = min(CHUNK_ELEMENTS, end // width - start)
-            for (reader, name), dtype, buffer in zip(sides, dtypes, blender.inputs, strict=False):
-                source_width = DTYPE_BITS[dtype] // 8
-                reader.read_into(name, start * source_width, buffer[: count * source_width])
+            dtypes = tuple(
+                reader.read_elements(name, start, count, buffer)
+                for (reader, name), buffer in zip(sides, blender.inputs, strict=False)
+            )
             yield blender.run(tensor.name, count, dtypes, tensor.info.dtype, tensor.alpha)
 
     def fill(self, buffer: memoryview, tensor: PlannedTensor, begin: int, blender: Blender) -> None:

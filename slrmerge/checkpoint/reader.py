@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from slrmerge.checkpoint.folder import Checkpoint
-from slrmerge.checkpoint.header import Identity, Shard
+from slrmerge.checkpoint.header import DTYPE_BITS, Identity, Shard
 from slrmerge.errors import CheckpointError, Problem, SourceChangedError
 
 _FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -66,6 +66,16 @@ class CheckpointReader:
             raise extent.cut_short() from None
         except OSError as error:
             raise CheckpointError(Problem(str(extent.path), f"cannot be read ({error.strerror})")) from error
+
+    def read_elements(self, name: str, start: int, count: int, buffer: memoryview) -> str:
+        """Put `count` elements of tensor `name`, from element `start`, at the start of `buffer`; returns their dtype.
+
+        For dtypes of whole bytes. Raises as `read_into` does.
+        """
+        dtype = self.checkpoint[name].dtype
+        width = DTYPE_BITS[dtype] // 8
+        self.read_into(name, start * width, buffer[: count * width])
+        return dtype
 
     def extent(self, name: str, offset: int, count: int) -> Extent:
         """Where bytes of tensor `name` lie. Raises SourceChangedError as `read_into` does."""

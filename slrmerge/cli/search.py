@@ -112,9 +112,9 @@ def search(
         threads=threads,
     )
     with Search(load_recipe(recipe, pair_only=True), chosen) as ready:
-        if out is not None:
-            ready.require_target(out, overwrite=overwrite)
         if out is None or dry_run:
+            if out is not None:
+                ready.require_target(out, overwrite=overwrite)
             show_search.print_estimate(ready.estimate(), as_json=as_json)
             return
         progress = TerminalProgress(quiet=quiet or as_json, unit=" states")
@@ -164,7 +164,7 @@ def diff(
     if len(sources) > 2:
         raise click.UsageError("give one recipe, or the pre-trained and the post-trained folder", ctx)
     from slrmerge.checkpoint import open_pair
-    from slrmerge.cli import show_search
+    from slrmerge.cli import show_diff
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.diff import compare_checkpoints, save_differences
     from slrmerge.errors import require_extra
@@ -181,4 +181,4 @@ def diff(
     if out is not None:
         save_differences(differences, out)
     if as_json or not quiet:
-        show_search.print_differences(differences, as_json=as_json)
+        show_diff.print_differences(differences, as_json=as_json)

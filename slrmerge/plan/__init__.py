@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from slrmerge.checkpoint import Checkpoint
 from slrmerge.errors import CheckpointError, PlanError, Problem, raise_all
 from slrmerge.plan.model import Kind, MergePlan, PlannedFile, PlannedShard, PlannedTensor
-from slrmerge.plan.routes import route
+from slrmerge.plan.routes import NO_STACK, route
 from slrmerge.plan.shards import lay_out
 from slrmerge.plan.sidefiles import CARD_NAME, LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, plan_files
 from slrmerge.plan.summary import Part, summarise_parts
@@ -16,6 +16,7 @@ __all__ = [
     "CARD_NAME",
     "LOADED_SUFFIXES",
     "MANIFEST_NAME",
+    "NO_STACK",
     "RECIPE_NAME",
     "Kind",
     "MergePlan",

@@ -98,11 +98,6 @@ class MergePlan:
         """Whether any tensor is blended or cast; otherwise the merge is byte copies and never imports torch."""
         return any(tensor.kind != "copy" for tensor in self.tensors())
 
-    def source_dtypes(self, tensor: PlannedTensor) -> tuple[str, ...]:
-        """The dtypes that are read for a tensor, the pre-trained side's first."""
-        sides = ((self.pretrained, tensor.pretrained), (self.posttrained, tensor.posttrained))
-        return tuple(side[name].dtype for side, name in sides if name is not None)
-
     def origins(self) -> dict[str, dict[str, Any]]:
         """Per output tensor, where it comes from; plain values for the manifest and for `--json`."""
         return {

@@ -8,6 +8,8 @@ from slrmerge.checkpoint import LayerStack
 from slrmerge.errors import Problem, did_you_mean
 from slrmerge.recipe import Recipe
 
+NO_STACK = "no stack of layers in these weights is as long as the config says, or more than one is"
+
 
 class _Rule:
     """A glob, or several, with what it has matched so far."""
@@ -90,7 +92,7 @@ def _stack_problems(recipe: Recipe, stack: LayerStack | None) -> list[Problem]:
         return [
             Problem(
                 recipe.place("$.restore" if recipe.restore else "$.layers"),
-                "no stack of layers in these weights is as long as the config says, or more than one is",
+                NO_STACK,
                 "name the tensors themselves under `tensors`; `slrmerge inspect` lists them",
             )
         ]

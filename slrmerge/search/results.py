@@ -15,6 +15,7 @@ import slrmerge
 from slrmerge.crc import Scores
 from slrmerge.errors import OutputError, Problem
 from slrmerge.files import replace_file
+from slrmerge.plots import PICTURES
 from slrmerge.search.candidates import Candidate, recipe_of
 from slrmerge.search.choose import Choice, Row, choose, conditions, interval_space, may_be_better
 from slrmerge.writer import output_error
@@ -140,6 +141,17 @@ def read_report(folder: Path) -> Report:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         what = "does not hold the results of a search"
         raise OutputError(Problem(str(folder), what, "name the folder that slrmerge search wrote")) from error
+
+
+def no_mere_results(folder: Path) -> str | None:
+    """Why a folder is more or less than a search's results; nothing else is ever replaced by them."""
+    names = {path.name for path in folder.iterdir()}
+    if SUMMARY not in names or TABLE not in names:
+        return "does not hold the results of a search"
+    others = sorted(
+        {name.removesuffix(".new") for name in names} - {SUMMARY, TABLE, PROMPTS, *RECIPES.values(), *PICTURES}
+    )
+    return f"holds more than the results of a search ({', '.join(others)})" if others else None
 
 
 def _table(rows: Sequence[Row]) -> bytes:

@@ -28,15 +28,16 @@ from slrmerge.errors import (
     require_extra,
 )
 from slrmerge.merge import folder_problems, free_bytes, resolve_target
-from slrmerge.plan import depth_problems
-from slrmerge.plots import PICTURES, draw_report
+from slrmerge.plan import NO_STACK, depth_problems
+from slrmerge.plots import draw_report
 from slrmerge.progress import Progress, Silent
 from slrmerge.recipe import Recipe
 from slrmerge.search.candidates import SPACES, ends, from_recipe
 from slrmerge.search.choose import MIN_QUALITY, Row, choose, conditions, judge, leaders
-from slrmerge.search.results import PROMPTS, RECIPES, SUMMARY, TABLE, Report, write_prompts, write_report
+from slrmerge.search.estimate import Estimate, estimate
+from slrmerge.search.results import PROMPTS, Report, no_mere_results, write_prompts, write_report
 from slrmerge.search.scoring import PairSweeper, Pass
-from slrmerge.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate
+from slrmerge.sweep.cost import Cost
 from slrmerge.writer import os_errors_at
 
 BIG_PARAMETERS = 1_000_000_000
@@ -71,32 +72,6 @@ class SearchOptions:
     threads: int | None = None
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What searches would take on this machine: the pair at hand first, then the paper's three models."""
-
-    prompts: int
-    prompt_tokens: int
-    packed_tokens: int
-    lines: tuple["EstimateLine", ...]
-
-
-@dataclass(frozen=True)
-class EstimateLine:
-    """One search's first pass: its cost, and the rate of a matrix product of its width, measured here."""
-
-    name: str
-    candidates: int
-    dtype: str
-    cost: Cost
-    flop_per_s: float
-
-    @property
-    def seconds(self) -> float:
-        """The products alone; reading weights and all else comes on top."""
-        return self.cost.flop / self.flop_per_s
-
-
 class Search:
     """A search that is ready to run: both checkpoints are open, the questions are tokens, the candidates are known.
 
@@ -112,8 +87,7 @@ class Search:
         pretrained, posttrained = open_pair(*recipe.source_folders())
         raise_all(depth_problems(pretrained, posttrained), PlanError)
         if posttrained.stack is None:
-            what = "no stack of layers in these weights is as long as the config says, or more than one is"
-            raise PlanError(Problem(str(posttrained.folder), what))
+            raise PlanError(Problem(str(posttrained.folder), NO_STACK))
         self.layers = posttrained.stack.count
         self.task = TASKS[options.task]()
         self.questions = self.task.questions()
@@ -138,23 +112,13 @@ class Search:
 
     def estimate(self) -> Estimate:
         """What the first pass costs, from shapes and a matrix product measured here; reads no weights."""
-        first, cost = self._first_pass, self._sweeper.cost(self._first_pass)
-        shape = self._sweeper.shape(first)
-        device = torch.device(self.options.device)
-        rate = measured_rate(shape.width, first.dtype, device)
-        lines = [EstimateLine(shape.name, len(self.candidates), _name(first.dtype), cost, rate)]
-        for known in PAPER_MODELS:
-            candidates = known.layers * (known.layers + 1) // 2 + 2
-            rate = measured_rate(known.width, torch.bfloat16, device)
-            lines.append(EstimateLine(known.name, candidates, "bfloat16", all_intervals_cost(known), rate))
-        prompt_tokens = sum(len(prompt.ids) for prompt in first.prompts)
-        return Estimate(len(first.prompts), prompt_tokens, shape.tokens, tuple(lines))
+        return estimate(self._sweeper, self._first_pass, device=torch.device(self.options.device))
 
     def require_target(self, out: Path, *, overwrite: bool) -> Path:
         """Where the results go. Raises OutputError where they must not, NoSpaceError where the states find no room."""
         target = resolve_target(out)
         sources = [self._sweeper.pretrained.folder, self._sweeper.posttrained.folder]
-        raise_all(folder_problems(target, sources, overwrite=overwrite, reluctance=_no_mere_results), OutputError)
+        raise_all(folder_problems(target, sources, overwrite=overwrite, reluctance=no_mere_results), OutputError)
         self._require_space(target, self._sweeper.cost(self._first_pass))
         return target
 
@@ -246,7 +210,7 @@ class Search:
         asked = self.task.score(log_probs)
         exact = wanted.dtype == torch.float32 and len(wanted.prompts) == len(self.prompts)
         rows = [
-            Row(candidate, float(q), float(d), len(wanted.prompts), _name(wanted.dtype), exact)
+            Row(candidate, float(q), float(d), len(wanted.prompts), wanted.dtype_name, exact)
             for candidate, q, d in zip(wanted.candidates, asked.quality.mean(1), asked.diversity.mean(1), strict=True)
         ]
         columns = [self.prompts.index(prompt) for prompt in wanted.prompts]
@@ -329,10 +293,6 @@ def physical_memory_bytes() -> int:
         return 8 << 30
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _merged(rows: list[Row], scores: Scores, exact: list[Row], exact_scores: Scores) -> tuple[list[Row], Scores]:
     """The rows of both passes, a candidate once; what was asked exactly counts."""
     place = {id(row.candidate): number for number, row in enumerate(rows)}
@@ -343,14 +303,3 @@ def _merged(rows: list[Row], scores: Scores, exact: list[Row], exact_scores: Sco
         for side, values in zip(merged, exact_scores, strict=True):
             side[at] = values[number]
     return rows, merged
-
-
-def _no_mere_results(folder: Path) -> str | None:
-    """Why a folder is more or less than a search's results; nothing else is ever replaced by them."""
-    names = {path.name for path in folder.iterdir()}
-    if SUMMARY not in names or TABLE not in names:
-        return "does not hold the results of a search"
-    others = sorted(
-        {name.removesuffix(".new") for name in names} - {SUMMARY, TABLE, PROMPTS, *RECIPES.values(), *PICTURES}
-    )
-    return f"holds more than the results of a search ({', '.join(others)})" if others else None

@@ -1,9 +1,9 @@
 """A pair of checkpoints held open and asked by sweeps: candidates in, log-probabilities of the valid answers out."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Self
 from zipfile import BadZipFile
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from slrmerge.chat import Prompt
 from slrmerge.checkpoint import Checkpoint, CheckpointReader
+from slrmerge.files import replace_file
 from slrmerge.plan import plan_choices
 from slrmerge.progress import Progress, Silent
 from slrmerge.search.candidates import Candidate, alphas_of
@@ -38,6 +39,10 @@ class Pass:
     candidates: Sequence[Candidate]
     prompts: Sequence[Prompt]
     dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 class PairSweeper:
@@ -105,9 +110,9 @@ class PairSweeper:
             log_probs: NDArray[np.float64] = sweep.run(store, progress).numpy()
             self._sources.check_unchanged()
         if folder is not None:
-            beside = folder / f"new-{_RESULT}"
-            np.savez(beside, fingerprint=fingerprint, log_probs=log_probs)
-            os.replace(beside, folder / _RESULT)
+            kept = BytesIO()
+            np.savez(kept, fingerprint=fingerprint, log_probs=log_probs)
+            replace_file(folder / _RESULT, kept.getvalue())
             store.clear()
         return log_probs
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from slrmerge.blend import as_bytes
 from slrmerge.errors import OutputError
+from slrmerge.files import replace_file
 from slrmerge.writer import digest_file, output_error
 
 _PROGRESS = "progress.json"
@@ -63,7 +65,7 @@ class StateStore:
         try:
             if not self._new.exists():
                 with open(self._new, "wb") as file:
-                    file.write(_bytes(states))
+                    file.write(as_bytes(states))
             os.replace(self._new, kept)
             value = {
                 "fingerprint": self._fingerprint,
@@ -73,9 +75,7 @@ class StateStore:
                 "dtype": str(states.dtype).removeprefix("torch."),
                 "digest": digest_file(kept).digest,
             }
-            beside = self._folder / f"{_PROGRESS}.new"
-            beside.write_text(json.dumps(value))
-            os.replace(beside, self._folder / _PROGRESS)
+            replace_file(self._folder / _PROGRESS, json.dumps(value).encode())
         except OSError as error:
             raise output_error(self._new, error) from error
         with suppress(OSError):
@@ -107,7 +107,7 @@ class StateStore:
         else:
             states = torch.empty(value["shape"], dtype=dtype)
             with open(kept, "rb") as file:
-                file.readinto(_bytes(states))
+                file.readinto(as_bytes(states))
         return Resumed(value["stages_done"], tuple(value["nodes"]), states)
 
     def clear(self) -> None:
@@ -124,11 +124,6 @@ class StateStore:
     def _kept(self, stages_done: int) -> Path:
         assert self._folder is not None
         return self._folder / f"states-{stages_done}"
-
-
-def _bytes(states: torch.Tensor) -> memoryview:
-    view: memoryview = states.reshape(-1).view(torch.uint8).numpy().data
-    return view
 
 
 def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from slrmerge.blend import Blender, one_core_per_chunk, torch_dtype
+from slrmerge.blend import Blender, as_bytes, one_core_per_chunk, torch_dtype
 from slrmerge.checkpoint import DTYPE_BITS
 from slrmerge.plan import PlannedTensor
 from slrmerge.stream import Sources
@@ -65,8 +65,8 @@ class HybridWeights:
         sides = [torch.empty(min(_COMPARED_BYTES, post.info.nbytes), dtype=torch.uint8) for _ in range(2)]
         for start in range(0, post.info.nbytes, _COMPARED_BYTES):
             count = min(_COMPARED_BYTES, post.info.nbytes - start)
-            pre_reader.read_into(pre_name, start, _bytes(sides[0])[:count])
-            post_reader.read_into(post_name, start, _bytes(sides[1])[:count])
+            pre_reader.read_into(pre_name, start, as_bytes(sides[0])[:count])
+            post_reader.read_into(post_name, start, as_bytes(sides[1])[:count])
             if not torch.equal(sides[0][:count], sides[1][:count]):
                 return False
         return True
@@ -91,13 +91,7 @@ class HybridWeights:
         begin = rows.start * prod(shape[1:]) * DTYPE_BITS[tensor.info.dtype] // 8 if rows is not None else 0
         blender = self._blenders.get()
         try:
-            self._sources.fill(_bytes(made), tensor, begin, blender)
+            self._sources.fill(as_bytes(made), tensor, begin, blender)
         finally:
             self._blenders.put(blender)
         return made.to(self._device, self._dtype)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's own memory, to be written to."""
-    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return view

@@ -12,7 +12,7 @@ import pytest
 from slrmerge import errors, execute
 from slrmerge.cli import main
 from slrmerge.cli.group import fail
-from tests.cli import run
+from tests.cli import at_a_terminal, run
 from tests.conftest import Pair
 from tests.merge.faults import snapshot
 
@@ -229,23 +229,10 @@ def test_a_terminal_that_knows_ascii_only_is_no_reason_to_fail(pair: Pair) -> No
 
 
 def test_a_terminal_sees_the_progress(pair: Pair) -> None:
-    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
     code = "import sys; from slrmerge.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, str(pair.recipe_file(restore=[2, 3])), "--out", str(pair.out)]
-    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"})
-    os.close(theirs)
-    seen = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            seen += chunk
-    except OSError:  # how Linux says that the other side has closed
-        pass
-    finally:
-        os.close(ours)
-    summary, _ = done.communicate()
-    assert done.returncode == 0
+    exit_code, summary, seen = at_a_terminal(command, columns=100)
+    assert exit_code == 0
     assert b"merging: 100%" in seen
     assert b"B/s" in seen
     assert b"\x1b" not in summary

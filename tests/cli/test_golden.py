@@ -125,7 +125,7 @@ def test_the_output_after_a_search_is_as_it_was_read_and_approved(
     here = shutil.copytree(tiny_search, tmp_path / "here")
     monkeypatch.chdir(here)
     monkeypatch.setattr("slrmerge.search.select.draw_report", lambda folder, report: None)
-    monkeypatch.setattr("slrmerge.search.run.measured_rate", lambda width, dtype, device: 1e11)
+    monkeypatch.setattr("slrmerge.search.estimate.measured_rate", lambda width, dtype, device: 1e11)
     check(name, AFTER_A_SEARCH[name], here)
 
 

@@ -1,10 +1,8 @@
 """The commands that look before a merge, as people type them: search, select, diff."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +14,13 @@ from slrmerge import files
 from slrmerge.cli import main
 from slrmerge.search.results import read_report
 from tests.checkpoints import Tensor, llama_config, llama_tensors, write_checkpoint
-from tests.cli import run
+from tests.cli import at_a_terminal, run
 from tests.conftest import Pair
 from tests.merge.faults import leftovers, snapshot, tree
 from tests.search.conftest import hurried as hurried
 from tests.search.conftest import made_pair as made_pair
 from tests.search.conftest import small as small
-from tests.search.pairs import CHECKING, LAYERS, ROOT, SmallPair, no_pictures
+from tests.search.pairs import CHECKING, LAYERS, SmallPair, no_pictures
 
 HURRY = "from tests.search.pairs import hurry; import pytest; hurry(pytest.MonkeyPatch())"
 in_a_hurry = pytest.mark.usefixtures("hurried")
@@ -453,28 +451,21 @@ def test_ctrl_c_says_that_nothing_is_kept_where_nothing_is(small: SmallPair, mon
 
 
 def test_a_terminal_sees_layers_states_and_the_time_left(small: SmallPair) -> None:
-    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 120))
     code = f"import sys; from slrmerge.cli import main; {HURRY}; main(sys.argv[1:])"
-    recipe = small.recipe_file()
-    words = ["search", str(recipe), "--out", str(small.out), "--threads", "1"]
-    environment = os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0"}
-    done = subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=theirs, env=environment, cwd=ROOT
-    )
-    os.close(theirs)
-    seen = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            seen += chunk
-    except OSError:  # how Linux says that the other side has closed
-        pass
-    finally:
-        os.close(ours)
-    summary, _ = done.communicate()
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "search",
+        str(small.recipe_file()),
+        "--out",
+        str(small.out),
+        "--threads",
+        "1",
+    ]
+    exit_code, summary, seen = at_a_terminal(command, columns=120, OMP_NUM_THREADS="1", TQDM_MININTERVAL="0")
     text = seen.decode()
-    assert done.returncode == 0
+    assert exit_code == 0
     for layer in range(1, LAYERS + 1):
         assert f"layer {layer} of {LAYERS}" in text
     assert re.search(r"head: 100%\|.+\| [\d.]+/[\d.]+ \[00:\d\d<00:00, +[\d.]+k? states/s\]", text)

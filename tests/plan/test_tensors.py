@@ -172,7 +172,9 @@ def test_a_float32_side_is_cast_to_the_post_trained_dtype_and_said(tmp_path: Pat
     write_pair(tmp_path, llama_tensors("pre", dtype="F32"), llama_tensors("post"))
     plan = plan_of(tmp_path, restore=[1, 2])
     restored = {name: tensor for name, tensor in by_name(plan).items() if re.match(r"model\.layers\.[12]\.", name)}
-    assert {(tensor.kind, tensor.info.dtype, plan.source_dtypes(tensor)) for tensor in restored.values()} == {
+    assert {tensor.posttrained for tensor in restored.values()} == {None}
+    read = {name: (plan.pretrained[tensor.pretrained or ""].dtype,) for name, tensor in restored.items()}
+    assert {(tensor.kind, tensor.info.dtype, read[name]) for name, tensor in restored.items()} == {
         ("cast", "BF16", ("F32",))
     }
     assert {tensor.info.dtype for tensor in plan.tensors()} == {"BF16"}

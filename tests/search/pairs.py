@@ -232,7 +232,7 @@ def hurry(patch: pytest.MonkeyPatch) -> None:
     """
     patch.setattr(ConstrainedRandomCharacter, "prompts_per_family", 3)
     patch.setattr("slrmerge.search.candidates.SOUP_STEPS", 4)
-    patch.setattr("slrmerge.search.run.measured_rate", lambda width, dtype, device: 1e11)
+    patch.setattr("slrmerge.search.estimate.measured_rate", lambda width, dtype, device: 1e11)
     patch.setattr("slrmerge.search.run.draw_report", no_pictures)
     patch.setattr("slrmerge.search.select.draw_report", no_pictures)
 
