@@ -1,0 +1,1 @@
+"""A model hub on loopback, and the real client against it."""
