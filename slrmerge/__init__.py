@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from slrmerge.checkpoint import Checkpoint as Checkpoint
-    from slrmerge.checkpoint import open_checkpoint as open_checkpoint
     from slrmerge.diff import Differences as Differences
     from slrmerge.diff import compare_checkpoints as compare_checkpoints
     from slrmerge.errors import SlrmergeError as SlrmergeError
+    from slrmerge.hub import open_checkpoint as open_checkpoint
     from slrmerge.merge import MergeResult as MergeResult
     from slrmerge.merge import execute as execute
     from slrmerge.merge import merge_checkpoints as merge_checkpoints
     from slrmerge.plan import MergePlan as MergePlan
     from slrmerge.plan import plan_merge as plan_merge
+    from slrmerge.push import PushResult as PushResult
+    from slrmerge.push import push_to_hub as push_to_hub
     from slrmerge.recipe import Recipe as Recipe
     from slrmerge.recipe import load_recipe as load_recipe
     from slrmerge.recipe import parse_recipe as parse_recipe
+    from slrmerge.repository import Repository as Repository
     from slrmerge.search.results import Report as Report
     from slrmerge.search.run import Search as Search
     from slrmerge.search.run import SearchOptions as SearchOptions
@@ -34,8 +37,10 @@ _HOMES = {
     "Differences": "diff",
     "MergePlan": "plan",
     "MergeResult": "merge",
+    "PushResult": "push",
     "Recipe": "recipe",
     "Report": "search.results",
+    "Repository": "repository",
     "Search": "search.run",
     "SearchOptions": "search.run",
     "SlrmergeError": "errors",
@@ -44,9 +49,10 @@ _HOMES = {
     "execute": "merge",
     "load_recipe": "recipe",
     "merge_checkpoints": "merge",
-    "open_checkpoint": "checkpoint",
+    "open_checkpoint": "hub",
     "parse_recipe": "recipe",
     "plan_merge": "plan",
+    "push_to_hub": "push",
     "select": "search.select",
     "verify_checkpoint": "verify",
 }
@@ -56,8 +62,10 @@ __all__ = [
     "Differences",
     "MergePlan",
     "MergeResult",
+    "PushResult",
     "Recipe",
     "Report",
+    "Repository",
     "Search",
     "SearchOptions",
     "SlrmergeError",
@@ -69,6 +77,7 @@ __all__ = [
     "open_checkpoint",
     "parse_recipe",
     "plan_merge",
+    "push_to_hub",
     "select",
     "verify_checkpoint",
 ]

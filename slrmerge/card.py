@@ -1,6 +1,8 @@
 """The hybrid's model card (README.md), as the Hub reads it, and the recipe as it was run."""
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import yaml
 
 from slrmerge.checkpoint import open_regular
 from slrmerge.errors import CheckpointError
-from slrmerge.plan import MergePlan
+from slrmerge.plan import PICTURE_NAME, Finding, MergePlan
 from slrmerge.plan.summary import plan_sentences
 
 _PAPER = "https://arxiv.org/abs/2602.06665"
@@ -18,20 +20,27 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 
 
 def recipe_as_run(plan: MergePlan, *, seen_from: Path) -> bytes:
-    """The recipe with its overrides applied; relative sources count from the output folder, `seen_from`."""
+    """The recipe with its overrides applied; relative sources count from the output folder, `seen_from`.
+
+    Repositories are pinned to the commit that was read.
+    """
     content = plan.recipe.to_dict()
-    for side, checkpoint in (("pretrained", plan.pretrained), ("posttrained", plan.posttrained)):
-        if not Path(os.path.expanduser(content[side])).is_absolute():  # noqa: PTH111 (no such user is no error)
+    for side, checkpoint in zip(("pretrained", "posttrained"), plan.sides, strict=True):
+        if checkpoint.snapshot:
+            content[side] = str(checkpoint.snapshot.pinned)
+        elif not Path(os.path.expanduser(content[side])).is_absolute():  # noqa: PTH111 (no such user is no error)
             content[side] = Path(os.path.relpath(os.path.realpath(checkpoint.folder), seen_from)).as_posix()
     return _yaml(content).encode()
 
 
-def model_card(plan: MergePlan, recipe: bytes) -> bytes:
-    """A model card: front matter that links both parents, what was done in words, and the recipe."""
-    names = [plan.pretrained.model_name, plan.posttrained.model_name]
+def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
+    """A model card: front matter that links both parents, what was done in words, and the recipe.
+
+    `name` is where the model is to be loaded from: a folder, or a repository on the Hub.
+    """
+    names = [side.model_name for side in plan.sides]
     front = {
-        "base_model": names,
-        "base_model_relation": "merge",
+        **_base_models(names),
         "library_name": "transformers",
         "tags": ["merge", "slrmerge", "selective-layer-restoration"],
         **_inherited_front_matter(plan.posttrained.folder),
@@ -53,6 +62,17 @@ def model_card(plan: MergePlan, recipe: bytes) -> bytes:
         "",
         "Config, tokenizer and chat template are the post-trained model's.",
         "",
+        *(_found(plan.finding) if plan.finding else ()),
+        "## How to run it",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'chat = pipeline("text-generation", model={json.dumps(name, ensure_ascii=False)})',
+        'turns = [{"role": "user", "content": "Write a short poem."}]',
+        'print(chat(turns, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])',
+        "```",
+        "",
         "## Recipe",
         "",
         "```yaml",
@@ -61,6 +81,29 @@ def model_card(plan: MergePlan, recipe: bytes) -> bytes:
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _base_models(names: list[str]) -> dict[str, Any]:
+    """The parents that are on the Hub, as it links them; it refuses a card that names anything else."""
+    on_the_hub = [name for name in names if "/" in name]
+    return {"base_model": on_the_hub, "base_model_relation": "merge"} if on_the_hub else {}
+
+
+def _found(finding: Finding) -> Iterator[str]:
+    """What the search that chose the recipe found."""
+    yield "## What the search found"
+    yield ""
+    yield f"`slrmerge search` scored {finding.candidates:,} candidates on the proxy task `{finding.task}`:"
+    yield "quality Q is the probability on valid answers, diversity D the entropy among them."
+    yield ""
+    yield "| | Q | D (nats) |"
+    yield "|---|---|---|"
+    for number, (label, (quality, diversity)) in enumerate(finding.scores.items()):
+        yield f"| {f'**{label}** (this model)' if number == 0 else label} | {quality:.4f} | {diversity:.4f} |"
+    yield ""
+    if finding.picture:
+        yield f"![quality and diversity of all candidates]({PICTURE_NAME})"
+        yield ""
 
 
 def _inherited_front_matter(folder: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def compare_checkpoints(
     names, notes = _comparable(pretrained, posttrained)
     if not names:
         what = "the two checkpoints have no floating tensor in common"
-        raise PlanError(Problem(str(posttrained.folder), what, "name a model and what was trained from it"))
+        raise PlanError(Problem(str(posttrained), what, "name a model and what was trained from it"))
     progress.start("comparing", sum(side[name].nbytes for name in names for side in (pretrained, posttrained)))
     advance = one_at_a_time(progress.advance)
     with (
@@ -163,14 +163,11 @@ def _more(names: list[str]) -> str:
 
 def _chunks(pre: CheckpointReader, post: CheckpointReader, name: str) -> Iterator[Distance]:
     """A tensor's distance in parts, a chunk of elements at a time."""
-    sides = [(reader, memoryview(bytearray(CHUNK_ELEMENTS * MAX_ELEMENT_BYTES))) for reader in (pre, post)]
-    elements = prod(post.checkpoint[name].shape)
-    for start in range(0, elements, CHUNK_ELEMENTS):
-        count = min(CHUNK_ELEMENTS, elements - start)
-        p, q = (
-            as_tensor(buffer, reader.read_elements(name, start, count, buffer), count).double()
-            for reader, buffer in sides
-        )
+    buffers = [memoryview(bytearray(CHUNK_ELEMENTS * MAX_ELEMENT_BYTES)) for _ in range(2)]
+    steps = range(0, prod(post.checkpoint[name].shape), CHUNK_ELEMENTS)
+    sides = [reader.read_elements(name, steps, buffer) for reader, buffer in zip((pre, post), buffers, strict=True)]
+    for read in zip(*sides, strict=True):
+        p, q = (as_tensor(buffer, dtype, count).double() for buffer, (dtype, count) in zip(buffers, read, strict=True))
         moved = q - p
         sums = (float(a.dot(b)) for a, b in ((p, p), (q, q), (moved, moved), (p, q)))
-        yield Distance(count, *sums)
+        yield Distance(len(moved), *sums)

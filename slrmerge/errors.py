@@ -112,6 +112,13 @@ class MissingExtraError(SlrmergeError):
     summary = "a package is missing"
 
 
+class HubError(SlrmergeError):
+    """A repository on the Hub is not there, not for everyone, or did not answer as it should."""
+
+    exit_code = 14
+    summary = "the Hub did not give what was asked"
+
+
 def raise_all(problems: Iterable[Problem], error: type[SlrmergeError]) -> None:
     """Raise `error` with all of `problems`, or return when there are none."""
     found = tuple(problems)

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,37 @@ FORMAT = 1
 
 def build_manifest(plan: MergePlan, written: Mapping[str, Written]) -> bytes:
     """The manifest of a merge whose files are all written but this one."""
+    sides = zip(("pretrained", "posttrained"), plan.sides, plan.read_files(), strict=True)
     content = {
         "format": FORMAT,
         "slrmerge": slrmerge.__version__,
         "allow_code": plan.allow_code,
         "sources": {
-            side: {"model": checkpoint.model_name, **source_state(checkpoint)}
-            for side, checkpoint in (("pretrained", plan.pretrained), ("posttrained", plan.posttrained))
+            side: {"model": checkpoint.model_name, **source_state(checkpoint), **_on_the_hub(checkpoint, files)}
+            for side, checkpoint, files in sides
         },
         "files": {name: {"bytes": file.file_bytes, "digest": file.digest} for name, file in sorted(written.items())},
         "tensors": plan.origins(),
     }
     return _canonical({"digest": _digest(content), **content})
+
+
+def _on_the_hub(checkpoint: Checkpoint, files: Iterable[str]) -> dict[str, Any]:
+    """Of a source from the Hub: at which commit it was read, and which of the `files` that were read could not be held
+    against the Hub's own digests, which stand there (None offline), since only ranges of them were fetched or they were
+    in its cache already.
+    """
+    if not checkpoint.snapshot:
+        return {}
+    known = checkpoint.snapshot.files
+    return {
+        "repository": checkpoint.snapshot.repository.name,
+        "revision": checkpoint.snapshot.repository.revision,
+        "commit": checkpoint.snapshot.commit,
+        "unchecked": {
+            file: known[file].digest if file in known else None for file in sorted({*files} - checkpoint.checked)
+        },
+    }
 
 
 def source_state(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -24,12 +24,14 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from slrmerge.errors import Problem, RecipeError, did_you_mean, raise_all
+from slrmerge.errors import Problem, RecipeError, did_you_mean
+from slrmerge.repository import Repository, Source, parse_source
 
 DEFAULT_SHARD_SIZE = "5GB"
 MAX_RECIPE_BYTES = 1_000_000
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+Side = Literal["pretrained", "posttrained"]
 
 
 def parse_bytes(size: object) -> int:
@@ -160,8 +162,8 @@ class Recipe(_Strict):
     Relative folders count from the folder of the recipe's file. Sizes are bytes.
     """
 
-    pretrained: Text = Field(description="The pre-trained checkpoint: a folder.")
-    posttrained: Text = Field(description="The post-trained checkpoint: a folder. It gives config and tokenizer.")
+    pretrained: Text = Field(description="The pre-trained checkpoint: a folder, or on the Hub, org/name@revision.")
+    posttrained: Text = Field(description="The post-trained checkpoint, likewise. It gives config and tokenizer.")
     restore: Intervals | None = Field(
         default=None, description="Layers to put back to their pre-trained weights: [first, last], or several."
     )
@@ -183,52 +185,48 @@ class Recipe(_Strict):
 
     _file: Path | None = PrivateAttr(default=None)
 
+    @property
+    def file(self) -> Path | None:
+        """Where it was read."""
+        return self._file
+
     def place(self, path: str) -> str:
         """A place in the recipe as messages name it, with the file where there is one."""
         return f"{self._file}: {path}" if self._file else path
 
-    def source_folder(self, side: Literal["pretrained", "posttrained"]) -> Path:
-        """Where a side's checkpoint lies. Raises RecipeError for a Hub repo id."""
-        written: str = getattr(self, side)
-        folder = (self._file.parent if self._file else Path()) / os.path.expanduser(written)  # noqa: PTH111 (no such user is no error)
-        if not os.path.exists(folder) and _HUB_ID.fullmatch(written):  # noqa: PTH110 (nor is a name too long)
-            repo, _, revision = written.partition("@")
-            command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
-            raise RecipeError(
-                Problem(
-                    self.place(f"$.{side}"),
-                    f"{written} is not a folder here, and slrmerge does not fetch from the Hub yet",
-                    f"download it with `{command} --local-dir ./{repo.rpartition('/')[2]}` and name that folder",
-                )
-            )
-        return folder
+    def source(self, side: Side) -> Source:
+        """Where a side's checkpoint is."""
+        return parse_source(getattr(self, side), base=self._file.parent if self._file else Path())
 
-    def source_folders(self) -> tuple[Path, Path]:
-        """Both sides' folders; raises RecipeError with the problems of both."""
-        folders: list[Path] = []
-        problems: list[Problem] = []
-        for side in ("pretrained", "posttrained"):
-            try:
-                folders.append(self.source_folder(side))
-            except RecipeError as error:
-                problems.extend(error.problems)
-        if not problems and all(map(os.path.exists, folders)) and os.path.samefile(*folders):  # noqa: PTH121
+    def sources(self) -> tuple[Source, Source]:
+        """Where both checkpoints are. Raises RecipeError where that is the same place."""
+        pretrained, posttrained = self.source("pretrained"), self.source("posttrained")
+        if _is_same(pretrained, posttrained):
+            kind = "repository" if isinstance(pretrained, Repository) else "folder"
             remedy = "name the checkpoint that the other was trained from"
-            problems.append(Problem(self.place("$.pretrained"), "is the same folder as posttrained", remedy))
-        raise_all(problems, RecipeError)
-        return folders[0], folders[1]
+            raise RecipeError(Problem(self.place("$.pretrained"), f"is the same {kind} as posttrained", remedy))
+        return pretrained, posttrained
 
     @property
     def has_rules(self) -> bool:
         """Whether it says what to merge, and not only which two checkpoints."""
         return any(getattr(self, key) not in (None, ()) for key in _RULES)
 
+    def is_alike(self, content: Mapping[str, Any]) -> bool:
+        """Whether the rules among other plain values are this recipe's own."""
+        rules = {key: content[key] for key in _RULES if key in content}
+        other = Recipe.model_validate({"pretrained": self.pretrained, "posttrained": self.posttrained, **rules})
+        return all(getattr(self, key) == getattr(other, key) for key in _RULES)
+
     def to_dict(self) -> dict[str, Any]:
         """What the recipe says, without what it leaves at its default; sizes in bytes, intervals as a list."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+def _is_same(first: Source, second: Source) -> bool:
+    if isinstance(first, Repository) or isinstance(second, Repository):
+        return first == second
+    return all(map(os.path.exists, (first, second))) and os.path.samefile(first, second)  # noqa: PTH121
 
 
 def load_recipe(path: Path, *, pair_only: bool = False, **overrides: object) -> Recipe:

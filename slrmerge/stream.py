@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from slrmerge.blend import CHUNK_ELEMENTS, Blender
 from slrmerge.checkpoint import DTYPE_BITS, CheckpointReader, Extent, Identity
@@ -25,6 +26,11 @@ class Sources:
         self.pretrained.check_unchanged()
         self.posttrained.check_unchanged()
 
+    def give_up(self) -> None:
+        """Let nobody wait any longer for what is on the Hub."""
+        self.pretrained.give_up()
+        self.posttrained.give_up()
+
     def read_for(self, tensor: PlannedTensor) -> list[tuple[CheckpointReader, str]]:
         """What is read for a tensor, the pre-trained side first."""
         sides = ((self.pretrained, tensor.pretrained), (self.posttrained, tensor.posttrained))
@@ -33,14 +39,15 @@ class Sources:
     def computed(self, tensor: PlannedTensor, begin: int, end: int, blender: Blender) -> Iterator[memoryview]:
         """Bytes `begin` to `end` of a blend or a cast; both lie between elements. Valid until the next is asked for."""
         width = DTYPE_BITS[tensor.info.dtype] // 8
-        sides = self.read_for(tensor)
-        for start in range(begin // width, end // width, CHUNK_ELEMENTS):
-            count = min(CHUNK_ELEMENTS, end // width - start)
-            dtypes = tuple(
-                reader.read_elements(name, start, count, buffer)
-                for (reader, name), buffer in zip(sides, blender.inputs, strict=False)
+        steps = range(begin // width, end // width, CHUNK_ELEMENTS)
+        sides = [
+            reader.read_elements(name, steps, buffer)
+            for (reader, name), buffer in zip(self.read_for(tensor), blender.inputs, strict=False)
+        ]
+        for read in zip(*sides, strict=True):
+            yield blender.run(
+                tensor.name, read[0][1], tuple(dtype for dtype, _ in read), tensor.info.dtype, tensor.alpha
             )
-            yield blender.run(tensor.name, count, dtypes, tensor.info.dtype, tensor.alpha)
 
     def fill(self, buffer: memoryview, tensor: PlannedTensor, begin: int, blender: Blender) -> None:
         """Fill `buffer` with a tensor's bytes from byte `begin` of it, which lies between two elements."""
@@ -63,7 +70,7 @@ class ShardStream:
         self._sources = sources
 
     def parts(self, start: int, stop: int, blender: Blender) -> Iterator[memoryview | Extent]:
-        """Bytes `start` to `stop` of the file: in memory, or as extents of the sources to be copied.
+        """Bytes `start` to `stop` of the file: in memory, or as extents of the sources here, to be copied.
 
         A chunk in memory is valid until the next part is asked for. The bytes of the file do not depend on the
         stretches that it is asked for in.
@@ -80,7 +87,7 @@ class ShardStream:
             from_, to = max(begin, run_begin) - run_begin, min(end, run_end) - run_begin
             if first.kind == "copy":
                 ((reader, name),) = self._sources.read_for(first)
-                yield reader.extent(name, from_, to - from_)
+                yield from reader.stretch(name, from_, to - from_)
             else:
                 yield from self._sources.computed(first, from_, to, blender)
 
@@ -109,25 +116,27 @@ class ShardStream:
 
 
 def file_chunks(file: PlannedFile) -> Iterator[memoryview]:
-    """The bytes of a side file.
+    """The bytes of a side file; one that is on the Hub is fetched, into the Hub's cache.
 
-    Raises SourceChangedError where it is not what it was when it was planned, CheckpointError where it cannot be read.
+    Raises SourceChangedError where it is not what it was when it was planned, CheckpointError where it cannot be read,
+    HubError where it cannot be had.
     """
     if file.content is not None:
         yield memoryview(file.content)
         return
     assert file.source is not None
+    path = file.source if isinstance(file.source, Path) else file.source.fetch()
     try:
-        with open(file.source, "rb") as source:
+        with open(path, "rb") as source:
             while chunk := source.read(CHUNK_BYTES):
                 yield memoryview(chunk)
             unchanged = file.identity in (None, Identity.of(os.fstat(source.fileno())))
     except FileNotFoundError:
         unchanged = False
     except OSError as error:
-        raise CheckpointError(Problem(str(file.source), f"cannot be read ({error.strerror})")) from error
+        raise CheckpointError(Problem(str(path), f"cannot be read ({error.strerror})")) from error
     if not unchanged:
-        raise SourceChangedError(Problem(str(file.source), "was changed while it was read", "run again"))
+        raise SourceChangedError(Problem(str(path), "was changed while it was read", "run again"))
 
 
 def _adjacent(plan: MergePlan, first: PlannedTensor, second: PlannedTensor) -> bool:

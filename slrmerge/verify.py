@@ -14,13 +14,15 @@ from typing import Any
 
 import slrmerge
 from slrmerge.blend import Blender, one_core_per_chunk
-from slrmerge.checkpoint import CheckpointReader, open_pair
-from slrmerge.errors import CheckpointError, PlanError, Problem, VerificationError, raise_all
+from slrmerge.checkpoint import CheckpointReader
+from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all
+from slrmerge.hub import open_pair
 from slrmerge.manifest import read_manifest, source_state
-from slrmerge.merge import available_cores
+from slrmerge.merge import available_cores, with_whole_files
 from slrmerge.plan import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, MergePlan, PlannedShard, plan_merge
 from slrmerge.progress import Progress, Silent, one_at_a_time
 from slrmerge.recipe import load_recipe
+from slrmerge.repository import Source
 from slrmerge.stream import ShardStream, Sources
 from slrmerge.writer import Written, combine, digest_piece, pieces
 
@@ -42,14 +44,16 @@ class VerifyReport:
 def verify_checkpoint(
     folder: Path,
     *,
-    pretrained: Path | None = None,
-    posttrained: Path | None = None,
+    pretrained: Source | None = None,
+    posttrained: Source | None = None,
+    full: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check every file in `folder` against the manifest, and bit by bit against the sources where they are at hand.
 
-    Sources are looked for where the recipe in `folder` says, or at `pretrained` and `posttrained`. Raises
+    Sources are looked for where the recipe in `folder` says, or at `pretrained` and `posttrained`. Those on the Hub are
+    at hand where its cache has them; with `full` they are fetched, and held against the Hub's own digests. Raises
     VerificationError with every file and tensor that is not as it was written, is missing, or was added.
     """
     progress = progress or Silent()
@@ -65,7 +69,10 @@ def verify_checkpoint(
     where_altered: dict[str, str] = {}
     plan, sources = None, "not compared: the recipe itself was altered"
     if RECIPE_NAME in present and RECIPE_NAME not in altered:
-        plan, sources = _replan(folder, manifest, pretrained, posttrained)
+        plan, sources = _replan(folder, manifest, pretrained, posttrained, here_only=not full)
+    if plan is not None and full:
+        plan = with_whole_files(plan, progress)
+        sources += _check_sources(plan)
     if plan is not None:
         shards = [shard for shard in plan.shards if shard.name in present]
         progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
@@ -125,23 +132,24 @@ def _alterations(folder: Path, altered: set[str], where: Mapping[str, str]) -> I
 
 
 def _replan(
-    folder: Path, manifest: Mapping[str, Any], pretrained: Path | None, posttrained: Path | None
+    folder: Path,
+    manifest: Mapping[str, Any],
+    pretrained: Source | None,
+    posttrained: Source | None,
+    *,
+    here_only: bool,
 ) -> tuple[MergePlan | None, str]:
     """The plan that made `folder`, worked out anew; or None and why the sources cannot be compared with."""
-    overrides: dict[str, Any] = {
-        side: str(given.absolute())
-        for side, given in (("pretrained", pretrained), ("posttrained", posttrained))
-        if given
-    }
-    recipe = load_recipe(folder / RECIPE_NAME, **overrides)
-    folders = recipe.source_folders()
-    absent = [source for source in folders if not os.path.exists(source)]  # noqa: PTH110 (nor where it may not be seen)
-    if absent and not overrides:
+    recipe = load_recipe(folder / RECIPE_NAME)
+    overridden = pretrained or posttrained
+    sources = (pretrained or recipe.source("pretrained"), posttrained or recipe.source("posttrained"))
+    absent = [source for source in sources if isinstance(source, Path) and not os.path.exists(source)]  # noqa: PTH110 (nor where it may not be seen)
+    if absent and not overridden:
         return None, f"not compared: {absent[0]} is not at hand"
     try:
-        sides = open_pair(*folders)
+        sides = open_pair(*sources, here_only=here_only)
         changed = [
-            checkpoint.folder
+            str(checkpoint)
             for side, checkpoint in zip(("pretrained", "posttrained"), sides, strict=True)
             if {**manifest["sources"][side], **source_state(checkpoint)} != manifest["sources"][side]
         ]
@@ -150,11 +158,29 @@ def _replan(
             if plan.origins() != manifest["tensors"]:
                 return None, f"not compared: slrmerge {slrmerge.__version__} plans this merge otherwise"
             return plan, "the weights are equal bit by bit"
-    except (CheckpointError, PlanError) as error:
-        if overrides:
+    except HubError as error:
+        if overridden or not here_only:
             raise
-        changed = [source for source in folders if str(source) in str(error)] or [folders[1]]
+        return None, f"not compared: {error.problems[0].where} is on the Hub; --full fetches it and compares"
+    except (CheckpointError, PlanError) as error:
+        if overridden:
+            raise
+        changed = [str(source) for source in sources if str(source) in str(error)] or [str(sources[1])]
     return None, f"not compared: {changed[0]} is not the checkpoint that was merged"
+
+
+def _check_sources(plan: MergePlan) -> str:
+    """Hold the files that were read from the Hub against its own digests, where that was not done when they came."""
+    checked = 0
+    for side, files in zip(plan.sides, plan.read_files(), strict=True):
+        if side.snapshot and not side.snapshot.files:
+            what = "is here, but the Hub's digests are not, since HF_HUB_OFFLINE is set"
+            raise HubError(Problem(str(side), what, "unset it"))
+        if side.snapshot:
+            for file in sorted(files - side.checked):
+                side.snapshot.files[file].check(side.shards[file].path)
+            checked += len(files)
+    return f"; {checked} files of the sources are what the Hub says of them" if checked else ""
 
 
 def _compare(

@@ -68,12 +68,9 @@ def write_piece(
 
 def extent_chunks(extent: Extent, buffer: memoryview) -> Iterator[memoryview]:
     """The bytes of an extent, read into `buffer` a part at a time."""
-    for offset in range(0, extent.nbytes, len(buffer)):
-        chunk = buffer[: min(len(buffer), extent.nbytes - offset)]
-        try:
-            read_exactly(extent.fd, extent.offset + offset, chunk)
-        except EOFError:
-            raise extent.cut_short() from None
+    while extent.nbytes:
+        chunk = buffer[: min(len(buffer), extent.nbytes)]
+        extent = extent.read_into(chunk)
         yield chunk
 
 

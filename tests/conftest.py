@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from slrmerge.checkpoint import open_pair
+from slrmerge.hub import open_pair
 from slrmerge.plan import MergePlan, plan_merge
 from slrmerge.recipe import Recipe, load_recipe
 from tests.checkpoints import Tensor, llama_tensors, write_checkpoint
@@ -41,7 +43,7 @@ class Pair:
 
     def plan(self, **content: Any) -> MergePlan:
         recipe = self.recipe(**content)
-        return plan_merge(recipe, open_pair(*recipe.source_folders()))
+        return plan_merge(recipe, open_pair(*recipe.sources()))
 
 
 @pytest.fixture
@@ -81,3 +83,18 @@ def _search_tiny(folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     (folder / "stdout").write_text(result.stdout)
     (folder / "stderr").write_text(result.stderr)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 128 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("no mount here")
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system may be mounted: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

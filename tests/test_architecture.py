@@ -1,6 +1,7 @@
 """The house rules that a machine can check."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_only_what_computes_on_weights_imports_torch() -> None:
     }
     allowed = (Path("slrmerge/blend.py"), Path("slrmerge/diff.py"), Path("slrmerge/sweep"), Path("slrmerge/search"))
     assert all(any(path.is_relative_to(place) for place in allowed) for path in importers)
+
+
+def test_only_what_speaks_to_the_hub_imports_its_client() -> None:
+    importers = {
+        path.relative_to(ROOT / "slrmerge").as_posix()
+        for path in (ROOT / "slrmerge").rglob("*.py")
+        if re.search("(from|import) huggingface_hub", path.read_text())
+    }
+    assert all(name.startswith("hub/") or name in ("push.py", "cli/push.py") for name in importers), importers
+    assert "huggingface_hub" not in _modules_after("import slrmerge.hub, slrmerge.push, slrmerge.verify")
 
 
 def test_every_module_says_what_it_is() -> None:

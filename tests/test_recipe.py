@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slrmerge.checkpoint import open_pair
 from slrmerge.errors import RecipeError, SlrmergeError
+from slrmerge.hub import open_pair
 from slrmerge.recipe import MAX_RECIPE_BYTES, Recipe, load_recipe, parse_recipe, recipe_schema
+from slrmerge.repository import Repository
 
 SIDES = {"pretrained": "pre", "posttrained": "post"}
 KEYS = "pretrained, posttrained, restore, alpha, layers, tensors, dtype, max_shard_size"
@@ -479,55 +480,68 @@ def test_a_bad_override_is_refused_like_a_bad_recipe(tmp_path: Path) -> None:
 
 def test_relative_folders_count_from_the_recipes_folder(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "pretrained: ../pre\nposttrained: /models/post\nalpha: 1\n")
-    assert load_recipe(path).source_folders() == (tmp_path / "../pre", Path("/models/post"))
+    assert load_recipe(path).sources() == (tmp_path / "../pre", Path("/models/post"))
 
 
 def test_without_a_file_relative_folders_count_from_here() -> None:
-    assert parse_recipe(SIDES | {"alpha": 1}).source_folders() == (Path("pre"), Path("post"))
+    assert parse_recipe(SIDES | {"alpha": 1}).sources() == (Path("pre"), Path("post"))
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = parse_recipe({"pretrained": "~/pre", "posttrained": "post", "alpha": 1})
-    assert recipe.source_folder("pretrained") == tmp_path / "pre"
+    assert recipe.source("pretrained") == tmp_path / "pre"
 
 
-@pytest.mark.parametrize(
-    ("written", "command"),
-    [
-        ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B --local-dir ./Llama-3.1-8B"),
-        ("google/gemma-2-9b@main", "hf download google/gemma-2-9b --revision main --local-dir ./gemma-2-9b"),
-        ("a/b@refs/pr/1", "hf download a/b --revision refs/pr/1 --local-dir ./b"),
-    ],
-)
-def test_a_hub_id_gets_the_command_that_fetches_it(tmp_path: Path, written: str, command: str) -> None:
-    path = recipe_file(tmp_path, f"pretrained: '{written}'\nposttrained: '{written}'\nalpha: 1\n")
+def test_a_hub_id_is_a_repository_at_its_revision(tmp_path: Path) -> None:
+    path = recipe_file(
+        tmp_path, "pretrained: meta-llama/Llama-3.1-8B\nposttrained: google/gemma-2-9b@refs/pr/1\nalpha: 1\n"
+    )
+    pretrained, posttrained = Repository("meta-llama/Llama-3.1-8B"), Repository("google/gemma-2-9b", "refs/pr/1")
+    recipe = load_recipe(path)
+    assert recipe.sources() == (pretrained, posttrained)
+    assert (recipe.source("pretrained"), recipe.source("posttrained")) == (pretrained, posttrained)
+
+
+def test_a_folder_and_a_repository_may_be_the_two_sides(tmp_path: Path) -> None:
+    (tmp_path / "post").mkdir()
+    path = recipe_file(tmp_path, "pretrained: org/base\nposttrained: ./post\nalpha: 1\n")
+    assert load_recipe(path).sources() == (Repository("org/base"), tmp_path / "post")
+
+
+@pytest.mark.parametrize("written", ["org/model", "org/model@main", "org/model@refs/pr/1"])
+def test_one_repository_cannot_be_both_sides(tmp_path: Path, written: str) -> None:
+    path = recipe_file(tmp_path, f"pretrained: {written}\nposttrained: {written}\nalpha: 1\n")
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path).source_folders()
-    assert str(caught.value).splitlines() == [
-        f"{path}: $.{side}: {written} is not a folder here, and slrmerge does not fetch from the Hub yet; "
-        f"download it with `{command}` and name that folder"
-        for side in ("pretrained", "posttrained")
-    ]
+        load_recipe(path).sources()
+    assert str(caught.value) == (
+        f"{path}: $.pretrained: is the same repository as posttrained; "
+        "name the checkpoint that the other was trained from"
+    )
+
+
+def test_two_revisions_of_one_repository_may_be_the_two_sides() -> None:
+    recipe = parse_recipe({"pretrained": "org/model@v1", "posttrained": "org/model", "alpha": 1})
+    assert recipe.sources() == (Repository("org/model", "v1"), Repository("org/model"))
 
 
 def test_a_folder_that_looks_like_a_hub_id_is_that_folder(tmp_path: Path) -> None:
     (tmp_path / "org/model").mkdir(parents=True)
     path = recipe_file(tmp_path, "pretrained: org/model\nposttrained: post\nalpha: 1\n")
-    assert load_recipe(path).source_folder("pretrained") == tmp_path / "org/model"
+    assert load_recipe(path).source("pretrained") == tmp_path / "org/model"
 
 
 @pytest.mark.parametrize("written", ["./missing", "../missing", "/missing/model", "a/b/c", "missing"])
 def test_a_missing_folder_is_not_taken_for_a_hub_id(tmp_path: Path, written: str) -> None:
     path = recipe_file(tmp_path, f"pretrained: {written}\nposttrained: post\nalpha: 1\n")
-    assert load_recipe(path).source_folder("pretrained") == tmp_path / written
+    assert load_recipe(path).source("pretrained") == tmp_path / written
 
 
 @pytest.mark.parametrize("written", ["~nobody-of-that-name/x", "a" * 300], ids=["home", "long"])
 def test_a_folder_that_cannot_be_is_refused_not_a_crash(written: str) -> None:
     recipe: Recipe = parse_recipe({"pretrained": written, "posttrained": "post", "alpha": 1})
     with pytest.raises(SlrmergeError):
-        open_pair(*recipe.source_folders())
+        open_pair(*recipe.sources())
 
 
 def test_one_folder_cannot_be_both_sides(tmp_path: Path) -> None:
@@ -535,7 +549,7 @@ def test_one_folder_cannot_be_both_sides(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "a")
     recipe = load_recipe(recipe_file(tmp_path, "pretrained: ./a\nposttrained: ./link\nalpha: 0.5\n"))
     with pytest.raises(RecipeError) as caught:
-        recipe.source_folders()
+        recipe.sources()
     assert str(caught.value).endswith(
         "$.pretrained: is the same folder as posttrained; name the checkpoint that the other was trained from"
     )

@@ -3,7 +3,7 @@
 Opening one reads headers only; `CheckpointReader` reads tensors, in pieces, and notices when a file changes under it.
 """
 
-from slrmerge.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, open_pair
+from slrmerge.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, open_folder
 from slrmerge.checkpoint.header import (
     DTYPE_BITS,
     FLOATING,
@@ -17,6 +17,7 @@ from slrmerge.checkpoint.header import (
 from slrmerge.checkpoint.layers import LayerStack, layer_count
 from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
 from slrmerge.checkpoint.reader import CheckpointReader, Extent, read_exactly
+from slrmerge.checkpoint.remote import RemoteFile, Snapshot
 
 __all__ = [
     "CONFIG_NAME",
@@ -29,12 +30,13 @@ __all__ = [
     "Extent",
     "Identity",
     "LayerStack",
+    "RemoteFile",
     "Shard",
+    "Snapshot",
     "TensorInfo",
     "header_bytes",
     "layer_count",
-    "open_checkpoint",
-    "open_pair",
+    "open_folder",
     "open_regular",
     "quantisation_config",
     "quantised_groups",

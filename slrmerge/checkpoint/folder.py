@@ -1,16 +1,21 @@
-"""A folder in Hugging Face layout, read as one checkpoint or refused with everything that is wrong with it."""
+"""A folder in Hugging Face layout, read as one checkpoint or refused with everything that is wrong with it.
+
+Of a repository on the Hub the folder holds what has been fetched; its `Snapshot` knows the rest.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
-from slrmerge.checkpoint.header import Shard, TensorInfo, open_regular, read_shard, unique_keys
+from slrmerge.checkpoint.header import Shard, TensorInfo, open_regular, read_remote_shard, read_shard, unique_keys
 from slrmerge.checkpoint.layers import LayerStack, find_stack, layer_count, longest_stack, numbered_stacks
-from slrmerge.errors import CheckpointError, Problem, raise_all
+from slrmerge.checkpoint.remote import RemoteFile, Snapshot
+from slrmerge.errors import CheckpointError, HubError, Problem, raise_all
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -19,10 +24,12 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 
+_HEADERS_AT_A_TIME = 8
+
 _NAME_A_FOLDER = "name a folder with config.json and safetensors files"
 _CONVERT = (
-    "convert it: python -c \"import transformers as t; t.AutoModelForCausalLM.from_pretrained('{folder}')"
-    ".save_pretrained('{folder}-safetensors')\""
+    "convert it: python -c \"import transformers as t; t.AutoModelForCausalLM.from_pretrained('{source}')"
+    ".save_pretrained('{copy}')\""
 )
 
 
@@ -30,13 +37,20 @@ _CONVERT = (
 class Checkpoint:
     """A model's tensors as its headers and index describe them, and its config; no weights.
 
-    `weight_map` gives the file name of each tensor, in the order of the files and of the data inside them.
+    `weight_map` gives the file name of each tensor, in the order of the files and of the data inside them. One from the
+    Hub has a `snapshot`, and `folder` is that snapshot's in the Hub's cache; `checked` names the files there that were
+    found to be what the Hub's digests say.
     """
 
     folder: Path
     config: Mapping[str, Any]
     shards: Mapping[str, Shard]
     weight_map: Mapping[str, str]
+    snapshot: Snapshot | None = None
+    checked: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return str(self.snapshot or self.folder)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self.shards[self.weight_map[name]].tensors[name]
@@ -69,7 +83,9 @@ class Checkpoint:
 
     @property
     def model_name(self) -> str:
-        """A Hub repo id where the folder is a snapshot in the Hub's cache, else the folder's own name."""
+        """Its repository's name where it is from the Hub or its cache, else the folder's own name."""
+        if self.snapshot:
+            return self.snapshot.repository.name
         folder = self.folder.resolve()
         repo = folder.parent.parent.name
         if folder.parent.name == "snapshots" and repo.startswith("models--"):
@@ -77,57 +93,68 @@ class Checkpoint:
         return folder.name
 
 
-def open_pair(pretrained: Path, posttrained: Path) -> tuple[Checkpoint, Checkpoint]:
-    """Open both sides; raises CheckpointError with the problems of both."""
-    opened: list[Checkpoint] = []
-    problems: list[Problem] = []
-    for folder in (pretrained, posttrained):
-        try:
-            opened.append(open_checkpoint(folder))
-        except CheckpointError as error:
-            problems.extend(error.problems)
-    raise_all(problems, CheckpointError)
-    return opened[0], opened[1]
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config, the index and every header of the checkpoint in `folder`.
+def open_folder(folder: Path, *, snapshot: Snapshot | None = None) -> Checkpoint:
+    """Read the config, the index and every header of the checkpoint in `folder`, the headers of shards that are still
+    on the Hub from there.
 
     Raises CheckpointError with every problem found: a folder that is missing, an adapter, pickles or GGUF only; an
     index that names paths, that disagrees with its shards, or that hides an older single file; fewer layers than the
     config says; and whatever `read_shard` refuses.
     """
     try:
-        return _open(folder)
+        return _open(folder, snapshot)
     except OSError as error:
         raise CheckpointError(Problem(str(error.filename or folder), f"cannot be read ({error.strerror})")) from error
 
 
-def _open(folder: Path) -> Checkpoint:
+def _open(folder: Path, snapshot: Snapshot | None) -> Checkpoint:
     names = {path.name for path in folder.iterdir()} if _exists(folder) and folder.is_dir() else None
     if names is None:
         what = "is a file, not a checkpoint folder" if folder.exists() else "no such folder"
         raise CheckpointError(Problem(str(folder), what, _NAME_A_FOLDER))
+    elsewhere = snapshot.files if snapshot else {}
+    names |= {name for name in elsewhere if "/" not in name}
+    where = str(snapshot or folder)
     if not names & {SINGLE_NAME, INDEX_NAME}:
-        raise CheckpointError(_no_model(folder, names))
+        raise CheckpointError(_no_model(folder, snapshot, names))
     problems: list[Problem] = []
     config = _collect(problems, lambda: _read_json(folder / CONFIG_NAME), {})
     index = _collect(problems, lambda: _read_index(folder), {}) if INDEX_NAME in names else None
     if index and SINGLE_NAME in names and SINGLE_NAME not in index.values():
         what = f"holds two models: {SINGLE_NAME} and the shards of {INDEX_NAME}"
         remedy = "loaders disagree on which counts: move the stale one away"
-        problems.append(Problem(str(folder), what, remedy))
+        problems.append(Problem(where, what, remedy))
     files = [SINGLE_NAME] if index is None else sorted(set(index.values()))
-    shards = {file: _collect(problems, partial(_read_shard, folder / file), None) for file in files}
-    found = {file: shard for file, shard in shards.items() if shard is not None}
-    if index and len(found) == len(files):
-        problems.extend(_index_problems(folder, index, found))
+    shards = _read_shards(folder, files, elsewhere, problems)
+    if index and len(shards) == len(files):
+        problems.extend(_index_problems(folder, index, shards))
     raise_all(problems, CheckpointError)
-    checkpoint = Checkpoint(folder, config, found, _weight_map(found))
+    checkpoint = Checkpoint(folder, config, shards, _weight_map(shards), snapshot)
     if not checkpoint.weight_map:
-        raise CheckpointError(Problem(str(folder), "holds no tensors", "fetch it again"))
+        raise CheckpointError(Problem(where, "holds no tensors", "fetch it again"))
     _require_layers(checkpoint)
     return checkpoint
+
+
+def _read_shards(
+    folder: Path, files: list[str], elsewhere: Mapping[str, RemoteFile], problems: list[Problem]
+) -> dict[str, Shard]:
+    """Every shard that can be read, those that are elsewhere several at a time."""
+
+    def read(file: str) -> tuple[Shard | None, list[Problem]]:
+        own: list[Problem] = []
+        path = folder / file
+        if file in elsewhere and not _exists(path):
+            return _collect(own, lambda: read_remote_shard(path, elsewhere[file]), None), own
+        return _collect(own, lambda: _read_shard(path), None), own
+
+    if elsewhere:
+        with ThreadPoolExecutor(_HEADERS_AT_A_TIME) as pool:
+            outcomes = list(pool.map(read, files))
+    else:
+        outcomes = [read(file) for file in files]
+    problems.extend(problem for _, own in outcomes for problem in own)
+    return {file: shard for file, (shard, _) in zip(files, outcomes, strict=True) if shard is not None}
 
 
 def _exists(path: Path) -> bool:
@@ -143,7 +170,7 @@ def _collect(problems: list[Problem], read: Callable[[], T], otherwise: D) -> T 
     """What `read` gives; where it refuses, `otherwise`, with its problems added to `problems`."""
     try:
         return read()
-    except CheckpointError as error:
+    except (CheckpointError, HubError) as error:
         problems.extend(error.problems)
         return otherwise
 
@@ -155,22 +182,23 @@ def _read_shard(path: Path) -> Shard:
     return read_shard(path)
 
 
-def _no_model(folder: Path, names: set[str]) -> Problem:
+def _no_model(folder: Path, snapshot: Snapshot | None, names: set[str]) -> Problem:
     """What a folder is that holds no safetensors model under the usual names."""
+    where = str(snapshot or folder)
     suffixes = {Path(name).suffix for name in names}
     if "adapter_config.json" in names:
         base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "a base it does not name"
-        return Problem(
-            str(folder), f"is an adapter for {base}", "merge it into that base first (PEFT merge_and_unload)"
-        )
+        return Problem(where, f"is an adapter for {base}", "merge it into that base first (PEFT merge_and_unload)")
     if ".safetensors" in suffixes:
         what = f"has safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}"
-        return Problem(str(folder), what, "name the folder that save_pretrained wrote, or restore its index")
+        return Problem(where, what, "name the folder that save_pretrained wrote, or restore its index")
     if suffixes & {".bin", ".pt", ".pth"}:
-        return Problem(str(folder), "has pickles only, no safetensors", _CONVERT.format(folder=folder))
+        source = snapshot.repository.name if snapshot else folder
+        copy = f"{source}-safetensors".rpartition("/")[2] if snapshot else f"{source}-safetensors"
+        return Problem(where, "has pickles only, no safetensors", _CONVERT.format(source=source, copy=copy))
     if ".gguf" in suffixes:
-        return Problem(str(folder), "has GGUF files only, no safetensors", "name the original checkpoint")
-    return Problem(str(folder), "has no safetensors files", _NAME_A_FOLDER)
+        return Problem(where, "has GGUF files only, no safetensors", "name the original checkpoint")
+    return Problem(where, "has no safetensors files", _NAME_A_FOLDER)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -235,7 +263,7 @@ def _require_layers(checkpoint: Checkpoint) -> None:
     if wanted is not None and wanted > longest:
         raise CheckpointError(
             Problem(
-                str(checkpoint.folder),
+                str(checkpoint),
                 f"the config says {wanted} layers, the weights have {longest}",
                 "fetch the missing shards, or the config that belongs to these weights",
             )

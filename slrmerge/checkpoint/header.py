@@ -7,14 +7,15 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
+from slrmerge.checkpoint.remote import RemoteFile
 from slrmerge.errors import CheckpointError, Problem, did_you_mean, raise_all
 
 DTYPE_BITS = {
@@ -59,11 +60,15 @@ class TensorInfo(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """What a file was when its header was read; any difference later means that it was changed or replaced."""
+    """What a file was when its header was read; any difference later means that it was changed or replaced.
+
+    A file that is elsewhere has no inode and no time; its digest says what it is.
+    """
 
     inode: int
     file_bytes: int
     mtime_ns: int
+    digest: str = ""
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Identity":
@@ -72,7 +77,7 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A safetensors file whose header has been read and found sound.
+    """A safetensors file whose header has been read and found sound: at `path`, or elsewhere as `remote`.
 
     `data_start` is where the data begins, in bytes; `header_digest` covers everything before it. `tensors` are in the
     order of their data.
@@ -83,6 +88,7 @@ class Shard:
     data_start: int
     header_digest: str
     tensors: Mapping[str, TensorInfo]
+    remote: RemoteFile | None = None
 
 
 def read_shard(path: Path) -> Shard:
@@ -93,17 +99,32 @@ def read_shard(path: Path) -> Shard:
     """
     try:
         with open_regular(path) as file:
-            identity = Identity.of(os.fstat(file.fileno()))
-            prefix = file.read(8)
-            header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or header_bytes > min(identity.file_bytes - 8, MAX_HEADER_BYTES):
-                raise _not_a_header(path, prefix + file.read(64), header_bytes, identity.file_bytes)
-            file.seek(8)
-            raw = file.read(header_bytes)
+
+            def read(start: int, stop: int) -> bytes:
+                file.seek(start)
+                return file.read(stop - start)
+
+            return _read_header(path, Identity.of(os.fstat(file.fileno())), read)
     except OSError as error:
         raise _bad(path, f"cannot be read ({error.strerror})") from error
+
+
+def read_remote_shard(path: Path, remote: RemoteFile) -> Shard:
+    """The same for a file that is elsewhere; `path` is where it would be here."""
+    identity = Identity(0, remote.file_bytes, 0, remote.digest)
+    shard = _read_header(str(remote), identity, lambda start, stop: b"".join(remote.stream(start, stop)))
+    return replace(shard, path=path, remote=remote)
+
+
+def _read_header(path: Path | str, identity: Identity, read: Callable[[int, int], bytes]) -> Shard:
+    """A shard from its first bytes, of which `read` gives those from one position to another, as far as there are."""
+    prefix = read(0, min(8, identity.file_bytes))
+    header_bytes = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or header_bytes > min(identity.file_bytes - 8, MAX_HEADER_BYTES):
+        raise _not_a_header(path, read(0, min(72, identity.file_bytes)), header_bytes, identity.file_bytes)
+    raw = read(8, 8 + header_bytes)
     tensors = _check_entries(path, _parse_json(path, raw), data_bytes=identity.file_bytes - 8 - header_bytes)
-    return Shard(path, identity, 8 + header_bytes, xxhash.xxh3_128_hexdigest(prefix + raw), tensors)
+    return Shard(Path(path), identity, 8 + header_bytes, xxhash.xxh3_128_hexdigest(prefix + raw), tensors)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -132,11 +153,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _bad(path: Path, what: str, remedy: str = "") -> CheckpointError:
+def _bad(path: Path | str, what: str, remedy: str = "") -> CheckpointError:
     return CheckpointError(Problem(str(path), what, remedy))
 
 
-def _not_a_header(path: Path, start: bytes, header_bytes: int, file_bytes: int) -> CheckpointError:
+def _not_a_header(path: Path | str, start: bytes, header_bytes: int, file_bytes: int) -> CheckpointError:
     """What a file is whose first eight bytes are no length of a header."""
     for magic, what, remedy in _LOOKALIKES:
         if start.lstrip().lower().startswith(magic.lower()):
@@ -146,7 +167,7 @@ def _not_a_header(path: Path, start: bytes, header_bytes: int, file_bytes: int) 
     return _bad(path, f"has a header of {header_bytes:,} bytes; {MAX_HEADER_BYTES:,} is the most accepted")
 
 
-def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse_json(path: Path | str, raw: bytes) -> dict[str, Any]:
     def refuse_constant(text: str) -> None:
         raise ValueError(f"{text} is not JSON")
 
@@ -160,7 +181,7 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _check_entries(path: Path, header: dict[str, Any], *, data_bytes: int) -> dict[str, TensorInfo]:
+def _check_entries(path: Path | str, header: dict[str, Any], *, data_bytes: int) -> dict[str, TensorInfo]:
     problems: list[Problem] = []
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (

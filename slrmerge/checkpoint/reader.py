@@ -1,12 +1,13 @@
-"""A checkpoint's bytes, read at positions into the caller's buffer.
+"""A checkpoint's bytes, read at positions into the caller's buffer, or streamed from where they are.
 
 Positioned reads, not a mapping: a mapped file that is cut short kills the process, and its pages count as ours.
 """
 
 import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -26,6 +27,19 @@ class Extent(NamedTuple):
     nbytes: int
     path: Path
 
+    def read_into(self, buffer: memoryview) -> "Extent":
+        """Fill `buffer` with the first bytes of the stretch; returns what is left of it.
+
+        Raises SourceChangedError where the file ends before, CheckpointError where it cannot be read.
+        """
+        try:
+            read_exactly(self.fd, self.offset, buffer)
+        except EOFError:
+            raise self.cut_short() from None
+        except OSError as error:
+            raise CheckpointError(Problem(str(self.path), f"cannot be read ({error.strerror})")) from error
+        return self._replace(offset=self.offset + len(buffer), nbytes=self.nbytes - len(buffer))
+
     def cut_short(self) -> SourceChangedError:
         return _changed(self.path, "was cut short while it was read")
 
@@ -41,6 +55,7 @@ class CheckpointReader:
         self.checkpoint = checkpoint
         self._open: dict[str, int] = {}
         self._closed = False
+        self._given_up = Event()
         self._lock = Lock()
         self._closing = ExitStack()
 
@@ -51,38 +66,67 @@ class CheckpointReader:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed = True
+        self.give_up()
         self._open.clear()
         self._closing.close()
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of tensor `name` from byte `offset` of it; may run on into its neighbours.
 
-        Raises SourceChangedError where the file is not what it was when its header was read.
+        Raises SourceChangedError where the file is not what it was when its header was read, HubError where it is on
+        the Hub and cannot be had.
         """
-        extent = self.extent(name, offset, len(buffer))
-        try:
-            read_exactly(extent.fd, extent.offset, buffer)
-        except EOFError:
-            raise extent.cut_short() from None
-        except OSError as error:
-            raise CheckpointError(Problem(str(extent.path), f"cannot be read ({error.strerror})")) from error
+        self._in_turn(name, offset, len(buffer))(buffer)
 
-    def read_elements(self, name: str, start: int, count: int, buffer: memoryview) -> str:
-        """Put `count` elements of tensor `name`, from element `start`, at the start of `buffer`; returns their dtype.
+    def read_elements(self, name: str, steps: range, buffer: memoryview) -> Iterator[tuple[str, int]]:
+        """Put elements of tensor `name` at the start of `buffer`, those from one of `steps` to the next at a time.
 
-        For dtypes of whole bytes. Raises as `read_into` does.
+        Yields their dtype, which must be one of whole bytes, and their number. Raises as `read_into` does.
         """
         dtype = self.checkpoint[name].dtype
         width = DTYPE_BITS[dtype] // 8
-        self.read_into(name, start * width, buffer[: count * width])
-        return dtype
+        read = self._in_turn(name, steps.start * width, (steps.stop - steps.start) * width)
+        for begin in steps:
+            count = min(steps.step, steps.stop - begin)
+            read(buffer[: count * width])
+            yield dtype, count
 
-    def extent(self, name: str, offset: int, count: int) -> Extent:
-        """Where bytes of tensor `name` lie. Raises SourceChangedError as `read_into` does."""
+    def stretch(self, name: str, offset: int, count: int) -> Iterator[memoryview | Extent]:
+        """Bytes of tensor `name`: where they lie, or chunks of memory, each valid until the next is asked for.
+
+        Raises as `read_into` does.
+        """
         file = self.checkpoint.weight_map[name]
         shard = self.checkpoint.shards[file]
-        fd = self._open.get(file) or self._descriptor(file, shard)
-        return Extent(fd, shard.data_start + shard.tensors[name].data_offsets[0] + offset, count, shard.path)
+        begin = shard.data_start + shard.tensors[name].data_offsets[0] + offset
+        if shard.remote is not None:
+            yield from shard.remote.stream(begin, begin + count, given_up=self._given_up)
+        else:
+            fd = self._open.get(file) or self._descriptor(file, shard)
+            yield Extent(fd, begin, count, shard.path)
+
+    def give_up(self) -> None:
+        """Let nobody wait any longer for what is on the Hub."""
+        self._given_up.set()
+
+    def _in_turn(self, name: str, offset: int, count: int) -> Callable[[memoryview], None]:
+        """A function that fills a buffer with the next of these bytes of tensor `name`, each time it is called."""
+        parts = self.stretch(name, offset, count)
+        left: memoryview | Extent = memoryview(b"")
+
+        def read(buffer: memoryview) -> None:
+            nonlocal left
+            done = 0
+            while done < len(buffer):
+                left = left or next(parts)
+                if isinstance(left, Extent):
+                    left = left.read_into(buffer[done:])
+                    return
+                chunk = left[: len(buffer) - done]
+                buffer[done : done + len(chunk)] = chunk
+                done, left = done + len(chunk), left[len(chunk) :]
+
+        return read
 
     def check_unchanged(self) -> None:
         """Raise SourceChangedError where an opened file has changed since its header was read."""

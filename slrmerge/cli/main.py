@@ -3,22 +3,41 @@
 import gc
 import json
 import sys
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 import slrmerge
 from slrmerge.cli.group import DefaultGroup
-from slrmerge.cli.options import PathArgument, json_option, planning_options, quiet_option, threads_option
+from slrmerge.cli.options import (
+    PathArgument,
+    RepositoryArgument,
+    SourceArgument,
+    branch_option,
+    download_option,
+    json_option,
+    planning_options,
+    private_option,
+    quiet_option,
+    threads_option,
+)
+from slrmerge.cli.push import push, push_folder
 from slrmerge.cli.search import diff, search, select
+from slrmerge.errors import SlrmergeError
+from slrmerge.repository import Repository, Source
+
+if TYPE_CHECKING:
+    from slrmerge.merge import Download
 
 _EPILOG = """\b
 Exit codes:
   0 done   1 a bug   2 usage   3 recipe   4 checkpoint   5 recipe and checkpoints do not fit
   6 output   7 disk space   8 target in use   9 source changed   10 verification failed
   11 result does not fit the output dtype   12 this model cannot be searched   13 a package is missing
-  130 stopped by Ctrl-C
+  14 the Hub   130 stopped by Ctrl-C
 """
 
 
@@ -32,6 +51,7 @@ def main(ctx: click.Context) -> None:
     slrmerge search recipe.yaml --out ./search     find the layers to restore
     slrmerge search/slr.yaml --out ./hybrid        merge by a recipe
     slrmerge verify ./hybrid                       prove what was written
+    slrmerge push ./hybrid me/hybrid               put it on the Hub, in one commit
     """
     ctx.obj = {}
     for stream in (sys.stdout, sys.stderr):
@@ -41,9 +61,13 @@ def main(ctx: click.Context) -> None:
 
 @main.command()
 @planning_options
+@download_option
 @threads_option
 @click.option("--fsync/--no-fsync", default=True, show_default=True, help="Wait until the disk has everything.")
 @click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
+@click.option("--push-to-hub", type=RepositoryArgument(), metavar="USER/REPO", help="Then verify it and push it there.")
+@private_option
+@branch_option
 @json_option
 @quiet_option
 @click.pass_context
@@ -56,9 +80,13 @@ def merge(
     max_shard_size: str | None,
     dtype: str | None,
     allow_code: bool,
+    download: "Download",
     threads: int | None,
     fsync: bool,
     dry_run: bool,
+    push_to_hub: Repository | None,
+    private: bool,
+    revision: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -71,6 +99,8 @@ def merge(
     slrmerge recipe.yaml --out ./hybrid --dry-run
     """
     ctx.obj["as_json"] = as_json
+    if push_to_hub is None and (private or revision):
+        raise click.UsageError(f"{'--private' if private else '--revision'} goes with --push-to-hub", ctx)
     from slrmerge.cli import show
 
     plan = _plan(recipe, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code)
@@ -83,13 +113,34 @@ def merge(
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.merge import execute
 
+    target = push_to_hub and replace(push_to_hub, revision=revision)
+    if target:
+        from slrmerge.push import require_access
+
+        require_access(target)
     progress = TerminalProgress(quiet=quiet or as_json)
     try:
-        result = execute(plan, out, overwrite=overwrite, threads=threads, fsync=fsync, progress=progress)
+        result = execute(
+            plan,
+            out,
+            overwrite=overwrite,
+            download=download,
+            threads=threads,
+            fsync=fsync,
+            name=target.name if target else None,
+            progress=progress,
+        )
     finally:
         progress.close()
+    pushed = None
+    if target:
+        try:
+            pushed = push_folder(out, target, private=private, threads=threads, quiet=quiet or as_json)
+        except SlrmergeError as error:
+            error.add_note(f"the merge is complete in {out}; `slrmerge push` pushes it without merging again")
+            raise
     if as_json or not quiet:
-        show.print_merged(plan, result, out, as_json=as_json)
+        show.print_merged(plan, result, out, pushed=pushed, as_json=as_json)
 
 
 @main.command()
@@ -123,8 +174,9 @@ def plan(
 
 @main.command()
 @click.argument("folder", type=PathArgument())
-@click.option("--pretrained", type=PathArgument(), help="Where the pre-trained side is now.")
-@click.option("--posttrained", type=PathArgument(), help="Where the post-trained side is now.")
+@click.option("--pretrained", type=SourceArgument(), help="Where the pre-trained side is now.")
+@click.option("--posttrained", type=SourceArgument(), help="Where the post-trained side is now.")
+@click.option("--full", is_flag=True, help="Fetch sources that are on the Hub, and check them by its own digests too.")
 @threads_option
 @json_option
 @quiet_option
@@ -133,8 +185,9 @@ def verify(
     ctx: click.Context,
     folder: Path,
     *,
-    pretrained: Path | None,
-    posttrained: Path | None,
+    pretrained: Source | None,
+    posttrained: Source | None,
+    full: bool,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -153,7 +206,7 @@ def verify(
     progress = TerminalProgress(quiet=quiet or as_json)
     try:
         report = verify_checkpoint(
-            folder, pretrained=pretrained, posttrained=posttrained, threads=threads, progress=progress
+            folder, pretrained=pretrained, posttrained=posttrained, full=full, threads=threads, progress=progress
         )
     finally:
         progress.close()
@@ -162,20 +215,20 @@ def verify(
 
 
 @main.command()
-@click.argument("checkpoint", type=PathArgument())
+@click.argument("checkpoint", type=SourceArgument())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @json_option
 @click.pass_context
-def inspect(ctx: click.Context, checkpoint: Path, *, tensors: bool, as_json: bool) -> None:
+def inspect(ctx: click.Context, checkpoint: Source, *, tensors: bool, as_json: bool) -> None:
     """Show what CHECKPOINT holds: layers, shapes, dtypes, sizes. Reads headers only.
 
     \b
     slrmerge inspect ./llama-3.1-8b
-    slrmerge inspect ./llama-3.1-8b --tensors
+    slrmerge inspect org/llama-3.1-8b@main --tensors
     """
     ctx.obj["as_json"] = as_json
-    from slrmerge.checkpoint import open_checkpoint
     from slrmerge.cli import show
+    from slrmerge.hub import open_checkpoint
 
     show.print_checkpoint(open_checkpoint(checkpoint), tensors=tensors, as_json=as_json)
 
@@ -193,20 +246,21 @@ def schema() -> None:
 
 
 main.add_command(diff)
+main.add_command(push)
 main.add_command(search)
 main.add_command(select)
 
 
 def _plan(recipe: Path, *, max_shard_size: str | None, dtype: str | None, allow_code: bool) -> "slrmerge.MergePlan":
     """The plan for a recipe file with the command line's overrides."""
-    from slrmerge.checkpoint import open_pair
+    from slrmerge.hub import open_pair
     from slrmerge.plan import plan_merge
     from slrmerge.recipe import load_recipe
 
     gc.disable()  # tens of thousands of small values and no cycle among them: collecting is a third of planning
     try:
         loaded = load_recipe(recipe, max_shard_size=max_shard_size, dtype=dtype)
-        return plan_merge(loaded, open_pair(*loaded.source_folders()), allow_code=allow_code)
+        return plan_merge(loaded, open_pair(*loaded.sources()), allow_code=allow_code)
     finally:
         gc.freeze()
         gc.enable()

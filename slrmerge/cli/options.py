@@ -6,12 +6,35 @@ from typing import Any
 
 import click
 
+from slrmerge.repository import Repository, Source, parse_source
+
 
 class PathArgument(click.Path):
     """A path argument; whether it exists is said by whoever opens it, in its own words."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
+
+
+class SourceArgument(click.ParamType[Source]):
+    """A checkpoint: a folder, or a repository on the Hub as organisation/name@revision."""
+
+    name = "source"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Source:  # noqa: ARG002 (click's)
+        return parse_source(value) if isinstance(value, str) else value
+
+
+class RepositoryArgument(click.ParamType[Repository]):
+    """A repository on the Hub, organisation/name; the branch has an option of its own."""
+
+    name = "repository"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Repository:
+        found = value if isinstance(value, Repository) else Repository.parse(value)
+        if found is None or found.revision:
+            self.fail(f"{value!r} is not organisation/name", param, ctx)
+        return found
 
 
 def bytes_of(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -42,6 +65,15 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", is_flag=True, help="No progress and no summary, only errors.")
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Cores to use.  [default: all]")
+download_option = click.option(
+    "--download",
+    type=click.Choice(["ranges", "full"]),
+    default="ranges",
+    show_default=True,
+    help="Of repositories on the Hub: stream the ranges needed, or fetch their files into the Hub's cache.",
+)
+private_option = click.option("--private", is_flag=True, help="If the repository has to be made: for its owner only.")
+branch_option = click.option("--revision", metavar="BRANCH", help="The branch to push to, made if need be.")
 planning_options = options(
     click.argument("recipe", type=PathArgument()),
     click.option("--out", type=PathArgument(), help="The folder to write; it appears complete or not at all."),

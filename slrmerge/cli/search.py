@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from slrmerge.cli.options import PathArgument, bytes_of, json_option, quiet_option, threads_option
+from slrmerge.cli.options import PathArgument, SourceArgument, bytes_of, json_option, quiet_option, threads_option
+from slrmerge.repository import Source
 
 _SPACES = ("intervals", "soups", "attention", "mlp")
 
@@ -145,14 +146,20 @@ def select(ctx: click.Context, folder: Path, *, min_quality: float, as_json: boo
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True, type=PathArgument(), metavar="RECIPE | PRETRAINED POSTTRAINED")
+@click.argument("sources", nargs=-1, required=True, type=SourceArgument(), metavar="RECIPE | PRETRAINED POSTTRAINED")
 @click.option("--out", type=PathArgument(), help="A folder for diff.csv and the heat map, as PNG and SVG.")
 @threads_option
 @json_option
 @quiet_option
 @click.pass_context
 def diff(
-    ctx: click.Context, sources: tuple[Path, ...], out: Path | None, *, threads: int | None, as_json: bool, quiet: bool
+    ctx: click.Context,
+    sources: tuple[Source, ...],
+    out: Path | None,
+    *,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Show how far post-training moved the weights, layer by layer: of RECIPE's two checkpoints, or of two folders.
 
@@ -162,20 +169,20 @@ def diff(
     """
     ctx.obj["as_json"] = as_json
     if len(sources) > 2:
-        raise click.UsageError("give one recipe, or the pre-trained and the post-trained folder", ctx)
-    from slrmerge.checkpoint import open_pair
+        raise click.UsageError("give one recipe, or the pre-trained and the post-trained checkpoint", ctx)
     from slrmerge.cli import show_diff
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.diff import compare_checkpoints, save_differences
     from slrmerge.errors import require_extra
+    from slrmerge.hub import open_pair
     from slrmerge.recipe import load_recipe
 
     if out is not None:
         require_extra("search", "matplotlib")
-    folders = sources if len(sources) == 2 else load_recipe(sources[0], pair_only=True).source_folders()
+    sides = sources if len(sources) == 2 else load_recipe(Path(str(sources[0])), pair_only=True).sources()
     progress = TerminalProgress(quiet=quiet or as_json)
     try:
-        differences = compare_checkpoints(*open_pair(*folders), threads=threads, progress=progress)
+        differences = compare_checkpoints(*open_pair(*sides), threads=threads, progress=progress)
     finally:
         progress.close()
     if out is not None:

@@ -19,6 +19,8 @@ from slrmerge.verify import VerifyReport
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from slrmerge.push import PushResult
+
 
 def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     """What would be read and written: sources, parts, files, disk, notes."""
@@ -29,7 +31,7 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     for side, checkpoint in (("pre-trained", plan.pretrained), ("post-trained", plan.posttrained)):
         sources.add_row(
             side,
-            str(checkpoint.folder),
+            str(checkpoint),
             f"{len(checkpoint.weight_map):,}",
             size(checkpoint.total_bytes),
             str(len(checkpoint.shards)),
@@ -42,6 +44,9 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     kinds = Counter(tensor.kind for tensor in plan.tensors())
     click.echo("tensors  " + ", ".join(f"{kinds[kind]:,} {_DONE[kind]}" for kind in _DONE if kinds[kind]))
     click.echo(f"reads    {size(plan.read_bytes)}")
+    if plan.download_bytes:
+        whole = f"; both checkpoints whole are {size(plan.whole_download_bytes)}"
+        click.echo(f"fetches  {size(plan.download_bytes)} from the Hub{whole}")
     shards, others = _count(len(plan.shards), "shard"), _count(len(plan.files), "other file")
     click.echo(f"writes   {size(plan.output_bytes)} in {shards} and {others}")
     if out is not None:
@@ -51,19 +56,22 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     return None
 
 
-def print_merged(plan: MergePlan, result: MergeResult, out: Path, *, as_json: bool) -> None:
-    """What was written, and how fast."""
+def print_merged(
+    plan: MergePlan, result: MergeResult, out: Path, *, pushed: "PushResult | None" = None, as_json: bool
+) -> None:
+    """What was written, how fast, and where it was pushed."""
     if as_json:
         return print_json(
             {
                 "out": str(result.folder),
                 "output_bytes": result.output_bytes,
-                "resumed_shards": result.resumed_shards,
+                "resumed_pieces": result.resumed_pieces,
                 "elapsed_s": round(result.elapsed_s, 3),
                 "notes": list(plan.notes),
                 "files": {
                     name: {"bytes": file.file_bytes, "digest": file.digest} for name, file in result.files.items()
                 },
+                **({"pushed": asdict(pushed)} if pushed else {}),
             }
         )
     for line in plan_sentences(plan):
@@ -72,7 +80,21 @@ def print_merged(plan: MergePlan, result: MergeResult, out: Path, *, as_json: bo
         click.echo(f"note: {note}")
     rate = result.output_bytes / max(result.elapsed_s, 1e-3)
     click.echo(f"{out}: {size(result.output_bytes)} in {result.elapsed_s:.1f} s ({size(rate)}/s)")
-    click.echo(f"prove it: slrmerge verify {shlex.quote(str(out))}")
+    if pushed is None:
+        click.echo(f"prove it: slrmerge verify {shlex.quote(str(out))}")
+        return None
+    return print_pushed(pushed, as_json=False)
+
+
+def print_pushed(pushed: "PushResult", *, as_json: bool) -> None:
+    """Where a merge is on the Hub now."""
+    if as_json:
+        return print_json(asdict(pushed))
+    if pushed.was_there:
+        click.echo(f"nothing to push: {pushed.url} has it already")
+        return None
+    removed = f", {_count(len(pushed.removed), 'older shard')} removed" if pushed.removed else ""
+    click.echo(f"pushed {_count(len(pushed.files), 'file')}{removed}: {pushed.url}")
     return None
 
 
@@ -90,7 +112,7 @@ def print_checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) ->
     if as_json:
         return print_json(_described(checkpoint))
     described = _described(checkpoint)
-    click.echo(f"{checkpoint.folder}: {described['architecture'] or 'unknown architecture'}")
+    click.echo(f"{checkpoint}: {described['architecture'] or 'unknown architecture'}")
     stack = checkpoint.stack
     layers = f"{stack.count} ({stack.prefix}.0–{stack.count - 1})" if stack else "none that can be told"
     dtypes = ", ".join(f"{dtype} {size(count)}" for dtype, count in described["bytes_by_dtype"].items())
@@ -138,6 +160,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         by_dtype[info.dtype] += info.nbytes
     architectures = checkpoint.config.get("architectures")
     return {
+        "checkpoint": str(checkpoint),
         "folder": str(checkpoint.folder),
         "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else None,
         "layers": checkpoint.stack.count if checkpoint.stack else None,

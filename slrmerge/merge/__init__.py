@@ -1,9 +1,17 @@
 """Execute a plan; never leave half a checkpoint."""
 
-from slrmerge.merge.executor import MergeResult, available_cores, execute, merge_checkpoints
+from slrmerge.merge.executor import (
+    Download,
+    MergeResult,
+    available_cores,
+    execute,
+    merge_checkpoints,
+    with_whole_files,
+)
 from slrmerge.merge.target import folder_problems, free_bytes, require_space, resolve_target, target_problems
 
 __all__ = [
+    "Download",
     "MergeResult",
     "available_cores",
     "execute",
@@ -13,4 +21,5 @@ __all__ = [
     "require_space",
     "resolve_target",
     "target_problems",
+    "with_whole_files",
 ]

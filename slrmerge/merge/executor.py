@@ -1,6 +1,6 @@
 """Carry out a plan: stream every shard into a sibling folder, then swap that in. It takes no decision of its own.
 
-Killed at any moment, the target is absent or as it was; the next run takes up from the shards that were finished.
+Killed at any moment, the target is absent or as it was; the next run takes up from the pieces that were finished.
 """
 
 import os
@@ -9,37 +9,45 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from threading import Event, Lock, local
+from typing import Literal
 
 from slrmerge import files
 from slrmerge.blend import Blender, one_core_per_chunk
 from slrmerge.card import model_card, recipe_as_run
-from slrmerge.checkpoint import CheckpointReader, Extent, open_pair
+from slrmerge.checkpoint import CheckpointReader, Extent
 from slrmerge.errors import CheckpointError, OutputError, Problem, raise_all
+from slrmerge.hub import open_pair
 from slrmerge.manifest import build_manifest
-from slrmerge.merge.journal import Journal, keep_finished
+from slrmerge.merge.journal import Journal, Piece, keep_finished
 from slrmerge.merge.target import require_space, resolve_target, target_problems
-from slrmerge.plan import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, MergePlan, plan_merge
+from slrmerge.plan import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, MergePlan, PlannedShard, plan_merge
 from slrmerge.progress import Progress, Silent, one_at_a_time
 from slrmerge.recipe import Recipe
 from slrmerge.stream import ShardStream, Sources, file_chunks
 from slrmerge.writer import Written, combine, os_errors_at, pieces, write_content, write_piece
 
+Download = Literal["ranges", "full"]
+"""What to fetch of a repository: the ranges that are needed, or the files that they are in."""
+
 _PIECES_PER_SYNC = 8
 """How much of a shard goes to the disk at a time, while more of it is copied: 128 MiB."""
+
+_RANGES_AT_A_TIME = 8
+"""Pieces that are made at a time when their bytes come from the Hub, where waiting is most of the work."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge: the folder, its files with their digests, and how many shards an earlier run had finished."""
+    """A finished merge: the folder, its files with their digests, and how many pieces an earlier run had finished."""
 
     folder: Path
     files: dict[str, Written]
     output_bytes: int
-    resumed_shards: int
+    resumed_pieces: int
     elapsed_s: float
 
 
@@ -49,18 +57,24 @@ def merge_checkpoints(
     *,
     overwrite: bool = False,
     allow_code: bool = False,
+    download: Download = "ranges",
     threads: int | None = None,
     fsync: bool = True,
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge the recipe's two checkpoints into the folder `out`, which appears complete or not at all.
 
-    `overwrite` lets the result take the place of an older checkpoint; `threads` defaults to the cores at hand; without
-    `fsync` a power cut may lose the result. Raises SlrmergeError: RecipeError, CheckpointError, PlanError and
-    OutputError before the first byte is written, NoSpaceError, SourceChangedError and BlendError while it is.
+    `overwrite` lets the result take the place of an older checkpoint. Of repositories on the Hub the needed ranges are
+    streamed, or with `download` "full" the needed files fetched into the Hub's cache before. `threads` defaults to the
+    cores at hand, or to more where bytes come from the Hub; without `fsync` a power cut may lose the result. `name` is
+    where the model card says that the model is. Raises SlrmergeError: RecipeError, CheckpointError, PlanError and
+    OutputError before the first byte is written, NoSpaceError, SourceChangedError, BlendError and HubError while it is.
     """
-    plan = plan_merge(recipe, open_pair(*recipe.source_folders()), allow_code=allow_code)
-    return execute(plan, out, overwrite=overwrite, threads=threads, fsync=fsync, progress=progress)
+    plan = plan_merge(recipe, open_pair(*recipe.sources()), allow_code=allow_code)
+    return execute(
+        plan, out, overwrite=overwrite, download=download, threads=threads, fsync=fsync, name=name, progress=progress
+    )
 
 
 def execute(
@@ -68,8 +82,10 @@ def execute(
     out: Path,
     *,
     overwrite: bool = False,
+    download: Download = "ranges",
     threads: int | None = None,
     fsync: bool = True,
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Write what `plan` says to the folder `out`; see `merge_checkpoints`."""
@@ -83,23 +99,36 @@ def execute(
             if files.recover(target):
                 progress.say(f"brought back {target}, which an interrupted swap had set aside")
             raise_all(target_problems(plan, target, overwrite=overwrite), OutputError)
-            written, resumed = _make(plan, target, threads or available_cores(), fsync=fsync, progress=progress)
+            if download == "full":
+                plan = with_whole_files(plan, progress)
+            threads = threads or (_RANGES_AT_A_TIME if plan.download_bytes else available_cores())
+            written, resumed = _make(plan, target, threads, fsync=fsync, name=name or target.name, progress=progress)
     output_bytes = sum(file.file_bytes for file in written.values())
     return MergeResult(target, written, output_bytes, resumed, time.monotonic() - started)
 
 
+def with_whole_files(plan: MergePlan, progress: Progress) -> MergePlan:
+    """The same plan, with the files that it reads from the Hub fetched into the Hub's cache. Raises HubError."""
+    if not plan.download_bytes:
+        return plan
+    from slrmerge.hub.snapshots import fetch_shards
+
+    pretrained, posttrained = fetch_shards(list(zip(plan.sides, plan.read_files(), strict=True)), progress)
+    return replace(plan, pretrained=pretrained, posttrained=posttrained)
+
+
 def _make(
-    plan: MergePlan, target: Path, threads: int, *, fsync: bool, progress: Progress
+    plan: MergePlan, target: Path, threads: int, *, fsync: bool, name: str, progress: Progress
 ) -> tuple[dict[str, Written], int]:
-    """Fill the staging folder and give it the target's name; what it holds, and how many shards were there already."""
+    """Fill the staging folder and give it the target's name; what it holds, and how many pieces were there already."""
     with CheckpointReader(plan.pretrained) as pre, CheckpointReader(plan.posttrained) as post:
         sources = Sources(pre, post)
         require_sound_bools(plan, sources)
         journal = Journal.open(files.staging_folder(target), plan.fingerprint(), fsync=fsync)
-        with keep_finished(journal, len(plan.shards)):
-            resumed = journal.resume(progress)
-            require_space(plan, target, finished_bytes=sum(file.file_bytes for file in journal.finished.values()))
-            written = _write_files(plan, journal, target, fsync=fsync)
+        with keep_finished(journal, sum(len(list(pieces(shard.file_bytes))) for shard in plan.shards)):
+            resumed = journal.resume(plan.shards, progress)
+            require_space(plan, target, finished_bytes=_finished_bytes(plan, journal))
+            written = _write_files(plan, journal, target, fsync=fsync, name=name)
             _write_shards(plan, sources, journal, threads, fsync=fsync, progress=progress)
             written = _write_manifest(plan, journal, written, fsync=fsync)
             with journal.set_aside():
@@ -144,15 +173,18 @@ def require_sound_bools(plan: MergePlan, sources: Sources) -> None:
 def _write_shards(
     plan: MergePlan, sources: Sources, journal: Journal, threads: int, *, fsync: bool, progress: Progress
 ) -> None:
-    """Write the shards that the journal lacks, piece by piece, `threads` pieces at a time."""
-    waiting = [shard for shard in plan.shards if shard.name not in journal.finished]
-    progress.start("merging", sum(shard.file_bytes for shard in waiting))
+    """Write the pieces that the journal lacks, `threads` of them at a time."""
+    waiting = [
+        shard for shard in plan.shards if any(piece not in journal.finished for piece, _, _ in _pieces_of(shard))
+    ]
+    total = sum(shard.file_bytes for shard in plan.shards) - _finished_bytes(plan, journal)
+    progress.start("downloading and merging" if plan.download_bytes else "merging", total)
     advance = one_at_a_time(progress.advance)
     # Nothing starts before all is queued: a thread that Ctrl-C catches being born is one that no pool waits for.
     go, stop = Event(), Event()
     own = _PerThread()
 
-    def write(shard: _OpenShard, number: int, start: int, end: int) -> None:
+    def write(shard: _OpenShard, piece: Piece, start: int, end: int) -> None:
         go.wait()
         if stop.is_set():
             return
@@ -160,39 +192,43 @@ def _write_shards(
         digest = write_piece(shard.path, start, parts, on_bytes=advance)
         if stop.is_set():
             return
-        if fsync and (number + 1) % _PIECES_PER_SYNC == 0:
-            shard.early_syncs.append(syncing.submit(files.sync_path, shard.path))
-        if shard.is_finished_by(number, digest):
+        journal.record(piece, digest)
+        if fsync and piece[1] % _PIECES_PER_SYNC == _PIECES_PER_SYNC - 1:
+            shard.early_syncs.append(syncing.submit(journal.sync, shard.path.name))
+        if shard.is_last():
             if fsync:
                 for sync in shard.early_syncs:
                     sync.result()  # the system tells of a failed write once only, perhaps to this one
-                files.sync_path(shard.path)
+                journal.sync(shard.path.name)
             sources.check_unchanged()
-            journal.record(shard.path.name, shard.written)
 
     one_core = one_core_per_chunk() if plan.needs_arithmetic else nullcontext()
     with one_core, ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(threads) as pool:
         pending: list[Future[None]] = []
+        failed: list[Future[None]] = []
         try:
             # Neighbouring pieces in the queue belong to different files: threads that share one wait for its lock.
             # So there are never fewer files at a time than threads, unless there are no more.
             groups = max(len(waiting) // threads, 1)
             for group in (waiting[first::groups] for first in range(groups)):
-                opened = [_OpenShard(ShardStream(plan, shard, sources), journal.folder / shard.name) for shard in group]
-                for row in zip_longest(*(enumerate(pieces(shard.file_bytes)) for shard in group)):
-                    for shard, piece in zip(opened, row, strict=True):
-                        if piece is not None:
-                            pending.append(pool.submit(write, shard, piece[0], *piece[1]))
+                missing = [[job for job in _pieces_of(shard) if job[0] not in journal.finished] for shard in group]
+                opened = [
+                    _OpenShard(ShardStream(plan, shard, sources), journal.folder / shard.name, len(jobs))
+                    for shard, jobs in zip(group, missing, strict=True)
+                ]
+                for row in zip_longest(*missing):
+                    pending += [pool.submit(write, shard, *job) for shard, job in zip(opened, row, strict=True) if job]
             go.set()
-            wait(pending, return_when=FIRST_EXCEPTION)
+            done, _ = wait(pending, return_when=FIRST_EXCEPTION)
+            failed = [future for future in pending if future in done and future.exception()]
         finally:
-            if not go.is_set() or not all(future.done() and not future.exception() for future in pending):
+            if failed or not go.is_set() or not all(future.done() for future in pending):
                 stop.set()
                 go.set()
+                sources.give_up()
                 pool.shutdown(cancel_futures=True)
-    for future in pending:
-        if not future.cancelled():
-            future.result()
+    for future in failed:  # what others raised after that came of their being stopped
+        future.result()
 
 
 class _PerThread(local):
@@ -203,25 +239,33 @@ class _PerThread(local):
 
 
 class _OpenShard:
-    """A shard while its pieces are written."""
+    """A shard while the `missing` ones of its pieces are written."""
 
-    def __init__(self, stream: ShardStream, path: Path) -> None:
+    def __init__(self, stream: ShardStream, path: Path, missing: int) -> None:
         self.stream = stream
         self.path = path
         self.early_syncs: list[Future[None]] = []
         self._lock = Lock()
-        self._digests: list[bytes | None] = [None for _ in pieces(stream.shard.file_bytes)]
+        self._missing = missing
         path.touch()
 
-    def is_finished_by(self, number: int, digest: bytes) -> bool:
-        """Note the digest of a piece; whether it was the last one missing."""
+    def is_last(self) -> bool:
+        """Count a piece that was written; whether it was the last one missing."""
         with self._lock:
-            self._digests[number] = digest
-            return None not in self._digests
+            self._missing -= 1
+            return self._missing == 0
 
-    @property
-    def written(self) -> Written:
-        return Written(self.stream.shard.file_bytes, combine(filter(None, self._digests)))
+
+def _pieces_of(shard: PlannedShard) -> Iterator[tuple[Piece, int, int]]:
+    """Each piece of a shard, with the bytes it goes from and to."""
+    for number, (start, stop) in enumerate(pieces(shard.file_bytes)):
+        yield (shard.name, number), start, stop
+
+
+def _finished_bytes(plan: MergePlan, journal: Journal) -> int:
+    """What an earlier run has written of the shards."""
+    jobs = (job for shard in plan.shards for job in _pieces_of(shard))
+    return sum(stop - start for piece, start, stop in jobs if piece in journal.finished)
 
 
 def _until(stop: Event, parts: Iterator[memoryview | Extent]) -> Iterator[memoryview | Extent]:
@@ -231,18 +275,18 @@ def _until(stop: Event, parts: Iterator[memoryview | Extent]) -> Iterator[memory
         yield part
 
 
-def _write_files(plan: MergePlan, journal: Journal, target: Path, *, fsync: bool) -> dict[str, Written]:
+def _write_files(plan: MergePlan, journal: Journal, target: Path, *, fsync: bool, name: str) -> dict[str, Written]:
     """Write everything beside the weights, the manifest excepted."""
     recipe = recipe_as_run(plan, seen_from=target)
-    made = {RECIPE_NAME: recipe, CARD_NAME: model_card(plan, recipe)}
+    made = {RECIPE_NAME: recipe, CARD_NAME: model_card(plan, recipe, name=name)}
     contents = {file.name: b"".join(file_chunks(file)) for file in plan.files} | made
     written: dict[str, Written] = {}
-    for name, content in contents.items():
-        path = journal.folder / name
+    for file, content in contents.items():
+        path = journal.folder / file
         files.create_folder(path.parent, fsync=fsync)
-        written[name] = write_content(path, content, fsync=fsync)
+        written[file] = write_content(path, content, fsync=fsync)
     if fsync:
-        for folder in {(journal.folder / name).parent for name in written}:
+        for folder in {(journal.folder / file).parent for file in written}:
             files.sync_folder(folder)
     return written
 
@@ -251,6 +295,9 @@ def _write_manifest(
     plan: MergePlan, journal: Journal, written: dict[str, Written], *, fsync: bool
 ) -> dict[str, Written]:
     """Write the manifest of what was `written` and of the shards; returns all that the finished folder holds."""
-    written = written | journal.finished
+    written = written | {
+        shard.name: Written(shard.file_bytes, combine(journal.finished[piece] for piece, _, _ in _pieces_of(shard)))
+        for shard in plan.shards
+    }
     manifest = build_manifest(plan, written)
     return written | {MANIFEST_NAME: write_content(journal.folder / MANIFEST_NAME, manifest, fsync=fsync)}

@@ -1,30 +1,34 @@
-"""The staging folder of a merge and its journal: which shards are finished, so that a kill costs one shard."""
+"""The staging folder of a merge and its journal: which pieces of shards are finished, so that a kill costs no more."""
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
 from slrmerge import files
 from slrmerge.errors import BlendError, SourceChangedError, VerificationError
+from slrmerge.plan import PlannedShard
 from slrmerge.progress import Progress
-from slrmerge.writer import Written, digest_file
+from slrmerge.writer import digest_piece, pieces
 
 JOURNAL_NAME = ".slrmerge-journal"
+
+Piece = tuple[str, int]
+"""A shard's name and the number of a piece of it."""
 
 _FOR_GOOD = (SourceChangedError, BlendError, VerificationError)
 """After these the same plan never comes again, so that nothing is worth keeping for it."""
 
 
 class Journal:
-    """A folder that fills with shards; `finished` holds those that are complete.
+    """A folder that fills with shards; `finished` holds the digests of the pieces that are complete.
 
     `published` says that the folder has the target's name, so that nothing is to be kept or cleaned here any more.
     """
 
-    def __init__(self, folder: Path, finished: dict[str, Written], fingerprint: str, *, fsync: bool) -> None:
+    def __init__(self, folder: Path, finished: dict[Piece, bytes], fingerprint: str, *, fsync: bool) -> None:
         self.folder = folder
         self.finished = finished
         self.published = False
@@ -48,32 +52,53 @@ class Journal:
         journal._rewrite()
         return journal
 
-    def resume(self, progress: Progress) -> int:
-        """Keep the finished shards whose digests still match, remove everything else; how many were kept."""
+    def resume(self, shards: Iterable[PlannedShard], progress: Progress) -> int:
+        """Keep the finished pieces whose digests still match, remove everything else; how many were kept."""
         if self.finished:
-            progress.say(f"resuming: checking {len(self.finished)} finished shards in {self.folder}")
-        for name, expected in list(self.finished.items()):
-            path = self.folder / name
-            if not path.exists() or digest_file(path) != expected:
-                del self.finished[name]
+            progress.say(f"resuming: checking {len(self.finished):,} finished pieces in {self.folder}")
+        sound: dict[Piece, bytes] = {}
+        for shard in shards:
+            path = self.folder / shard.name
+            if path.exists() and path.stat().st_size <= shard.file_bytes:
+                for number, (start, stop) in enumerate(pieces(shard.file_bytes)):
+                    digest = self.finished.get((shard.name, number))
+                    if digest is not None and digest_piece(path, start, stop) == digest:
+                        sound[shard.name, number] = digest
+        self.finished = sound
         self.discard_unfinished()
+        if self._fsync:
+            for name in sorted(self._begun()):
+                self.sync(name)
         if self.finished:
-            progress.say(f"resuming: {len(self.finished)} shards are as they should be")
+            progress.say(f"resuming: {len(self.finished):,} pieces are as they should be")
         return len(self.finished)
 
-    def record(self, name: str, written: Written) -> None:
-        """Add a finished shard."""
+    def record(self, piece: Piece, digest: bytes) -> None:
+        """Add a finished piece."""
         with self._lock, open(self.folder / JOURNAL_NAME, "ab", buffering=0) as file:
-            file.write(_line(name, written))
-            if self._fsync:
-                files.sync_file(file.fileno())
-            self.finished[name] = written
+            file.write(_line(piece, digest))
+            self.finished[piece] = digest
+
+    def sync(self, name: str) -> None:
+        """Bring a shard to the disk. Where that fails its pieces are forgotten: the system tells of a lost write once
+        only, and goes on showing what it has not written.
+        """
+        try:
+            files.sync_path(self.folder / name)
+        except OSError:
+            with self._lock:
+                self.finished = {piece: digest for piece, digest in self.finished.items() if piece[0] != name}
+            raise
 
     def discard_unfinished(self) -> None:
-        """Remove everything but finished shards and the journal itself."""
+        """Remove everything but shards with finished pieces and the journal itself."""
+        kept = {JOURNAL_NAME, *self._begun()}
         for path in self.folder.iterdir():
-            if path.name != JOURNAL_NAME and path.name not in self.finished:
+            if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _begun(self) -> set[str]:
+        return {name for name, _ in self.finished}
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -87,26 +112,26 @@ class Journal:
             raise
 
     def _rewrite(self) -> None:
-        lines = [f"{self._fingerprint}\n".encode(), *(_line(name, file) for name, file in self.finished.items())]
+        lines = [f"{self._fingerprint}\n".encode(), *(_line(*entry) for entry in self.finished.items())]
         files.write_file(self.folder / JOURNAL_NAME, b"".join(lines), fsync=self._fsync)
 
 
-def _line(name: str, written: Written) -> bytes:
-    return f"{json.dumps([name, *written])}\n".encode()
+def _line(piece: Piece, digest: bytes) -> bytes:
+    return f"{json.dumps([*piece, digest.hex()])}\n".encode()
 
 
-def _parse(line: bytes) -> tuple[str, Written] | None:
+def _parse(line: bytes) -> tuple[Piece, bytes] | None:
     """A journal's line, or None for one that was cut short by a kill."""
     try:
-        name, file_bytes, digest = json.loads(line)
-    except (ValueError, TypeError):
+        name, number, digest = json.loads(line)
+        return ((name, number), bytes.fromhex(digest)) if (type(name), type(number)) == (str, int) else None
+    except (ValueError, TypeError, RecursionError):
         return None
-    return (name, Written(file_bytes, digest)) if isinstance(name, str) else None
 
 
 @contextmanager
 def keep_finished(journal: Journal, total: int) -> Iterator[None]:
-    """On any failure leave finished shards for the next run, or nothing where there are none, and say so."""
+    """On any failure leave finished pieces for the next run, or nothing where there are none, and say so."""
     try:
         yield
     except BaseException as error:
@@ -116,7 +141,7 @@ def keep_finished(journal: Journal, total: int) -> Iterator[None]:
         if journal.finished and not isinstance(error, _FOR_GOOD):
             journal.discard_unfinished()
             error.add_note(
-                f"{len(journal.finished)} of {total} shards are finished and kept in {journal.folder}; "
+                f"{len(journal.finished):,} of {total:,} pieces are finished and kept in {journal.folder}; "
                 "the same command takes up from there"
             )
         else:

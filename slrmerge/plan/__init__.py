@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from slrmerge.checkpoint import Checkpoint
 from slrmerge.errors import CheckpointError, PlanError, Problem, raise_all
+from slrmerge.plan.findings import PICTURE_NAME, SUMMARY_NAME, Finding, finding_of
 from slrmerge.plan.model import Kind, MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.plan.routes import NO_STACK, route
 from slrmerge.plan.shards import lay_out
-from slrmerge.plan.sidefiles import CARD_NAME, LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, plan_files
+from slrmerge.plan.sidefiles import CARD_NAME, LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, plan_files, side_files
 from slrmerge.plan.summary import Part, summarise_parts
 from slrmerge.plan.tensors import TensorPlanner, plan_choices
 from slrmerge.recipe import Recipe
@@ -17,7 +18,10 @@ __all__ = [
     "LOADED_SUFFIXES",
     "MANIFEST_NAME",
     "NO_STACK",
+    "PICTURE_NAME",
     "RECIPE_NAME",
+    "SUMMARY_NAME",
+    "Finding",
     "Kind",
     "MergePlan",
     "Part",
@@ -28,6 +32,7 @@ __all__ = [
     "plan_choices",
     "plan_merge",
     "route",
+    "side_files",
     "summarise_parts",
 ]
 
@@ -47,19 +52,21 @@ def plan_merge(recipe: Recipe, sides: tuple[Checkpoint, Checkpoint], *, allow_co
     raise_all([*problems, *depth_problems(pretrained, posttrained), *more], PlanError)
     shards = lay_out(tensors, limit_bytes=recipe.max_shard_size)
     try:
-        files, code_notes = plan_files(posttrained, shards, dtype=recipe.dtype, allow_code=allow_code)
+        finding = finding_of(recipe)
+        picture = finding.picture if finding else None
+        files, code_notes = plan_files(posttrained, shards, dtype=recipe.dtype, allow_code=allow_code, picture=picture)
     except OSError as error:
-        where = str(error.filename or posttrained.folder)
+        where = str(error.filename or posttrained)
         raise CheckpointError(Problem(where, f"cannot be read ({error.strerror})")) from error
     notes += [*_config_notes(pretrained, posttrained), *code_notes]
-    return MergePlan(recipe, pretrained, posttrained, shards, tuple(files), tuple(notes), allow_code)
+    return MergePlan(recipe, pretrained, posttrained, shards, tuple(files), tuple(notes), allow_code, finding)
 
 
 def depth_problems(pretrained: Checkpoint, posttrained: Checkpoint) -> Iterator[Problem]:
     """Two models of different depth have no layers in common, whatever the names say."""
     if pretrained.stack and posttrained.stack and pretrained.stack.count != posttrained.stack.count:
         counts = f"{pretrained.stack.count} layers pre-trained and {posttrained.stack.count} post-trained"
-        yield Problem(str(pretrained.folder), f"{counts}: these are two models", "name the model it was trained from")
+        yield Problem(str(pretrained), f"{counts}: these are two models", "name the model it was trained from")
 
 
 def _config_notes(pretrained: Checkpoint, posttrained: Checkpoint) -> Iterator[str]:

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import xxhash
 
 import slrmerge
-from slrmerge.checkpoint import Checkpoint, Identity, TensorInfo, header_bytes
+from slrmerge.checkpoint import Checkpoint, Identity, RemoteFile, TensorInfo, header_bytes
+from slrmerge.plan.findings import Finding
 from slrmerge.recipe import Recipe
 
 Kind = Literal["copy", "cast", "blend"]
@@ -57,7 +58,7 @@ class PlannedFile:
 
     name: str
     file_bytes: int
-    source: Path | None = None
+    source: Path | RemoteFile | None = None
     identity: Identity | None = None
     content: bytes | None = None
 
@@ -67,7 +68,7 @@ class MergePlan:
     """A merge as a value: two checkpoints' headers and a recipe, worked out to every output tensor and file.
 
     `notes` say what a careful person would want to know: casts, differing configs, files left behind. With `allow_code`
-    Python files go along.
+    Python files go along. `finding` is what the search that wrote the recipe found.
     """
 
     recipe: Recipe
@@ -77,6 +78,7 @@ class MergePlan:
     files: tuple[PlannedFile, ...]
     notes: tuple[str, ...]
     allow_code: bool = False
+    finding: Finding | None = None
 
     def tensors(self) -> Iterator[PlannedTensor]:
         for shard in self.shards:
@@ -89,9 +91,38 @@ class MergePlan:
     @property
     def read_bytes(self) -> int:
         """The tensor bytes that are read from both sides."""
-        pre = (tensor.pretrained for tensor in self.tensors() if tensor.pretrained is not None)
-        post = (tensor.posttrained for tensor in self.tensors() if tensor.posttrained is not None)
-        return sum(self.pretrained[name].nbytes for name in pre) + sum(self.posttrained[name].nbytes for name in post)
+        return sum(side[name].nbytes for side, name in self._reads())
+
+    @property
+    def sides(self) -> tuple[Checkpoint, Checkpoint]:
+        return self.pretrained, self.posttrained
+
+    def read_files(self) -> tuple[set[str], set[str]]:
+        """The files that tensors are read from, of the pre-trained side and of the post-trained."""
+        files: tuple[set[str], set[str]] = (set(), set())
+        for side, name in self._reads():
+            files[side is self.posttrained].add(side.weight_map[name])
+        return files
+
+    @property
+    def download_bytes(self) -> int:
+        """What the Hub has to send: the tensors and files that are read and are not on this disk."""
+        tensors = (side[name].nbytes for side, name in self._reads() if side.shards[side.weight_map[name]].remote)
+        return sum(tensors) + sum(file.file_bytes for file in self.files if _is_remote(file))
+
+    @property
+    def whole_download_bytes(self) -> int:
+        """What it would have to send if both checkpoints were fetched whole."""
+        shards = (shard for side in self.sides for shard in side.shards.values() if shard.remote)
+        files = (file.file_bytes for file in self.files if _is_remote(file))
+        return sum(shard.identity.file_bytes for shard in shards) + sum(files)
+
+    def _reads(self) -> Iterator[tuple[Checkpoint, str]]:
+        for tensor in self.tensors():
+            if tensor.pretrained is not None:
+                yield self.pretrained, tensor.pretrained
+            if tensor.posttrained is not None:
+                yield self.posttrained, tensor.posttrained
 
     @property
     def needs_arithmetic(self) -> bool:
@@ -118,9 +149,11 @@ class MergePlan:
         """The whole plan as plain values, for `--json`."""
         return {
             "recipe": self.recipe.to_dict(),
-            "pretrained": str(self.pretrained.folder),
-            "posttrained": str(self.posttrained.folder),
+            "pretrained": str(self.pretrained),
+            "posttrained": str(self.posttrained),
             "read_bytes": self.read_bytes,
+            "download_bytes": self.download_bytes,
+            "whole_download_bytes": self.whole_download_bytes,
             "output_bytes": self.output_bytes,
             "shards": {shard.name: shard.file_bytes for shard in self.shards},
             "files": {file.name: file.file_bytes for file in self.files},
@@ -136,3 +169,7 @@ class MergePlan:
             *(repr(shard.identity) for side in (self.pretrained, self.posttrained) for shard in side.shards.values()),
         ]
         return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
+
+
+def _is_remote(file: PlannedFile) -> bool:
+    return file.source is not None and not isinstance(file.source, Path)

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from slrmerge.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, Identity
+from slrmerge.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, Identity, RemoteFile
+from slrmerge.plan.findings import PICTURE_NAME
 from slrmerge.plan.model import PlannedFile, PlannedShard
 
 COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".spm", ".tiktoken", ".txt", ".vocab", ".bpe"})
@@ -25,21 +26,28 @@ _NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, "adapter_config.
 
 
 def plan_files(
-    posttrained: Checkpoint, shards: tuple[PlannedShard, ...], *, dtype: str | None, allow_code: bool
+    posttrained: Checkpoint,
+    shards: tuple[PlannedShard, ...],
+    *,
+    dtype: str | None,
+    allow_code: bool,
+    picture: Path | None = None,
 ) -> tuple[list[PlannedFile], list[str]]:
-    """The files to write beside `shards`, and notes on code that goes along or stays behind."""
+    """The files to write beside `shards`, and notes on code that goes along or stays behind. `picture` goes along."""
     files: list[PlannedFile] = []
-    code: list[str] = []
-    for path, name in _candidates(posttrained.folder):
-        if path.suffix == ".py":
-            code.append(name)
+    code: list[PlannedFile] = []
+    for name, source in side_files(posttrained):
+        if Path(name).suffix == ".py":
+            code.append(_copy_of(source, name))
         elif name == CONFIG_NAME and dtype:
             content = _dump(_with_dtype(posttrained.config, dtype))
             files.append(PlannedFile(name, len(content), content=content))
-        elif _is_copied(path):
-            files.append(_copy_of(path, name))
-    if code and allow_code:
-        files += [_copy_of(posttrained.folder / name, name) for name in code]
+        else:
+            files.append(_copy_of(source, name))
+    if allow_code:
+        files += code
+    if picture is not None:
+        files.append(_copy_of(picture, PICTURE_NAME))
     if len(shards) > 1:
         index = _dump(
             {
@@ -48,23 +56,36 @@ def plan_files(
             }
         )
         files.append(PlannedFile(INDEX_NAME, len(index), content=index))
-    return sorted(files, key=lambda file: file.name), _code_notes(code, posttrained, allow_code=allow_code)
+    names = [file.name for file in code]
+    return sorted(files, key=lambda file: file.name), _code_notes(names, posttrained, allow_code=allow_code)
 
 
-def _copy_of(path: Path, name: str) -> PlannedFile:
-    identity = Identity.of(path.stat())
-    return PlannedFile(name, identity.file_bytes, source=path, identity=identity)
+def side_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path | RemoteFile]]:
+    """What belongs to a model beside its weights, code included, with where it is."""
+    here = dict(_files_in(checkpoint.folder))
+    elsewhere = checkpoint.snapshot.files if checkpoint.snapshot else {}
+    for name in sorted({**here, **elsewhere}):
+        path = PurePosixPath(name)
+        if str(path.parent) in (".", *CHAT_TEMPLATE_FOLDERS) and (path.suffix == ".py" or _is_copied(path)):
+            yield name, here.get(name) or elsewhere[name]
 
 
-def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(folder.iterdir()):
+def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in folder.iterdir():
         if path.is_file():
-            yield path, path.name
+            yield path.name, path
         elif path.is_dir() and path.name in CHAT_TEMPLATE_FOLDERS:
-            yield from ((inner, f"{path.name}/{inner.name}") for inner in sorted(path.iterdir()) if inner.is_file())
+            yield from ((f"{path.name}/{inner.name}", inner) for inner in path.iterdir() if inner.is_file())
 
 
-def _is_copied(path: Path) -> bool:
+def _copy_of(source: Path | RemoteFile, name: str) -> PlannedFile:
+    if not isinstance(source, Path):
+        return PlannedFile(name, source.file_bytes, source=source)
+    identity = Identity.of(source.stat())
+    return PlannedFile(name, identity.file_bytes, source=source, identity=identity)
+
+
+def _is_copied(path: PurePath) -> bool:
     if path.name in _NOT_COPIED or path.name.startswith(".") or path.name.endswith(".index.json"):
         return False
     return path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_STEMS)

@@ -119,7 +119,7 @@ def _modules(space: str, checkpoint: Checkpoint, layers: int, *, known: tuple[st
     module = next((name for name in known if name in present), None)
     if module is None:
         what = f"has no module called {' or '.join(known)} in its layers"
-        raise PlanError(Problem(str(checkpoint.folder), what, f"leave out --space {space}"))
+        raise PlanError(Problem(str(checkpoint), what, f"leave out --space {space}"))
     for interval in intervals(checkpoint, layers):
         rule = {"range": [interval.start, interval.end], "modules": [module], "alpha": 1.0}
         label = f"{interval.label}, {module} only"

@@ -15,12 +15,13 @@ import slrmerge
 from slrmerge.crc import Scores
 from slrmerge.errors import OutputError, Problem
 from slrmerge.files import replace_file
+from slrmerge.plan import SUMMARY_NAME
 from slrmerge.plots import PICTURES
 from slrmerge.search.candidates import Candidate, recipe_of
 from slrmerge.search.choose import Choice, Row, choose, conditions, interval_space, may_be_better
 from slrmerge.writer import output_error
 
-TABLE, SUMMARY, PROMPTS = "results.csv", "summary.json", "prompts.npz"
+TABLE, PROMPTS = "results.csv", "prompts.npz"
 RECIPES = {"slr": "slr.yaml", "soup": "soup.yaml", "early": "early.yaml", "late": "late.yaml"}
 
 _COLUMNS = (
@@ -109,7 +110,7 @@ def write_report(folder: Path, report: Report) -> None:
             (folder / file).unlink(missing_ok=True)
         else:
             _write(folder / file, _recipe(report, name, row))
-    _write(folder / SUMMARY, json.dumps(report.summary(), indent=2, ensure_ascii=False).encode() + b"\n")
+    _write(folder / SUMMARY_NAME, json.dumps(report.summary(), indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def write_prompts(path: Path, rows: Sequence[Row], questions: Sequence[str], scores: Scores) -> None:
@@ -125,7 +126,7 @@ def write_prompts(path: Path, rows: Sequence[Row], questions: Sequence[str], sco
 def read_report(folder: Path) -> Report:
     """What `write_report` wrote, its choice as it was. Raises OutputError where it is not there or not whole."""
     try:
-        summary = json.loads((folder / SUMMARY).read_bytes())
+        summary = json.loads((folder / SUMMARY_NAME).read_bytes())
         with open(folder / TABLE, encoding="utf-8", newline="") as file:
             rows = tuple(map(_row, csv.DictReader(file)))
         if strange := {conditions(row) for row in rows} - summary["post_quality"].keys():
@@ -146,10 +147,10 @@ def read_report(folder: Path) -> Report:
 def no_mere_results(folder: Path) -> str | None:
     """Why a folder is more or less than a search's results; nothing else is ever replaced by them."""
     names = {path.name for path in folder.iterdir()}
-    if SUMMARY not in names or TABLE not in names:
+    if SUMMARY_NAME not in names or TABLE not in names:
         return "does not hold the results of a search"
     others = sorted(
-        {name.removesuffix(".new") for name in names} - {SUMMARY, TABLE, PROMPTS, *RECIPES.values(), *PICTURES}
+        {name.removesuffix(".new") for name in names} - {SUMMARY_NAME, TABLE, PROMPTS, *RECIPES.values(), *PICTURES}
     )
     return f"holds more than the results of a search ({', '.join(others)})" if others else None
 

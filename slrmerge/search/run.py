@@ -2,20 +2,20 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
 
 from slrmerge import files
 from slrmerge.chat import tokenise
-from slrmerge.checkpoint import open_pair
+from slrmerge.checkpoint import Checkpoint
 from slrmerge.crc import TASKS, Scores
 from slrmerge.errors import (
     NoSpaceError,
@@ -27,11 +27,13 @@ from slrmerge.errors import (
     raise_all,
     require_extra,
 )
+from slrmerge.hub import open_pair
 from slrmerge.merge import folder_problems, free_bytes, resolve_target
-from slrmerge.plan import NO_STACK, depth_problems
+from slrmerge.plan import NO_STACK, depth_problems, side_files
 from slrmerge.plots import draw_report
 from slrmerge.progress import Progress, Silent
-from slrmerge.recipe import Recipe
+from slrmerge.recipe import Recipe, Side
+from slrmerge.repository import Source
 from slrmerge.search.candidates import SPACES, ends, from_recipe
 from slrmerge.search.choose import MIN_QUALITY, Row, choose, conditions, judge, leaders
 from slrmerge.search.estimate import Estimate, estimate
@@ -84,31 +86,37 @@ class Search:
         if options.threads:
             torch.set_num_threads(options.threads)
         self.recipe, self.options = recipe, options
-        pretrained, posttrained = open_pair(*recipe.source_folders())
+        pretrained, posttrained = open_pair(*recipe.sources())
         raise_all(depth_problems(pretrained, posttrained), PlanError)
         if posttrained.stack is None:
-            raise PlanError(Problem(str(posttrained.folder), NO_STACK))
+            raise PlanError(Problem(str(posttrained), NO_STACK))
         self.layers = posttrained.stack.count
         self.task = TASKS[options.task]()
         self.questions = self.task.questions()
+        for _, file in side_files(posttrained):
+            if not isinstance(file, Path):
+                file.fetch()
         self.prompts = tokenise(self.questions, posttrained.folder)
         self.candidates = [*ends(posttrained, self.layers)]
         for space in options.spaces:
             self.candidates += SPACES[space](posttrained, self.layers)
         if recipe.has_rules:
             self.candidates.append(from_recipe(recipe, "the recipe's own", posttrained))
-        raise_all(_other_pairs(recipe, options), PlanError)
+        raise_all(_other_pairs((pretrained, posttrained), options), PlanError)
         self.candidates += [from_recipe(other, label, posttrained) for label, other in options.also]
         big = posttrained.parameters >= BIG_PARAMETERS
         self.dtype: torch.dtype = getattr(torch, options.dtype or ("bfloat16" if big else "float32"))
-        device = torch.device(options.device)
-        self._sweeper = PairSweeper(pretrained, posttrained, output_dtype=recipe.dtype, device=device)
+        self._sweeper = self._sweeper_of(pretrained, posttrained)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._sweeper.__exit__()
+
+    def _sweeper_of(self, pretrained: Checkpoint, posttrained: Checkpoint) -> PairSweeper:
+        device = torch.device(self.options.device)
+        return PairSweeper(pretrained, posttrained, output_dtype=self.recipe.dtype, device=device)
 
     def estimate(self) -> Estimate:
         """What the first pass costs, from shapes and a matrix product measured here; reads no weights."""
@@ -160,6 +168,7 @@ class Search:
 
     def _search(self, target: Path, started: float, progress: Progress) -> Report:
         staging = files.staging_folder(target)
+        self._fetch_weights(progress)
         post = self.candidates[0]
         first = self._first_pass
         progress.say(f"checking that {self._sweeper.model(torch.float32).name} answers in a sweep as it does by itself")
@@ -167,7 +176,7 @@ class Search:
         rows, scores = self._pass(first, target, progress)
         if not rows[0].quality > 0:
             what = "gives no valid answer any probability, so there is nothing to hold hybrids against"
-            raise UnsupportedModelError(Problem(str(self._sweeper.posttrained.folder), what, "name an instruct model"))
+            raise UnsupportedModelError(Problem(str(self._sweeper.posttrained), what, "name an instruct model"))
         notes: list[str] = []
         post_quality = {conditions(rows[0]): rows[0].quality}
         if not rows[0].exact:
@@ -199,6 +208,16 @@ class Search:
         write_report(staging, report)
         draw_report(staging, report)
         return report
+
+    def _fetch_weights(self, progress: Progress) -> None:
+        """Bring to this disk what is still on the Hub: a search reads every layer, more than once."""
+        sides = (self._sweeper.pretrained, self._sweeper.posttrained)
+        if any(shard.remote for side in sides for shard in side.shards.values()):
+            from slrmerge.hub.snapshots import fetch_shards
+
+            fetched = fetch_shards([(side, side.shards) for side in sides], progress)
+            self._sweeper.__exit__()
+            self._sweeper = self._sweeper_of(*fetched)
 
     def _pass(self, wanted: Pass, target: Path, progress: Progress) -> tuple[list[Row], Scores]:
         """Score a pass's candidates; scores have a column for every prompt, NaN where it was not asked."""
@@ -245,13 +264,16 @@ class Search:
             remedy = "choose --out on another disk" + (", or --no-resume to keep none" if fits else "")
             raise NoSpaceError(Problem(str(target), what, remedy))
 
-    def _said(self, side: Literal["pretrained", "posttrained"], target: Path) -> str:
-        """A side as a recipe in `target` has to name it: as it was written, or from there where that was relative."""
+    def _said(self, side: Side, target: Path) -> str:
+        """A side as a recipe in `target` has to name it: as it was written, or from there where that was relative; a
+        repository at the commit that was searched."""
+        checkpoint: Checkpoint = getattr(self._sweeper, side)
+        if checkpoint.snapshot:
+            return str(checkpoint.snapshot.pinned)
         written: str = getattr(self.recipe, side)
-        folder = self.recipe.source_folder(side)
-        return (
-            written if Path(written).expanduser().is_absolute() else os.path.relpath(os.path.realpath(folder), target)
-        )
+        if Path(written).expanduser().is_absolute():
+            return written
+        return os.path.relpath(os.path.realpath(checkpoint.folder), target)
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -266,14 +288,20 @@ def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _other_pairs(recipe: Recipe, options: SearchOptions) -> Iterator[Problem]:
+def _other_pairs(sides: Sequence[Checkpoint], options: SearchOptions) -> Iterator[Problem]:
     """Recipes to be tried besides that are for other checkpoints."""
-    sides: tuple[Literal["pretrained", "posttrained"], ...] = ("pretrained", "posttrained")
+    names: tuple[Side, Side] = ("pretrained", "posttrained")
     for label, other in options.also:
-        for side in sides:
-            if os.path.realpath(other.source_folder(side)) != os.path.realpath(recipe.source_folder(side)):
+        for side, checkpoint in zip(names, sides, strict=True):
+            if not _is_at(checkpoint, other.source(side)):
                 what = f"names {getattr(other, side)}, which is not the {side} side of this search"
                 yield Problem(f"{label}: $.{side}", what, "try only recipes for the same two checkpoints")
+
+
+def _is_at(checkpoint: Checkpoint, source: Source) -> bool:
+    if checkpoint.snapshot:
+        return source in (checkpoint.snapshot.repository, checkpoint.snapshot.pinned)
+    return isinstance(source, Path) and os.path.realpath(source) == os.path.realpath(checkpoint.folder)
 
 
 def device_problem(device: str) -> str | None:

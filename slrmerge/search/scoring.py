@@ -88,7 +88,7 @@ class PairSweeper:
         with self._sweep(wanted) as sweep:
             swept = sweep.run(StateStore(None, max_bytes=0, fingerprint=""), Silent())
             model = self.model(torch.float32)
-            require_agreement(sweep.ordinary(), swept, where=str(self.posttrained.folder), model=model.name)
+            require_agreement(sweep.ordinary(), swept, where=str(self.posttrained), model=model.name)
 
     def run(self, wanted: Pass, folder: Path | None, *, max_bytes: int, progress: Progress) -> NDArray[np.float64]:
         """Log-probabilities of the valid answers, shape (candidates, prompts, answers), NaN past a prompt's own.

@@ -24,7 +24,7 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype, attenti
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = str(checkpoint.folder)
+    where = str(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
@@ -76,7 +76,7 @@ def _refusals(config: Any) -> Iterator[str]:
 def _parameter_problems(checkpoint: Checkpoint, model: Any) -> Iterator[Problem]:
     kind = type(model).__name__
     if model.get_input_embeddings() is None or model.get_output_embeddings() is None:
-        yield Problem(str(checkpoint.folder), f"{kind} has no embedding or no head", REMEDY)
+        yield Problem(str(checkpoint), f"{kind} has no embedding or no head", REMEDY)
         return
     skip = {head_name(model)} if is_tied(checkpoint, model) else set()
     strange = [
@@ -86,14 +86,12 @@ def _parameter_problems(checkpoint: Checkpoint, model: Any) -> Iterator[Problem]
         if name not in skip and not (name in checkpoint and checkpoint[name].shape == tuple(parameter.shape))
     ]
     for what in strange[:3]:
-        yield Problem(str(checkpoint.folder), what, REMEDY)
+        yield Problem(str(checkpoint), what, REMEDY)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if kept := sorted(name for name in model.state_dict() if name in checkpoint and name not in parameters):
-        yield Problem(
-            str(checkpoint.folder), f"{kind} keeps {kept[0]} as a buffer, which a sweep does not load", REMEDY
-        )
+        yield Problem(str(checkpoint), f"{kind} keeps {kept[0]} as a buffer, which a sweep does not load", REMEDY)
     if len(strange) > 3:
-        yield Problem(str(checkpoint.folder), f"and {len(strange) - 3} more")
+        yield Problem(str(checkpoint), f"and {len(strange) - 3} more")
 
 
 @contextmanager

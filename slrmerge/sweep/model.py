@@ -48,7 +48,7 @@ class StagedModel:
 
         AttentionInterface.register(NAME, trie_attention)
         self.dtype, self.device = dtype, device
-        self._where = str(checkpoint.folder)
+        self._where = str(checkpoint)
         self._model = model_without_weights(checkpoint, dtype=dtype, attention=NAME)
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):

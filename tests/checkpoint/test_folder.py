@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from slrmerge.checkpoint import LayerStack, TensorInfo, header_bytes, open_checkpoint, open_pair, read_shard
+from slrmerge.checkpoint import LayerStack, TensorInfo, header_bytes, read_shard
 from slrmerge.errors import CheckpointError
+from slrmerge.hub import open_checkpoint, open_pair
 from tests.checkpoint import locked
 from tests.checkpoints import (
     llama_config,

@@ -1,6 +1,9 @@
 """Whatever the command line is given, it ends in words and an exit code, never in a traceback."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +62,8 @@ BAD: dict[str, tuple[Callable[[Pair], list[object]], int]] = {
     "an unknown key": (bad_recipe(restor=[2, 3]), 3),
     "a bad size": (lambda pair: [pair.recipe_file(alpha=0.5), "--out", pair.out, "--max-shard-size", "big"], 3),
     "a bad dtype": (lambda pair: [pair.recipe_file(alpha=0.5), "--out", pair.out, "--dtype", "int8"], 2),
-    "a Hub repo": (bad_recipe(pretrained="meta-llama/Llama-3.1-8B", alpha=0.5), 3),
+    "one Hub repo for both sides": (bad_recipe(pretrained="org/model", posttrained="org/model", alpha=0.5), 3),
+    "a download of some other kind": (lambda pair: [pair.recipe_file(alpha=0.5), "--download", "all"], 2),
     "a missing side": (bad_recipe(pretrained="./nowhere", alpha=0.5), 4),
     "a missing side above": (bad_recipe(pretrained="../nowhere", alpha=0.5), 4),
     "a side with a long name": (bad_recipe(pretrained="x" * 300, alpha=0.5), 4),
@@ -96,6 +100,47 @@ def test_bad_input_ends_in_words_and_an_exit_code(pair: Pair, case: str, more: l
         assert not more or json.loads(result.stdout)["problems"]
         assert more or result.stdout == ""
     assert not pair.out.exists() or not any(pair.out.iterdir())
+
+
+def merge_from_the_hub(pair: Pair) -> list[object]:
+    return [pair.recipe_file(pretrained="org/base@v1", posttrained="./post", alpha=0.5), "--out", pair.out]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "repository", "command"),
+    [
+        (merge_from_the_hub, "org/base@v1", "hf download org/base --revision v1"),
+        (lambda pair: ["inspect", "org/chat"], "org/chat", "hf download org/chat"),
+        (lambda pair: ["diff", pair.folder / "pre", "org/chat"], "org/chat", "hf download org/chat"),
+    ],
+    ids=["merge", "inspect", "diff"],
+)
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_hub_repo_without_a_network_gets_the_command_that_fetches_it(
+    pair: Pair, arguments: Callable[[Pair], list[object]], repository: str, command: str, more: list[str]
+) -> None:
+    body = "import sys; from slrmerge.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", body, *map(str, [*arguments(pair), *more])],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(pair.folder / "nothing")},
+    )
+    what = "is not whole in the Hub's cache, and HF_HUB_OFFLINE is set"
+    remedy = f"fetch it where there is a network: {command}"
+    assert done.returncode == 14
+    assert done.stderr == f"error: the Hub did not give what was asked\n  {repository}: {what}; {remedy}\n"
+    if more:
+        assert json.loads(done.stdout) == {
+            "error": "HubError",
+            "summary": "the Hub did not give what was asked",
+            "problems": [{"where": repository, "what": what, "remedy": remedy}],
+            "notes": [],
+        }
+    else:
+        assert done.stdout == ""
+    assert not pair.out.exists()
 
 
 def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:

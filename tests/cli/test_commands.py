@@ -155,10 +155,19 @@ def test_merge_prints_its_result_as_json(pair: Pair) -> None:
     assert value == {
         "out": str(pair.out),
         "output_bytes": sum(map(len, written.values())),
-        "resumed_shards": 0,
+        "resumed_pieces": 0,
         "notes": ["code left behind: code.py; --allow-code copies it"],
     }
     assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_how_to_download_makes_no_difference_to_folders(pair: Pair) -> None:
+    written = []
+    for download in ("ranges", "full"):
+        result = run(pair.recipe_file(restore=[2, 3]), "--out", pair.out, "--overwrite", "--download", download)
+        assert (result.exit_code, result.stderr) == (0, "")
+        written.append(snapshot(pair.out))
+    assert written[0] == written[1] is not None
 
 
 @pytest.mark.parametrize("command", [["plan"], ["merge", "--dry-run"]])
@@ -172,11 +181,14 @@ def test_plan_prints_every_tensor_as_json(pair: Pair, command: list[str], out: b
     }
     assert value["shards"].keys() == {"model.safetensors"}
     assert value["read_bytes"] == sum(len(tensor.data) for tensor in pair.post.values())
+    assert (value["download_bytes"], value["whole_download_bytes"]) == (0, 0)  # both sides are folders
+    assert (value["pretrained"], value["posttrained"]) == (str(pair.folder / "pre"), str(pair.folder / "post"))
     assert (value.get("out"), "free_bytes" in value) == (str(pair.out) if out else None, out)
 
 
-def test_verify_prints_its_report_as_json(hybrid: Pair) -> None:
-    value = json.loads(run("verify", hybrid.out, "--json").stdout)
+@pytest.mark.parametrize("full", [[], ["--full"]])
+def test_verify_prints_its_report_as_json(hybrid: Pair, full: list[str]) -> None:
+    value = json.loads(run("verify", hybrid.out, "--json", *full).stdout)
     assert value.pop("checked_bytes") > 5000
     assert value == {
         "folder": str(hybrid.out),
@@ -189,6 +201,7 @@ def test_verify_prints_its_report_as_json(hybrid: Pair) -> None:
 
 def test_inspect_prints_headers_as_json(pair: Pair) -> None:
     value = json.loads(run("inspect", pair.folder / "post", "--json").stdout)
+    assert value["checkpoint"] == value["folder"] == str(pair.folder / "post")
     assert (value["layers"], value["layer_prefix"], value["architecture"]) == (6, "model.layers", "LlamaForCausalLM")
     assert value["bytes_by_dtype"] == {"BF16": value["total_bytes"]}
     assert value["tensors"]["model.norm.weight"] == {

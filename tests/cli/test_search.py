@@ -381,7 +381,7 @@ def test_bad_input_ends_in_words_and_an_exit_code(pair: Pair, case: str, more: l
         (["search", "x.yaml", "--min-quality", "2"], "2.0 is not in the range 0<=x<=1."),
         (["search", "x.yaml", "--max-memory", "lots"],
          "'lots' is not a size; write a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB"),
-        (["diff", "a", "b", "c"], "give one recipe, or the pre-trained and the post-trained folder"),
+        (["diff", "a", "b", "c"], "give one recipe, or the pre-trained and the post-trained checkpoint"),
     ],
 )  # fmt: skip
 def test_usage_errors_say_what_is_known(arguments: list[str], said: str) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any, TypedDict
 
-from slrmerge import MergePlan, execute, load_recipe, plan_merge
+from slrmerge import MergePlan, execute, load_recipe, plan_merge, writer
 from slrmerge import files as durable
-from slrmerge.checkpoint import open_pair
+from slrmerge.hub import open_pair
 
 ROOT = Path(__file__).parents[2]
 OLD = {"config.json": b"{}", "model.safetensors": b"old weights", "chat_templates/more.jinja": b"old too"}
@@ -160,7 +160,7 @@ def kill_everywhere(plan: MergePlan, out: Path, *, overwrite: bool, exchange: bo
         recorder = Recorder()
         again = execute(plan, out, overwrite=overwrite or left != "absent", fsync=False, progress=recorder)
         yield Row(
-            at=at, left=left, journaled=journaled, resumed=again.resumed_shards, said=recorder.said, then=state(),
+            at=at, left=left, journaled=journaled, resumed=again.resumed_pieces, said=recorder.said, then=state(),
             leftovers=leftovers(out),
         )  # fmt: skip
 
@@ -232,6 +232,8 @@ if __name__ == "__main__":
         main(words[1:])
     else:
         recipe = load_recipe(Path(words[0]))
-        made = plan_merge(recipe, open_pair(*recipe.source_folders()))
+        made = plan_merge(recipe, open_pair(*recipe.sources()))
+        if "pieces" in command:
+            writer.PIECE_BYTES = 1024  # of shards of some 2,000 bytes
         rows = kill_everywhere(made, Path(words[1]), overwrite="overwrite" in command, exchange="swap" in command)
         json.dump(list(rows), sys.stdout)

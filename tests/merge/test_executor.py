@@ -113,7 +113,7 @@ def test_the_result_says_what_is_on_the_disk(pair: Pair) -> None:
     digests = {name: (len(raw), f"xxh3_128:{xxhash.xxh3_128_hexdigest(once[name])}") for name, raw in written.items()}
     assert result.files == digests
     assert result.output_bytes == sum(map(len, written.values()))
-    assert (result.folder, result.resumed_shards) == (pair.out, 0)
+    assert (result.folder, result.resumed_pieces) == (pair.out, 0)
     weights = sum(shard.file_bytes for shard in plan.shards)
     assert (recorder.started, recorder.advanced, recorder.said) == ([("merging", weights)], weights, [])
     assert leftovers(pair.out) == []
@@ -139,21 +139,25 @@ def test_the_recipe_as_run_carries_what_the_command_line_changed(pair: Pair) -> 
     }
 
 
-def test_the_model_card_links_both_parents_and_says_what_was_done(pair: Pair) -> None:
+def test_the_model_card_hands_the_licence_on_and_says_what_was_done(pair: Pair) -> None:
     theirs = "---\nlicense: llama3.1\nlanguage: [en]\ntags: [theirs]\n---\n# theirs\n"
     write_files(pair.folder / "post", {"README.md": theirs.encode()})
     execute(pair.plan(restore=[2, 3]), pair.out)
     _, front, body = (pair.out / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": ["pre", "post"],
-        "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "slrmerge", "selective-layer-restoration"],
         "license": "llama3.1",
         "language": ["en"],
     }
     assert "- layers 2–3, 2 of 6: pre-trained (10 tensors)\n" in body
+    assert 'chat = pipeline("text-generation", model="hybrid")\n' in body
     assert f"```yaml\n{(pair.out / 'slrmerge.yaml').read_text()}```\n" in body
+
+
+def test_the_model_card_says_where_the_model_is_to_be_loaded_from(pair: Pair) -> None:
+    merge_checkpoints(pair.recipe(restore=[2, 3]), pair.out, name="me/hybrid")
+    assert 'chat = pipeline("text-generation", model="me/hybrid")\n' in (pair.out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])

@@ -3,10 +3,8 @@
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,22 +35,23 @@ def kills(pair: Pair, mode: str) -> list[Row]:
 
 @needs_fork
 @pytest.mark.parametrize(
-    ("mode", "states", "brought_back"),
+    ("mode", "pieces", "states", "brought_back"),
     [
-        ("fresh", {"absent", "new"}, 0),
-        ("overwrite-swap", {"old", "new"}, 0),
-        ("overwrite", {"old", "absent", "new"}, 1),  # where two names cannot be exchanged in one step
+        ("fresh", 3, {"absent", "new"}, 0),
+        ("fresh-pieces", 9, {"absent", "new"}, 0),  # of which each shard has several
+        ("overwrite-swap", 3, {"old", "new"}, 0),
+        ("overwrite", 3, {"old", "absent", "new"}, 1),  # where two names cannot be exchanged in one step
     ],
 )
 def test_a_merge_killed_before_any_step_leaves_the_target_whole_and_the_next_run_completes(
-    pair: Pair, mode: str, states: set[str], brought_back: int
+    pair: Pair, mode: str, pieces: int, states: set[str], brought_back: int
 ) -> None:
     rows = kills(pair, mode)
     assert len(rows) > 40
     assert {row["left"] for row in rows} == states
     assert [row for row in rows if row["then"] != "new" or row["leftovers"]] == []
     assert [row for row in rows if row["resumed"] != row["journaled"]] == []
-    assert {row["resumed"] for row in rows} == {0, 1, 2, 3}
+    assert {row["resumed"] for row in rows} == {*range(pieces + 1)}
     mended = f"brought back {pair.out}, which an interrupted swap had set aside"
     assert [mended in row["said"] for row in rows].count(True) == brought_back
 
@@ -93,14 +92,14 @@ def test_ctrl_c_stops_at_once_and_says_what_is_kept(pair: Pair, chunk: int, fini
     recipe = pair.recipe_file(restore=[2, 3], max_shard_size="2KB")
     done = driver("interrupt", chunk, recipe, "--out", pair.out, "--threads", 1)
     kept = (
-        f"{finished} of 3 shards are finished and kept in {files.staging_folder(pair.out)}; "
+        f"{finished} of 3 pieces are finished and kept in {files.staging_folder(pair.out)}; "
         "the same command takes up from there"
     )
     assert done.stderr == f"\nstopped: {kept if finished else 'nothing was written'}\n"
     assert (done.returncode, done.stdout) == (130, "")
     assert not pair.out.exists()
     assert leftovers(pair.out) == ([files.staging_folder(pair.out).name] if finished else [])
-    assert execute(pair.plan(restore=[2, 3], max_shard_size="2KB"), pair.out).resumed_shards == finished
+    assert execute(pair.plan(restore=[2, 3], max_shard_size="2KB"), pair.out).resumed_pieces == finished
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(errno.EPERM, "Operation not permitted")])
@@ -115,7 +114,7 @@ def test_a_merge_that_could_not_take_its_name_is_not_done_again(
         patch.setattr(files, "publish", failing)
         with pytest.raises((KeyboardInterrupt, SlrmergeError)):
             execute(plan, pair.out)
-    assert execute(plan, pair.out).resumed_shards == 3
+    assert execute(plan, pair.out).resumed_pieces == 3
 
 
 def test_ctrl_c_after_the_target_appeared_does_not_say_that_nothing_was_written(
@@ -161,7 +160,7 @@ def test_a_full_disk_is_said_with_what_is_kept_and_the_next_run_takes_up(
     assert result.stderr.splitlines() == [
         "error: not enough disk space",
         f"  {staging}/model-00003-of-00003.safetensors: {FULL}",
-        f"  2 of 3 shards are finished and kept in {staging}; the same command takes up from there",
+        f"  2 of 3 pieces are finished and kept in {staging}; the same command takes up from there",
     ]
     assert (result.exit_code, result.stdout) == (7, "")
     assert sorted(path.name for path in staging.glob("*.safetensors")) == [
@@ -172,8 +171,8 @@ def test_a_full_disk_is_said_with_what_is_kept_and_the_next_run_takes_up(
     again = run(recipe, "--out", pair.out)
     assert again.exit_code == 0
     assert again.stderr.splitlines() == [
-        f"resuming: checking 2 finished shards in {staging}",
-        "resuming: 2 shards are as they should be",
+        f"resuming: checking 2 finished pieces in {staging}",
+        "resuming: 2 pieces are as they should be",
     ]
 
 
@@ -206,21 +205,6 @@ def test_a_write_that_fails_while_more_is_copied_is_not_forgotten(pair: Pair, mo
     assert leftovers(pair.out) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 128 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("no mount here")
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no file system may be mounted: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_disk_that_really_fills_up_keeps_the_finished_shards(pair: Pair, small_disk: Path) -> None:
     plan, out, ballast = pair.plan(restore=[2, 3], max_shard_size="2KB"), small_disk / "hybrid", small_disk / "ballast"
 
@@ -236,7 +220,7 @@ def test_a_disk_that_really_fills_up_keeps_the_finished_shards(pair: Pair, small
     with pytest.raises(NoSpaceError):
         execute(plan, out)
     ballast.unlink()
-    assert execute(plan, out).resumed_shards == 2
+    assert execute(plan, out).resumed_pieces == 2
     assert leftovers(out) == []
 
 

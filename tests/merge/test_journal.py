@@ -2,19 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import xxhash
 
-from slrmerge import execute, files
+from slrmerge import MergePlan, execute, files, verify_checkpoint
+from slrmerge.checkpoint import Extent
 from slrmerge.errors import BusyError
+from slrmerge.merge import executor
 from slrmerge.merge.journal import JOURNAL_NAME, Journal
-from slrmerge.writer import Written
+from slrmerge.merge.target import require_space
+from slrmerge.writer import write_piece
 from tests.checkpoints import llama_tensors, read_back, safetensors_bytes
 from tests.cli import run
 from tests.conftest import Pair
-from tests.merge.faults import Recorder, Stop, harm, leftovers, stop, tree
+from tests.merge.faults import Recorder, Stop, harm, leftovers, snapshot, stop, tree
 
 
 def stopped(pair: Pair, at: int = 8) -> Path:
@@ -31,11 +37,11 @@ def test_a_resumed_merge_writes_only_what_is_missing_and_gives_the_same_files(pa
     staging, recorder = stopped(pair), Recorder()
     result = execute(plan, pair.out, progress=recorder)
     assert recorder.said == [
-        f"resuming: checking 2 finished shards in {staging}",
-        "resuming: 2 shards are as they should be",
+        f"resuming: checking 2 finished pieces in {staging}",
+        "resuming: 2 pieces are as they should be",
     ]
     assert recorder.started == [("merging", plan.shards[2].file_bytes)]
-    assert (result.resumed_shards, result.files) == (2, undisturbed)
+    assert (result.resumed_pieces, result.files) == (2, undisturbed)
 
 
 @pytest.mark.parametrize("fault", ["edited", "truncated", "grown", "deleted"])
@@ -43,8 +49,8 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_made_again(pair: Pair, f
     staging, recorder = stopped(pair), Recorder()
     harm(staging / "model-00001-of-00003.safetensors", fault)
     result = execute(pair.plan(restore=[2, 3], max_shard_size="2KB"), pair.out, progress=recorder)
-    assert result.resumed_shards == 1
-    assert recorder.said[1:] == ["resuming: 1 shards are as they should be"]
+    assert result.resumed_pieces == 1
+    assert recorder.said[1:] == ["resuming: 1 pieces are as they should be"]
     layers = {f".{k}." for k in (2, 3)}
     expected = {n: (pair.pre if any(k in n for k in layers) else pair.post)[n] for n in pair.post}
     assert read_back(pair.out) == expected
@@ -60,7 +66,7 @@ def test_a_merge_of_something_else_starts_anew(pair: Pair, change: str) -> None:
         restore=[2, 4] if change == "recipe" else [2, 3], max_shard_size="1KB" if change == "size" else "2KB"
     )
     recorder = Recorder()
-    assert execute(plan, pair.out, progress=recorder).resumed_shards == 0
+    assert execute(plan, pair.out, progress=recorder).resumed_pieces == 0
     assert recorder.said == []
     assert len(list(pair.out.glob("*.safetensors"))) == len(plan.shards)
 
@@ -71,7 +77,7 @@ def test_a_resumed_merge_needs_room_for_the_rest_only(pair: Pair, monkeypatch: p
     free = plan.output_bytes - plan.shards[0].file_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     result = run(pair.recipe_file(restore=[2, 3], max_shard_size="2KB"), "--out", pair.out)
-    assert (result.exit_code, result.stderr.splitlines()[-1:]) == (0, ["resuming: 2 shards are as they should be"])
+    assert (result.exit_code, result.stderr.splitlines()[-1:]) == (0, ["resuming: 2 pieces are as they should be"])
 
 
 def test_a_dry_run_touches_nothing_an_earlier_run_left(pair: Pair) -> None:
@@ -85,25 +91,44 @@ def test_a_dry_run_touches_nothing_an_earlier_run_left(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("tail", "finished"),
     [
-        (b'["model-00002', {"model-00001"}),
-        (b"\x00" * 8, {"model-00001"}),
-        (b'["model-00002", 5, "xxh3_128:0"]', {"model-00001", "model-00002"}),
+        (b'["model-00002', {("model-00001", 0)}),
+        (b'["model-00002", 1, "00f', {("model-00001", 0)}),
+        (b"\x00" * 8, {("model-00001", 0)}),
+        (b'["model-00002", 1, "00ff"]', {("model-00001", 0), ("model-00002", 1)}),
     ],
 )
 def test_a_journal_whose_last_line_was_cut_short_keeps_the_others(
-    tmp_path: Path, tail: bytes, finished: set[str]
+    tmp_path: Path, tail: bytes, finished: set[tuple[str, int]]
 ) -> None:
-    (tmp_path / JOURNAL_NAME).write_bytes(b'the plan\n["model-00001", 4, "xxh3_128:0"]\n' + tail)
-    assert Journal.open(tmp_path, "the plan", fsync=False).finished.keys() == finished
+    (tmp_path / JOURNAL_NAME).write_bytes(b'the plan\n["model-00001", 0, "00ff"]\n' + tail)
+    assert Journal.open(tmp_path, "the plan", fsync=False).finished == dict.fromkeys(finished, b"\x00\xff")
 
 
 def test_what_is_recorded_after_a_line_cut_short_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / JOURNAL_NAME).write_bytes(b'the plan\n["model-0000')
-    Journal.open(tmp_path, "the plan", fsync=False).record("model-00002", Written(5, "xxh3_128:0"))
-    assert Journal.open(tmp_path, "the plan", fsync=False).finished == {"model-00002": Written(5, "xxh3_128:0")}
+    Journal.open(tmp_path, "the plan", fsync=False).record(("model-00002", 5), b"\x00\xff")
+    assert Journal.open(tmp_path, "the plan", fsync=False).finished == {("model-00002", 5): b"\x00\xff"}
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe", b"1", b"[]", b'[["x"], 1, "y"]', b'["x", 1]', b"{}", b'["x", "y", "z"]'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"1",
+        b"[]",
+        b"{}",
+        b'["x", 1]',
+        b'["x", "y", "z"]',
+        b'["x", 1, 5]',
+        b'["x", 1, ""]',
+        b'[["x"], 1, "00"]',
+        b'["x", [1], "00"]',
+        b'["model-00001-of-00003.safetensors", 0, "00"]',
+        b'["model-00001-of-00003.safetensors", "0", "00"]',
+        b'["model-00001-of-00003.safetensors", 7, "00"]',
+    ],
+    ids=repr,
+)
 def test_a_journal_that_makes_no_sense_costs_work_and_no_more(pair: Pair, line: bytes) -> None:
     staging = stopped(pair)
     with (staging / JOURNAL_NAME).open("ab") as file:
@@ -113,19 +138,186 @@ def test_a_journal_that_makes_no_sense_costs_work_and_no_more(pair: Pair, line: 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_shard_that_could_not_be_recorded_does_not_count_as_finished(tmp_path: Path) -> None:
+def test_a_piece_that_could_not_be_recorded_does_not_count_as_finished(tmp_path: Path) -> None:
     (tmp_path / JOURNAL_NAME).symlink_to("/dev/full")
     journal = Journal(tmp_path, {}, "plan", fsync=False)
     with pytest.raises(OSError, match="No space left"):
-        journal.record("model-00001", Written(5, "xxh3_128:0"))
+        journal.record(("model-00001", 0), b"\x00\xff")
     assert journal.finished == {}
 
 
-def test_a_journal_names_each_shard_with_its_size_and_digest(pair: Pair) -> None:
+def test_a_journal_names_each_finished_piece_with_its_digest(pair: Pair) -> None:
     plan, staging = pair.plan(restore=[2, 3], max_shard_size="2KB"), stopped(pair)
     fingerprint, *lines = (staging / JOURNAL_NAME).read_text().splitlines()
     assert fingerprint == plan.fingerprint()
-    assert [json.loads(line)[:2] for line in lines] == [[shard.name, shard.file_bytes] for shard in plan.shards[:2]]
+    assert [json.loads(line) for line in lines] == [
+        [shard.name, 0, xxhash.xxh3_128_hexdigest((staging / shard.name).read_bytes())] for shard in plan.shards[:2]
+    ]
+
+
+# several pieces to a shard
+
+SMALL_PIECE = 512  # of the 2,000 bytes or so of a shard here
+RULES: list[dict[str, Any]] = [{"restore": [2, 3]}, {"alpha": 0.5, "dtype": "float32", "restore": [[2, 3]]}]
+
+
+def pieces_of(plan: MergePlan) -> dict[tuple[str, int], int]:
+    """The pieces of every shard in order, each with its size."""
+    return {
+        (shard.name, start // SMALL_PIECE): min(SMALL_PIECE, shard.file_bytes - start)
+        for shard in plan.shards
+        for start in range(0, shard.file_bytes, SMALL_PIECE)
+    }
+
+
+def journaled(staging: Path) -> list[tuple[str, int]]:
+    lines = (staging / JOURNAL_NAME).read_text().splitlines()[1:]
+    return [(name, number) for name, number, _ in map(json.loads, lines)]
+
+
+def written_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The pieces that are written from now on."""
+    written: list[tuple[str, int]] = []
+
+    def watched(path: Path, start: int, parts: Iterable[memoryview | Extent], **options: Any) -> bytes:
+        written.append((path.name, start // SMALL_PIECE))
+        return write_piece(path, start, parts, **options)
+
+    monkeypatch.setattr(executor, "write_piece", watched)
+    return written
+
+
+def stop_inside_a_shard(pair: Pair, plan: MergePlan) -> tuple[Path, list[tuple[str, int]]]:
+    """A merge that ended where the second shard was half done; where it left what it had, and what that is."""
+    pieces, staging, recorder = list(pieces_of(plan)), files.staging_folder(pair.out), Recorder()
+    half_done = [number for number, (name, k) in enumerate(pieces) if name == plan.shards[1].name and k == 2]
+
+    def stop_when_half_done(count: int) -> None:
+        if half_done[0] <= len(journaled(staging)):
+            raise Stop
+
+    recorder.advance = stop_when_half_done  # type: ignore[method-assign]
+    with pytest.raises(Stop):
+        execute(plan, pair.out, threads=1, progress=recorder)
+    return staging, pieces[: half_done[0]]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rules", RULES, ids=["copied", "blended"])
+def test_a_merge_stopped_inside_a_shard_keeps_its_finished_pieces_and_writes_only_the_others(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, rules: dict[str, Any], threads: int
+) -> None:
+    monkeypatch.setattr("slrmerge.writer.PIECE_BYTES", SMALL_PIECE)
+    plan = pair.plan(**rules, max_shard_size="2KB")
+    undisturbed = execute(plan, pair.out)
+    wanted = snapshot(pair.out)
+    shutil.rmtree(pair.out)
+    pieces = pieces_of(plan)
+    staging, kept = stop_inside_a_shard(pair, plan)
+    second = [piece for piece in pieces if piece[0] == plan.shards[1].name]
+    assert [piece for piece in kept if piece in second] == second[:2] != second
+    assert journaled(staging) == kept
+    assert sorted(path.name for path in staging.iterdir()) == sorted({JOURNAL_NAME, *(name for name, _ in kept)})
+    written, recorder = written_by(monkeypatch), Recorder()
+    result = execute(plan, pair.out, threads=threads, progress=recorder)
+    missing = [piece for piece in pieces if piece not in kept]
+    assert sorted(written) == missing
+    assert recorder.said == [
+        f"resuming: checking {len(kept)} finished pieces in {staging}",
+        f"resuming: {len(kept)} pieces are as they should be",
+    ]
+    rest = sum(pieces[piece] for piece in missing)
+    assert (recorder.started, recorder.advanced) == ([("merging", rest)], rest)
+    assert (result.resumed_pieces, result.files) == (len(kept), undisturbed.files)
+    assert snapshot(pair.out) == wanted
+    assert verify_checkpoint(pair.out).against_sources
+    assert leftovers(pair.out) == []
+
+
+def test_what_a_merge_stopped_inside_a_shard_says(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slrmerge.writer.PIECE_BYTES", SMALL_PIECE)
+    plan = pair.plan(restore=[2, 3], max_shard_size="2KB")
+    total = len(pieces_of(plan))
+    with pytest.raises(Stop) as caught:
+        execute(plan, pair.out, threads=1, progress=Recorder(8, stop))
+    staging = files.staging_folder(pair.out)
+    kept = len(journaled(staging))
+    assert 0 < kept < total
+    assert caught.value.__notes__ == [
+        f"{kept} of {total} pieces are finished and kept in {staging}; the same command takes up from there"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "spoilt"),
+    [
+        ("edited", lambda count: [count - 1]),  # in its last byte
+        ("truncated", lambda count: range((count - 1) // 2, count)),  # to half its size
+        ("grown", range),
+        ("emptied", range),
+        ("deleted", range),
+    ],
+)
+def test_of_a_shard_that_was_damaged_meanwhile_the_sound_pieces_are_kept(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, fault: str, spoilt: Callable[[int], Iterable[int]]
+) -> None:
+    monkeypatch.setattr("slrmerge.writer.PIECE_BYTES", SMALL_PIECE)
+    plan = pair.plan(restore=[2, 3], max_shard_size="2KB")
+    undisturbed = execute(plan, pair.out).files
+    shutil.rmtree(pair.out)
+    staging, kept = stop_inside_a_shard(pair, plan)
+    first = plan.shards[0].name
+    harm(staging / first, fault)
+    lost = [(first, number) for number in spoilt(len([piece for piece in kept if piece[0] == first]))]
+    written = written_by(monkeypatch)
+    result = execute(plan, pair.out, threads=1)
+    assert sorted(written) == [piece for piece in pieces_of(plan) if piece in lost or piece not in kept]
+    assert (result.resumed_pieces, result.files) == (len(kept) - len(lost), undisturbed)
+
+
+def test_whichever_pieces_are_missing_are_written_where_they_belong(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slrmerge.writer.PIECE_BYTES", SMALL_PIECE)
+    plan = pair.plan(restore=[2, 3], max_shard_size="2KB")
+    undisturbed = execute(plan, pair.out).files
+    shutil.rmtree(pair.out)
+    staging, kept = stop_inside_a_shard(pair, plan)
+    lost = kept[1:6:2]
+    journal = staging / JOURNAL_NAME
+    plan_line, *lines = journal.read_bytes().splitlines(keepends=True)
+    still = [line for line, piece in zip(lines, kept, strict=True) if piece not in lost]
+    journal.write_bytes(b"".join([plan_line, *still]))
+    for name, number in lost:
+        with (staging / name).open("r+b") as file:
+            file.seek(number * SMALL_PIECE)
+            file.write(bytes(pieces_of(plan)[name, number]))
+    written = written_by(monkeypatch)
+    result = execute(plan, pair.out)
+    assert len(lost) == 3
+    assert sorted(written) == [piece for piece in pieces_of(plan) if piece in lost or piece not in kept]
+    assert (result.resumed_pieces, result.files) == (len(kept) - 3, undisturbed)
+
+
+def test_a_resumed_merge_needs_no_room_for_the_finished_pieces_of_a_shard(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slrmerge.writer.PIECE_BYTES", SMALL_PIECE)
+    plan = pair.plan(restore=[2, 3], max_shard_size="2KB")
+    _, kept = stop_inside_a_shard(pair, plan)
+    finished_bytes = sum(pieces_of(plan)[piece] for piece in kept)
+    asked: list[int] = []
+
+    def watched(plan: MergePlan, target: Path, *, finished_bytes: int) -> None:
+        asked.append(finished_bytes)
+        require_space(plan, target, finished_bytes=finished_bytes)
+
+    monkeypatch.setattr(executor, "require_space", watched)
+    assert execute(plan, pair.out).resumed_pieces == len(kept)
+    assert asked == [finished_bytes]
+
+
+# two at a time
 
 
 def test_a_second_run_at_the_same_time_says_so_and_leaves_the_first_alone(pair: Pair) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slrmerge.checkpoint import open_pair
+from slrmerge.hub import open_pair
 from slrmerge.plan import MergePlan, plan_merge
 from slrmerge.recipe import parse_recipe
 from tests.checkpoints import Tensor, write_checkpoint
@@ -24,4 +24,4 @@ def write_pair(
 def plan_of(folder: Path, *, allow_code: bool = False, **content: Any) -> MergePlan:
     """The plan of a recipe with `content` for the two checkpoints in `folder`."""
     recipe = parse_recipe({"pretrained": str(folder / "pre"), "posttrained": str(folder / "post"), **content})
-    return plan_merge(recipe, open_pair(*recipe.source_folders()), allow_code=allow_code)
+    return plan_merge(recipe, open_pair(*recipe.sources()), allow_code=allow_code)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slrmerge.checkpoint import open_pair
 from slrmerge.errors import PlanError
+from slrmerge.hub import open_pair
 from slrmerge.plan import plan_merge
 from tests.checkpoints import llama_config, llama_tensors, random_tensor, safetensors_bytes, write_checkpoint
 from tests.conftest import Pair
@@ -17,7 +17,7 @@ from tests.plan import plan_of, write_pair
 def test_planning_reads_no_weights(pair: Pair) -> None:
     recipe = pair.recipe(alpha=0.5, restore=[1, 2], dtype="float32")
     expected = pair.plan(alpha=0.5, restore=[1, 2], dtype="float32")
-    opened = open_pair(*recipe.source_folders())
+    opened = open_pair(*recipe.sources())
     weights = list(pair.folder.glob("*/*.safetensors"))
     assert len(weights) == 3
     for path in weights:
@@ -30,7 +30,7 @@ def test_planning_reads_no_weights(pair: Pair) -> None:
 def test_planning_changes_nothing_on_disk(pair: Pair) -> None:
     recipe = pair.recipe(restore=[1, 2])
     before = {path: path.stat().st_mtime_ns for path in pair.folder.rglob("*")}
-    plan_merge(recipe, open_pair(*recipe.source_folders())).to_dict()
+    plan_merge(recipe, open_pair(*recipe.sources())).to_dict()
     assert {path: path.stat().st_mtime_ns for path in pair.folder.rglob("*")} == before
 
 

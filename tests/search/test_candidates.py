@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from slrmerge.checkpoint import Checkpoint, open_checkpoint
+from slrmerge.checkpoint import Checkpoint
 from slrmerge.errors import PlanError
+from slrmerge.hub import open_checkpoint
 from slrmerge.recipe import parse_recipe
 from slrmerge.search.candidates import SPACES, Candidate, alphas_of, ends, from_recipe, intervals, recipe_of, words
 from tests.checkpoints import random_tensor, write_checkpoint

@@ -222,7 +222,7 @@ def test_a_recipe_reached_through_a_link_still_finds_its_sources(small: SmallPai
     recipe = load_recipe(small.folder / "link" / "pair.yaml", pair_only=True)
     with small.search(recipe, spaces=("intervals",)) as search:
         search.run(small.out)
-    sides = load_recipe(small.out / "slr.yaml").source_folders()
+    sides = load_recipe(small.out / "slr.yaml").sources()
     assert [side.resolve() for side in sides] == [small.folder / "pre", small.folder / "post"]
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from slrmerge import files, merge_checkpoints
-from slrmerge.checkpoint import open_checkpoint
 from slrmerge.errors import (
     BusyError,
     MissingExtraError,
@@ -25,6 +24,7 @@ from slrmerge.errors import (
     SourceChangedError,
     UnsupportedModelError,
 )
+from slrmerge.hub import open_checkpoint
 from slrmerge.recipe import load_recipe
 from slrmerge.search.choose import NEAR_TIE
 from slrmerge.search.results import Report, read_report

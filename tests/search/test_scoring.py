@@ -12,9 +12,9 @@ import torch
 
 from slrmerge import merge_checkpoints
 from slrmerge.chat import Prompt, tokenise
-from slrmerge.checkpoint import open_pair
 from slrmerge.crc import TASKS
 from slrmerge.errors import SourceChangedError
+from slrmerge.hub import open_pair
 from slrmerge.progress import Silent
 from slrmerge.recipe import parse_recipe
 from slrmerge.search.candidates import SPACES, Candidate, recipe_of

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from slrmerge.chat import Prompt
-from slrmerge.checkpoint import open_pair
 from slrmerge.crc import ConstrainedRandomCharacter, Scores
+from slrmerge.hub import open_pair
 from slrmerge.merge import merge_checkpoints
 from slrmerge.progress import Progress, Silent
 from slrmerge.recipe import parse_recipe

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from slrmerge.checkpoint import open_checkpoint
 from slrmerge.errors import UnsupportedModelError
+from slrmerge.hub import open_checkpoint
 from slrmerge.sweep.architecture import REMEDY, head_name, is_tied, model_without_weights
 from slrmerge.sweep.model import StagedModel
 from tests.checkpoints import llama_config, llama_tensors, random_tensor, write_checkpoint

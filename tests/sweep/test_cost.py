@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import slrmerge.sweep.cost
-from slrmerge.checkpoint import open_checkpoint
+from slrmerge.hub import open_checkpoint
 from slrmerge.search.scoring import Pass
 from slrmerge.sweep.cost import PAPER_MODELS, Cost, Shape, all_intervals_cost, cost_of, measured_rate
 from slrmerge.sweep.trie import pack

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slrmerge.sweep.engine
-from slrmerge.checkpoint import open_checkpoint
+from slrmerge.hub import open_checkpoint
 from slrmerge.sweep.engine import Sweep
 from slrmerge.sweep.weights import HybridWeights
 from tests.sweep.models import (

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slrmerge.checkpoint import Checkpoint, LayerStack, open_checkpoint
+from slrmerge.checkpoint import Checkpoint, LayerStack
 from slrmerge.errors import UnsupportedModelError
+from slrmerge.hub import open_checkpoint
 from slrmerge.sweep.architecture import REMEDY
 from slrmerge.sweep.model import StagedModel, rows_in_use
 from slrmerge.sweep.trie import pack

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import slrmerge.sweep.weights
-from slrmerge.checkpoint import CheckpointReader, open_pair
+from slrmerge.checkpoint import CheckpointReader
 from slrmerge.errors import BlendError, SourceChangedError
+from slrmerge.hub import open_pair
 from slrmerge.merge import merge_checkpoints
 from slrmerge.plan import plan_choices
 from slrmerge.recipe import parse_recipe

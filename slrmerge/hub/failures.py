@@ -1,0 +1,176 @@
+"""What the Hub's client reports, in slrmerge's words, and how long to put up with it."""
+
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import TypeVar
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from slrmerge.errors import HubError, NoSpaceError, Problem, first_line
+
+T = TypeVar("T")
+
+TRIES = 6
+"""So often in a row may something fail that may pass."""
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
+_SAID_FROM_S = 10.0
+
+_FAILURES = (HTTPError, ConnectionError, TimeoutError, RuntimeError)
+"""What may go wrong on the way: HTTP's own, and what the client's uploads and its other transport (Xet) raise."""
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+_log = logging.getLogger("slrmerge")
+
+
+class UnsoundAnswerError(HTTPError):
+    """An answer that is not what was asked for, though its status says so."""
+
+
+class Patience:
+    """Waits between tries, longer each time; ends when `given_up` is set."""
+
+    def __init__(self, given_up: Event | None = None) -> None:
+        self._given_up = given_up or Event()
+        self._failures = 0
+
+    def progressed(self) -> None:
+        """Something came: what fails next fails for the first time."""
+        self._failures = 0
+
+    def wait(self, error: Exception) -> None:
+        """Wait for the next try after `error`; raises it where that would not help, or was tried often enough."""
+        self._failures += 1
+        if self._failures >= TRIES or not _may_pass(error):
+            raise error
+        seconds = max(FIRST_WAIT_S * 2 ** (self._failures - 1), min(_asked_to_wait_s(error), LONGEST_WAIT_S))
+        if seconds > _SAID_FROM_S:
+            _log.warning("the Hub asks for %.0f s of patience", seconds)
+        if self._given_up.wait(seconds):
+            raise error
+
+
+def patiently(call: Callable[[], T], *, where: str) -> T:
+    """What `call` gives, tried again where that may help. Raises HubError about `where`, and NoSpaceError."""
+    patience = Patience()
+    with in_words(where):
+        while True:
+            try:
+                return call()
+            except (*_FAILURES, LocalEntryNotFoundError) as error:
+                patience.wait(error)
+
+
+@contextmanager
+def in_words(where: str, *, remedy: str = "") -> Iterator[None]:
+    """Turn what the Hub's client raises into a HubError about `where`; a full disk into a NoSpaceError.
+
+    `remedy` is what to do about what may pass, where that is not just to try again.
+    """
+    try:
+        yield
+    except (*_FAILURES, LocalTokenNotFoundError, HFValidationError, EntryNotFoundError) as error:
+        cause = _underlying(error)
+        what, usual_remedy = _said(cause, where)
+        raise HubError(Problem(where, what, (remedy if _may_pass(cause) else "") or usual_remedy)) from cause
+    except OSError as error:
+        cache = constants.HF_HUB_CACHE
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space, or set HF_HUB_CACHE to a folder on another disk"
+            raise NoSpaceError(Problem(str(error.filename or cache), "the disk is full", remedy)) from error
+        what = f"cannot be written or read ({error.strerror or error})"
+        raise HubError(Problem(str(error.filename or cache), what, "set HF_HUB_CACHE to a folder of yours")) from error
+
+
+def _said(error: Exception, where: str) -> tuple[str, str]:
+    """What happened, and what to do about it."""
+    repository = where.partition("@")[0]
+    logged_in = get_token() is not None
+    page = f"{constants.ENDPOINT}/{repository}"
+    if isinstance(error, GatedRepoError):
+        remedy = f"ask for access on {page}" + ("" if logged_in else f", then {_LOG_IN}")
+        return "is gated: its owner decides who may read it", remedy
+    if isinstance(error, DisabledRepoError):
+        return "was disabled on the Hub", f"see {page}"
+    if isinstance(error, RepositoryNotFoundError):
+        if logged_in:
+            return "is no folder here, and no repository on the Hub that your token may see", "check the name"
+        return "is no folder here, and no public repository on the Hub", f"check the name; if it is private, {_LOG_IN}"
+    if isinstance(error, RevisionNotFoundError):
+        return "has no such revision", f"the branches and tags are on {page}/refs"
+    if isinstance(error, LocalTokenNotFoundError):
+        return "needs a token", _LOG_IN
+    if isinstance(error, OfflineModeIsEnabled):
+        return "cannot be reached while HF_HUB_OFFLINE is set", "unset it"
+    if isinstance(error, HFValidationError):
+        return f"is no name of a repository ({first_line(error)})", "write organisation/name"
+    if isinstance(error, UnsoundAnswerError):
+        return str(error), "try again later, or fetch whole files: --download full"
+    if isinstance(error, HfHubHTTPError):
+        return _said_status(error.response.status_code, page, logged_in=logged_in)
+    if isinstance(error, EntryNotFoundError):
+        return f"has no such file ({first_line(error)})", f"see {page}/tree"
+    if isinstance(error, RuntimeError):
+        return f"failed on the way ({first_line(error)})", "try again later; the same command goes on where it was"
+    name = type(error).__name__
+    what = "does not answer in time" if "Timeout" in name else "cannot be reached"
+    offline = "check the network; HF_HUB_OFFLINE=1 takes what is in the Hub's cache"
+    return f"{what} at {constants.ENDPOINT} ({name}: {first_line(error)})", offline
+
+
+def _said_status(status: int, page: str, *, logged_in: bool) -> tuple[str, str]:
+    if status == 401:
+        return "is not for everyone, and the token is not accepted" if logged_in else "needs a token", _LOG_IN
+    if status == 403:
+        return "is not for your token (403)", f"give it a token with the right to do this; see {page}"
+    if status == 412:
+        return "was changed by somebody else meanwhile (412)", "look at what they did, and run again"
+    if status == 429:
+        return "is asked too often from here (429)", f"wait some minutes, or {_LOG_IN} for a higher limit"
+    return f"got the answer {status} from the Hub", "try again later; the same command goes on where it was"
+
+
+def _underlying(error: Exception) -> Exception:
+    """What the client wrapped: why a file is not even in the cache, why an upload failed."""
+    cause = error.__cause__
+    wraps = isinstance(error, LocalEntryNotFoundError | RuntimeError)
+    return cause if wraps and isinstance(cause, Exception) else error
+
+
+def may_pass(status: int) -> bool:
+    """Whether a server that answered so may answer otherwise a little later."""
+    return status in (408, 429) or status >= 500
+
+
+def _may_pass(error: Exception) -> bool:
+    error = _underlying(error)
+    if isinstance(error, HfHubHTTPError):
+        return may_pass(error.response.status_code)
+    return isinstance(error, _FAILURES) and not isinstance(error, OfflineModeIsEnabled)
+
+
+def _asked_to_wait_s(error: Exception) -> float:
+    response = getattr(_underlying(error), "response", None)
+    if response is None:
+        return 0.0
+    limit = parse_ratelimit_headers(response.headers)
+    after = response.headers.get("Retry-After", "")
+    return float(limit.reset_in_seconds if limit else after if after.isdecimal() else 0)

@@ -1,0 +1,83 @@
+"""A hub for a test, this process's client pointed at it, and a pair of models on it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import close_session, constants
+
+from slrmerge.hub import failures
+from tests.checkpoints import Tensor, llama_tensors, write_checkpoint
+from tests.hub.server import HubServer, use
+
+BASE, CHAT = "org/base", "org/chat"
+CARD = "---\nlicense: mit\n---\nA model."
+
+
+@dataclass(frozen=True)
+class HubPair:
+    """A pair of models, in folders below `folder` and on the hub, `pre` as one file and `post` as two."""
+
+    folder: Path
+    hub: HubServer
+    pre: dict[str, Tensor]
+    post: dict[str, Tensor]
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "hybrid"
+
+    def recipe_file(self, name: str = "recipe.yaml", **content: Any) -> Path:
+        """A recipe for the two repositories, unless `content` names others."""
+        path = self.folder / name
+        path.write_text(yaml.safe_dump({"pretrained": BASE, "posttrained": CHAT, **content}, sort_keys=False))
+        return path
+
+    def mixed(self, *layers: int) -> dict[str, Tensor]:
+        """The tensors of the post-trained model, some layers restored."""
+        restored = tuple(f"model.layers.{layer}." for layer in layers)
+        return {name: (self.pre if name.startswith(restored) else self.post)[name] for name in self.post}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the client upload without Xet: it passes a file to httpx2 in a way that is deprecated there."""
+    for item in items:
+        if "hub" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub, whose failures are put up with as often as ever, but not for as long."""
+    monkeypatch.setattr(failures, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(failures, "LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    with HubServer() as server:
+        use(monkeypatch, server, tmp_path / "cache")
+        yield server
+        close_session()
+
+
+@pytest.fixture
+def pair(hub: HubServer, tmp_path: Path) -> HubPair:
+    pre, post = _weights("pre"), _weights("post")
+    write_checkpoint(tmp_path / "pre", pre)
+    write_checkpoint(tmp_path / "post", post, shards=2, side_files={"tokenizer.json": "{}", "README.md": CARD})
+    for repository, side in ((BASE, "pre"), (CHAT, "post")):
+        hub.commit(repository, files_of(tmp_path / side))
+    return HubPair(tmp_path, hub, pre, post)
+
+
+@cache
+def _weights(seed: str) -> dict[str, Tensor]:
+    """Large enough for their headers to be little beside them."""
+    return llama_tensors(seed, hidden=64, vocabulary=256)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path from there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
