@@ -8,10 +8,10 @@ from typing import Protocol
 class Progress(Protocol):
     """Who wants to know how far a run is; called from several threads, one at a time.
 
-    `start` begins a count, of bytes or, in a sweep, of states; `stage` names the part that is being worked on.
+    `start` begins a count of bytes, or of something else that is named; `stage` names the part that is being worked on.
     """
 
-    def start(self, what: str, total: int) -> None: ...
+    def start(self, what: str, total: int, unit: str = "B") -> None: ...
     def stage(self, what: str) -> None: ...
     def advance(self, count: int) -> None: ...
     def say(self, message: str) -> None: ...
@@ -20,7 +20,7 @@ class Progress(Protocol):
 class Silent:
     """A Progress that shows nothing."""
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = "B") -> None:
         pass
 
     def stage(self, what: str) -> None:

@@ -118,8 +118,7 @@ def merge(
         from slrmerge.push import require_access
 
         require_access(target)
-    progress = TerminalProgress(quiet=quiet or as_json)
-    try:
+    with TerminalProgress(quiet=quiet or as_json) as progress:
         result = execute(
             plan,
             out,
@@ -130,8 +129,6 @@ def merge(
             name=target.name if target else None,
             progress=progress,
         )
-    finally:
-        progress.close()
     pushed = None
     if target:
         try:
@@ -203,13 +200,10 @@ def verify(
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.verify import verify_checkpoint
 
-    progress = TerminalProgress(quiet=quiet or as_json)
-    try:
+    with TerminalProgress(quiet=quiet or as_json) as progress:
         report = verify_checkpoint(
             folder, pretrained=pretrained, posttrained=posttrained, full=full, threads=threads, progress=progress
         )
-    finally:
-        progress.close()
     if as_json or not quiet:
         show.print_verified(report, as_json=as_json)
 

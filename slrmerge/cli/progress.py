@@ -2,7 +2,7 @@
 
 import sys
 from time import monotonic
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, Never, Self
 
 import click
 
@@ -14,16 +14,21 @@ _SECONDS_PER_LINE = 60
 
 
 class TerminalProgress:
-    """A Progress that draws a bar on stderr where that is a terminal; it counts `unit`s."""
+    """A Progress that draws a bar on stderr where that is a terminal. Use it in a `with`."""
 
-    def __init__(self, *, quiet: bool, unit: str = "B") -> None:
+    def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._unit = unit
         self._bar: tqdm[Never] | None = None
         self._last_line = monotonic()
 
-    def start(self, what: str, total: int) -> None:
-        self.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def start(self, what: str, total: int, unit: str = "B") -> None:
+        self._close()
         if self._quiet or not sys.stderr.isatty():
             return
         from tqdm import tqdm
@@ -31,7 +36,7 @@ class TerminalProgress:
         self._bar = tqdm(
             total=total,
             desc=what,
-            unit=self._unit,
+            unit=unit,
             unit_scale=True,
             file=sys.stderr,
             dynamic_ncols=True,
@@ -52,7 +57,7 @@ class TerminalProgress:
         if not self._quiet:
             click.echo(message, err=True)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -69,8 +69,5 @@ def push_folder(folder: Path, target: Repository, *, private: bool, threads: int
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is said by us
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
-    progress = TerminalProgress(quiet=quiet)
-    try:
+    with TerminalProgress(quiet=quiet) as progress:
         return push_to_hub(folder, target, private=private, threads=threads, progress=progress)
-    finally:
-        progress.close()

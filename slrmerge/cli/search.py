@@ -118,11 +118,8 @@ def search(
                 ready.require_target(out, overwrite=overwrite)
             show_search.print_estimate(ready.estimate(), as_json=as_json)
             return
-        progress = TerminalProgress(quiet=quiet or as_json, unit=" states")
-        try:
+        with TerminalProgress(quiet=quiet or as_json) as progress:
             report = ready.run(out, overwrite=overwrite, progress=progress)
-        finally:
-            progress.close()
     if as_json or not quiet:
         show_search.print_report(report, out, as_json=as_json)
 
@@ -180,11 +177,8 @@ def diff(
     if out is not None:
         require_extra("search", "matplotlib")
     sides = sources if len(sources) == 2 else load_recipe(Path(str(sources[0])), pair_only=True).sources()
-    progress = TerminalProgress(quiet=quiet or as_json)
-    try:
+    with TerminalProgress(quiet=quiet or as_json) as progress:
         differences = compare_checkpoints(*open_pair(*sides), threads=threads, progress=progress)
-    finally:
-        progress.close()
     if out is not None:
         save_differences(differences, out)
     if as_json or not quiet:

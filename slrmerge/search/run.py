@@ -223,7 +223,7 @@ class Search:
         """Score a pass's candidates; scores have a column for every prompt, NaN where it was not asked."""
         cost = self._sweeper.cost(wanted)
         self._require_space(target, cost)
-        progress.start(_PASSES[wanted.name], cost.states)
+        progress.start(_PASSES[wanted.name], cost.states, " states")
         folder = files.staging_folder(target) / wanted.name if self._uses_disk(cost) else None
         log_probs = self._sweeper.run(wanted, folder, max_bytes=self._max_memory_bytes(), progress=progress)
         asked = self.task.score(log_probs)

@@ -37,7 +37,7 @@ class Recorder:
         self.said: list[str] = []
         self.calls = self.advanced = 0
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = "B") -> None:
         self.started.append((what, total))
 
     def stage(self, what: str) -> None:

@@ -195,7 +195,7 @@ class Watcher:
     stages: list[str] = field(default_factory=list)
     states: int = 0
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = "B") -> None:
         self.started.append((what, total))
 
     def stage(self, what: str) -> None:

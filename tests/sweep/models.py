@@ -211,7 +211,7 @@ class Recorder:
         self.at_stage = False  # killed as a stage began
         self._left = kill_at
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = "B") -> None:
         raise AssertionError("a count begins with the search, not with a sweep")
 
     def stage(self, what: str) -> None:
