@@ -12,7 +12,7 @@ from slrmerge.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_cor
 from slrmerge.checkpoint import FLOATING, Checkpoint, CheckpointReader
 from slrmerge.errors import PlanError, Problem, raise_all, require_extra
 from slrmerge.files import write_file
-from slrmerge.merge import available_cores
+from slrmerge.merge import default_threads
 from slrmerge.plan import depth_problems
 from slrmerge.progress import Progress, Silent, one_at_a_time
 from slrmerge.writer import os_errors_at
@@ -101,7 +101,7 @@ def compare_checkpoints(
         CheckpointReader(pretrained) as pre,
         CheckpointReader(posttrained) as post,
         one_core_per_chunk(),
-        ThreadPoolExecutor(threads or available_cores()) as pool,
+        ThreadPoolExecutor(threads or default_threads(pretrained, posttrained)) as pool,
     ):
 
         def measure(name: str) -> Distance:

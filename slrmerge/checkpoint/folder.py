@@ -73,6 +73,11 @@ class Checkpoint:
         return numbered_stacks(self.weight_map)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether any of its weights would have to be fetched."""
+        return any(shard.remote for shard in self.shards.values())
+
+    @property
     def total_bytes(self) -> int:
         return sum(shard.identity.file_bytes - shard.data_start for shard in self.shards.values())
 

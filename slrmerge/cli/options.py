@@ -64,7 +64,9 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", is_flag=True, help="No progress and no summary, only errors.")
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="Cores to use.  [default: all]")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="[default: as many as cores; 8 from the Hub]"
+)
 download_option = click.option(
     "--download",
     type=click.Choice(["ranges", "full"]),

@@ -158,7 +158,7 @@ def diff(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Show how far post-training moved the weights, layer by layer: of RECIPE's two checkpoints, or of two folders.
+    """Show how far post-training moved the weights, layer by layer: of RECIPE's two checkpoints, or of two.
 
     \b
     slrmerge diff recipe.yaml

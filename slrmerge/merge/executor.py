@@ -18,7 +18,7 @@ from typing import Literal
 from slrmerge import files
 from slrmerge.blend import Blender, one_core_per_chunk
 from slrmerge.card import model_card, recipe_as_run
-from slrmerge.checkpoint import CheckpointReader, Extent
+from slrmerge.checkpoint import Checkpoint, CheckpointReader, Extent
 from slrmerge.errors import CheckpointError, OutputError, Problem, raise_all
 from slrmerge.hub import open_pair
 from slrmerge.manifest import build_manifest
@@ -101,7 +101,7 @@ def execute(
             raise_all(target_problems(plan, target, overwrite=overwrite), OutputError)
             if download == "full":
                 plan = with_whole_files(plan, progress)
-            threads = threads or (_RANGES_AT_A_TIME if plan.download_bytes else available_cores())
+            threads = threads or default_threads(*plan.sides)
             written, resumed = _make(plan, target, threads, fsync=fsync, name=name or target.name, progress=progress)
     output_bytes = sum(file.file_bytes for file in written.values())
     return MergeResult(target, written, output_bytes, resumed, time.monotonic() - started)
@@ -149,6 +149,11 @@ def _remove(leftover: Path, progress: Progress) -> None:
         shutil.rmtree(leftover)
     except OSError as error:
         progress.say(f"the checkpoint that was replaced is still in {leftover} ({error.strerror}): remove it by hand")
+
+
+def default_threads(*sides: Checkpoint) -> int:
+    """How many to read `sides` with: a core each, more where they wait for the Hub."""
+    return _RANGES_AT_A_TIME if any(side.is_remote for side in sides) else available_cores()
 
 
 def available_cores() -> int:

@@ -212,7 +212,7 @@ class Search:
     def _fetch_weights(self, progress: Progress) -> None:
         """Bring to this disk what is still on the Hub: a search reads every layer, more than once."""
         sides = (self._sweeper.pretrained, self._sweeper.posttrained)
-        if any(shard.remote for side in sides for shard in side.shards.values()):
+        if any(side.is_remote for side in sides):
             from slrmerge.hub.snapshots import fetch_shards
 
             fetched = fetch_shards([(side, side.shards) for side in sides], progress)
