@@ -6,7 +6,7 @@ PEER := .venv-mergekit
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow peer lint bench clean
 
 demo: $(VENV)/.search
 	$(BIN)/slrmerge search examples/tiny/recipe.yaml --out ./search --overwrite --threads 1
@@ -27,9 +27,12 @@ lint: $(VENV)/.test
 slow: $(VENV)/.slow $(PEER)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --durations 0
 
+peer: $(PEER)/.installed
+
 bench: $(VENV)/.test $(PEER)/.installed
 	$(BIN)/python benchmarks/merge.py --mergekit $(PEER)/bin/mergekit-yaml
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/hub.py
 
 clean:
 	rm -rf $(VENV) $(PEER) hybrid search build *.egg-info

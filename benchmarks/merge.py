@@ -199,7 +199,7 @@ def against_rivals(work: Path, size_bytes: int, runs: int, mergekit: str | None)
 
 
 def write_recipe(path: Path, **content: object) -> None:
-    path.write_text(yaml.safe_dump({"pretrained": "./pre", "posttrained": "./post", **content}))
+    path.write_text(yaml.safe_dump({"pretrained": "./pre", "posttrained": "./post"} | content))
 
 
 def small_things(work: Path, runs: int) -> list[list[str]]:
