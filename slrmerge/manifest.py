@@ -21,7 +21,9 @@ FORMAT = 1
 
 def build_manifest(plan: MergePlan, written: Mapping[str, Written]) -> bytes:
     """The manifest of a merge whose files are all written but this one."""
-    sides = zip(("pretrained", "posttrained"), plan.sides, plan.read_files(), strict=True)
+    pre_files, post_files = plan.read_files()
+    post_files |= {file.name for file in plan.files if isinstance(file.source, Path)}
+    sides = zip(("pretrained", "posttrained"), plan.sides, (pre_files, post_files), strict=True)
     content = {
         "format": FORMAT,
         "slrmerge": slrmerge.__version__,
@@ -38,8 +40,8 @@ def build_manifest(plan: MergePlan, written: Mapping[str, Written]) -> bytes:
 
 def _on_the_hub(checkpoint: Checkpoint, files: Iterable[str]) -> dict[str, Any]:
     """Of a source from the Hub: at which commit it was read, and which of the `files` that were read could not be held
-    against the Hub's own digests, which stand there (None offline), since only ranges of them were fetched or they were
-    in its cache already.
+    against the Hub's own digests, since only ranges of them were fetched or they were in its cache already. What the
+    Hub says of them stands there, None where it could not be asked.
     """
     if not checkpoint.snapshot:
         return {}

@@ -3,24 +3,29 @@
 Killed at any moment before the commit, the branch has not moved: large files wait beside it until a commit names them.
 """
 
-from collections.abc import Iterator
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from slrmerge.checkpoint import INDEX_NAME
-from slrmerge.errors import HubError
+from slrmerge.checkpoint import Snapshot
+from slrmerge.errors import HubError, Problem, VerificationError
 from slrmerge.manifest import read_manifest
-from slrmerge.plan import MANIFEST_NAME
+from slrmerge.plan import CARD_NAME, MANIFEST_NAME
 from slrmerge.progress import Progress, Silent
 from slrmerge.repository import Repository
 from slrmerge.verify import verify_checkpoint
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 _REMEDY = "push again: what was uploaded is kept, and what is there already is not sent twice"
 
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """A commit on the Hub: the `files` it has of the merge, and the `removed` ones, shards of an older one.
+    """A commit on the Hub: the `files` it has of the merge, and the `removed` ones, of an older one.
 
     `was_there` says that the branch was the same already, so that no commit was made.
     """
@@ -42,8 +47,8 @@ def push_to_hub(
 ) -> PushResult:
     """Verify the merge in `folder` and put it into `repository`, as one commit on the branch that its revision names.
 
-    A repository that is not there is made, `private` or not; so is a branch. Files of the repository that are no part
-    of a merge stay; shards that are none of this one go. Raises VerificationError, and HubError where the repository
+    A repository that is not there is made, `private` or not; so is a branch. What an older merge left there goes, and
+    so do other shards of a model; everything else stays. Raises VerificationError, and HubError where the repository
     may not be written, or was changed by somebody else meanwhile.
     """
     progress = progress or Silent()
@@ -55,29 +60,37 @@ def push_to_hub(
 
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    from slrmerge.hub.failures import in_words, patiently
+    from slrmerge.hub.failures import patiently
     from slrmerge.hub.file import client
+    from slrmerge.hub.snapshots import pin
 
-    api, where, branch = client(), str(repository), repository.revision
-    patiently(lambda: api.create_repo(repository.name, private=private or None, exist_ok=True), where=where)
+    _require_sound_card(folder)
+    where, branch = str(repository), repository.revision
+    patiently(lambda: client().create_repo(repository.name, private=private or None, exist_ok=True), where=where)
+    if private and not patiently(lambda: client().model_info(repository.name, timeout=60), where=where).private:
+        raise HubError(Problem(where, "is public already", "make it private on the Hub, or push without --private"))
     if branch:
-        patiently(lambda: api.create_branch(repository.name, branch=branch, exist_ok=True), where=where)
-    before = patiently(lambda: api.model_info(repository.name, revision=branch), where=where)
-    removed = tuple(sorted(_stale({entry.rfilename for entry in before.siblings or ()}, files)))
+        patiently(lambda: client().create_branch(repository.name, branch=branch, exist_ok=True), where=where)
+    before = pin(repository)
+    removed = tuple(sorted(_stale(before) - {*files}))
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files
     ]
     operations += [CommitOperationDelete(path_in_repo=name) for name in removed]
     progress.say(f"pushing {len(files)} files to {repository}")
-    with in_words(where, remedy=_REMEDY):
-        made = api.create_commit(
+
+    def commit() -> "CommitInfo":
+        return client().create_commit(
             repository.name,
             operations,
             commit_message=f"Merge of {' and '.join(parents)}",
             revision=branch,
-            parent_commit=before.sha,
+            parent_commit=before.commit,
         )
-    return PushResult(made.commit_url, made.oid, files, removed, was_there=made.oid == before.sha)
+
+    # Only what the Hub surely did not do is tried again: a lost answer may be to a commit that was made.
+    made = patiently(commit, where=where, remedy=_REMEDY, statuses=(429, 503))
+    return PushResult(made.commit_url, made.oid, files, removed, was_there=made.oid == before.commit)
 
 
 def require_access(repository: Repository) -> None:
@@ -99,8 +112,35 @@ def require_access(repository: Repository) -> None:
             raise
 
 
-def _stale(there: set[str], files: tuple[str, ...]) -> Iterator[str]:
-    """What a loader would take for weights of this model, and is not."""
-    for name in there - {*files}:
-        if "/" not in name and (name.endswith(".safetensors") or name == INDEX_NAME):
-            yield name
+def _require_sound_card(folder: Path) -> None:
+    """Raise HubError where the Hub would not take the model card, before anything is sent."""
+    from huggingface_hub import ModelCard
+
+    from slrmerge.hub.failures import patiently
+
+    path = folder / CARD_NAME
+    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    refusal: list[str] = []
+
+    def validate() -> None:
+        try:
+            card.validate(repo_type="model")
+        except ValueError as error:
+            refusal.append(" ".join(str(error).split()))
+
+    patiently(validate, where=str(path))
+    if refusal:
+        remedy = f"mend the front matter of the post-trained model's {CARD_NAME}, and merge again"
+        raise HubError(Problem(str(path), f"is not accepted by the Hub ({refusal[0]})", remedy))
+
+
+def _stale(there: Snapshot) -> set[str]:
+    """What an older merge left in a repository, and what a loader would take for weights of this one."""
+    names = {name for name in there.files if _SHARD.fullmatch(name)}
+    if MANIFEST_NAME in there.files:
+        with suppress(VerificationError):
+            names |= read_manifest(there.files[MANIFEST_NAME].fetch().parent)["files"].keys() & there.files.keys()
+    return names
+
+
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")

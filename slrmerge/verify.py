@@ -4,7 +4,7 @@ Without the sources a file's digest says that it changed; with them the tensor t
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from slrmerge.plan import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, MergePlan
 from slrmerge.progress import Progress, Silent, one_at_a_time
 from slrmerge.recipe import load_recipe
 from slrmerge.repository import Source
-from slrmerge.stream import ShardStream, Sources
+from slrmerge.stream import ShardStream, Sources, file_chunks
 from slrmerge.writer import Written, combine, digest_piece, pieces
 
 
@@ -70,14 +70,17 @@ def verify_checkpoint(
     plan, sources = None, "not compared: the recipe itself was altered"
     if RECIPE_NAME in present and RECIPE_NAME not in altered:
         plan, sources = _replan(folder, manifest, pretrained, posttrained, here_only=not full)
-    if plan is not None and full:
-        plan = with_whole_files(plan, progress)
-        sources += _check_sources(plan)
+    if full:
+        if plan is None:
+            raise VerificationError(Problem(str(folder), sources, "see that both sources can be had as they were"))
+        plan, checked = _with_checked_sources(plan, progress)
+        sources += checked
+        where_altered = dict(_other_files(plan, folder, present))
     if plan is not None:
         shards = [shard for shard in plan.shards if shard.name in present]
         progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
         with CheckpointReader(plan.pretrained) as pre, CheckpointReader(plan.posttrained) as post:
-            where_altered = _compare(plan, shards, folder, Sources(pre, post), threads, progress)
+            where_altered |= _compare(plan, shards, folder, Sources(pre, post), threads, progress)
     problems = [
         *(Problem(str(folder / name), "is missing", "merge again") for name in missing),
         *(
@@ -169,18 +172,23 @@ def _replan(
     return None, f"not compared: {changed[0]} is not the checkpoint that was merged"
 
 
-def _check_sources(plan: MergePlan) -> str:
-    """Hold the files that were read from the Hub against its own digests, where that was not done when they came."""
-    checked = 0
-    for side, files in zip(plan.sides, plan.read_files(), strict=True):
+def _with_checked_sources(plan: MergePlan, progress: Progress) -> tuple[MergePlan, str]:
+    """The plan with the files that it reads of the Hub here, each what the Hub says of it; and that in words."""
+    for side in plan.sides:
         if side.snapshot and not side.snapshot.files:
             what = "is here, but the Hub's digests are not, since HF_HUB_OFFLINE is set"
             raise HubError(Problem(str(side), what, "unset it"))
-        if side.snapshot:
-            for file in sorted(files - side.checked):
-                side.snapshot.files[file].check(side.shards[file].path)
-            checked += len(files)
-    return f"; {checked} files of the sources are what the Hub says of them" if checked else ""
+    plan = with_whole_files(plan, progress, recheck=True)
+    checked = sum(len(side.checked) for side in plan.sides)
+    return plan, f"; {checked} files of the sources are what the Hub says of them" if checked else ""
+
+
+def _other_files(plan: MergePlan, folder: Path, present: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Copied files beside the weights that are not what their source has."""
+    for file in plan.files:
+        copied = file.source is not None and file.name in present
+        if copied and b"".join(file_chunks(file)) != (folder / file.name).read_bytes():
+            yield file.name, "compared as a whole"
 
 
 def _compare(

@@ -3,7 +3,14 @@
 Opening one reads headers only; `CheckpointReader` reads tensors, in pieces, and notices when a file changes under it.
 """
 
-from slrmerge.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint, open_folder
+from slrmerge.checkpoint.folder import (
+    CHAT_TEMPLATE_FOLDERS,
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    open_folder,
+)
 from slrmerge.checkpoint.header import (
     DTYPE_BITS,
     FLOATING,
@@ -17,9 +24,10 @@ from slrmerge.checkpoint.header import (
 from slrmerge.checkpoint.layers import LayerStack, layer_count
 from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
 from slrmerge.checkpoint.reader import CheckpointReader, Extent, read_exactly
-from slrmerge.checkpoint.remote import RemoteFile, Snapshot
+from slrmerge.checkpoint.remote import RemoteFile, Snapshot, waiting_threads
 
 __all__ = [
+    "CHAT_TEMPLATE_FOLDERS",
     "CONFIG_NAME",
     "DTYPE_BITS",
     "FLOATING",
@@ -42,4 +50,5 @@ __all__ = [
     "quantised_groups",
     "read_exactly",
     "read_shard",
+    "waiting_threads",
 ]

@@ -5,17 +5,17 @@ Of a repository on the Hub the folder holds what has been fetched; its `Snapshot
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Event
 from typing import Any, TypeVar
 
 from slrmerge.checkpoint.header import Shard, TensorInfo, open_regular, read_remote_shard, read_shard, unique_keys
 from slrmerge.checkpoint.layers import LayerStack, find_stack, layer_count, longest_stack, numbered_stacks
-from slrmerge.checkpoint.remote import RemoteFile, Snapshot
-from slrmerge.errors import CheckpointError, HubError, Problem, raise_all
+from slrmerge.checkpoint.remote import RemoteFile, Snapshot, waiting_threads
+from slrmerge.errors import CheckpointError, Problem, raise_all
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -23,6 +23,8 @@ D = TypeVar("D")
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+
+CHAT_TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
 
 _HEADERS_AT_A_TIME = 8
 
@@ -123,7 +125,11 @@ def _open(folder: Path, snapshot: Snapshot | None) -> Checkpoint:
     if not names & {SINGLE_NAME, INDEX_NAME}:
         raise CheckpointError(_no_model(folder, snapshot, names))
     problems: list[Problem] = []
-    config = _collect(problems, lambda: _read_json(folder / CONFIG_NAME), {})
+    config: Mapping[str, Any] = {}
+    if CONFIG_NAME in names:
+        config = _collect(problems, lambda: _read_json(folder / CONFIG_NAME), {})
+    else:
+        problems.append(Problem(f"{where}/{CONFIG_NAME}", "is missing", "a checkpoint needs it to be loaded"))
     index = _collect(problems, lambda: _read_index(folder), {}) if INDEX_NAME in names else None
     if index and SINGLE_NAME in names and SINGLE_NAME not in index.values():
         what = f"holds two models: {SINGLE_NAME} and the shards of {INDEX_NAME}"
@@ -146,16 +152,19 @@ def _read_shards(
 ) -> dict[str, Shard]:
     """Every shard that can be read, those that are elsewhere several at a time."""
 
-    def read(file: str) -> tuple[Shard | None, list[Problem]]:
+    def read(file: str, given_up: Event | None = None) -> tuple[Shard | None, list[Problem]]:
         own: list[Problem] = []
-        path = folder / file
-        if file in elsewhere and not _exists(path):
-            return _collect(own, lambda: read_remote_shard(path, elsewhere[file]), None), own
+        path, remote = folder / file, elsewhere.get(file)
+        if remote is not None and not _exists(path):
+            copy = remote.here()
+            if copy is None:
+                return _collect(own, lambda: read_remote_shard(path, remote, given_up), None), own
+            path = copy
         return _collect(own, lambda: _read_shard(path), None), own
 
     if elsewhere:
-        with ThreadPoolExecutor(_HEADERS_AT_A_TIME) as pool:
-            outcomes = list(pool.map(read, files))
+        with waiting_threads(_HEADERS_AT_A_TIME) as (pool, given_up):
+            outcomes = list(pool.map(partial(read, given_up=given_up), files))
     else:
         outcomes = [read(file) for file in files]
     problems.extend(problem for _, own in outcomes for problem in own)
@@ -175,7 +184,7 @@ def _collect(problems: list[Problem], read: Callable[[], T], otherwise: D) -> T 
     """What `read` gives; where it refuses, `otherwise`, with its problems added to `problems`."""
     try:
         return read()
-    except (CheckpointError, HubError) as error:
+    except CheckpointError as error:
         problems.extend(error.problems)
         return otherwise
 
@@ -210,8 +219,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
             value = json.loads(file.read().decode("utf-8"), object_pairs_hook=unique_keys)
-    except FileNotFoundError:
-        raise CheckpointError(Problem(str(path), "is missing", "a checkpoint needs it to be loaded")) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(Problem(str(path), f"is not sound JSON ({error})", "fetch it again")) from None
     if not isinstance(value, dict):

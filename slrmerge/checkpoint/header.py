@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
@@ -109,10 +110,14 @@ def read_shard(path: Path) -> Shard:
         raise _bad(path, f"cannot be read ({error.strerror})") from error
 
 
-def read_remote_shard(path: Path, remote: RemoteFile) -> Shard:
-    """The same for a file that is elsewhere; `path` is where it would be here."""
+def read_remote_shard(path: Path, remote: RemoteFile, given_up: Event | None = None) -> Shard:
+    """The same for a file that is elsewhere; `path` is where it would be here. Raises HubError too."""
     identity = Identity(0, remote.file_bytes, 0, remote.digest)
-    shard = _read_header(str(remote), identity, lambda start, stop: b"".join(remote.stream(start, stop)))
+
+    def read(start: int, stop: int) -> bytes:
+        return b"".join(remote.stream(start, stop, given_up=given_up))
+
+    shard = _read_header(str(remote), identity, read)
     return replace(shard, path=path, remote=remote)
 
 

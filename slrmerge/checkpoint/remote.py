@@ -1,6 +1,8 @@
 """What a checkpoint asks of a file that is not on this disk. `hub` has the one kind there is."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -27,12 +29,15 @@ class RemoteFile(Protocol):
         """
         ...
 
-    def fetch(self, on_bytes: Callable[[int], None] = lambda _: None) -> Path:
-        """The whole file on this disk, found to be what its digest says. Raises HubError and NoSpaceError."""
+    def here(self) -> Path | None:
+        """A copy that is on this disk already, unchecked."""
         ...
 
-    def check(self, path: Path) -> None:
-        """Raise HubError unless the copy at `path` is what the digest says."""
+    def fetch(self, on_bytes: Callable[[int], None] = lambda _: None, *, given_up: Event | None = None) -> Path:
+        """The whole file on this disk, found to be what its digest says; fetched again if what is here is not.
+
+        Raises HubError and NoSpaceError.
+        """
         ...
 
 
@@ -51,3 +56,16 @@ class Snapshot:
 
     def __str__(self) -> str:
         return f"{self.repository.name}@{self.commit[:7]}"
+
+
+@contextmanager
+def waiting_threads(count: int) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
+    """A pool for work that mostly waits, and an event that ends the waiting: set when something fails, or by Ctrl-C."""
+    given_up = Event()
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool, given_up
+        except BaseException:
+            given_up.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -93,7 +93,7 @@ def print_pushed(pushed: "PushResult", *, as_json: bool) -> None:
     if pushed.was_there:
         click.echo(f"nothing to push: {pushed.url} has it already")
         return None
-    removed = f", {_count(len(pushed.removed), 'older shard')} removed" if pushed.removed else ""
+    removed = f", {_count(len(pushed.removed), 'older file')} removed" if pushed.removed else ""
     click.echo(f"pushed {_count(len(pushed.files), 'file')}{removed}: {pushed.url}")
     return None
 

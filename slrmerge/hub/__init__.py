@@ -38,7 +38,7 @@ def open_pair(pretrained: Source, posttrained: Source, *, here_only: bool = Fals
     if failed:
         raise type(failed[0])(*(problem for error in failed for problem in error.problems))
     first, second = (checkpoint.snapshot for checkpoint in opened)
-    if first and second and first.pinned == second.pinned:
+    if first and second and first.commit == second.commit:
         remedy = "name the commit, or the repository, that the other was trained from"
         raise CheckpointError(Problem(str(second.repository), f"is the same commit as {first.repository}", remedy))
     return opened[0], opened[1]

@@ -2,7 +2,7 @@
 
 import errno
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from threading import Event
 from typing import TypeVar
@@ -33,7 +33,7 @@ TRIES = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
 _SAID_FROM_S = 10.0
 
-_FAILURES = (HTTPError, ConnectionError, TimeoutError, RuntimeError)
+FAILURES = (HTTPError, ConnectionError, TimeoutError, RuntimeError)
 """What may go wrong on the way: HTTP's own, and what the client's uploads and its other transport (Xet) raise."""
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -45,37 +45,55 @@ class UnsoundAnswerError(HTTPError):
     """An answer that is not what was asked for, though its status says so."""
 
 
+class ExpiredAddressError(UnsoundAnswerError):
+    """The Hub sent on to an address that was good once, or for another range."""
+
+
 class Patience:
     """Waits between tries, longer each time; ends when `given_up` is set."""
 
-    def __init__(self, given_up: Event | None = None) -> None:
+    def __init__(self, given_up: Event | None = None, *, tries: int = TRIES) -> None:
         self._given_up = given_up or Event()
-        self._failures = 0
+        self._failures, self._tries = 0, tries
 
     def progressed(self) -> None:
         """Something came: what fails next fails for the first time."""
         self._failures = 0
 
-    def wait(self, error: Exception) -> None:
+    def wait(self, error: Exception, *, seconds: float | None = None) -> None:
         """Wait for the next try after `error`; raises it where that would not help, or was tried often enough."""
         self._failures += 1
-        if self._failures >= TRIES or not _may_pass(error):
+        if self._failures >= self._tries or not _may_pass(error):
             raise error
-        seconds = max(FIRST_WAIT_S * 2 ** (self._failures - 1), min(_asked_to_wait_s(error), LONGEST_WAIT_S))
+        if seconds is None:
+            seconds = max(FIRST_WAIT_S * 2 ** (self._failures - 1), min(_asked_to_wait_s(error), LONGEST_WAIT_S))
         if seconds > _SAID_FROM_S:
-            _log.warning("the Hub asks for %.0f s of patience", seconds)
+            _log.warning("the Hub is asked again in %.0f s", seconds)
         if self._given_up.wait(seconds):
             raise error
 
 
-def patiently(call: Callable[[], T], *, where: str) -> T:
-    """What `call` gives, tried again where that may help. Raises HubError about `where`, and NoSpaceError."""
-    patience = Patience()
-    with in_words(where):
+def patiently(
+    call: Callable[[], T],
+    *,
+    where: str,
+    given_up: Event | None = None,
+    tries: int = TRIES,
+    statuses: Container[int] | None = None,
+    remedy: str = "",
+) -> T:
+    """What `call` gives, tried again where that may help: after any failure, or only after answers of some `statuses`.
+
+    Raises HubError about `where`, and NoSpaceError; `remedy` as in `in_words`.
+    """
+    patience = Patience(given_up, tries=tries)
+    with in_words(where, remedy=remedy):
         while True:
             try:
                 return call()
-            except (*_FAILURES, LocalEntryNotFoundError) as error:
+            except (*FAILURES, LocalEntryNotFoundError) as error:
+                if statuses is not None and _status(error) not in statuses:
+                    raise
                 patience.wait(error)
 
 
@@ -87,17 +105,28 @@ def in_words(where: str, *, remedy: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (*_FAILURES, LocalTokenNotFoundError, HFValidationError, EntryNotFoundError) as error:
+    except (*FAILURES, LocalTokenNotFoundError, HFValidationError, EntryNotFoundError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # a bug
         cause = _underlying(error)
         what, usual_remedy = _said(cause, where)
         raise HubError(Problem(where, what, (remedy if _may_pass(cause) else "") or usual_remedy)) from cause
+    except UnicodeEncodeError as error:
+        raise HubError(
+            Problem(where, "cannot be asked for: the token has characters that none has", _LOG_IN)
+        ) from error
+    except (ValueError, LookupError, TypeError) as error:
+        what = f"got an answer that makes no sense ({type(error).__name__}: {first_line(error)})"
+        raise HubError(Problem(where, what, f"see whether {constants.ENDPOINT} is the Hub")) from error
+    except ImportError as error:
+        raise HubError(Problem(where, f"cannot be reached ({first_line(error)})", "install what that names")) from error
     except OSError as error:
-        cache = constants.HF_HUB_CACHE
+        place = str(error.filename or constants.HF_HUB_CACHE)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free some space, or set HF_HUB_CACHE to a folder on another disk"
-            raise NoSpaceError(Problem(str(error.filename or cache), "the disk is full", remedy)) from error
-        what = f"cannot be written or read ({error.strerror or error})"
-        raise HubError(Problem(str(error.filename or cache), what, "set HF_HUB_CACHE to a folder of yours")) from error
+            raise NoSpaceError(Problem(place, "the disk is full", remedy)) from error
+        what = f"cannot be written or read ({error.strerror or first_line(error)})"
+        raise HubError(Problem(place, what, f"needed for {where}; HF_HUB_CACHE may name a folder of yours")) from error
 
 
 def _said(error: Exception, where: str) -> tuple[str, str]:
@@ -125,7 +154,7 @@ def _said(error: Exception, where: str) -> tuple[str, str]:
     if isinstance(error, UnsoundAnswerError):
         return str(error), "try again later, or fetch whole files: --download full"
     if isinstance(error, HfHubHTTPError):
-        return _said_status(error.response.status_code, page, logged_in=logged_in)
+        return _said_status(error, page, logged_in=logged_in)
     if isinstance(error, EntryNotFoundError):
         return f"has no such file ({first_line(error)})", f"see {page}/tree"
     if isinstance(error, RuntimeError):
@@ -136,16 +165,18 @@ def _said(error: Exception, where: str) -> tuple[str, str]:
     return f"{what} at {constants.ENDPOINT} ({name}: {first_line(error)})", offline
 
 
-def _said_status(status: int, page: str, *, logged_in: bool) -> tuple[str, str]:
+def _said_status(error: HfHubHTTPError, page: str, *, logged_in: bool) -> tuple[str, str]:
+    status = error.response.status_code
+    why = f": {error.server_message}" if error.server_message else ""
     if status == 401:
-        return "is not for everyone, and the token is not accepted" if logged_in else "needs a token", _LOG_IN
+        return ("got a token that the Hub does not accept" if logged_in else "needs a token"), _LOG_IN
     if status == 403:
-        return "is not for your token (403)", f"give it a token with the right to do this; see {page}"
+        return f"is not for your token (403{why})", f"give it a token with the right to do this; see {page}"
     if status == 412:
         return "was changed by somebody else meanwhile (412)", "look at what they did, and run again"
     if status == 429:
         return "is asked too often from here (429)", f"wait some minutes, or {_LOG_IN} for a higher limit"
-    return f"got the answer {status} from the Hub", "try again later; the same command goes on where it was"
+    return f"got the answer {status} from the Hub{why}", "try again later; the same command goes on where it was"
 
 
 def _underlying(error: Exception) -> Exception:
@@ -164,13 +195,23 @@ def _may_pass(error: Exception) -> bool:
     error = _underlying(error)
     if isinstance(error, HfHubHTTPError):
         return may_pass(error.response.status_code)
-    return isinstance(error, _FAILURES) and not isinstance(error, OfflineModeIsEnabled)
+    if isinstance(error, RuntimeError):
+        return type(error) is RuntimeError
+    return isinstance(error, FAILURES) and not isinstance(error, OfflineModeIsEnabled)
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(_underlying(error), "response", None)
+    return None if response is None else int(response.status_code)
 
 
 def _asked_to_wait_s(error: Exception) -> float:
-    response = getattr(_underlying(error), "response", None)
-    if response is None:
+    """How long the answer says to wait. It may name the window of a limit even where no limit was hit."""
+    if _status(error) not in (429, 503):
         return 0.0
-    limit = parse_ratelimit_headers(response.headers)
-    after = response.headers.get("Retry-After", "")
-    return float(limit.reset_in_seconds if limit else after if after.isdecimal() else 0)
+    headers = getattr(_underlying(error), "response").headers  # noqa: B009 (an HTTPError's, where it has one)
+    after = headers.get("Retry-After", "")
+    limit = parse_ratelimit_headers(headers) if _status(error) == 429 else None
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    return float(after if after.isdecimal() else 0)

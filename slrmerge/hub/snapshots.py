@@ -1,18 +1,30 @@
 """A repository as a checkpoint: pinned to a commit, its small files fetched into the Hub's cache, its weights not."""
 
+import re
 import shutil
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Event
 
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub import RepoFile, RepoFolder, constants, try_to_load_from_cache
 
-from slrmerge.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, Shard, Snapshot, open_folder, read_shard
+from slrmerge.checkpoint import (
+    CHAT_TEMPLATE_FOLDERS,
+    CONFIG_NAME,
+    INDEX_NAME,
+    Checkpoint,
+    RemoteFile,
+    Shard,
+    Snapshot,
+    open_folder,
+    read_shard,
+    waiting_threads,
+)
 from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem
-from slrmerge.hub.failures import patiently
-from slrmerge.hub.file import HubFile, client
+from slrmerge.hub.failures import in_words, patiently
+from slrmerge.hub.file import HubFile, cache_of, client
 from slrmerge.progress import Progress, one_at_a_time
 from slrmerge.repository import Repository
 
@@ -25,12 +37,19 @@ def open_repository(repository: Repository) -> Checkpoint:
     """See `open_checkpoint`. Fetches what is small and read in any case; everything else stays on the Hub."""
     if constants.is_offline_mode():
         return open_cached(repository)
-    snapshot = _pin(repository)
-    folder = _folder(snapshot)
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
-        list(pool.map(lambda name: snapshot.files[name].fetch(), snapshot.files.keys() & _READ_TO_OPEN))
+    snapshot = pin(repository)
+    folder = cache_of(repository) / "snapshots" / snapshot.commit
+    with in_words(str(repository)):
+        folder.mkdir(parents=True, exist_ok=True)
+        _name_commit(snapshot)
+    with waiting_threads(_FILES_AT_A_TIME) as (pool, given_up):
+        fetch = partial(_fetch_one, given_up=given_up)
+        list(pool.map(fetch, (snapshot.files[name] for name in sorted(snapshot.files.keys() & _READ_TO_OPEN))))
     return open_folder(folder, snapshot=snapshot)
+
+
+def _fetch_one(file: RemoteFile, *, given_up: Event) -> Path:
+    return file.fetch(given_up=given_up)
 
 
 def open_cached(repository: Repository) -> Checkpoint:
@@ -45,35 +64,43 @@ def open_cached(repository: Repository) -> Checkpoint:
         raise HubError(_not_whole(repository), *error.problems) from error
 
 
-def _pin(repository: Repository) -> Snapshot:
-    """The repository's newest commit at its revision, and what it holds there."""
+def pin(repository: Repository) -> Snapshot:
+    """The newest commit at the repository's revision, and what it holds at the top and in folders of chat templates."""
+    where = str(repository)
+    timeout_s = constants.HF_HUB_ETAG_TIMEOUT
     info = patiently(
-        lambda: client().model_info(
-            repository.name,
-            revision=repository.revision,
-            files_metadata=True,
-            timeout=constants.HF_HUB_ETAG_TIMEOUT,
-        ),
-        where=str(repository),
+        lambda: client().model_info(repository.name, revision=repository.revision, timeout=timeout_s), where=where
     )
-    commit = info.sha or ""
-    pinned = Repository(repository.name, commit)
-    files = {
-        entry.rfilename: HubFile(
-            pinned,
-            entry.rfilename,
-            file_bytes=entry.size or 0,
-            digest=f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-sha1:{entry.blob_id}",
-        )
-        for entry in info.siblings or ()
-    }
-    return Snapshot(repository, commit, files)
+    pinned = Repository(repository.name, info.sha)
+    if not re.fullmatch("[0-9a-f]{40}", info.sha or ""):
+        raise HubError(Problem(where, "has no commit yet", "push something to it, or name another"))
+    entries = _listed(pinned, None)
+    for entry in list(entries):
+        if isinstance(entry, RepoFolder) and entry.path in CHAT_TEMPLATE_FOLDERS:
+            entries += _listed(pinned, entry.path)
+    files = {entry.path: _hub_file(pinned, entry) for entry in entries if isinstance(entry, RepoFile)}
+    return Snapshot(repository, pinned.revision or "", files)
 
 
-def _folder(snapshot: Snapshot) -> Path:
-    """Where the Hub's cache has, or would have, the files of a snapshot."""
-    storage = repo_folder_name(repo_id=snapshot.repository.name, repo_type="model")
-    return Path(constants.HF_HUB_CACHE) / storage / "snapshots" / snapshot.commit
+def _listed(repository: Repository, folder: str | None) -> list[RepoFile | RepoFolder]:
+    def ask() -> list[RepoFile | RepoFolder]:
+        return list(client().list_repo_tree(repository.name, folder, revision=repository.revision))
+
+    return patiently(ask, where=str(repository))
+
+
+def _hub_file(repository: Repository, entry: RepoFile) -> HubFile:
+    digest = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-sha1:{entry.blob_id}"
+    return HubFile(repository, entry.path, file_bytes=int(entry.size), digest=digest)
+
+
+def _name_commit(snapshot: Snapshot) -> None:
+    """Note in the Hub's cache which commit a branch is at, as its client does, so that it is known offline too."""
+    revision = snapshot.repository.revision or constants.DEFAULT_REVISION
+    if revision != snapshot.commit:
+        ref = cache_of(snapshot.repository) / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(snapshot.commit)
 
 
 def _not_whole(repository: Repository) -> Problem:
@@ -83,31 +110,34 @@ def _not_whole(repository: Repository) -> Problem:
     return Problem(str(repository), f"is not whole in the Hub's cache{offline}", remedy)
 
 
-def fetch_shards(sides: Sequence[tuple[Checkpoint, Iterable[str]]], progress: Progress) -> list[Checkpoint]:
-    """The checkpoints with the given ones of their shards on this disk, each found to be what the Hub says of it.
+def fetch_shards(
+    sides: Sequence[tuple[Checkpoint, Iterable[str]]], progress: Progress, *, recheck: bool = False
+) -> list[Checkpoint]:
+    """The checkpoints with the given ones of their shards on this disk, those that were fetched found to be what the
+    Hub says of them; with `recheck` those that were in its cache too.
 
     Raises HubError, and NoSpaceError before anything is fetched that would not fit.
     """
-    wanted = [
-        (number, file) for number, (side, files) in enumerate(sides) for file in files if side.shards[file].remote
-    ]
-    total = sum(sides[number][0].shards[file].identity.file_bytes for number, file in wanted)
-    _require_space(total)
+    wanted = {
+        (number, file): side.snapshot.files[file]
+        for number, (side, files) in enumerate(sides)
+        for file in files
+        if side.snapshot and file in side.snapshot.files and (recheck or side.shards[file].remote)
+    }
+    _require_space(sum(file.file_bytes for file in wanted.values() if file.here() is None))
     if wanted:
-        progress.start("downloading", total)
+        progress.start("downloading", sum(file.file_bytes for file in wanted.values()))
     advance = one_at_a_time(progress.advance)
 
-    def fetch(job: tuple[int, str]) -> Shard:
-        number, file = job
-        planned = sides[number][0].shards[file]
-        assert planned.remote is not None
-        fetched = read_shard(planned.remote.fetch(advance))
-        if fetched.header_digest != planned.header_digest:
-            raise HubError(Problem(str(planned.remote), "has another header than the Hub gave of it", "run again"))
+    def fetch(number: int, name: str) -> Shard:
+        fetched = read_shard(wanted[number, name].fetch(advance, given_up=given_up))
+        if fetched.header_digest != sides[number][0].shards[name].header_digest:
+            where = str(wanted[number, name])
+            raise HubError(Problem(where, "has another header than the Hub gave of it before", "run again"))
         return fetched
 
-    with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
-        fetched = dict(zip(wanted, pool.map(fetch, wanted), strict=True))
+    with waiting_threads(_FILES_AT_A_TIME) as (pool, given_up):
+        fetched = dict(zip(wanted, pool.map(lambda job: fetch(*job), wanted), strict=True))
     return [
         replace(
             side,

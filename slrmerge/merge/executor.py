@@ -100,6 +100,7 @@ def execute(
                 progress.say(f"brought back {target}, which an interrupted swap had set aside")
             raise_all(target_problems(plan, target, overwrite=overwrite), OutputError)
             if download == "full":
+                require_space(plan, target)
                 plan = with_whole_files(plan, progress)
             threads = threads or default_threads(*plan.sides)
             written, resumed = _make(plan, target, threads, fsync=fsync, name=name or target.name, progress=progress)
@@ -107,13 +108,16 @@ def execute(
     return MergeResult(target, written, output_bytes, resumed, time.monotonic() - started)
 
 
-def with_whole_files(plan: MergePlan, progress: Progress) -> MergePlan:
-    """The same plan, with the files that it reads from the Hub fetched into the Hub's cache. Raises HubError."""
-    if not plan.download_bytes:
+def with_whole_files(plan: MergePlan, progress: Progress, *, recheck: bool = False) -> MergePlan:
+    """The same plan, with the files that it reads from the Hub fetched into the Hub's cache; with `recheck` those that
+    were there are held against the Hub's digests too. Raises HubError.
+    """
+    if not any(side.snapshot for side in plan.sides):
         return plan
     from slrmerge.hub.snapshots import fetch_shards
 
-    pretrained, posttrained = fetch_shards(list(zip(plan.sides, plan.read_files(), strict=True)), progress)
+    sides = list(zip(plan.sides, plan.read_files(), strict=True))
+    pretrained, posttrained = fetch_shards(sides, progress, recheck=recheck)
     return replace(plan, pretrained=pretrained, posttrained=posttrained)
 
 

@@ -7,10 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from slrmerge import files
-from slrmerge.checkpoint import CONFIG_NAME
+from slrmerge.checkpoint import CHAT_TEMPLATE_FOLDERS, CONFIG_NAME
 from slrmerge.errors import NoSpaceError, OutputError, Problem
 from slrmerge.plan import MergePlan
-from slrmerge.plan.sidefiles import CHAT_TEMPLATE_FOLDERS
 
 _MODEL_FOLDERS = frozenset({*CHAT_TEMPLATE_FOLDERS, ".cache"})
 """Folders that a checkpoint has inside: its templates, and what `hf download` leaves."""

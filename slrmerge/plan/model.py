@@ -172,4 +172,4 @@ class MergePlan:
 
 
 def _is_remote(file: PlannedFile) -> bool:
-    return file.source is not None and not isinstance(file.source, Path)
+    return file.source is not None and not isinstance(file.source, Path) and file.source.here() is None

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from slrmerge.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, Identity, RemoteFile
+from slrmerge.checkpoint import CHAT_TEMPLATE_FOLDERS, CONFIG_NAME, INDEX_NAME, Checkpoint, Identity, RemoteFile
 from slrmerge.plan.findings import PICTURE_NAME
 from slrmerge.plan.model import PlannedFile, PlannedShard
 
@@ -15,8 +15,6 @@ LOADED_SUFFIXES = COPIED_SUFFIXES | {".safetensors", ".bin", ".pt", ".pth", ".gg
 
 COPIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 """Terms of use go along with the weights, whatever their ending."""
-
-CHAT_TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
 
 MANIFEST_NAME = "slrmerge.json"
 RECIPE_NAME = "slrmerge.yaml"
@@ -67,7 +65,7 @@ def side_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path | RemoteFile]
     for name in sorted({**here, **elsewhere}):
         path = PurePosixPath(name)
         if str(path.parent) in (".", *CHAT_TEMPLATE_FOLDERS) and (path.suffix == ".py" or _is_copied(path)):
-            yield name, here.get(name) or elsewhere[name]
+            yield name, elsewhere.get(name) or here[name]  # even if it is in the cache: fetching finds it sound
 
 
 def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -33,7 +33,7 @@ from slrmerge.plan import NO_STACK, depth_problems, side_files
 from slrmerge.plots import draw_report
 from slrmerge.progress import Progress, Silent
 from slrmerge.recipe import Recipe, Side
-from slrmerge.repository import Source
+from slrmerge.repository import Repository, Source
 from slrmerge.search.candidates import SPACES, ends, from_recipe
 from slrmerge.search.choose import MIN_QUALITY, Row, choose, conditions, judge, leaders
 from slrmerge.search.estimate import Estimate, estimate
@@ -300,7 +300,9 @@ def _other_pairs(sides: Sequence[Checkpoint], options: SearchOptions) -> Iterato
 
 def _is_at(checkpoint: Checkpoint, source: Source) -> bool:
     if checkpoint.snapshot:
-        return source in (checkpoint.snapshot.repository, checkpoint.snapshot.pinned)
+        named = checkpoint.snapshot.repository
+        revisions = {named.revision or "main", checkpoint.snapshot.commit}
+        return isinstance(source, Repository) and source.name == named.name and (source.revision or "main") in revisions
     return isinstance(source, Path) and os.path.realpath(source) == os.path.realpath(checkpoint.folder)
 
 

@@ -132,6 +132,7 @@ class HubServer:
     def __init__(self, *, signs_ranges: bool = False, xet: Path | None = None) -> None:
         self.signs_ranges, self.xet = signs_ranges, xet
         self.requests: list[Request] = []
+        self.connections: list[str] = []
         self.tokens: dict[str, str] = {}
         self.private: set[str] = set()
         self.gated: set[str] = set()
@@ -299,8 +300,16 @@ class HubServer:
     @route("hub GET /api/models/{repo}/tree/{rev}(/{folder...})?")
     def _tree(self, asked: Asked, repo: str, rev: str, folder: str = "") -> Answer:
         files = self._repo(asked, repo, "to see").at(rev).files
-        below = [path for path in sorted(files) if not folder or path.startswith(f"{folder}/")]
-        return Answer.of([{"type": "file", **tree_entry(path, files[path])} for path in below])
+        start = f"{folder}/" if folder else ""
+        below = [path for path in sorted(files) if path.startswith(start)]
+        if asked.flag("recursive"):
+            return Answer.of([{"type": "file", **tree_entry(path, files[path])} for path in below])
+        here = [path for path in below if "/" not in path.removeprefix(start)]
+        folders = sorted({start + path.removeprefix(start).partition("/")[0] for path in below} - {*here})
+        return Answer.of(
+            [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
+            + [{"type": "file", **tree_entry(path, files[path])} for path in here]
+        )
 
     @route("hub GET /api/models/{repo}/refs")
     def _refs(self, asked: Asked, repo: str) -> Answer:

@@ -38,7 +38,7 @@ def test_a_stretch_is_exactly_the_bytes_asked_for(hub: HubServer, name: str, sta
     assert hub.served() == stop - start
 
 
-@pytest.mark.parametrize("kind", ["ignore_range", "wrong_range", "cut", "reset"])
+@pytest.mark.parametrize("kind", ["ignore_range", "wrong_range", "cut", "overlong", "gzip", "reset"])
 @pytest.mark.parametrize("times", [1, failures.TRIES - 1])
 def test_an_answer_that_is_not_what_was_asked_for_is_asked_again(hub: HubServer, kind: Any, times: int) -> None:
     file = publish(hub)
@@ -69,8 +69,19 @@ def test_a_server_in_trouble_is_asked_again(hub: HubServer, status: int, where: 
             ),
         ),
         (
+            {"kind": "overlong"},
+            "sent more bytes than were asked for; try again later, or fetch whole files: --download full",
+        ),
+        (
+            {"kind": "gzip"},
+            (
+                "answered with bytes 0-20479/20480 in gzip when asked for bytes 0-20479/20480; "
+                "try again later, or fetch whole files: --download full"
+            ),
+        ),
+        (
             {"kind": "status", "status": 503},
-            "got the answer 503 from the Hub; try again later; the same command goes on where it was",
+            "got the answer 503 from the Hub: told to; try again later; the same command goes on where it was",
         ),
         (
             {"kind": "status", "status": 429},
@@ -144,14 +155,16 @@ def test_the_server_says_how_long_to_wait_and_that_is_heeded(
     file = publish(hub)
     waits: list[float] = []
     clock = cast(Event, SimpleNamespace(wait=lambda seconds: waits.append(seconds)))
+    window = '"resolvers";r={};t=55'
     hub.misbehave("status", BLOB, status=429, headers={"Retry-After": "42"})
-    hub.misbehave("status", BLOB, status=429, headers={"RateLimit": '"resolvers";r=0;t=55'})
+    hub.misbehave("status", BLOB, status=429, headers={"RateLimit": window.format(0)})
     hub.misbehave("status", BLOB, status=429, headers={"Retry-After": "86400"})
-    hub.misbehave("status", BLOB, status=500)
+    hub.misbehave("status", BLOB, status=503, headers={"RateLimit": window.format(0)})
+    hub.misbehave("status", BLOB, status=429, headers={"RateLimit": window.format(4999)})
     assert streamed(file, given_up=clock) == DATA
-    assert waits == [42, 55, 300, 8]
+    assert waits == [42, 55, 300, 8, 16]
     assert [record.message for record in caplog.records if record.name == "slrmerge"] == [
-        f"the Hub asks for {seconds} s of patience" for seconds in (42, 55, 300)
+        f"the Hub is asked again in {seconds} s" for seconds in (42, 55, 300, 16)
     ]
 
 
@@ -191,6 +204,22 @@ def test_an_address_that_is_good_for_one_range_only_is_asked_for_each_time(
         assert len(refused) == 1
 
 
+def test_an_address_that_was_good_for_a_while_is_replaced_at_once(hub: HubServer) -> None:
+    file = publish(hub)
+    starts = range(0, len(DATA), 1024)
+    hub.misbehave("status", BLOB, status=403, skip=8)
+    assert b"".join(streamed(file, start, start + 1024) for start in starts) == DATA
+    assert sum(request.host == "hub" and request.method == "GET" for request in hub.requests) == 2
+
+
+def test_a_connection_serves_many_ranges(hub: HubServer) -> None:
+    file = publish(hub)
+    hub.connections.clear()
+    for start in range(0, len(DATA), 1024):
+        streamed(file, start, start + 1024)
+    assert hub.connections == ["hub", "cdn"]
+
+
 def test_a_whole_file_is_fetched_once_and_checked(hub: HubServer) -> None:
     file, told = publish(hub), list[int]()
     path = file.fetch(told.append)
@@ -201,25 +230,50 @@ def test_a_whole_file_is_fetched_once_and_checked(hub: HubServer) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "notes.txt"])
-def test_a_whole_file_that_came_damaged_is_not_kept(hub: HubServer, name: str) -> None:
+def test_a_whole_file_that_came_damaged_is_fetched_once_more(hub: HubServer, name: str) -> None:
     file = publish(hub, name)
     hub.misbehave("corrupt", f"GET /(blobs|{REPO}/resolve)")
-    with pytest.raises(HubError) as caught:
-        file.fetch()
-    kind, _, digest = file.digest.partition(":")
-    assert f"is not {file}: its {kind} is " in str(caught.value)
-    assert str(caught.value).endswith(f", the Hub says {digest}; fetch it again")
-    assert try_to_load_from_cache(REPO, name) is None
     assert file.fetch().read_bytes() == DATA
 
 
-def test_a_damaged_file_in_the_cache_is_found_and_fetched_again_by_the_next_run(hub: HubServer) -> None:
+@pytest.mark.parametrize("name", ["weights.bin", "notes.txt"])
+def test_a_whole_file_that_keeps_coming_damaged_is_refused_each_time(hub: HubServer, name: str) -> None:
+    file = publish(hub, name)
+    hub.misbehave("corrupt", f"GET /(blobs|{REPO}/resolve)", times=4)
+    for _ in range(2):
+        with pytest.raises(HubError) as caught:
+            file.fetch()
+        (problem,) = caught.value.problems
+        assert problem.what.startswith(f"is not {file}: it is {file.digest.partition(':')[0]}:")
+        assert problem.what.endswith(f", the Hub says {file.digest}")
+    assert file.fetch().read_bytes() == DATA
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(hub: HubServer) -> None:
     file = publish(hub)
     path = file.fetch()
     path.write_bytes(DATA[:-1] + b"x")
-    with pytest.raises(HubError, match="is not org/model"):
-        file.fetch()
     assert file.fetch().read_bytes() == DATA
+    hub.requests.clear()
+    assert file.fetch() == path
+    assert hub.requests == []
+
+
+def test_what_a_link_in_the_cache_points_to_is_left_alone(hub: HubServer, tmp_path: Path) -> None:
+    file = publish(hub)
+    path = file.fetch()
+    (tmp_path / "mine").write_bytes(b"mine")
+    path.unlink()
+    path.symlink_to(tmp_path / "mine")
+    assert file.fetch().read_bytes() == DATA
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
+def test_fetching_ends_when_it_is_given_up(hub: HubServer) -> None:
+    file, given_up = publish(hub), Event()
+    given_up.set()
+    with pytest.raises(HubError, match="was given up"):
+        file.fetch(given_up=given_up)
 
 
 def test_an_answer_is_waited_for_while_a_whole_file_is_fetched(hub: HubServer) -> None:
@@ -233,7 +287,7 @@ def test_a_cache_that_cannot_be_written_is_said(hub: HubServer, monkeypatch: pyt
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/no-such-place")
     with pytest.raises(HubError) as caught:
         file.fetch()
-    assert str(caught.value).endswith("set HF_HUB_CACHE to a folder of yours")
+    assert str(caught.value).endswith(f"needed for {file}; HF_HUB_CACHE may name a folder of yours")
 
 
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")
@@ -246,4 +300,4 @@ def test_a_disk_that_fills_up_while_a_file_is_fetched_is_said(
         file.fetch()
     assert caught.value.problems[0].what == "the disk is full"
     assert caught.value.problems[0].remedy == "free some space, or set HF_HUB_CACHE to a folder on another disk"
-    assert try_to_load_from_cache(REPO, NAME) is None
+    assert try_to_load_from_cache(REPO, NAME, revision=file.repository.revision) is None

@@ -170,8 +170,9 @@ def test_verify_compares_with_the_hub_only_when_told_to(pair: HubPair) -> None:
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_bytes_that_came_wrong_by_range_are_found_by_a_full_verification(pair: HubPair, rules: dict[str, Any]) -> None:
     plan = plan_of(pair, **rules)
-    pair.hub.misbehave("corrupt", BLOBS, skip=2)
+    pair.hub.misbehave("corrupt", BLOBS, times=None)
     execute(plan, pair.out)
+    pair.hub.behave()
     assert verify_checkpoint(pair.out).files > 0
     with pytest.raises(VerificationError) as caught:
         verify_checkpoint(pair.out, full=True)
@@ -181,23 +182,23 @@ def test_bytes_that_came_wrong_by_range_are_found_by_a_full_verification(pair: H
 
 def test_a_source_that_came_damaged_is_named_by_a_full_verification(pair: HubPair) -> None:
     run(pair.recipe_file(restore=[2, 3]), "--out", pair.out)
-    pair.hub.misbehave("corrupt", BLOBS, skip=6)  # after the headers, the first of the whole files
+    pair.hub.misbehave("corrupt", BLOBS, skip=6, times=None)  # after the headers, the whole files
     result = run("verify", pair.out, "--full")
-    assert (result.exit_code, "the Hub says sha256" not in result.stderr) == (14, True)
-    assert ": its sha256 is " in result.stderr
+    assert (result.exit_code, ": it is sha256:" in result.stderr) == (14, True)
+    pair.hub.behave()
     assert run("verify", pair.out, "--full").exit_code == 0
 
 
-def test_a_cached_source_is_held_against_the_hubs_digest_by_a_full_verification(pair: HubPair) -> None:
-    run(pair.recipe_file(restore=[2, 3]), "--out", pair.out, "--download", "full")
-    (blob,) = Path(constants.HF_HUB_CACHE).glob("models--org--base/snapshots/*/model.safetensors")
-    raw = bytearray(blob.read_bytes())
-    raw[-1] ^= 1  # in the last layer, which was not read
-    blob.write_bytes(raw)
+def test_a_damaged_source_in_the_cache_is_fetched_again_for_a_full_verification(pair: HubPair) -> None:
+    folder = Path(snapshot_download(BASE))
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(raw)
+    run(pair.recipe_file(restore=[2, 3], tensors=[{"match": "lm_head.*", "alpha": 1}]), "--out", pair.out)
     assert run("verify", pair.out).exit_code == 0
     result = run("verify", pair.out, "--full")
-    assert result.exit_code == 14
-    assert f"{blob}: is not {BASE}@{pair.hub.head(BASE)[:7]}/model.safetensors: its sha256 is" in result.stderr
+    assert result.exit_code == 10
+    assert "is as it was written, but not what its sources give now (in lm_head.weight)" in result.stderr
 
 
 def test_a_full_verification_needs_the_hub(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +225,7 @@ def test_a_folder_and_a_repository_go_together(pair: HubPair) -> None:
     assert ("commit" in sources["pretrained"], "commit" in sources["posttrained"]) == (False, True)
 
 
-@pytest.mark.parametrize("kind", ["ignore_range", "wrong_range", "cut", "reset"])
+@pytest.mark.parametrize("kind", ["ignore_range", "wrong_range", "cut", "overlong", "gzip", "reset"])
 def test_a_merge_gets_through_what_passes(pair: HubPair, kind: Any) -> None:
     plan = plan_of(pair, restore=[2, 3], max_shard_size="100KB")
     pair.hub.misbehave(kind, BLOBS, times=12)
@@ -307,6 +308,67 @@ def test_a_token_is_never_shown_and_never_leaves_the_hub(
     said = "".join([*(result.output for result in results), caplog.text, *map(repr, files_of(pair.out).values())])
     assert "secret" not in said
     assert {r.headers.get("authorization") for r in pair.hub.requests if r.host == "cdn"} == {None}
+
+
+def test_a_hub_that_fails_while_it_is_asked_to_prove_a_merge_proves_nothing(pair: HubPair) -> None:
+    run(pair.recipe_file(restore=[2, 3]), "--out", pair.out)
+    for fault in ({"status": 503}, {"status": 403}):
+        pair.hub.misbehave("status", f"GET /(blobs|{CHAT}/resolve)", times=None, **fault)
+        assert run("verify", pair.out, "--full").exit_code == 14
+        assert run("inspect", CHAT).exit_code == 14
+        pair.hub.behave()
+
+
+def test_what_cannot_be_compared_is_no_proof_when_all_is_asked_for(pair: HubPair) -> None:
+    run(pair.recipe_file(pretrained="./pre", restore=[2, 3]), "--out", pair.out)
+    (pair.folder / "pre").rename(pair.folder / "moved")
+    assert run("verify", pair.out).exit_code == 0
+    result = run("verify", pair.out, "--full")
+    assert (result.exit_code, "is not at hand; see that both sources can be had" in result.stderr) == (10, True)
+
+
+def test_a_tokenizer_that_is_damaged_in_the_cache_is_not_copied(pair: HubPair) -> None:
+    snapshot_download(CHAT)
+    (cached,) = Path(constants.HF_HUB_CACHE).glob("models--org--chat/snapshots/*/tokenizer.json")
+    cached.write_text("[]")
+    assert run(pair.recipe_file(restore=[2, 3]), "--out", pair.out).exit_code == 0
+    assert (pair.out / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_side_file_that_is_not_the_sources_is_found_by_a_full_verification(
+    pair: HubPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot_download(CHAT)
+    snapshot_download(BASE)
+    (cached,) = Path(constants.HF_HUB_CACHE).glob("models--org--chat/snapshots/*/tokenizer.json")
+    cached.write_text("[]")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # nobody to ask what it should be
+    run(pair.recipe_file(restore=[2, 3]), "--out", pair.out)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    unchecked = json.loads((pair.out / "slrmerge.json").read_text())["sources"]["posttrained"]["unchecked"]
+    assert unchecked.keys() >= {"tokenizer.json", "config.json", "model-00001-of-00002.safetensors"}
+    assert set(unchecked.values()) == {None}
+    result = run("verify", pair.out, "--full")
+    assert result.exit_code == 10
+    assert "tokenizer.json: is as it was written, but not what its sources give now" in result.stderr
+
+
+def test_a_commit_that_leaves_the_weights_alone_leaves_them_in_the_cache(pair: HubPair) -> None:
+    for repository in (BASE, CHAT):
+        snapshot_download(repository)
+        pair.hub.commit(repository, {"README.md": b"A better word."})
+    pair.hub.requests.clear()
+    assert run(pair.recipe_file(restore=[2, 3]), "--out", pair.out).exit_code == 0
+    assert pair.hub.served("^/blobs/") == 0
+    assert read_back(pair.out) == pair.mixed(2, 3)
+
+
+def test_what_was_fetched_whole_is_there_without_a_network(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = pair.recipe_file(restore=[0, 5])
+    assert run(recipe, "--out", pair.out, "--download", "full").exit_code == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert run(recipe, "--out", pair.folder / "again").exit_code == 0
+    assert shards_in(pair.out) == shards_in(pair.folder / "again")
 
 
 def test_diff_compares_repositories_without_keeping_them(pair: HubPair) -> None:

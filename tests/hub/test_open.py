@@ -1,5 +1,10 @@
 """A repository is opened like a folder: headers only, pinned to one commit, everything wrong with it in words."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ from slrmerge.repository import Repository
 from tests.checkpoints import safetensors_bytes
 from tests.cli import run
 from tests.hub.conftest import CHAT, HubPair
-from tests.hub.server import HubServer, use
+from tests.hub.server import HubServer, environment, use
 
 CONFIG = b'{"num_hidden_layers": 6}'
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -136,6 +141,43 @@ def test_a_hub_that_cannot_be_reached_is_said(hub: HubServer) -> None:
         f"{CHAT}: cannot be reached at {hub.url} ({why}); "
         "check the network; HF_HUB_OFFLINE=1 takes what is in the Hub's cache"
     )
+
+
+def test_an_answer_of_somebody_else_is_said(hub: HubServer) -> None:
+    hub.misbehave("status", "GET /api/models", times=None, status=200)
+    said = refusal(CHAT)
+    assert said.startswith(f"{CHAT}: got an answer that makes no sense (")
+    assert said.endswith(f"); see whether {hub.url} is the Hub")
+
+
+def test_a_cache_that_cannot_be_made_is_said(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/no-such-place")
+    assert refusal(CHAT).endswith(f"needed for {CHAT}; HF_HUB_CACHE may name a folder of yours")
+
+
+def test_a_repository_without_a_config_is_named(pair: HubPair) -> None:
+    commit = pair.hub.commit(CHAT, {"config.json": None})
+    assert refusal(CHAT) == f"{CHAT}@{commit[:7]}/config.json: is missing; a checkpoint needs it to be loaded"
+
+
+def test_templates_in_folders_go_along_and_what_else_is_in_folders_does_not(pair: HubPair) -> None:
+    pair.hub.commit(CHAT, {"additional_chat_templates/tools.jinja": b"{{ x }}", "onnx/config.json": b"{}"})
+    run(pair.recipe_file(restore=[2, 3]), "--out", pair.out)
+    assert (pair.out / "additional_chat_templates" / "tools.jinja").read_bytes() == b"{{ x }}"
+    assert not (pair.out / "onnx").exists()
+
+
+def test_ctrl_c_does_not_wait_while_a_repository_is_opened(pair: HubPair) -> None:
+    pair.hub.misbehave("status", "GET /blobs/", times=None, status=429, headers={"Retry-After": "250"})
+    env = os.environ | environment(pair.hub, pair.folder / "cache")
+    with subprocess.Popen([sys.executable, "-m", "slrmerge", "inspect", CHAT], env=env) as child:
+        deadline = time.monotonic() + 60
+        while not any(request.host == "cdn" for request in pair.hub.requests):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
 
 
 def test_a_hub_in_trouble_is_asked_again(pair: HubPair) -> None:

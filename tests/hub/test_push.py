@@ -136,7 +136,8 @@ def test_a_token_of_somebody_else_is_refused(pair: HubPair, merged: Path, monkey
     push_to_hub(merged, Repository(MINE))
     use(monkeypatch, pair.hub, pair.folder / "cache", "hf_bob")
     assert refusal(merged) == (
-        f"{MINE}: is not for your token (403); give it a token with the right to do this; see {pair.hub.url}/{MINE}"
+        f"{MINE}: is not for your token (403: You don't have the rights to write under the namespace ann); "
+        f"give it a token with the right to do this; see {pair.hub.url}/{MINE}"
     )
 
 
@@ -175,7 +176,7 @@ def test_a_commit_on_top_of_another_than_was_looked_at_is_refused_by_the_hub(
     other = pair.folder / "other"
     merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), other)
 
-    def meanwhile(found: set[str], files: tuple[str, ...]) -> set[str]:
+    def meanwhile(there: object) -> set[str]:
         pair.hub.commit(MINE, {"notes.md": b"theirs"})
         return set()
 
@@ -228,6 +229,51 @@ def test_the_card_is_one_that_the_hub_and_its_client_understand(pair: HubPair, m
     assert data["base_model"] == [BASE, CHAT]
     assert (data["base_model_relation"], data["library_name"], data["license"]) == ("merge", "transformers", "mit")
     assert data["tags"] == ["merge", "slrmerge", "selective-layer-restoration"]
+
+
+def test_a_card_that_the_hub_would_not_take_is_refused_before_anything_is_sent(pair: HubPair) -> None:
+    card = (pair.folder / "post" / "README.md").read_text().replace("mit", "[a: b")
+    (pair.folder / "post" / "README.md").write_text(card)
+    recipe = pair.recipe_file(pretrained="./pre", posttrained="./post", restore=[2, 3])
+    merge_checkpoints(load_recipe(recipe), pair.out)
+    pair.hub.misbehave("status", "POST /api/validate-yaml", status=400)
+    pair.hub.requests.clear()
+    assert f"{pair.out}/README.md: " in refusal(pair.out)
+    assert [r.path for r in pair.hub.requests if r.method in ("POST", "PUT")] == ["/api/validate-yaml"]
+
+
+def test_private_is_not_taken_lightly(pair: HubPair, merged: Path) -> None:
+    push_to_hub(merged, Repository(MINE))
+    other, before = pair.folder / "other", pair.hub.head(MINE)
+    merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), other)
+    assert refusal(other, private=True) == (
+        f"{MINE}: is public already; make it private on the Hub, or push without --private"
+    )
+    assert pair.hub.head(MINE) == before
+
+
+def test_what_an_older_merge_left_goes_and_what_others_put_there_stays(pair: HubPair, merged: Path) -> None:
+    pair.hub.commit(CHAT, {"chat_template.jinja": b"{{ old }}"})
+    merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), pair.folder / "old")
+    push_to_hub(pair.folder / "old", Repository(MINE))
+    others = {"adapter_model.safetensors": b"theirs", "value_head.safetensors": b"theirs too"}
+    pair.hub.commit(MINE, others)
+    assert push_to_hub(merged, Repository(MINE)).removed == ("chat_template.jinja",)
+    assert there(pair) == files_of(merged) | others
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_commit_that_was_not_made_is_tried_again(pair: HubPair, merged: Path, status: int) -> None:
+    pair.hub.misbehave("status", "POST /api/models/ann/hybrid/commit", status=status, times=2)
+    push_to_hub(merged, Repository(MINE))
+    assert there(pair) == files_of(merged)
+
+
+def test_a_commit_whose_answer_was_lost_is_there_when_pushed_again(pair: HubPair, merged: Path) -> None:
+    pair.hub.misbehave("cut", "POST /api/models/ann/hybrid/commit")
+    assert "push again: what was uploaded is kept" in refusal(merged)
+    assert push_to_hub(merged, Repository(MINE)).was_there
+    assert there(pair) == files_of(merged)
 
 
 @pytest.mark.parametrize("sides", [("./pre", "./post"), ("./pre", CHAT), (BASE, "./post")])

@@ -3,6 +3,7 @@
 What a client makes of a bad answer shows only when it is given one; here each kind of them is one call away.
 """
 
+import gzip
 import json
 import re
 import socketserver
@@ -14,9 +15,9 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal, Protocol, Self
 from urllib.parse import parse_qs, urlsplit
 
-Kind = Literal["ignore_range", "wrong_range", "cut", "status", "corrupt", "hang", "reset"]
+Kind = Literal["ignore_range", "wrong_range", "cut", "overlong", "gzip", "status", "corrupt", "hang", "reset"]
 INSTEAD: tuple[Kind, ...] = ("status", "hang", "reset")
-DAMAGE: tuple[Kind, ...] = ("cut", "corrupt", "ignore_range", "wrong_range")
+DAMAGE: tuple[Kind, ...] = ("cut", "corrupt", "overlong", "gzip", "ignore_range", "wrong_range")
 
 
 @dataclass
@@ -35,8 +36,9 @@ class Request:
 class Fault:
     """What to do to requests whose "METHOD /path" `match` is found in, `times` times (None: always).
 
-    `status`, `hang` and `reset` strike before the server does anything. `cut` and `corrupt` strike answers that have a
-    body, `ignore_range` and `wrong_range` answers that are a range; others don't use them up.
+    `status`, `hang` and `reset` strike before the server does anything. `cut`, `corrupt`, `overlong` and `gzip` strike
+    answers that have a body (the last two do not say how long it is), `ignore_range` and `wrong_range` answers that are
+    a range; others don't use them up.
     """
 
     kind: Kind
@@ -116,6 +118,7 @@ class Site(Protocol):
     """What a listener asks for its answers."""
 
     requests: list[Request]
+    connections: list[str]
     closing: threading.Event
 
     def take_fault(self, line: str, kinds: tuple[Kind, ...]) -> Fault | None: ...
@@ -150,6 +153,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._open.add(request)
+        self.site.connections.append(self.host)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
@@ -185,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             answer = site.answer(self.server.host, asked)
             if answer.body and self.command != "HEAD":
-                fault = site.take_fault(line, DAMAGE if answer.status == 206 else DAMAGE[:2])
+                fault = site.take_fault(line, DAMAGE if answer.status == 206 else DAMAGE[:4])
         self._send(record, *damaged(answer, fault))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815
@@ -200,13 +204,15 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _send(self, record: Request, answer: Answer, length: int) -> None:
-        """Send an answer that says it is `length` bytes long; what is sent is counted before anyone can have it."""
+    def _send(self, record: Request, answer: Answer, length: int | None) -> None:
+        """Send an answer that says it is `length` bytes long, or nothing of it; what is sent is counted before."""
         record.status = answer.status
         self.server.site.requests.append(record)
         self.send_response(answer.status)
-        for name, value in {**answer.headers, "Content-Length": str(length)}.items():
+        for name, value in answer.headers.items():
             self.send_header(name, value)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
         self.end_headers()
         body = memoryview(b"" if self.command == "HEAD" else answer.body)
         self.close_connection |= self.command != "HEAD" and len(body) != length
@@ -223,8 +229,8 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def damaged(answer: Answer, fault: Fault | None) -> tuple[Answer, int]:
-    """An answer after a fault, and the length it is announced with."""
+def damaged(answer: Answer, fault: Fault | None) -> tuple[Answer, int | None]:
+    """An answer after a fault, and the length it is announced with, if any."""
     body, length = answer.body, len(answer.body)
     if fault is None:
         return answer, length
@@ -236,6 +242,10 @@ def damaged(answer: Answer, fault: Fault | None) -> tuple[Answer, int]:
         shift = 1 if answer.start + length < len(answer.whole) else -1
         start, stop = max(answer.start + shift, 0), answer.start + length + shift
         return Answer.range(answer.whole, start, stop, headers), stop - start
+    if fault.kind == "overlong":
+        return Answer(body + b"and more", answer.status, headers), None
+    if fault.kind == "gzip":
+        return Answer(gzip.compress(body), answer.status, {**headers, "Content-Encoding": "gzip"}), None
     if fault.kind == "cut":
         body = body[: length // 2]
     if fault.kind == "corrupt":
