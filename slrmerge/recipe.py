@@ -5,30 +5,18 @@ A recipe says nothing about any checkpoint's contents; `plan` holds it against t
 
 import os
 import re
-import reprlib
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, WithJsonSchema, model_validator
 
-from slrmerge.errors import Problem, RecipeError, did_you_mean
+from slrmerge.errors import Problem, RecipeError
 from slrmerge.repository import Repository, Source, parse_source
+from slrmerge.written import Location, Strict, fault, problems_in, read_map, short
 
 DEFAULT_SHARD_SIZE = "5GB"
-MAX_RECIPE_BYTES = 1_000_000
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 Side = Literal["pretrained", "posttrained"]
@@ -39,26 +27,22 @@ def parse_bytes(size: object) -> int:
     written = str(size).strip() if type(size) in (int, str) else ""
     match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*(?:([KMGT])(i?))?B?", written, re.IGNORECASE | re.ASCII)
     if not match:
-        raise _fault(f"{_short(size)} is not a size", "write a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+        raise fault(f"{short(size)} is not a size", "write a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
     factor = (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper())
     count = int(Fraction(match[1]) * factor)
     if count < 1:
-        raise _fault(f"{_short(size)} is no room for a tensor", f"the usual size is {DEFAULT_SHARD_SIZE}")
+        raise fault(f"{short(size)} is no room for a tensor", f"the usual size is {DEFAULT_SHARD_SIZE}")
     return count
-
-
-def _fault(what: str, remedy: str) -> PydanticCustomError:
-    return PydanticCustomError("recipe", "{what}; {remedy}", {"what": what, "remedy": remedy})
 
 
 def _interval(value: object) -> tuple[int, int]:
     if not (isinstance(value, list | tuple) and len(value) == 2 and all(type(end) is int for end in value)):
-        raise _fault(f"{_short(value)} is not an interval", "write [first, last], both ends count")
+        raise fault(f"{short(value)} is not an interval", "write [first, last], both ends count")
     first, last = value
     if first < 0:
-        raise _fault(f"{first} is before the first layer", "layers count from 0")
+        raise fault(f"{first} is before the first layer", "layers count from 0")
     if first > last:
-        raise _fault(f"[{first}, {last}] runs backwards", f"did you mean [{last}, {first}]?")
+        raise fault(f"[{first}, {last}] runs backwards", f"did you mean [{last}, {first}]?")
     return first, last
 
 
@@ -74,13 +58,13 @@ def _as_tuple(value: object) -> object:
 
 def _as_full_tuple(value: object) -> object:
     if value == []:
-        raise _fault("[] is not valid", "give at least one")
+        raise fault("[] is not valid", "give at least one")
     return _as_tuple(value)
 
 
 def _alpha(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise _fault(f"{_short(value)} is not a weight", "alpha is the pre-trained side's share, from 0 to 1")
+        raise fault(f"{short(value)} is not a weight", "alpha is the pre-trained side's share, from 0 to 1")
     return float(value)
 
 
@@ -88,15 +72,8 @@ def _alpha_or_gradient(value: object) -> float | tuple[float, float]:
     if not isinstance(value, list | tuple):
         return _alpha(value)
     if len(value) != 2:
-        raise _fault(f"{_short(value)} is not a gradient", "write [alpha of the first layer, alpha of the last]")
+        raise fault(f"{short(value)} is not a gradient", "write [alpha of the first layer, alpha of the last]")
     return _alpha(value[0]), _alpha(value[1])
-
-
-def _short(value: object) -> str:
-    """A value as the recipe shows it, cut where it is long (and where YAML aliases make it endless)."""
-    shorten = reprlib.Repr()
-    shorten.maxlevel, shorten.maxlist, shorten.maxdict, shorten.maxstring, shorten.maxother = 2, 4, 4, 60, 60
-    return shorten.repr(value)
 
 
 _ALPHA_SCHEMA = {"type": "number", "minimum": 0, "maximum": 1}
@@ -118,11 +95,7 @@ AlphaOrGradient = Annotated[
 Text = Annotated[str, Field(min_length=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class LayerRule(_Strict):
+class LayerRule(Strict):
     """An alpha for a range of layers, or for some modules inside them."""
 
     range: Interval = Field(description="First and last layer; both ends count.")
@@ -137,7 +110,7 @@ class LayerRule(_Strict):
     def _gradient_has_a_slope(self) -> Self:
         first, last = self.range
         if isinstance(self.alpha, tuple) and first == last:
-            raise _fault(f"a gradient over the single layer {first} has no slope", "write one alpha")
+            raise fault(f"a gradient over the single layer {first} has no slope", "write one alpha")
         return self
 
     def alpha_at(self, layer: int) -> float:
@@ -149,14 +122,14 @@ class LayerRule(_Strict):
         return end if layer == last else start + (end - start) * (layer - first) / (last - first)
 
 
-class TensorRule(_Strict):
+class TensorRule(Strict):
     """An alpha for every tensor whose full name matches a glob."""
 
     match: Text = Field(description="A glob over full tensor names, such as model.embed_tokens.*")
     alpha: Alpha = Field(description="The pre-trained share.")
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """What to take from where: `alpha` for every tensor, then `restore`, then `layers`, then `tensors`; the last wins.
 
     Relative folders count from the folder of the recipe's file. Sizes are bytes.
@@ -235,17 +208,7 @@ def load_recipe(path: Path, *, pair_only: bool = False, **overrides: object) -> 
     With `pair_only` it may name two checkpoints and nothing to do with them. Raises RecipeError with every problem
     found, each with its place in the file (`$.layers[0].range`).
     """
-    try:
-        with open(path, "rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            raw = file.read(MAX_RECIPE_BYTES)
-    except OSError as error:
-        raise RecipeError(Problem(str(path), f"cannot be read ({error.strerror})", "name a recipe file")) from error
-    if file_bytes > MAX_RECIPE_BYTES:
-        raise RecipeError(Problem(str(path), f"is {file_bytes:,} bytes long, which no recipe is"))
-    content = _parse_yaml(path, raw)
-    if not isinstance(content, dict):
-        raise RecipeError(Problem(str(path), "is not a map of keys to values", "start with `pretrained: FOLDER`"))
+    content, _ = read_map(path)
     content.update({key: value for key, value in overrides.items() if value is not None})
     return parse_recipe(content, file=path, pair_only=pair_only)
 
@@ -262,7 +225,7 @@ def parse_recipe(content: Mapping[str, Any], *, file: Path | None = None, pair_o
     try:
         recipe = Recipe.model_validate({str(key): value for key, value in content.items()})
     except ValidationError as error:
-        problems.extend(_problem(where, detail) for detail in error.errors(include_url=False))
+        problems.extend(problems_in(where, error, _model_at))
     if not pair_only and _says_nothing(content) and content.keys() <= Recipe.model_fields.keys():
         problems.append(Problem(f"{where}: $", "nothing to merge", f"give one of {', '.join(_RULES)}"))
     if recipe is None or problems:
@@ -271,19 +234,13 @@ def parse_recipe(content: Mapping[str, Any], *, file: Path | None = None, pair_o
     return recipe
 
 
+def _model_at(location: Location) -> type[BaseModel]:
+    models: dict[str, type[BaseModel]] = {"layers": LayerRule, "tensors": TensorRule}
+    return models.get(str(location[0]), Recipe) if location else Recipe
+
+
 def _says_nothing(content: Mapping[str, Any]) -> bool:
     return all(content.get(key, absent) == absent for key, absent in _RULES.items())
-
-
-def _parse_yaml(path: Path, raw: bytes) -> Any:
-    try:
-        return yaml.load(raw.decode("utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except UnicodeDecodeError as error:
-        raise RecipeError(Problem(str(path), f"is not UTF-8 text (byte {error.start})")) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(Problem(str(path), f"is not sound YAML: {_one_line(error)}")) from None
-    except RecursionError:
-        raise RecipeError(Problem(str(path), "is nested too deeply")) from None
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -295,80 +252,5 @@ def recipe_schema() -> dict[str, Any]:
     return schema
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is an error rather than the last one's silent win.
-
-    Nor are there aliases: ten lines of them stand for gigabytes.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(
-                problem=f"*{event.anchor}: aliases are not read in recipes", problem_mark=event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            value = super().construct_object(node, deep)
-            if type(value) is int and value.bit_length() > 64:
-                raise ValueError("a number of more than 64 bits")
-            return value
-        except (ValueError, LookupError, AttributeError, TypeError) as error:  # what its constructors let through
-            raise yaml.MarkedYAMLError(problem=f"not a value: {error}", problem_mark=node.start_mark) from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen and name != "<<":
-                raise yaml.MarkedYAMLError(problem=f"the key {name} stands twice", problem_mark=key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _one_line(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
-
-
-_REMEDIES = {
-    "model_type": "write a map of keys to values",
-    "string_too_short": "it cannot be empty",
-    "string_type": "write a text",
-    "too_short": "give at least one",
-    "tuple_type": "write a list",
-}
 _RULES: dict[str, object] = {"restore": None, "alpha": None, "layers": [], "tensors": []}
 """The keys of which one must be there, and what says nothing in each."""
-
-_MODELS: dict[str, type[BaseModel]] = {"layers": LayerRule, "tensors": TensorRule}
-
-
-def _problem(where: str, detail: ErrorDetails) -> Problem:
-    """One of pydantic's findings in slrmerge's words."""
-    location = detail["loc"]
-    place = _place(location)
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind in ("extra_forbidden", "invalid_key"):
-        model = _MODELS.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
-        return _unknown(where, _place(location[:-1]), str(location[-1]), model)
-    if kind == "recipe":
-        return Problem(f"{where}: {place}", context["what"], context["remedy"])
-    if kind == "missing":
-        return Problem(f"{where}: {place}", "is missing", "add it")
-    if kind == "literal_error":
-        value = detail["input"]
-        return Problem(f"{where}: {place}", f"{_short(value)} is not known", f"use {context['expected']}")
-    return Problem(f"{where}: {place}", f"{_short(detail['input'])} is not valid", _REMEDIES.get(kind, detail["msg"]))
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
-
-
-def _unknown(where: str, parent: str, key: str, model: type[BaseModel]) -> Problem:
-    return Problem(f"{where}: {parent}", f"unknown key {key}", did_you_mean(key, model.model_fields))

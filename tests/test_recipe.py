@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from slrmerge.errors import RecipeError, SlrmergeError
 from slrmerge.hub import open_pair
-from slrmerge.recipe import MAX_RECIPE_BYTES, Recipe, load_recipe, parse_recipe, recipe_schema
+from slrmerge.recipe import Recipe, load_recipe, parse_recipe, recipe_schema
 from slrmerge.repository import Repository
+from slrmerge.written import MAX_BYTES
 
 SIDES = {"pretrained": "pre", "posttrained": "post"}
 KEYS = "pretrained, posttrained, restore, alpha, layers, tensors, dtype, max_shard_size"
@@ -369,7 +370,7 @@ def test_a_recipe_file_is_read_with_comments_and_an_optional_byte_order_mark(tmp
         ("alpha: 1\n".encode("utf-16"), "is not UTF-8 text (byte 0)"),
         ("alpha: " + "[" * 1500 + "]" * 1500, "is nested too deeply"),
         ("alpha: " + "{a: " * 1500 + "}" * 1500, "is nested too deeply"),
-        (b"#" * (MAX_RECIPE_BYTES + 1), "is 1,000,001 bytes long, which no recipe is"),
+        (b"#" * (MAX_BYTES + 1), "is 1,000,001 bytes long, which no recipe is"),
     ],
     ids=lambda value: repr(value[:40]),
 )

