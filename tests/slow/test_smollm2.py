@@ -13,7 +13,6 @@ from tests.checkpoints import read_back
 
 pytestmark = pytest.mark.slow
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 SLRMERGE = Path(sys.executable).with_name("slrmerge")
 
 
@@ -24,17 +23,18 @@ def run(*command: object, cwd: Path | None = None) -> str:
 
 
 @pytest.fixture(scope="module")
-def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this file merges: the shared pair and its recipe, by links."""
     folder = tmp_path_factory.mktemp("smollm2")
-    run(sys.executable, EXAMPLE / "make.py", "--out", folder)
-    (folder / "recipe.yaml").write_bytes((EXAMPLE / "recipe.yaml").read_bytes())
+    for entry in real_pair.iterdir():
+        (folder / entry.name).symlink_to(entry)
     return folder
 
 
 @pytest.fixture(scope="module")
-def hybrid(real_pair: Path) -> Path:
-    run(SLRMERGE, "recipe.yaml", "--out", "hybrid", cwd=real_pair)
-    return real_pair / "hybrid"
+def hybrid(folder: Path) -> Path:
+    run(SLRMERGE, "recipe.yaml", "--out", "hybrid", cwd=folder)
+    return folder / "hybrid"
 
 
 def test_the_hybrid_is_verified_against_both_sides(hybrid: Path) -> None:
@@ -43,10 +43,10 @@ def test_the_hybrid_is_verified_against_both_sides(hybrid: Path) -> None:
     assert report["against_sources"]
 
 
-def test_its_layers_are_those_of_the_recipe(hybrid: Path, real_pair: Path) -> None:
-    ((first, last),) = load_recipe(real_pair / "recipe.yaml").restore or ()
+def test_its_layers_are_those_of_the_recipe(hybrid: Path, folder: Path) -> None:
+    ((first, last),) = load_recipe(folder / "recipe.yaml").restore or ()
     merged = read_back(hybrid)
-    pre, post = read_back(real_pair / "pretrained"), read_back(real_pair / "posttrained")
+    pre, post = read_back(folder / "pretrained"), read_back(folder / "posttrained")
     inside = tuple(f"model.layers.{k}." for k in range(first, last + 1))
     assert merged.keys() == post.keys()
     assert all(merged[name] == (pre if name.startswith(inside) else post)[name] for name in merged)
@@ -78,16 +78,16 @@ def test_transformers_loads_it_and_it_answers(hybrid: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def searched(real_pair: Path) -> Path:
+def searched(folder: Path) -> Path:
     """A quick search in bfloat16: everything asked eight prompts, the leaders all forty in float32."""
     options = ["--quick", "--dtype", "bfloat16", "--space", "intervals"]
-    run(SLRMERGE, "search", "recipe.yaml", "--out", "search", *options, cwd=real_pair)
-    return real_pair / "search"
+    run(SLRMERGE, "search", "recipe.yaml", "--out", "search", *options, cwd=folder)
+    return folder / "search"
 
 
 @pytest.mark.filterwarnings("default")  # transformers' own
 @pytest.mark.timeout(600)
-def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched: Path, real_pair: Path) -> None:
+def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -95,11 +95,11 @@ def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched
     from slrmerge.crc import ConstrainedRandomCharacter
 
     task = ConstrainedRandomCharacter()
-    prompts = tokenise(task.questions(), real_pair / "posttrained")
+    prompts = tokenise(task.questions(), folder / "posttrained")
     chosen = json.loads((searched / "summary.json").read_text())["chosen"]
     for name in ("slr", "early"):
-        run(SLRMERGE, searched / f"{name}.yaml", "--out", real_pair / f"searched-{name}")
-        model = AutoModelForCausalLM.from_pretrained(real_pair / f"searched-{name}", dtype=torch.float32)
+        run(SLRMERGE, searched / f"{name}.yaml", "--out", folder / f"searched-{name}")
+        model = AutoModelForCausalLM.from_pretrained(folder / f"searched-{name}", dtype=torch.float32)
         log_probs = torch.full((1, len(prompts), 26), torch.nan, dtype=torch.float64)
         with torch.inference_mode():
             for number, prompt in enumerate(prompts):
@@ -113,8 +113,8 @@ def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched
     assert chosen["slr"]["diversity"] > chosen["post"]["diversity"]
 
 
-def test_a_soup_of_it_is_verified_too(real_pair: Path) -> None:
-    (real_pair / "soup.yaml").write_text("pretrained: ./pretrained\nposttrained: ./posttrained\nalpha: 0.5\n")
-    run(SLRMERGE, "soup.yaml", "--out", "soup", "--max-shard-size", "100MB", cwd=real_pair)
-    assert json.loads(run(SLRMERGE, "verify", "soup", "--json", cwd=real_pair))["against_sources"]
-    assert len(list((real_pair / "soup").glob("model-*-of-*.safetensors"))) == 3
+def test_a_soup_of_it_is_verified_too(folder: Path) -> None:
+    (folder / "soup.yaml").write_text("pretrained: ./pretrained\nposttrained: ./posttrained\nalpha: 0.5\n")
+    run(SLRMERGE, "soup.yaml", "--out", "soup", "--max-shard-size", "100MB", cwd=folder)
+    assert json.loads(run(SLRMERGE, "verify", "soup", "--json", cwd=folder))["against_sources"]
+    assert len(list((folder / "soup").glob("model-*-of-*.safetensors"))) == 3
