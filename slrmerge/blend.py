@@ -1,10 +1,14 @@
-"""The arithmetic of a merge: alpha * pre + (1 - alpha) * post, and casts between floating dtypes.
+"""The arithmetic of a merge: means and slerps of two tensors, and casts between floating dtypes.
+
+A blend rule is a function from alpha, and from sums over the whole tensors where it needs them, to two weights.
 
 Chunk by chunk in buffers made once, so that memory does not grow with tensors. Only this module imports torch.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import acos, sin, sqrt
 from typing import TYPE_CHECKING
 
 from slrmerge.errors import BlendError, Problem
@@ -19,6 +23,42 @@ MAX_ELEMENT_BYTES = 8
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over two tensors p and q, in float64: p², q² and p·q."""
+
+    pre: float = 0.0
+    post: float = 0.0
+    product: float = 0.0
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.pre + other.pre, self.post + other.post, self.product + other.product)
+
+
+Weights = tuple[float, float]
+"""What the pre-trained and the post-trained tensor are multiplied by before they are added."""
+
+
+def linear(alpha: float) -> Weights:
+    """A mean: the paper's soup (section 4.1)."""
+    return alpha, 1 - alpha
+
+
+def slerp(alpha: float, sums: Sums) -> Weights:
+    """On the great circle from the post-trained tensor to the pre-trained one (Shoemake, "Animating rotation with
+    quaternion curves", 1985); a mean where they point the same way, or opposite ways, to 2e-4.
+    """
+    pre, post = (sqrt(square) if square > _NO_LENGTH**2 else 1.0 for square in (sums.pre, sums.post))
+    cosine = max(-1.0, min(1.0, sums.product / (pre * post)))
+    if abs(cosine) > _ALIKE:
+        return linear(alpha)
+    angle = acos(cosine)
+    return sin(alpha * angle) / sin(angle), sin((1 - alpha) * angle) / sin(angle)
+
+
+_ALIKE, _NO_LENGTH = 0.9995, 1e-8  # mergekit's
+
+
 class Blender:
     """Blends and casts one chunk at a time; holds its own buffers, so one is needed per thread."""
 
@@ -27,7 +67,7 @@ class Blender:
         self._wide = (_buffer(), _buffer())
         self._output = _buffer()
 
-    def run(self, name: str, elements: int, dtypes: tuple[str, ...], output_dtype: str, alpha: float) -> memoryview:
+    def run(self, name: str, elements: int, dtypes: tuple[str, ...], output_dtype: str, weights: Weights) -> memoryview:
         """The bytes of a chunk of tensor `name`, from the `elements` at the start of each of `inputs`.
 
         With two `dtypes` the inputs are the pre- and the post-trained chunk, blended in fp32 (fp64 where any dtype is
@@ -43,8 +83,8 @@ class Blender:
         else:
             wide = "F64" if "F64" in (*dtypes, output_dtype) else "F32"
             result, other = (self._widen(side, value, wide) for side, value in enumerate(values))
-            result.mul_(alpha)
-            other.mul_(1 - alpha)
+            result.mul_(weights[0])
+            other.mul_(weights[1])
             result.add_(other)
         if result.element_size() == 8 and output.element_size() == 2:
             result = round_to_odd(result)
@@ -52,6 +92,11 @@ class Blender:
         if output_dtype == "F16":
             self._refuse_overflow(name, output, values)
         return self._output[: elements * output.element_size()]
+
+    def sums(self, elements: int, dtypes: tuple[str, str]) -> Sums:
+        """The sums over a chunk, from the `elements` at the start of each of `inputs`."""
+        p, q = (as_tensor(self.inputs[side], dtype, elements).double() for side, dtype in enumerate(dtypes))
+        return Sums(float(p.dot(p)), float(q.dot(q)), float(p.dot(q)))
 
     def _widen(self, side: int, value: "torch.Tensor", dtype: str) -> "torch.Tensor":
         wide = as_tensor(self._wide[side], dtype, value.numel())

@@ -42,7 +42,12 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     front = {
         **_base_models(names),
         "library_name": "transformers",
-        "tags": ["merge", "slrmerge", "selective-layer-restoration"],
+        "tags": [
+            *(["mergekit"] if plan.recipe.mergekit_text else []),
+            "merge",
+            "slrmerge",
+            "selective-layer-restoration",
+        ],
         **_inherited_front_matter(plan.posttrained.folder),
     }
     lines = [
@@ -81,6 +86,11 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _mergekit_tag(plan: MergePlan) -> list[str]:
+    """The tag that people find merges by which have a mergekit config."""
+    return ["mergekit"] if plan.recipe.mergekit_text is not None else []
 
 
 def _base_models(names: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, WithJsonSchema, model_validator
 
 from slrmerge.errors import Problem, RecipeError
+from slrmerge.mergekit import Rules, is_config, read_config
 from slrmerge.repository import Repository, Source, parse_source
 from slrmerge.written import Location, Strict, fault, problems_in, read_map, short
 
@@ -150,6 +151,11 @@ class Recipe(Strict):
     dtype: Dtype | None = Field(
         default=None, description="Output dtype of floating tensors; absent = each tensor's post-trained dtype."
     )
+    blend: Literal["linear", "slerp"] = Field(
+        default="linear",
+        description="What alpha means between 0 and 1: a mean, or a place on slerp's way from post- to pre-trained.",
+    )
+    tokenizer: Side = Field(default="posttrained", description="The side that gives tokenizer and chat template.")
     max_shard_size: Annotated[
         int,
         BeforeValidator(parse_bytes),
@@ -157,11 +163,29 @@ class Recipe(Strict):
     ] = Field(default=5_000_000_000, description="The most bytes in one output file, such as 5GB.")
 
     _file: Path | None = PrivateAttr(default=None)
+    _mergekit: Rules | None = PrivateAttr(default=None)
+    _mergekit_text: bytes | None = PrivateAttr(default=None)
 
     @property
     def file(self) -> Path | None:
         """Where it was read."""
         return self._file
+
+    @property
+    def mergekit(self) -> Rules | None:
+        """The rules of the mergekit config that it was read from, which wait for the layers to be known."""
+        return self._mergekit
+
+    @property
+    def mergekit_text(self) -> bytes | None:
+        """That config as it was written."""
+        return self._mergekit_text
+
+    def spelled_out(self, rules: Mapping[str, Any]) -> "Recipe":
+        """The same recipe with `rules` in place of a mergekit config's."""
+        again = parse_recipe({**self.to_dict(), **rules}, file=self._file)
+        again._mergekit_text = self._mergekit_text
+        return again
 
     def place(self, path: str) -> str:
         """A place in the recipe as messages name it, with the file where there is one."""
@@ -183,7 +207,7 @@ class Recipe(Strict):
     @property
     def has_rules(self) -> bool:
         """Whether it says what to merge, and not only which two checkpoints."""
-        return any(getattr(self, key) not in (None, ()) for key in _RULES)
+        return self._mergekit is not None or any(getattr(self, key) not in (None, ()) for key in _RULES)
 
     def is_alike(self, content: Mapping[str, Any]) -> bool:
         """Whether the rules among other plain values are this recipe's own."""
@@ -203,14 +227,19 @@ def _is_same(first: Source, second: Source) -> bool:
 
 
 def load_recipe(path: Path, *, pair_only: bool = False, **overrides: object) -> Recipe:
-    """Read the recipe in the YAML file at `path`; `overrides` that are not None replace its top-level keys.
+    """Read the recipe, or the mergekit config, at `path`; `overrides` that are not None replace its top-level keys.
 
     With `pair_only` it may name two checkpoints and nothing to do with them. Raises RecipeError with every problem
     found, each with its place in the file (`$.layers[0].range`).
     """
-    content, _ = read_map(path)
-    content.update({key: value for key, value in overrides.items() if value is not None})
-    return parse_recipe(content, file=path, pair_only=pair_only)
+    content, raw = read_map(path)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if not is_config(content):
+        return parse_recipe({**content, **given}, file=path, pair_only=pair_only)
+    sides, rules = read_config(content, str(path))
+    recipe = parse_recipe({**sides, **given}, file=path, pair_only=True)
+    recipe._mergekit, recipe._mergekit_text = rules, raw
+    return recipe
 
 
 def parse_recipe(content: Mapping[str, Any], *, file: Path | None = None, pair_only: bool = False) -> Recipe:

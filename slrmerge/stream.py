@@ -3,11 +3,13 @@
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
+from threading import Lock
 
-from slrmerge.blend import CHUNK_ELEMENTS, Blender
+from slrmerge.blend import CHUNK_ELEMENTS, Blender, Sums, Weights, linear, slerp
 from slrmerge.checkpoint import DTYPE_BITS, CheckpointReader, Extent, Identity
 from slrmerge.errors import CheckpointError, Problem, SourceChangedError
 from slrmerge.plan import MergePlan, PlannedFile, PlannedShard, PlannedTensor
@@ -20,6 +22,9 @@ class Sources:
 
     pretrained: CheckpointReader
     posttrained: CheckpointReader
+    _sums: dict[str, Sums] = field(default_factory=dict, init=False)
+    _measuring: dict[str, Lock] = field(default_factory=dict, init=False)
+    _lock: Lock = field(default_factory=Lock, init=False)
 
     def check_unchanged(self) -> None:
         """Raise SourceChangedError where a file that was read has changed since it was planned."""
@@ -37,17 +42,33 @@ class Sources:
         return [(reader, name) for reader, name in sides if name is not None]
 
     def computed(self, tensor: PlannedTensor, begin: int, end: int, blender: Blender) -> Iterator[memoryview]:
-        """Bytes `begin` to `end` of a blend or a cast; both lie between elements. Valid until the next is asked for."""
+        """Bytes `begin` to `end` of what is no copy; both lie between elements. Valid until the next is asked for."""
         width = DTYPE_BITS[tensor.info.dtype] // 8
-        steps = range(begin // width, end // width, CHUNK_ELEMENTS)
+        weights = self._weights(tensor, blender)
+        for count, dtypes in self._chunks(tensor, range(begin // width, end // width, CHUNK_ELEMENTS), blender):
+            yield blender.run(tensor.name, count, dtypes, tensor.info.dtype, weights)
+
+    def _chunks(self, tensor: PlannedTensor, steps: range, blender: Blender) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Fill the blender's inputs with a tensor's elements, chunk by chunk: how many they are, of which dtypes."""
         sides = [
             reader.read_elements(name, steps, buffer)
             for (reader, name), buffer in zip(self.read_for(tensor), blender.inputs, strict=False)
         ]
         for read in zip(*sides, strict=True):
-            yield blender.run(
-                tensor.name, read[0][1], tuple(dtype for dtype, _ in read), tensor.info.dtype, tensor.alpha
-            )
+            dtypes, counts = zip(*read, strict=True)
+            yield counts[0], dtypes
+
+    def _weights(self, tensor: PlannedTensor, blender: Blender) -> Weights:
+        if tensor.kind != "slerp":
+            return linear(tensor.alpha)
+        with self._lock:
+            lock = self._measuring.setdefault(tensor.name, Lock())
+        with lock:  # whoever else is at this tensor waits for the sums
+            if tensor.name not in self._sums:
+                steps = range(0, prod(tensor.info.shape), CHUNK_ELEMENTS)
+                parts = (blender.sums(n, (dtypes[0], dtypes[1])) for n, dtypes in self._chunks(tensor, steps, blender))
+                self._sums[tensor.name] = sum(parts, Sums())
+            return slerp(tensor.alpha, self._sums[tensor.name])
 
     def fill(self, buffer: memoryview, tensor: PlannedTensor, begin: int, blender: Blender) -> None:
         """Fill `buffer` with a tensor's bytes from byte `begin` of it, which lies between two elements."""

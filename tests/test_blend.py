@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slrmerge.stream
-from slrmerge.blend import Blender, one_core_per_chunk
+from slrmerge.blend import Blender, linear, one_core_per_chunk
 from slrmerge.checkpoint import CheckpointReader
 from slrmerge.errors import BlendError
 from slrmerge.plan import MergePlan, PlannedFile
@@ -76,7 +76,7 @@ def run(output: str, alpha: float, *inputs: tuple[str, list[int]]) -> list[int]:
     for buffer, (dtype, column) in zip(blender.inputs, inputs, strict=False):
         width = FORMATS[dtype].bits // 8
         buffer[: count * width] = b"".join(bits.to_bytes(width, "little") for bits in column)
-    raw = bytes(blender.run("x", count, tuple(dtype for dtype, _ in inputs), output, alpha))
+    raw = bytes(blender.run("x", count, tuple(dtype for dtype, _ in inputs), output, linear(alpha)))
     width = FORMATS[output].bits // 8
     assert len(raw) == count * width
     return [int.from_bytes(raw[at : at + width], "little") for at in range(0, len(raw), width)]

@@ -228,6 +228,20 @@ def inspect(ctx: click.Context, checkpoint: Source, *, tensors: bool, as_json: b
 
 
 @main.command()
+@click.argument("recipe", type=PathArgument())
+def export(recipe: Path) -> None:
+    """Print the mergekit config that merges as RECIPE does.
+
+    \b
+    slrmerge export recipe.yaml > mergekit_config.yml
+    """
+    from slrmerge.plan import mergekit_config
+
+    plan = _plan(recipe, max_shard_size=None, dtype=None, allow_code=False)
+    click.echo(mergekit_config(plan), nl=False)
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors.
 

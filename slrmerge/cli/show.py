@@ -131,7 +131,7 @@ def print_checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) ->
     return None
 
 
-_DONE: dict[Kind, str] = {"copy": "copied as they are", "cast": "cast", "blend": "blended"}
+_DONE: dict[Kind, str] = {"copy": "copied as they are", "cast": "cast", "blend": "blended", "slerp": "slerped"}
 
 
 def _families(checkpoint: Checkpoint) -> dict[tuple[str, str, str], tuple[str, int]]:

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 from slrmerge.checkpoint import Checkpoint
 from slrmerge.errors import CheckpointError, PlanError, Problem, raise_all
+from slrmerge.plan.export import mergekit_config
 from slrmerge.plan.findings import PICTURE_NAME, SUMMARY_NAME, Finding, finding_of
 from slrmerge.plan.model import Kind, MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.plan.routes import NO_STACK, route
 from slrmerge.plan.shards import lay_out
 from slrmerge.plan.sidefiles import CARD_NAME, LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, plan_files, side_files
+from slrmerge.plan.spelling import spelled_out
 from slrmerge.plan.summary import Part, summarise_parts
 from slrmerge.plan.tensors import TensorPlanner, plan_choices
 from slrmerge.recipe import Recipe
@@ -29,10 +31,12 @@ __all__ = [
     "PlannedShard",
     "PlannedTensor",
     "depth_problems",
+    "mergekit_config",
     "plan_choices",
     "plan_merge",
     "route",
     "side_files",
+    "spelled_out",
     "summarise_parts",
 ]
 
@@ -48,13 +52,24 @@ def plan_merge(recipe: Recipe, sides: tuple[Checkpoint, Checkpoint], *, allow_co
     """
     pretrained, posttrained = sides
     alphas, problems = route(recipe, posttrained.weight_map, posttrained.stack)
-    tensors, more, notes = TensorPlanner(pretrained, posttrained, recipe.dtype).plan(alphas)
+    tensors, more, notes = TensorPlanner(pretrained, posttrained, recipe.dtype, blend=recipe.blend).plan(alphas)
     raise_all([*problems, *depth_problems(pretrained, posttrained), *more], PlanError)
+    if recipe.mergekit is not None:
+        notes.insert(0, f"as mergekit has it, {posttrained} gives config and tokenizer: it is the post-trained side")
+    recipe = spelled_out(recipe, alphas, posttrained.stack)
     shards = lay_out(tensors, limit_bytes=recipe.max_shard_size)
     try:
         finding = finding_of(recipe)
         picture = finding.picture if finding else None
-        files, code_notes = plan_files(posttrained, shards, dtype=recipe.dtype, allow_code=allow_code, picture=picture)
+        files, code_notes = plan_files(
+            posttrained,
+            shards,
+            dtype=recipe.dtype,
+            allow_code=allow_code,
+            picture=picture,
+            tokenizer=pretrained if recipe.tokenizer == "pretrained" else posttrained,
+            mergekit_text=recipe.mergekit_text,
+        )
     except OSError as error:
         where = str(error.filename or posttrained)
         raise CheckpointError(Problem(where, f"cannot be read ({error.strerror})")) from error

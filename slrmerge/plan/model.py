@@ -14,14 +14,14 @@ from slrmerge.checkpoint import Checkpoint, Identity, RemoteFile, TensorInfo, he
 from slrmerge.plan.findings import Finding
 from slrmerge.recipe import Recipe
 
-Kind = Literal["copy", "cast", "blend"]
+Kind = Literal["copy", "cast", "blend", "slerp"]
 
 
 class PlannedTensor(NamedTuple):
     """One output tensor; `info` places it in its shard.
 
     `alpha` is the weight of the pre-trained side. `pretrained` and `posttrained` name the tensors that are read: one of
-    them for a copy (the bytes as they are) or a cast (the same values in another dtype), both for a blend.
+    them for a copy (the bytes as they are) or a cast (the same values in another dtype), both for a blend or a slerp.
     """
 
     name: str

@@ -28,6 +28,10 @@ class _Rule:
 
 def route(recipe: Recipe, names: Iterable[str], stack: LayerStack | None) -> tuple[dict[str, float], list[Problem]]:
     """The alpha of every tensor in `names`, in their order, and what in the recipe does not fit them."""
+    if recipe.mergekit is not None:
+        if stack is None:
+            return {}, [Problem(recipe.mergekit.where, NO_STACK, "write a recipe that names the tensors")]
+        return recipe.mergekit.alphas(names, stack.locate, stack.count)
     problems = _stack_problems(recipe, stack)
     modules = [
         _Rule(recipe.place(f"$.layers[{number}].modules"), rule.modules) for number, rule in enumerate(recipe.layers)

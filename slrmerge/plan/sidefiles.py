@@ -6,6 +6,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from slrmerge.checkpoint import CHAT_TEMPLATE_FOLDERS, CONFIG_NAME, INDEX_NAME, Checkpoint, Identity, RemoteFile
+from slrmerge.mergekit import CONFIG_NAME as MERGEKIT_NAME
 from slrmerge.plan.findings import PICTURE_NAME
 from slrmerge.plan.model import PlannedFile, PlannedShard
 
@@ -20,6 +21,9 @@ MANIFEST_NAME = "slrmerge.json"
 RECIPE_NAME = "slrmerge.yaml"
 CARD_NAME = "README.md"
 
+_TOKENIZER_STEMS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
+_TOKENIZER_SUFFIXES = frozenset({".model", ".spm", ".tiktoken", ".vocab", ".bpe", ".jinja"})
+
 _NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, "adapter_config.json", "trainer_state.json"})
 
 
@@ -30,11 +34,21 @@ def plan_files(
     dtype: str | None,
     allow_code: bool,
     picture: Path | None = None,
+    tokenizer: Checkpoint | None = None,
+    mergekit_text: bytes | None = None,
 ) -> tuple[list[PlannedFile], list[str]]:
-    """The files to write beside `shards`, and notes on code that goes along or stays behind. `picture` goes along."""
+    """The files to write beside `shards`, and notes on code that goes along or stays behind.
+
+    The files of the tokenizer are those of `tokenizer`, where that is not the post-trained side. `picture` and
+    `mergekit_text` go along.
+    """
     files: list[PlannedFile] = []
     code: list[PlannedFile] = []
-    for name, source in side_files(posttrained):
+    beside = dict(side_files(posttrained))
+    if tokenizer not in (None, posttrained):
+        beside = {name: source for name, source in beside.items() if not _is_tokenizers(name)}
+        beside |= {name: source for name, source in side_files(tokenizer) if _is_tokenizers(name)}
+    for name, source in beside.items():
         if Path(name).suffix == ".py":
             code.append(_copy_of(source, name))
         elif name == CONFIG_NAME and dtype:
@@ -44,6 +58,8 @@ def plan_files(
             files.append(_copy_of(source, name))
     if allow_code:
         files += code
+    if mergekit_text is not None:
+        files.append(PlannedFile(MERGEKIT_NAME, len(mergekit_text), content=mergekit_text))
     if picture is not None:
         files.append(_copy_of(picture, PICTURE_NAME))
     if len(shards) > 1:
@@ -66,6 +82,12 @@ def side_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path | RemoteFile]
         path = PurePosixPath(name)
         if str(path.parent) in (".", *CHAT_TEMPLATE_FOLDERS) and (path.suffix == ".py" or _is_copied(path)):
             yield name, elsewhere.get(name) or here[name]  # even if it is in the cache: fetching finds it sound
+
+
+def _is_tokenizers(name: str) -> bool:
+    path = PurePosixPath(name)
+    in_folder = path.parent.name in CHAT_TEMPLATE_FOLDERS
+    return in_folder or path.name.startswith(_TOKENIZER_STEMS) or path.suffix in _TOKENIZER_SUFFIXES
 
 
 def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -1,6 +1,6 @@
 """A plan in words: which layers come from where."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -16,11 +16,14 @@ class Part:
     alpha: float
     tensors: int
     output_bytes: int
+    blend: str
 
     @property
     def source(self) -> str:
         if self.alpha in (0, 1):
             return "pre-trained" if self.alpha else "post-trained"
+        if self.blend == "slerp":
+            return f"slerp, {self.alpha:g} of the way from post to pre"
         return f"{self.alpha:g} × pre + {1 - self.alpha:g} × post"
 
 
@@ -36,7 +39,10 @@ def summarise_parts(plan: MergePlan) -> list[Part]:
         else:
             outside.append((tensor.name, tensor))
     parts: list[Part] = []
-    treated = [(layer, _treatment(members)) for layer, members in sorted(by_layer.items())]
+    treated = [
+        (layer, by_module({inner: tensor.alpha for inner, tensor in members}))
+        for layer, members in sorted(by_layer.items())
+    ]
     for treatment, run in groupby(treated, key=itemgetter(1)):
         layers = [layer for layer, _ in run]
         words = f"{interval_words(layers)}, {len(layers)} of {stack.count if stack else 0}"
@@ -69,18 +75,21 @@ def plan_sentences(plan: MergePlan) -> Iterator[str]:
         yield f"{part.where}: {part.source} ({part.tensors:,} tensor{'s' if part.tensors > 1 else ''})"
 
 
-def _treatment(members: list[tuple[str, PlannedTensor]]) -> tuple[tuple[float, tuple[str, ...]], ...]:
-    """How one layer is treated: each alpha with the modules it applies to, named no more finely than it takes."""
-    if len({tensor.alpha for _, tensor in members}) == 1:
-        return ((members[0][1].alpha, ()),)
-    alphas: dict[str, set[float]] = {}
-    for inner, tensor in members:
+def by_module(alphas: Mapping[str, float]) -> tuple[tuple[float, tuple[str, ...]], ...]:
+    """How one layer is treated: each alpha with the modules it applies to, named no more finely than it takes.
+
+    `alphas` are by the names inside the layer; where all are the same, no module is named.
+    """
+    if len(set(alphas.values())) == 1:
+        return ((next(iter(alphas.values())), ()),)
+    of_module: dict[str, set[float]] = {}
+    for inner, alpha in alphas.items():
         for name in _ancestors(inner):
-            alphas.setdefault(name, set()).add(tensor.alpha)
+            of_module.setdefault(name, set()).add(alpha)
     uniform: dict[float, dict[str, None]] = {}
-    for inner, tensor in members:
-        module = next(name for name in _ancestors(inner) if len(alphas[name]) == 1)
-        uniform.setdefault(tensor.alpha, {})[module] = None
+    for inner, alpha in alphas.items():
+        module = next(name for name in _ancestors(inner) if len(of_module[name]) == 1)
+        uniform.setdefault(alpha, {})[module] = None
     return tuple((alpha, tuple(sorted(modules))) for alpha, modules in sorted(uniform.items()))
 
 
@@ -92,7 +101,8 @@ def _ancestors(inner: str) -> list[str]:
 
 def _part(where: str, alpha: float, members: list[PlannedTensor]) -> Part:
     own = [tensor for tensor in members if tensor.alpha == alpha]
-    return Part(where, alpha, len(own), sum(tensor.info.nbytes for tensor in own))
+    blend = "slerp" if any(tensor.kind == "slerp" for tensor in own) else "linear"
+    return Part(where, alpha, len(own), sum(tensor.info.nbytes for tensor in own), blend)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
+from typing import Literal
 
 from slrmerge.checkpoint import DTYPE_BITS, FLOATING, Checkpoint, TensorInfo, quantisation_config, quantised_groups
 from slrmerge.errors import PlanError, Problem, raise_all
@@ -27,7 +28,15 @@ _HEAD = "lm_head.weight"
 class TensorPlanner:
     """Plans tensors one by one and gathers, by reason, the names that cannot be planned."""
 
-    def __init__(self, pretrained: Checkpoint, posttrained: Checkpoint, dtype: str | None) -> None:
+    def __init__(
+        self,
+        pretrained: Checkpoint,
+        posttrained: Checkpoint,
+        dtype: str | None,
+        *,
+        blend: Literal["linear", "slerp"] = "linear",
+    ) -> None:
+        self._blend: Kind = "slerp" if blend == "slerp" else "blend"
         self.pretrained = pretrained
         self.posttrained = posttrained
         self.dtype = DTYPE_NAMES[dtype] if dtype else None
@@ -85,7 +94,7 @@ class TensorPlanner:
                 )
         if alpha == 1:
             return self._from_one(name, post, 1.0, pretrained=twin, source=pre)
-        return PlannedTensor(name, self._output(post), alpha, "blend", twin, name)
+        return PlannedTensor(name, self._output(post), alpha, self._blend, twin, name)
 
     def _plan_quantised(
         self, name: str, alpha: float, twin: str, pre: TensorInfo, post: TensorInfo

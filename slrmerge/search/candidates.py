@@ -9,7 +9,7 @@ from typing import Any
 
 from slrmerge.checkpoint import Checkpoint
 from slrmerge.errors import PlanError, Problem, raise_all
-from slrmerge.plan import route
+from slrmerge.plan import route, spelled_out
 from slrmerge.recipe import Recipe, parse_recipe
 
 SOUP_STEPS = 20
@@ -77,9 +77,13 @@ SPACES: dict[str, Space] = {"intervals": intervals, "soups": soups, "attention":
 
 
 def from_recipe(recipe: Recipe, label: str, posttrained: Checkpoint) -> Candidate:
-    """What a recipe says, as a candidate."""
+    """What a recipe says, as a candidate. Raises PlanError for a mergekit config that does not fit, and for a slerp."""
+    if recipe.blend == "slerp":
+        raise PlanError(Problem(label, "is a slerp, and searches score means only", "leave it out"))
+    alphas, problems = route(recipe, posttrained.weight_map, posttrained.stack)
+    raise_all(problems if recipe.mergekit else (), PlanError)
+    recipe = spelled_out(recipe, alphas, posttrained.stack)
     rules = {key: value for key, value in recipe.to_dict().items() if key in ("alpha", "restore", "layers", "tensors")}
-    alphas, _ = route(recipe, posttrained.weight_map, posttrained.stack)
     restored = [name for name, alpha in alphas.items() if alpha == 1]
     layers = {place[0] for name in restored if posttrained.stack and (place := posttrained.stack.locate(name))}
     return Candidate("recipe", rules, label, alpha=recipe.alpha, layers_restored=len(layers))

@@ -100,10 +100,9 @@ class Search:
         self.candidates = [*ends(posttrained, self.layers)]
         for space in options.spaces:
             self.candidates += SPACES[space](posttrained, self.layers)
-        if recipe.has_rules:
-            self.candidates.append(from_recipe(recipe, "the recipe's own", posttrained))
         raise_all(_other_pairs((pretrained, posttrained), options), PlanError)
-        self.candidates += [from_recipe(other, label, posttrained) for label, other in options.also]
+        own = [("the recipe's own", recipe)] if recipe.has_rules else []
+        self.candidates += [from_recipe(other, label, posttrained) for label, other in (*own, *options.also)]
         big = posttrained.parameters >= BIG_PARAMETERS
         self.dtype: torch.dtype = getattr(torch, options.dtype or ("bfloat16" if big else "float32"))
         self._sweeper = self._sweeper_of(pretrained, posttrained)
