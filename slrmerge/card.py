@@ -88,11 +88,6 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     return "\n".join(lines).encode()
 
 
-def _mergekit_tag(plan: MergePlan) -> list[str]:
-    """The tag that people find merges by which have a mergekit config."""
-    return ["mergekit"] if plan.recipe.mergekit_text is not None else []
-
-
 def _base_models(names: list[str]) -> dict[str, Any]:
     """The parents that are on the Hub, as it links them; it refuses a card that names anything else."""
     on_the_hub = [name for name in names if "/" in name]

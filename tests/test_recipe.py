@@ -19,7 +19,7 @@ from slrmerge.repository import Repository
 from slrmerge.written import MAX_BYTES
 
 SIDES = {"pretrained": "pre", "posttrained": "post"}
-KEYS = "pretrained, posttrained, restore, alpha, layers, tensors, dtype, max_shard_size"
+KEYS = "pretrained, posttrained, restore, alpha, layers, tensors, dtype, blend, tokenizer, max_shard_size"
 INTERVAL = "is not an interval; write [first, last], both ends count"
 WEIGHT = "is not a weight; alpha is the pre-trained side's share, from 0 to 1"
 SIZE = "is not a size; write a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB"
@@ -51,6 +51,9 @@ GOOD: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     ({"tensors": [{"match": "*.bias", "alpha": 0.25}]}, {"tensors": [{"match": "*.bias", "alpha": 0.25}]}),
     ({"alpha": 1, "dtype": "bfloat16"}, {"alpha": 1.0, "dtype": "bfloat16"}),
+    ({"alpha": 0.5, "blend": "slerp"}, {"alpha": 0.5, "blend": "slerp"}),
+    ({"alpha": 0.5, "tokenizer": "pretrained"}, {"alpha": 0.5, "tokenizer": "pretrained"}),
+    ({"alpha": 0.5, "blend": "linear", "tokenizer": "posttrained"}, {"alpha": 0.5}),
     ({"alpha": 1, "max_shard_size": "5GB"}, {"alpha": 1.0}),
     ({"alpha": 1, "max_shard_size": "2GiB"}, {"alpha": 1.0, "max_shard_size": 2**31}),
     ({"alpha": 1, "max_shard_size": 1000}, {"alpha": 1.0, "max_shard_size": 1000}),
@@ -144,6 +147,13 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     # dtypes and sizes
     ({"alpha": 1, "dtype": "bf16"}, [f"recipe: $.dtype: 'bf16' {DTYPES}"]),
     ({"alpha": 1, "dtype": 16}, [f"recipe: $.dtype: 16 {DTYPES}"]),
+    ({"alpha": 1, "blend": "nlerp"}, ["recipe: $.blend: 'nlerp' is not known; use 'linear' or 'slerp'"]),
+    ({"alpha": 1, "blend": None}, ["recipe: $.blend: None is not known; use 'linear' or 'slerp'"]),
+    (
+        {"alpha": 1, "tokenizer": "pre"},
+        ["recipe: $.tokenizer: 'pre' is not known; use 'pretrained' or 'posttrained'"],
+    ),
+    ({"blend": "slerp", "tokenizer": "pretrained"}, [NOTHING]),
     ({"alpha": 1, "max_shard_size": "five"}, [f"recipe: $.max_shard_size: 'five' {SIZE}"]),
     ({"alpha": 1, "max_shard_size": "5 potatoes"}, [f"recipe: $.max_shard_size: '5 potatoes' {SIZE}"]),
     ({"alpha": 1, "max_shard_size": "5iB"}, [f"recipe: $.max_shard_size: '5iB' {SIZE}"]),

@@ -55,7 +55,7 @@ def plan_merge(recipe: Recipe, sides: tuple[Checkpoint, Checkpoint], *, allow_co
     tensors, more, notes = TensorPlanner(pretrained, posttrained, recipe.dtype, blend=recipe.blend).plan(alphas)
     raise_all([*problems, *depth_problems(pretrained, posttrained), *more], PlanError)
     if recipe.mergekit is not None:
-        notes.insert(0, f"as mergekit has it, {posttrained} gives config and tokenizer: it is the post-trained side")
+        notes[:0] = _mergekit_notes(recipe, posttrained)
     recipe = spelled_out(recipe, alphas, posttrained.stack)
     shards = lay_out(tensors, limit_bytes=recipe.max_shard_size)
     try:
@@ -75,6 +75,13 @@ def plan_merge(recipe: Recipe, sides: tuple[Checkpoint, Checkpoint], *, allow_co
         raise CheckpointError(Problem(where, f"cannot be read ({error.strerror})")) from error
     notes += [*_config_notes(pretrained, posttrained), *code_notes]
     return MergePlan(recipe, pretrained, posttrained, shards, tuple(files), tuple(notes), allow_code, finding)
+
+
+def _mergekit_notes(recipe: Recipe, posttrained: Checkpoint) -> Iterator[str]:
+    given = "config and tokenizer" if recipe.tokenizer == "posttrained" else "config"
+    yield f"as mergekit has it, {posttrained} gives {given}: it is the post-trained side"
+    if recipe.mergekit and recipe.mergekit.config.tokenizer_source is not None:
+        yield "rows of embeddings stay in their places, where mergekit would move them if the two vocabularies differ"
 
 
 def depth_problems(pretrained: Checkpoint, posttrained: Checkpoint) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 from slrmerge.checkpoint import LayerStack
+from slrmerge.plan.routes import route
 from slrmerge.plan.summary import by_module
 from slrmerge.recipe import Recipe
 
@@ -15,7 +16,15 @@ def spelled_out(recipe: Recipe, alphas: Mapping[str, float], stack: LayerStack |
     """The recipe itself, or what a mergekit config says as one: the fewest rules that give every tensor its alpha."""
     if recipe.mergekit is None:
         return recipe
-    return recipe.spelled_out(_rules(alphas, stack))
+    rules = _rules(alphas, stack)
+    routed, _ = route(recipe.spelled_out(rules), alphas, stack)
+    astray = {name: alpha for name, alpha in alphas.items() if routed[name] != alpha}
+    rules["tensors"] = [*rules.get("tensors", ()), *map(_of_tensor, astray.items())]
+    return recipe.spelled_out({key: value for key, value in rules.items() if value != []})
+
+
+def _of_tensor(entry: tuple[str, float]) -> dict[str, Any]:
+    return {"match": escape(entry[0]), "alpha": entry[1]}
 
 
 def _rules(alphas: Mapping[str, float], stack: LayerStack | None) -> dict[str, Any]:
@@ -45,5 +54,5 @@ def _rules(alphas: Mapping[str, float], stack: LayerStack | None) -> dict[str, A
             for alpha, modules in treatment
             if alpha
         ]
-    rules["tensors"] = [{"match": escape(name), "alpha": alpha} for name, alpha in outside.items() if alpha]
+    rules["tensors"] = [_of_tensor(entry) for entry in outside.items() if entry[1]]
     return {key: value for key, value in rules.items() if value}

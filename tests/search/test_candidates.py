@@ -9,7 +9,7 @@ import pytest
 from slrmerge.checkpoint import Checkpoint
 from slrmerge.errors import PlanError
 from slrmerge.hub import open_checkpoint
-from slrmerge.recipe import parse_recipe
+from slrmerge.recipe import load_recipe, parse_recipe
 from slrmerge.search.candidates import SPACES, Candidate, alphas_of, ends, from_recipe, intervals, recipe_of, words
 from tests.checkpoints import random_tensor, write_checkpoint
 from tests.search.pairs import LAYERS, SmallPair
@@ -171,3 +171,31 @@ def test_what_does_not_fit_the_checkpoint_is_named_by_its_label_once(post: Check
     assert [str(problem) for problem in caught.value.problems] == [
         f"{label}: {LAYERS} is past the last layer ({LAYERS - 1}); use 0–{LAYERS - 1}" for label in ("mine", "yours")
     ]
+
+
+MEAN = """\
+merge_method: linear
+slices:
+- sources:
+  - {model: org/post, layer_range: [0, LAYERS], parameters: {weight: 3}}
+  - {model: org/pre, layer_range: [0, LAYERS], parameters: {weight: 1}}
+"""
+
+
+def test_a_mergekit_config_is_tried_as_the_recipe_that_it_stands_for(post: Checkpoint, tmp_path: Path) -> None:
+    config = tmp_path / "mergekit.yaml"
+    config.write_text(MEAN.replace("LAYERS", f"{LAYERS}"))
+    candidate = from_recipe(load_recipe(config), "mine", post)
+    assert (candidate.rules, candidate.alpha) == ({"alpha": 0.25}, 0.25)
+    assert set(alphas_of([candidate], post)[0].values()) == {0.25}
+
+
+def test_a_mergekit_config_that_does_not_fit_is_not_tried(post: Checkpoint, tmp_path: Path) -> None:
+    config = tmp_path / "mergekit.yaml"
+    config.write_text(MEAN.replace("LAYERS", "1"))
+    with pytest.raises(PlanError) as caught:
+        from_recipe(load_recipe(config), "mine", post)
+    assert str(caught.value) == (
+        f"{config}: $.slices: makes 1 layers of a model that has {LAYERS}; "
+        "mergekit would write a model of another depth"
+    )

@@ -120,6 +120,14 @@ def test_what_to_try_is_up_to_the_spaces(small: SmallPair) -> None:
 
 
 @hurried
+def test_a_slerp_is_not_tried_besides(small: SmallPair) -> None:
+    other = load_recipe(small.recipe_file("other.yaml", alpha=0.5, blend="slerp"))
+    with pytest.raises(PlanError) as caught, small.search(small.recipe(), also=(("other.yaml", other),)):
+        pass
+    assert str(caught.value) == "other.yaml: is a slerp, and searches score means only; leave it out"
+
+
+@hurried
 def test_a_recipe_for_other_checkpoints_is_not_tried_besides(small: SmallPair) -> None:
     other = load_recipe(small.recipe_file("other.yaml", pretrained="./elsewhere", alpha=0.5))
     with pytest.raises(PlanError) as caught, small.search(small.recipe(), also=(("other.yaml", other),)):
