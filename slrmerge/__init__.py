@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from slrmerge.recipe import load_recipe as load_recipe
     from slrmerge.recipe import parse_recipe as parse_recipe
     from slrmerge.repository import Repository as Repository
+    from slrmerge.search.options import SearchOptions as SearchOptions
     from slrmerge.search.results import Report as Report
     from slrmerge.search.run import Search as Search
-    from slrmerge.search.run import SearchOptions as SearchOptions
     from slrmerge.search.select import select as select
     from slrmerge.verify import VerifyReport as VerifyReport
     from slrmerge.verify import verify_checkpoint as verify_checkpoint
@@ -42,7 +42,7 @@ _HOMES = {
     "Report": "search.results",
     "Repository": "repository",
     "Search": "search.run",
-    "SearchOptions": "search.run",
+    "SearchOptions": "search.options",
     "SlrmergeError": "errors",
     "VerifyReport": "verify",
     "compare_checkpoints": "diff",

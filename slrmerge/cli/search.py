@@ -96,7 +96,8 @@ def search(
     from slrmerge.cli import show_search
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.recipe import load_recipe
-    from slrmerge.search.run import Search, SearchOptions, device_problem
+    from slrmerge.search.options import SearchOptions, device_problem
+    from slrmerge.search.run import Search
 
     if problem := device_problem(device):
         raise click.UsageError(f"--device {device} cannot be used: {problem}", ctx)

@@ -6,35 +6,27 @@ Killed at any moment, the target is absent or as it was; the next run takes up f
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
-from threading import Event, Lock, local
 from typing import Literal
 
 from slrmerge import files
-from slrmerge.blend import Blender, one_core_per_chunk
 from slrmerge.card import model_card, recipe_as_run
-from slrmerge.checkpoint import Checkpoint, CheckpointReader, Extent
+from slrmerge.checkpoint import Checkpoint, CheckpointReader
 from slrmerge.errors import CheckpointError, OutputError, Problem, raise_all
 from slrmerge.hub import open_pair
 from slrmerge.manifest import build_manifest
-from slrmerge.merge.journal import Journal, Piece, keep_finished
+from slrmerge.merge.journal import Journal, keep_finished
+from slrmerge.merge.shards import finished_bytes, pieces_of, write_shards
 from slrmerge.merge.target import require_space, resolve_target, target_problems
-from slrmerge.plan import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, MergePlan, PlannedShard, plan_merge
-from slrmerge.progress import Progress, Silent, one_at_a_time
+from slrmerge.plan import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, MergePlan, plan_merge
+from slrmerge.progress import Progress, Silent
 from slrmerge.recipe import Recipe
-from slrmerge.stream import ShardStream, Sources, file_chunks
-from slrmerge.writer import Written, combine, os_errors_at, pieces, write_content, write_piece
+from slrmerge.stream import Sources, file_chunks
+from slrmerge.writer import Written, combine, os_errors_at, pieces, write_content
 
 Download = Literal["ranges", "full"]
 """What to fetch of a repository: the ranges that are needed, or the files that they are in."""
-
-_PIECES_PER_SYNC = 8
-"""How much of a shard goes to the disk at a time, while more of it is copied: 128 MiB."""
 
 _RANGES_AT_A_TIME = 8
 """Pieces that are made at a time when their bytes come from the Hub, where waiting is most of the work."""
@@ -131,9 +123,9 @@ def _make(
         journal = Journal.open(files.staging_folder(target), plan.fingerprint(), fsync=fsync)
         with keep_finished(journal, sum(len(list(pieces(shard.file_bytes))) for shard in plan.shards)):
             resumed = journal.resume(plan.shards, progress)
-            require_space(plan, target, finished_bytes=_finished_bytes(plan, journal))
+            require_space(plan, target, finished_bytes=finished_bytes(plan, journal))
             written = _write_files(plan, journal, target, fsync=fsync, name=name)
-            _write_shards(plan, sources, journal, threads, fsync=fsync, progress=progress)
+            write_shards(plan, sources, journal, threads, fsync=fsync, progress=progress)
             written = _write_manifest(plan, journal, written, fsync=fsync)
             with journal.set_aside():
                 if fsync:
@@ -179,111 +171,6 @@ def require_sound_bools(plan: MergePlan, sources: Sources) -> None:
     raise_all(problems, CheckpointError)
 
 
-def _write_shards(
-    plan: MergePlan, sources: Sources, journal: Journal, threads: int, *, fsync: bool, progress: Progress
-) -> None:
-    """Write the pieces that the journal lacks, `threads` of them at a time."""
-    waiting = [
-        shard for shard in plan.shards if any(piece not in journal.finished for piece, _, _ in _pieces_of(shard))
-    ]
-    total = sum(shard.file_bytes for shard in plan.shards) - _finished_bytes(plan, journal)
-    progress.start("downloading and merging" if plan.download_bytes else "merging", total)
-    advance = one_at_a_time(progress.advance)
-    # Nothing starts before all is queued: a thread that Ctrl-C catches being born is one that no pool waits for.
-    go, stop = Event(), Event()
-    own = _PerThread()
-
-    def write(shard: _OpenShard, piece: Piece, start: int, end: int) -> None:
-        go.wait()
-        if stop.is_set():
-            return
-        parts = _until(stop, shard.stream.parts(start, end, own.blender))
-        digest = write_piece(shard.path, start, parts, on_bytes=advance)
-        if stop.is_set():
-            return
-        journal.record(piece, digest)
-        if fsync and piece[1] % _PIECES_PER_SYNC == _PIECES_PER_SYNC - 1:
-            shard.early_syncs.append(syncing.submit(journal.sync, shard.path.name))
-        if shard.is_last():
-            if fsync:
-                for sync in shard.early_syncs:
-                    sync.result()  # the system tells of a failed write once only, perhaps to this one
-                journal.sync(shard.path.name)
-            sources.check_unchanged()
-
-    one_core = one_core_per_chunk() if plan.needs_arithmetic else nullcontext()
-    with one_core, ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(threads) as pool:
-        pending: list[Future[None]] = []
-        failed: list[Future[None]] = []
-        try:
-            # Neighbouring pieces in the queue belong to different files: threads that share one wait for its lock.
-            # So there are never fewer files at a time than threads, unless there are no more.
-            groups = max(len(waiting) // threads, 1)
-            for group in (waiting[first::groups] for first in range(groups)):
-                missing = [[job for job in _pieces_of(shard) if job[0] not in journal.finished] for shard in group]
-                opened = [
-                    _OpenShard(ShardStream(plan, shard, sources), journal.folder / shard.name, len(jobs))
-                    for shard, jobs in zip(group, missing, strict=True)
-                ]
-                for row in zip_longest(*missing):
-                    pending += [pool.submit(write, shard, *job) for shard, job in zip(opened, row, strict=True) if job]
-            go.set()
-            done, _ = wait(pending, return_when=FIRST_EXCEPTION)
-            failed = [future for future in pending if future in done and future.exception()]
-        finally:
-            if failed or not go.is_set() or not all(future.done() for future in pending):
-                stop.set()
-                go.set()
-                sources.give_up()
-                pool.shutdown(cancel_futures=True)
-    for future in failed:  # what others raised after that came of their being stopped
-        future.result()
-
-
-class _PerThread(local):
-    """What each thread has of its own."""
-
-    def __init__(self) -> None:
-        self.blender = Blender()
-
-
-class _OpenShard:
-    """A shard while the `missing` ones of its pieces are written."""
-
-    def __init__(self, stream: ShardStream, path: Path, missing: int) -> None:
-        self.stream = stream
-        self.path = path
-        self.early_syncs: list[Future[None]] = []
-        self._lock = Lock()
-        self._missing = missing
-        path.touch()
-
-    def is_last(self) -> bool:
-        """Count a piece that was written; whether it was the last one missing."""
-        with self._lock:
-            self._missing -= 1
-            return self._missing == 0
-
-
-def _pieces_of(shard: PlannedShard) -> Iterator[tuple[Piece, int, int]]:
-    """Each piece of a shard, with the bytes it goes from and to."""
-    for number, (start, stop) in enumerate(pieces(shard.file_bytes)):
-        yield (shard.name, number), start, stop
-
-
-def _finished_bytes(plan: MergePlan, journal: Journal) -> int:
-    """What an earlier run has written of the shards."""
-    jobs = (job for shard in plan.shards for job in _pieces_of(shard))
-    return sum(stop - start for piece, start, stop in jobs if piece in journal.finished)
-
-
-def _until(stop: Event, parts: Iterator[memoryview | Extent]) -> Iterator[memoryview | Extent]:
-    for part in parts:
-        if stop.is_set():
-            return
-        yield part
-
-
 def _write_files(plan: MergePlan, journal: Journal, target: Path, *, fsync: bool, name: str) -> dict[str, Written]:
     """Write everything beside the weights, the manifest excepted."""
     recipe = recipe_as_run(plan, seen_from=target)
@@ -305,7 +192,7 @@ def _write_manifest(
 ) -> dict[str, Written]:
     """Write the manifest of what was `written` and of the shards; returns all that the finished folder holds."""
     written = written | {
-        shard.name: Written(shard.file_bytes, combine(journal.finished[piece] for piece, _, _ in _pieces_of(shard)))
+        shard.name: Written(shard.file_bytes, combine(journal.finished[piece] for piece, _, _ in pieces_of(shard)))
         for shard in plan.shards
     }
     manifest = build_manifest(plan, written)

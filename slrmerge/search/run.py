@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
@@ -23,7 +22,6 @@ from slrmerge.errors import (
     PlanError,
     Problem,
     UnsupportedModelError,
-    first_line,
     raise_all,
     require_extra,
 )
@@ -35,8 +33,9 @@ from slrmerge.progress import Progress, Silent
 from slrmerge.recipe import Recipe, Side
 from slrmerge.repository import Repository, Source
 from slrmerge.search.candidates import SPACES, ends, from_recipe
-from slrmerge.search.choose import MIN_QUALITY, Row, choose, conditions, judge, leaders
+from slrmerge.search.choose import Row, choose, conditions, judge, leaders
 from slrmerge.search.estimate import Estimate, estimate
+from slrmerge.search.options import SearchOptions, physical_memory_bytes
 from slrmerge.search.results import PROMPTS, Report, no_mere_results, write_prompts, write_report
 from slrmerge.search.scoring import PairSweeper, Pass
 from slrmerge.sweep.cost import Cost
@@ -55,23 +54,6 @@ ROUNDING_MARGIN, QUICK_MARGIN = 0.01, 0.05
 """How far a first pass's scores may be off: bf16 moves D by up to 7e-3; eight prompts instead of forty by more."""
 
 _PASSES = {"first": "all candidates", "leaders": "the leaders again, exactly"}
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How to search. `also` are recipes to try besides the `spaces`; `dtype` and `max_memory_bytes` have defaults that
-    follow from the model and the machine. With `quick` a first pass asks fewer prompts."""
-
-    task: str = "crc"
-    spaces: tuple[str, ...] = ("intervals", "soups")
-    also: tuple[tuple[str, Recipe], ...] = ()
-    min_quality: float = MIN_QUALITY
-    dtype: str | None = None
-    device: str = "cpu"
-    max_memory_bytes: int | None = None
-    quick: bool = False
-    resumable: bool = True
-    threads: int | None = None
 
 
 class Search:
@@ -303,23 +285,6 @@ def _is_at(checkpoint: Checkpoint, source: Source) -> bool:
         revisions = {named.revision or "main", checkpoint.snapshot.commit}
         return isinstance(source, Repository) and source.name == named.name and (source.revision or "main") in revisions
     return isinstance(source, Path) and os.path.realpath(source) == os.path.realpath(checkpoint.folder)
-
-
-def device_problem(device: str) -> str | None:
-    """Why torch cannot compute on a device, or None where it can."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        return first_line(error)
-    return None
-
-
-def physical_memory_bytes() -> int:
-    """This machine's memory, or a modest guess where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 8 << 30
 
 
 def _merged(rows: list[Row], scores: Scores, exact: list[Row], exact_scores: Scores) -> tuple[list[Row], Scores]:

@@ -13,7 +13,7 @@ import pytest
 
 from slrmerge import execute, files
 from slrmerge.errors import NoSpaceError, SlrmergeError
-from slrmerge.merge import executor
+from slrmerge.merge import shards
 from tests.cli import run
 from tests.conftest import Pair
 from tests.merge.faults import OLD, ROOT, Recorder, Row, leftovers, snapshot, write_files
@@ -194,7 +194,7 @@ def test_a_write_that_fails_while_more_is_copied_is_not_forgotten(pair: Pair, mo
         for refusal in refusals:
             raise refusal
 
-    monkeypatch.setattr(executor, "_PIECES_PER_SYNC", 1)
+    monkeypatch.setattr(shards, "_PIECES_PER_SYNC", 1)
     monkeypatch.setattr(files, "sync_path", told_once)
     result = run(pair.recipe_file(restore=[2, 3]), "--out", pair.out)
     assert result.stderr.splitlines() == [

@@ -13,7 +13,7 @@ import xxhash
 from slrmerge import MergePlan, execute, files, verify_checkpoint
 from slrmerge.checkpoint import Extent
 from slrmerge.errors import BusyError
-from slrmerge.merge import executor
+from slrmerge.merge import executor, shards
 from slrmerge.merge.journal import JOURNAL_NAME, Journal
 from slrmerge.merge.target import require_space
 from slrmerge.writer import write_piece
@@ -183,7 +183,7 @@ def written_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         written.append((path.name, start // SMALL_PIECE))
         return write_piece(path, start, parts, **options)
 
-    monkeypatch.setattr(executor, "write_piece", watched)
+    monkeypatch.setattr(shards, "write_piece", watched)
     return written
 
 
