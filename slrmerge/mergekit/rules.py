@@ -24,14 +24,14 @@ class Rules:
         spans = list(self._spans(layers))
         problems = list(self._span_problems(spans, layers))
         alphas: dict[str, float] = {}
-        faults: dict[str, list[str]] = {}
+        faults: dict[str, None] = {}
         for name in () if problems else names:
             place = locate(name)
             part, position = self._place(name, place[0] if place else None, spans)
             try:
                 alphas[name] = self._alpha(part, name, position)
             except _NoWeightError as error:
-                faults.setdefault(str(error), []).append(name)
+                faults[str(error)] = None
         return alphas, problems + [
             Problem(self.where, what, "see mergekit's documentation of the method") for what in faults
         ]
@@ -122,10 +122,6 @@ class Rules:
 
 class _NoWeightError(Exception):
     """Why a tensor's weight cannot be told."""
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
 
 
 def is_before_layers(name: str) -> bool:
