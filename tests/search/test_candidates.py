@@ -196,6 +196,5 @@ def test_a_mergekit_config_that_does_not_fit_is_not_tried(post: Checkpoint, tmp_
     with pytest.raises(PlanError) as caught:
         from_recipe(load_recipe(config), "mine", post)
     assert str(caught.value) == (
-        f"{config}: $.slices: makes 1 layer of a model that has {LAYERS}; "
-        "mergekit would write a model of another depth"
+        f"{config}: $.slices: makes 1 layer of a model that has {LAYERS}; mergekit would write a model of another depth"
     )
