@@ -111,19 +111,23 @@ def ten_best(rows: Sequence[Row], count: int = 10) -> list[Row]:
     return sorted(tried, key=_preference)[:count]
 
 
+_ROUNDING = 1e-9
+"""What sums of scores and margins may be off by, so that no candidate on the line is left out."""
+
+
 def leaders(rows: Sequence[Row], *, min_quality: float, margin: float, at_least: int) -> list[Candidate]:
     """Whom a second, exact pass over one pass's `rows` has to ask again: whatever may win, and what it is held against.
 
     `margin` is how far scores may still move, in Q and in nats of D. Of each space at least `at_least` by rank.
     """
     floor = min_quality * next(row.quality for row in rows if row.candidate.space == "post")
-    slack = (1 + min_quality) * margin  # the post-trained model's own score may move too
+    slack = (1 + min_quality) * margin + _ROUNDING  # the post-trained model's own score may move too
     kept = {id(row) for row in rows if row.candidate.space in ("post", "pre", "recipe")}
     for space in {row.candidate.space for row in rows} - {"post", "pre", "recipe"}:
         own = [row for row in rows if row.candidate.space == space]
         hopeful = sorted((row for row in own if row.quality >= floor - slack), key=_preference)
         surely = [row.diversity for row in hopeful if row.quality >= floor + slack]
-        bar = surely[0] - 2 * margin if surely else float("-inf")
+        bar = surely[0] - 2 * margin - _ROUNDING if surely else float("-inf")
         kept |= {id(row) for rank, row in enumerate(hopeful) if rank < at_least or row.diversity >= bar}
     for row in rows:
         if id(row) in kept and row.candidate.space in INTERVAL_SPACES:

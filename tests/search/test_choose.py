@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import combinations_with_replacement
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from slrmerge.search.candidates import Candidate
@@ -177,12 +177,17 @@ def test_the_front_is_what_nothing_in_its_space_beats(rows: list[Row]) -> None:
 # whom to ask again
 
 
+ON_THE_LINE = [row(c, 0.7 if i == 9 else 0.8 * (i == 0), 0.0) for i, c in enumerate(CANDIDATES)]
+"""The tenth has exactly as much less than it needs as scores may move."""
+
+
 def shifted(each: Row, by: float) -> Row:
     """A row whose scores turn out higher, or lower, than they were."""
     return replace(each, quality=max(0, each.quality + by), diversity=each.diversity + by)
 
 
 @given(any_rows, any_ratio, st.sampled_from([0.0, 0.01, 0.05, 0.2]))
+@example(ON_THE_LINE, 1.0, 0.05)
 def test_whatever_may_win_within_the_margin_is_asked_again_with_its_controls(
     rows: list[Row], ratio: float, margin: float
 ) -> None:
