@@ -20,7 +20,8 @@ CHUNK_ELEMENTS = 1 << 17
 """Elements per step: 512 KiB in fp32, so that all the buffers of a step stay in a core's cache."""
 
 MAX_ELEMENT_BYTES = 8
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The floating dtypes: safetensors' words and torch's, which are also a recipe's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def torch_dtype(dtype: str) -> "torch.dtype":
     """torch's word for a floating safetensors dtype."""
     import torch
 
-    found: torch.dtype = getattr(torch, _DTYPES[dtype])
+    found: torch.dtype = getattr(torch, DTYPES[dtype])
     return found
 
 

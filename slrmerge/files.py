@@ -58,6 +58,11 @@ def create_folder(path: Path, *, fsync: bool) -> None:
         sync_folder(folder.parent)
 
 
+def free_bytes(path: Path) -> int:
+    """The room on the disk that `path` is or would be on."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
 def write_file(path: Path, data: bytes, *, fsync: bool) -> None:
     """Write a small file whole, with the mode that the umask gives."""
     with open(path, "wb") as file:

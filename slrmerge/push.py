@@ -61,13 +61,13 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     from slrmerge.hub.failures import patiently
-    from slrmerge.hub.file import client
+    from slrmerge.hub.file import ANSWER_S, client
     from slrmerge.hub.snapshots import pin
 
     _require_sound_card(folder)
     where, branch = str(repository), repository.revision
     patiently(lambda: client().create_repo(repository.name, private=private or None, exist_ok=True), where=where)
-    if private and not patiently(lambda: client().model_info(repository.name, timeout=60), where=where).private:
+    if private and not patiently(lambda: client().model_info(repository.name, timeout=ANSWER_S), where=where).private:
         raise HubError(Problem(where, "is public already", "make it private on the Hub, or push without --private"))
     if branch:
         patiently(lambda: client().create_branch(repository.name, branch=branch, exist_ok=True), where=where)

@@ -8,18 +8,20 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, WithJsonSchema, model_validator
 
 from slrmerge.errors import Problem, RecipeError
-from slrmerge.mergekit import Rules, is_config, read_config
+from slrmerge.mergekit import is_config
 from slrmerge.repository import Repository, Source, parse_source
-from slrmerge.written import Location, Strict, fault, problems_in, read_map, short
+from slrmerge.written import Dtype, Location, Strict, fault, problems_in, read_map, short
+
+if TYPE_CHECKING:
+    from slrmerge.mergekit.rules import Rules
 
 DEFAULT_SHARD_SIZE = "5GB"
 
-Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 Side = Literal["pretrained", "posttrained"]
 
 
@@ -163,7 +165,7 @@ class Recipe(Strict):
     ] = Field(default=5_000_000_000, description="The most bytes in one output file, such as 5GB.")
 
     _file: Path | None = PrivateAttr(default=None)
-    _mergekit: Rules | None = PrivateAttr(default=None)
+    _mergekit: "Rules | None" = PrivateAttr(default=None)
     _mergekit_text: bytes | None = PrivateAttr(default=None)
 
     @property
@@ -172,7 +174,7 @@ class Recipe(Strict):
         return self._file
 
     @property
-    def mergekit(self) -> Rules | None:
+    def mergekit(self) -> "Rules | None":
         """The rules of the mergekit config that it was read from, which wait for the layers to be known."""
         return self._mergekit
 
@@ -236,6 +238,8 @@ def load_recipe(path: Path, *, pair_only: bool = False, **overrides: object) -> 
     given = {key: value for key, value in overrides.items() if value is not None}
     if not is_config(content):
         return parse_recipe({**content, **given}, file=path, pair_only=pair_only)
+    from slrmerge.mergekit.read import read_config
+
     sides, rules = read_config(content, str(path))
     recipe = parse_recipe({**sides, **given}, file=path, pair_only=True)
     recipe._mergekit, recipe._mergekit_text = rules, raw

@@ -4,7 +4,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from slrmerge.errors import Problem, RecipeError, did_you_mean
 
 MAX_BYTES = 1_000_000
+
+Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+"""The floating dtypes, in torch's words."""
 
 Location = tuple[int | str, ...]
 

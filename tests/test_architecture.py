@@ -60,6 +60,10 @@ def test_only_what_speaks_to_the_hub_imports_its_client() -> None:
     assert "huggingface_hub" not in _modules_after("import slrmerge.hub, slrmerge.push, slrmerge.verify")
 
 
+def test_a_recipe_that_is_no_mergekit_config_costs_nothing_of_mergekits() -> None:
+    assert "slrmerge.mergekit.config" not in _modules_after("import slrmerge.cli.show, slrmerge.recipe, slrmerge.hub")
+
+
 def test_every_module_says_what_it_is() -> None:
     for path in (ROOT / "slrmerge").rglob("*.py"):
         assert path.read_text().startswith('"""'), path

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slrmerge.mergekit import is_config, read_config
+from slrmerge.mergekit import is_config
+from slrmerge.mergekit.read import read_config
 from slrmerge.recipe import parse_recipe
 
 PAGE = (Path(__file__).parents[1] / "docs" / "mergekit.md").read_text()

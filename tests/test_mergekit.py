@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from slrmerge.checkpoint import LayerStack
 from slrmerge.errors import RecipeError
-from slrmerge.mergekit import is_config, read_config
+from slrmerge.mergekit import is_config
+from slrmerge.mergekit.read import read_config
 
 STACK = LayerStack("model.layers", 5)  # so that a gradient's steps are quarters
 NAMES = [

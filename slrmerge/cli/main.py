@@ -235,7 +235,7 @@ def export(recipe: Path) -> None:
     \b
     slrmerge export recipe.yaml > mergekit_config.yml
     """
-    from slrmerge.plan import mergekit_config
+    from slrmerge.plan.export import mergekit_config
 
     plan = _plan(recipe, max_shard_size=None, dtype=None, allow_code=False)
     click.echo(mergekit_config(plan), nl=False)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slrmerge.checkpoint import Checkpoint
-from slrmerge.merge import MergeResult, free_bytes, resolve_target
+from slrmerge.files import free_bytes
+from slrmerge.merge import MergeResult, resolve_target
 from slrmerge.plan import Kind, MergePlan, summarise_parts
 from slrmerge.plan.summary import plan_sentences
 from slrmerge.verify import VerifyReport
@@ -44,9 +45,9 @@ def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
     kinds = Counter(tensor.kind for tensor in plan.tensors())
     click.echo("tensors  " + ", ".join(f"{kinds[kind]:,} {_DONE[kind]}" for kind in _DONE if kinds[kind]))
     click.echo(f"reads    {size(plan.read_bytes)}")
-    if plan.download_bytes:
+    if download_bytes := plan.download_bytes:
         whole = f"; both checkpoints whole are {size(plan.whole_download_bytes)}"
-        click.echo(f"fetches  {size(plan.download_bytes)} from the Hub{whole}")
+        click.echo(f"fetches  {size(download_bytes)} from the Hub{whole}")
     shards, others = _count(len(plan.shards), "shard"), _count(len(plan.files), "other file")
     click.echo(f"writes   {size(plan.output_bytes)} in {shards} and {others}")
     if out is not None:

@@ -2,7 +2,7 @@
 
 import errno
 import logging
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Event
 from typing import TypeVar
@@ -92,7 +92,7 @@ def patiently(
             try:
                 return call()
             except (*FAILURES, LocalEntryNotFoundError) as error:
-                if statuses is not None and _status(error) not in statuses:
+                if statuses is not None and _answer(error)[0] not in statuses:
                     raise
                 patience.wait(error)
 
@@ -200,18 +200,19 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, FAILURES) and not isinstance(error, OfflineModeIsEnabled)
 
 
-def _status(error: Exception) -> int | None:
+def _answer(error: Exception) -> tuple[int, Mapping[str, str]]:
+    """The status and the headers of the answer that an error tells of; 0 and none where there was no answer."""
     response = getattr(_underlying(error), "response", None)
-    return None if response is None else int(response.status_code)
+    return (0, {}) if response is None else (response.status_code, response.headers)
 
 
 def _asked_to_wait_s(error: Exception) -> float:
     """How long the answer says to wait. It may name the window of a limit even where no limit was hit."""
-    if _status(error) not in (429, 503):
+    status, headers = _answer(error)
+    if status not in (429, 503):
         return 0.0
-    headers = getattr(_underlying(error), "response").headers  # noqa: B009 (an HTTPError's, where it has one)
     after = headers.get("Retry-After", "")
-    limit = parse_ratelimit_headers(headers) if _status(error) == 429 else None
+    limit = parse_ratelimit_headers(headers) if status == 429 else None
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
     return float(after if after.isdecimal() else 0)

@@ -16,7 +16,7 @@ from slrmerge.hub.failures import FAILURES, ExpiredAddressError, Patience, Unsou
 from slrmerge.hub.ranges import Ranges
 from slrmerge.repository import Repository
 
-_ANSWER_S = 60.0
+ANSWER_S = 60.0
 """How long the Hub may take over an answer that is not a download."""
 
 
@@ -24,7 +24,7 @@ def client() -> HfApi:
     """The Hub's client, which says who is asking, and does not wait for ever."""
     session = get_session()
     if session.timeout.read is None:
-        session.timeout = _ANSWER_S
+        session.timeout = ANSWER_S
     return HfApi(library_name="slrmerge", library_version=slrmerge.__version__)
 
 
@@ -59,26 +59,30 @@ class HubFile:
 
     def here(self) -> Path | None:
         """See `RemoteFile`: in the Hub's cache, fetched for this commit or for another that has the same file."""
-        cached = try_to_load_from_cache(self.repository.name, self.name, revision=self.repository.revision)
         blob = cache_of(self.repository) / "blobs" / self.digest.rpartition(":")[2]
-        if isinstance(cached, str):
-            return Path(cached)
+        if cached := self._cached():
+            return cached
         return blob if blob.is_file() and blob.stat().st_size == self.file_bytes else None
 
     def fetch(self, on_bytes: Callable[[int], None] = lambda _: None, *, given_up: Event | None = None) -> Path:
         """See `RemoteFile`. What is in the Hub's cache for this commit, and sound, is taken from there."""
-        cached = try_to_load_from_cache(self.repository.name, self.name, revision=self.repository.revision)
-        if isinstance(cached, str) and self._digest_of(Path(cached)) == self.digest:
+        cached = self._cached()
+        if cached and self._digest_of(cached) == self.digest:
             on_bytes(self.file_bytes)
-            return Path(cached)
-        if isinstance(cached, str):
-            Path(cached).unlink()  # a link, mostly: what it leads to is not ours
-        for force in (isinstance(cached, str), True):
+            return cached
+        if cached:
+            cached.unlink()  # a link, mostly: what it leads to is not ours
+        for force in (cached is not None, True):
             path = self._download(on_bytes, given_up or Event(), force=force)
             if (found := self._digest_of(path)) == self.digest:
                 return path
         what = f"is not {self}: it is {found}, the Hub says {self.digest}"
         raise HubError(Problem(str(path), what, "run again, and tell the repository's owner if that does not help"))
+
+    def _cached(self) -> Path | None:
+        """The file where the Hub's cache has it for this commit."""
+        found = try_to_load_from_cache(self.repository.name, self.name, revision=self.repository.revision)
+        return Path(found) if isinstance(found, str) else None
 
     def _digest_of(self, path: Path) -> str:
         with open(path, "rb") as file:
@@ -88,7 +92,7 @@ class HubFile:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
     def _download(self, on_bytes: Callable[[int], None], given_up: Event, *, force: bool) -> Path:
-        class Told(tqdm):  # type: ignore[type-arg]
+        class Told(tqdm):  # type: ignore[type-arg]  # generic to mypy, not when it runs
             """A progress bar that shows nothing and hands on what the Hub's client tells it."""
 
             monitor_interval = 0

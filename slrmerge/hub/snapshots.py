@@ -1,7 +1,6 @@
 """A repository as a checkpoint: pinned to a commit, its small files fetched into the Hub's cache, its weights not."""
 
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from slrmerge.checkpoint import (
     waiting_threads,
 )
 from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem
+from slrmerge.files import free_bytes
 from slrmerge.hub.failures import in_words, patiently
 from slrmerge.hub.file import HubFile, cache_of, client
 from slrmerge.progress import Progress, one_at_a_time
@@ -150,7 +150,7 @@ def fetch_shards(
 
 def _require_space(needed: int) -> None:
     cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    free = free_bytes(cache)
     if needed > free:
         what = f"the download needs {needed / 1e9:,.2f} GB there, the disk has {free / 1e9:,.2f} GB free"
         raise NoSpaceError(Problem(str(cache), what, "set HF_HUB_CACHE to a folder on another disk"))

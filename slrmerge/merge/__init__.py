@@ -9,7 +9,7 @@ from slrmerge.merge.executor import (
     merge_checkpoints,
     with_whole_files,
 )
-from slrmerge.merge.target import folder_problems, free_bytes, require_space, resolve_target, target_problems
+from slrmerge.merge.target import folder_problems, require_space, resolve_target, target_problems
 
 __all__ = [
     "Download",
@@ -18,7 +18,6 @@ __all__ = [
     "default_threads",
     "execute",
     "folder_problems",
-    "free_bytes",
     "merge_checkpoints",
     "require_space",
     "resolve_target",

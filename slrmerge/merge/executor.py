@@ -16,14 +16,14 @@ from slrmerge.checkpoint import Checkpoint, CheckpointReader
 from slrmerge.errors import CheckpointError, OutputError, Problem, raise_all
 from slrmerge.hub import open_pair
 from slrmerge.manifest import build_manifest
-from slrmerge.merge.journal import Journal, keep_finished
-from slrmerge.merge.shards import finished_bytes, pieces_of, write_shards
+from slrmerge.merge.journal import Journal, keep_finished, pieces_of
+from slrmerge.merge.shards import finished_bytes, write_shards
 from slrmerge.merge.target import require_space, resolve_target, target_problems
 from slrmerge.plan import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, MergePlan, plan_merge
 from slrmerge.progress import Progress, Silent
 from slrmerge.recipe import Recipe
 from slrmerge.stream import Sources, file_chunks
-from slrmerge.writer import Written, combine, os_errors_at, pieces, write_content
+from slrmerge.writer import Written, combine, os_errors_at, write_content
 
 Download = Literal["ranges", "full"]
 """What to fetch of a repository: the ranges that are needed, or the files that they are in."""
@@ -121,7 +121,7 @@ def _make(
         sources = Sources(pre, post)
         require_sound_bools(plan, sources)
         journal = Journal.open(files.staging_folder(target), plan.fingerprint(), fsync=fsync)
-        with keep_finished(journal, sum(len(list(pieces(shard.file_bytes))) for shard in plan.shards)):
+        with keep_finished(journal, sum(1 for shard in plan.shards for _ in pieces_of(shard))):
             resumed = journal.resume(plan.shards, progress)
             require_space(plan, target, finished_bytes=finished_bytes(plan, journal))
             written = _write_files(plan, journal, target, fsync=fsync, name=name)

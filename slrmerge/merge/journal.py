@@ -60,10 +60,10 @@ class Journal:
         for shard in shards:
             path = self.folder / shard.name
             if path.exists() and path.stat().st_size <= shard.file_bytes:
-                for number, (start, stop) in enumerate(pieces(shard.file_bytes)):
-                    digest = self.finished.get((shard.name, number))
+                for piece, start, stop in pieces_of(shard):
+                    digest = self.finished.get(piece)
                     if digest is not None and digest_piece(path, start, stop) == digest:
-                        sound[shard.name, number] = digest
+                        sound[piece] = digest
         self.finished = sound
         self.discard_unfinished()
         if self._fsync:
@@ -114,6 +114,12 @@ class Journal:
     def _rewrite(self) -> None:
         lines = [f"{self._fingerprint}\n".encode(), *(_line(*entry) for entry in self.finished.items())]
         files.write_file(self.folder / JOURNAL_NAME, b"".join(lines), fsync=self._fsync)
+
+
+def pieces_of(shard: PlannedShard) -> Iterator[tuple[Piece, int, int]]:
+    """Each piece of a shard, with the bytes it goes from and to."""
+    for number, (start, stop) in enumerate(pieces(shard.file_bytes)):
+        yield (shard.name, number), start, stop
 
 
 def _line(piece: Piece, digest: bytes) -> bytes:

@@ -9,11 +9,11 @@ from threading import Event, Lock, local
 
 from slrmerge.blend import Blender, one_core_per_chunk
 from slrmerge.checkpoint import Extent
-from slrmerge.merge.journal import Journal, Piece
-from slrmerge.plan import MergePlan, PlannedShard
+from slrmerge.merge.journal import Journal, Piece, pieces_of
+from slrmerge.plan import MergePlan
 from slrmerge.progress import Progress, one_at_a_time
 from slrmerge.stream import ShardStream, Sources
-from slrmerge.writer import pieces, write_piece
+from slrmerge.writer import write_piece
 
 _PIECES_PER_SYNC = 8
 """How much of a shard goes to the disk at a time, while more of it is copied: 128 MiB."""
@@ -101,12 +101,6 @@ class _OpenShard:
         with self._lock:
             self._missing -= 1
             return self._missing == 0
-
-
-def pieces_of(shard: PlannedShard) -> Iterator[tuple[Piece, int, int]]:
-    """Each piece of a shard, with the bytes it goes from and to."""
-    for number, (start, stop) in enumerate(pieces(shard.file_bytes)):
-        yield (shard.name, number), start, stop
 
 
 def finished_bytes(plan: MergePlan, journal: Journal) -> int:

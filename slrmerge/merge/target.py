@@ -1,7 +1,6 @@
 """May this folder be written, and is there room? Everything that can be told without writing."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -74,7 +73,7 @@ def _nearest_folder(target: Path) -> Path:
 
 def require_space(plan: MergePlan, target: Path, *, finished_bytes: int = 0) -> None:
     """Raise NoSpaceError unless the disk has room for what is still to be written."""
-    free = free_bytes(target)
+    free = files.free_bytes(target)
     needed = plan.output_bytes - finished_bytes
     if needed > free:
         raise NoSpaceError(
@@ -84,11 +83,6 @@ def require_space(plan: MergePlan, target: Path, *, finished_bytes: int = 0) -> 
                 f"free {(needed - free) / 1e9:,.2f} GB, or choose --out on another disk",
             )
         )
-
-
-def free_bytes(target: Path) -> int:
-    """The room on the disk that `target` is or would be on."""
-    return shutil.disk_usage(_nearest_folder(target)).free
 
 
 def _overlap_problems(target: Path, folder: Path) -> Iterator[Problem]:

@@ -1,18 +1,10 @@
 """A config as it is written."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from slrmerge.written import Location, Strict, fault, short
-
-METHODS = ("passthrough", "linear", "task_arithmetic", "slerp")
-
-
-def is_config(content: Mapping[Any, Any]) -> bool:
-    """Whether a YAML file's content is shaped like a mergekit config."""
-    return "merge_method" in content
+from slrmerge.written import Dtype, Location, Strict, fault, short
 
 
 def _model(value: object) -> str:
@@ -37,7 +29,6 @@ def _layer_range(value: object) -> tuple[int, int]:
 Model = Annotated[str, BeforeValidator(_model)]
 LayerRange = Annotated[tuple[int, int], BeforeValidator(_layer_range)]
 Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
-MergeDtype = Literal["float64", "float32", "float16", "bfloat16"]
 
 
 class Source(Strict):
@@ -64,8 +55,8 @@ class Config(Strict):
     models: list[Source] | None = Field(default=None, min_length=1)
     slices: list[Slice] | None = Field(default=None, min_length=1)
     parameters: Parameters = Field(default_factory=dict)
-    dtype: MergeDtype | None = None
-    out_dtype: MergeDtype | None = None
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
     chat_template: Literal["auto"] | None = None
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from slrmerge.errors import Problem, RecipeError, did_you_mean, raise_all
-from slrmerge.mergekit.config import METHODS, Config, model_at
+from slrmerge.mergekit.config import Config, model_at
 from slrmerge.mergekit.rules import Rules
 from slrmerge.written import problems_in
 
@@ -59,9 +59,9 @@ def _from_here(model: str) -> str:
 
 def _config_problems(config: Config, where: str) -> Iterator[Problem]:
     method, models = config.merge_method, config.named
-    if method not in METHODS:
+    if method not in _PARAMETERS:
         what = f"{method} is no merge that takes each tensor from two checkpoints alike"
-        yield Problem(f"{where}: $.merge_method", what, f"known: {', '.join(METHODS)}; for others use mergekit")
+        yield Problem(f"{where}: $.merge_method", what, f"known: {', '.join(_PARAMETERS)}; for others use mergekit")
         return
     if len(models) != 2:
         said = "names only one model" if len(models) < 2 else f"names {len(models)} models: {', '.join(models)}"

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from slrmerge.checkpoint import Checkpoint
 from slrmerge.errors import CheckpointError, PlanError, Problem, raise_all
-from slrmerge.plan.export import mergekit_config
 from slrmerge.plan.findings import PICTURE_NAME, SUMMARY_NAME, Finding, finding_of
 from slrmerge.plan.model import Kind, MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.plan.routes import NO_STACK, route
@@ -31,7 +30,6 @@ __all__ = [
     "PlannedShard",
     "PlannedTensor",
     "depth_problems",
-    "mergekit_config",
     "plan_choices",
     "plan_merge",
     "route",

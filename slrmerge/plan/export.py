@@ -2,13 +2,12 @@
 
 import yaml
 
+from slrmerge.blend import DTYPES
 from slrmerge.checkpoint import Checkpoint
 from slrmerge.errors import PlanError, Problem
-from slrmerge.mergekit import write_config
+from slrmerge.mergekit.write import write_config
 from slrmerge.plan.model import MergePlan
 from slrmerge.plan.routes import NO_STACK
-
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def mergekit_config(plan: MergePlan) -> str:
@@ -22,9 +21,9 @@ def mergekit_config(plan: MergePlan) -> str:
     alphas = {tensor.name: tensor.alpha for tensor in plan.tensors()}
     names = {"pretrained": _called(plan.pretrained), "posttrained": _called(plan.posttrained)}
     config = write_config(alphas, stack.locate, stack.count, blend=plan.recipe.blend, **names)
-    dtypes = {tensor.info.dtype for tensor in plan.tensors()} & _DTYPES.keys()
+    dtypes = {tensor.info.dtype for tensor in plan.tensors()} & DTYPES.keys()
     if len(dtypes) == 1:
-        output = _DTYPES[dtypes.pop()]
+        output = DTYPES[dtypes.pop()]
         exact = "float64" if output == "float64" else "float32"
         # mergekit rounds what it reads to `dtype`; so blends are told to compute wide, and to round once.
         config |= (

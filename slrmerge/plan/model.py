@@ -107,7 +107,8 @@ class MergePlan:
     @property
     def download_bytes(self) -> int:
         """What the Hub has to send: the tensors and files that are read and are not on this disk."""
-        tensors = (side[name].nbytes for side, name in self._reads() if side.shards[side.weight_map[name]].remote)
+        reads = self._reads() if any(side.is_remote for side in self.sides) else ()
+        tensors = (side[name].nbytes for side, name in reads if side.shards[side.weight_map[name]].remote)
         return sum(tensors) + sum(file.file_bytes for file in self.files if _is_remote(file))
 
     @property

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Literal
 
+from slrmerge.blend import DTYPES
 from slrmerge.checkpoint import DTYPE_BITS, FLOATING, Checkpoint, TensorInfo, quantisation_config, quantised_groups
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.plan.model import Kind, PlannedTensor
 
-DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPE_NAMES = {name: dtype for dtype, name in DTYPES.items()}
 """A recipe's dtypes in safetensors' words."""
 
 DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")

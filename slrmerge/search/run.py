@@ -26,7 +26,7 @@ from slrmerge.errors import (
     require_extra,
 )
 from slrmerge.hub import open_pair
-from slrmerge.merge import folder_problems, free_bytes, resolve_target
+from slrmerge.merge import folder_problems, resolve_target
 from slrmerge.plan import NO_STACK, depth_problems, side_files
 from slrmerge.plots import draw_report
 from slrmerge.progress import Progress, Silent
@@ -238,7 +238,7 @@ class Search:
 
     def _require_space(self, target: Path, cost: Cost) -> None:
         needed = cost.states_bytes if self._uses_disk(cost) else 0
-        free = free_bytes(target) + _bytes_in(files.staging_folder(target))
+        free = files.free_bytes(target) + _bytes_in(files.staging_folder(target))
         if needed > free:
             what = f"the search's states need {needed / 1e9:,.2f} GB there, the disk has {free / 1e9:,.2f} GB free"
             fits = cost.states_bytes <= self._max_memory_bytes()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from slrmerge.checkpoint import LayerStack
 from slrmerge.errors import RecipeError
-from slrmerge.mergekit import read_config, write_config
+from slrmerge.mergekit.read import read_config
+from slrmerge.mergekit.write import write_config
 from slrmerge.plan import route, spelled_out
 from slrmerge.recipe import Recipe, load_recipe, parse_recipe
 from tests.checkpoints import llama_tensors

@@ -288,7 +288,7 @@ def test_a_merge_after_a_killed_search_in_the_same_place_is_not_mixed_with_its_s
 
 @hurried
 def test_too_little_room_is_said_before_anything_is_written(small: SmallPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slrmerge.search.run.free_bytes", lambda target: 2_000_000)
+    monkeypatch.setattr("slrmerge.search.run.files.free_bytes", lambda target: 2_000_000)
     cost = Cost(flop=1.0, states_bytes=3_210_000_000, states=1)
     monkeypatch.setattr("slrmerge.search.scoring.PairSweeper.cost", lambda self, wanted: cost)
     before = tree(small.folder)
@@ -315,7 +315,7 @@ def test_too_little_room_is_said_before_anything_is_written(small: SmallPair, mo
 def test_states_that_lie_in_files_need_room(
     small: SmallPair, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], refused: bool, remedy: str
 ) -> None:
-    monkeypatch.setattr("slrmerge.search.run.free_bytes", lambda target: 10)
+    monkeypatch.setattr("slrmerge.search.run.files.free_bytes", lambda target: 10)
     with small.search(**options) as search:
         if not refused:
             search.require_target(small.out, overwrite=False)
