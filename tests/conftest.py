@@ -3,10 +3,10 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -24,6 +24,8 @@ TINY = Path(__file__).parents[1] / "examples" / "tiny"
 class Pair:
     """Two six-layer checkpoints, `pre` in one file and `post` in two, side by side in `folder`."""
 
+    sides: ClassVar = {"pretrained": "./pre", "posttrained": "./post"}
+
     folder: Path
     pre: dict[str, Tensor]
     post: dict[str, Tensor]
@@ -35,7 +37,7 @@ class Pair:
     def recipe_file(self, name: str = "recipe.yaml", **content: Any) -> Path:
         """A recipe file beside the two checkpoints, for them unless `content` names others."""
         path = self.folder / name
-        path.write_text(yaml.safe_dump({"pretrained": "./pre", "posttrained": "./post", **content}, sort_keys=False))
+        path.write_text(yaml.safe_dump({**self.sides, **content}, sort_keys=False))
         return path
 
     def recipe(self, **content: Any) -> Recipe:
@@ -60,14 +62,20 @@ def tiny_search(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The folder holds `pre`, `post`, `pair.yaml`, the results in `search`, and what was printed in `stdout` and `stderr`.
     """
+    return made_once(tmp_path_factory, "tiny-search", _search_tiny)
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` makes for the first who asks, and for all workers of the session."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # what the workers share
-    folder /= "tiny-search"
+    folder /= name
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            _search_tiny(folder.with_name("tiny-search.new"))
-            folder.with_name("tiny-search.new").rename(folder)
+            new = folder.with_name(f"{name}.new")
+            make(new)
+            new.rename(folder)
     return folder
 
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import pytest
-import yaml
 from huggingface_hub import close_session, constants
 
 from slrmerge.hub import failures
 from tests.checkpoints import Tensor, llama_tensors, write_checkpoint
+from tests.conftest import Pair
 from tests.hub.server import HubServer, use
 
 BASE, CHAT = "org/base", "org/chat"
@@ -19,23 +19,12 @@ CARD = "---\nlicense: mit\n---\nA model."
 
 
 @dataclass(frozen=True)
-class HubPair:
+class HubPair(Pair):
     """A pair of models, in folders below `folder` and on the hub, `pre` as one file and `post` as two."""
 
-    folder: Path
+    sides: ClassVar = {"pretrained": BASE, "posttrained": CHAT}
+
     hub: HubServer
-    pre: dict[str, Tensor]
-    post: dict[str, Tensor]
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "hybrid"
-
-    def recipe_file(self, name: str = "recipe.yaml", **content: Any) -> Path:
-        """A recipe for the two repositories, unless `content` names others."""
-        path = self.folder / name
-        path.write_text(yaml.safe_dump({"pretrained": BASE, "posttrained": CHAT, **content}, sort_keys=False))
-        return path
 
     def mixed(self, *layers: int) -> dict[str, Tensor]:
         """The tensors of the post-trained model, some layers restored."""
@@ -69,7 +58,7 @@ def pair(hub: HubServer, tmp_path: Path) -> HubPair:
     write_checkpoint(tmp_path / "post", post, shards=2, side_files={"tokenizer.json": "{}", "README.md": CARD})
     for repository, side in ((BASE, "pre"), (CHAT, "post")):
         hub.commit(repository, files_of(tmp_path / side))
-    return HubPair(tmp_path, hub, pre, post)
+    return HubPair(tmp_path, pre, post, hub)
 
 
 @cache

@@ -13,10 +13,8 @@ import pytest
 import yaml
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
-from slrmerge import SlrmergeError, execute, load_recipe, merge_checkpoints, plan_merge, verify_checkpoint, writer
+from slrmerge import SlrmergeError, execute, load_recipe, merge_checkpoints, verify_checkpoint, writer
 from slrmerge.errors import HubError, NoSpaceError, VerificationError
-from slrmerge.hub import open_pair
-from slrmerge.plan import MergePlan
 from tests.checkpoints import read_back
 from tests.cli import run
 from tests.hub.conftest import BASE, CHAT, HubPair, files_of
@@ -36,11 +34,6 @@ RULES: dict[str, dict[str, Any]] = {
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several pieces in every shard."""
     monkeypatch.setattr(writer, "PIECE_BYTES", 1 << 15)
-
-
-def plan_of(pair: HubPair, **content: Any) -> MergePlan:
-    recipe = load_recipe(pair.recipe_file(**content))
-    return plan_merge(recipe, open_pair(*recipe.sources()))
 
 
 def shards_in(folder: Path) -> dict[str, bytes]:
@@ -67,12 +60,12 @@ def test_served_bytes_stay_within_five_percent_of_what_is_needed(pair: HubPair, 
     recipe = pair.recipe_file(**rules)
     pair.hub.requests.clear()
     assert run(recipe, "--out", pair.out).exit_code == 0
-    needed = plan_of(pair, **rules).read_bytes
+    needed = pair.plan(**rules).read_bytes
     assert needed <= pair.hub.served() <= 1.05 * needed
 
 
 def test_a_restoration_costs_one_model_and_not_two(pair: HubPair) -> None:
-    plan = plan_of(pair, restore=[2, 3])
+    plan = pair.plan(restore=[2, 3])
     one = sum(len(tensor.data) for tensor in pair.post.values())
     side_files = sum(file.file_bytes for file in plan.files if file.source)
     assert one <= plan.download_bytes <= one + side_files
@@ -83,7 +76,7 @@ def test_a_plan_says_what_it_would_fetch_and_fetches_none_of_it(pair: HubPair) -
     recipe = pair.recipe_file(restore=[2, 3])
     pair.hub.requests.clear()
     shown, counted = run("plan", recipe), json.loads(run(recipe, "--dry-run", "--json").stdout)
-    headers = sum(shard.data_start for side in plan_of(pair, restore=[2, 3]).sides for shard in side.shards.values())
+    headers = sum(shard.data_start for side in pair.plan(restore=[2, 3]).sides for shard in side.shards.values())
     assert pair.hub.served("^/blobs/") == 3 * headers
     assert not any(request.path.endswith("tokenizer.json") for request in pair.hub.requests)
     assert "fetches  361.35 kB from the Hub; both checkpoints whole are 730.03 kB\n" in shown.stdout
@@ -101,12 +94,12 @@ def test_what_is_in_the_cache_is_not_fetched_again(pair: HubPair) -> None:
 
 
 def test_streaming_leaves_no_second_copy_of_the_weights(pair: HubPair) -> None:
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[2, 3])), pair.out)
+    merge_checkpoints(pair.recipe(restore=[2, 3]), pair.out)
     assert scan_cache_dir().size_on_disk < 10_000
 
 
 def test_a_full_download_fetches_only_files_that_are_read(pair: HubPair) -> None:
-    recipe = load_recipe(pair.recipe_file(restore=[0, 5], tensors=[{"match": "*", "alpha": 1.0}]))
+    recipe = pair.recipe(restore=[0, 5], tensors=[{"match": "*", "alpha": 1.0}])
     merge_checkpoints(recipe, pair.out, download="full")
     cached = {file.file_name for repo in scan_cache_dir().repos for rev in repo.revisions for file in rev.files}
     assert {name for name in cached if name.endswith(".safetensors")} == {"model.safetensors"}
@@ -115,7 +108,7 @@ def test_a_full_download_fetches_only_files_that_are_read(pair: HubPair) -> None
 def test_a_full_download_that_would_not_fit_is_refused_before_it_starts(
     pair: HubPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of(pair, restore=[2, 3])
+    plan = pair.plan(restore=[2, 3])
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=700_000))
     pair.hub.requests.clear()
     with pytest.raises(NoSpaceError) as caught:
@@ -128,7 +121,7 @@ def test_a_full_download_that_would_not_fit_is_refused_before_it_starts(
 
 
 def test_the_manifest_pins_commits_and_says_what_was_not_checked(pair: HubPair) -> None:
-    merge_checkpoints(load_recipe(pair.recipe_file(posttrained=f"{CHAT}@main", restore=[2, 3])), pair.out)
+    merge_checkpoints(pair.recipe(posttrained=f"{CHAT}@main", restore=[2, 3]), pair.out)
     sources = json.loads((pair.out / "slrmerge.json").read_text())["sources"]
     pinned = {key: sources["posttrained"][key] for key in ("model", "repository", "revision", "commit")}
     assert pinned == {"model": CHAT, "repository": CHAT, "revision": "main", "commit": pair.hub.head(CHAT)}
@@ -141,7 +134,7 @@ def test_the_manifest_pins_commits_and_says_what_was_not_checked(pair: HubPair) 
 
 
 def test_files_fetched_whole_were_checked_and_the_manifest_says_so(pair: HubPair) -> None:
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[2, 3])), pair.out, download="full")
+    merge_checkpoints(pair.recipe(restore=[2, 3]), pair.out, download="full")
     sources = json.loads((pair.out / "slrmerge.json").read_text())["sources"]
     assert [side["unchecked"] for side in sources.values()] == [{}, {}]
 
@@ -169,7 +162,7 @@ def test_verify_compares_with_the_hub_only_when_told_to(pair: HubPair) -> None:
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_bytes_that_came_wrong_by_range_are_found_by_a_full_verification(pair: HubPair, rules: dict[str, Any]) -> None:
-    plan = plan_of(pair, **rules)
+    plan = pair.plan(**rules)
     pair.hub.misbehave("corrupt", BLOBS, times=None)
     execute(plan, pair.out)
     pair.hub.behave()
@@ -227,7 +220,7 @@ def test_a_folder_and_a_repository_go_together(pair: HubPair) -> None:
 
 @pytest.mark.parametrize("kind", ["ignore_range", "wrong_range", "cut", "overlong", "gzip", "reset"])
 def test_a_merge_gets_through_what_passes(pair: HubPair, kind: Any) -> None:
-    plan = plan_of(pair, restore=[2, 3], max_shard_size="100KB")
+    plan = pair.plan(restore=[2, 3], max_shard_size="100KB")
     pair.hub.misbehave(kind, BLOBS, times=12)
     pair.hub.misbehave("status", BLOBS, times=6, status=429, headers={"Retry-After": "0"})
     execute(plan, pair.out)
@@ -235,7 +228,7 @@ def test_a_merge_gets_through_what_passes(pair: HubPair, kind: Any) -> None:
 
 
 def test_a_hub_that_fails_for_good_costs_what_was_not_finished_and_no_more(pair: HubPair) -> None:
-    plan = plan_of(pair, restore=[2, 3], max_shard_size="100KB")
+    plan = pair.plan(restore=[2, 3], max_shard_size="100KB")
     pair.hub.misbehave("status", BLOBS, times=None, status=503, skip=6)
     with pytest.raises(HubError) as caught:
         execute(plan, pair.out, threads=1)
@@ -251,12 +244,12 @@ def test_a_hub_that_fails_for_good_costs_what_was_not_finished_and_no_more(pair:
 
 
 def test_a_stopped_merge_fetches_only_what_is_missing(pair: HubPair) -> None:
-    plan = plan_of(pair, restore=[2, 3])
+    plan = pair.plan(restore=[2, 3])
     with pytest.raises(Stop):
         execute(plan, pair.out, threads=1, progress=Recorder(10, stop))
     pair.hub.requests.clear()
     recorder = Recorder()
-    result = execute(plan_of(pair, restore=[2, 3]), pair.out, progress=recorder)
+    result = execute(pair.plan(restore=[2, 3]), pair.out, progress=recorder)
     missing = plan.shards[0].file_bytes - result.resumed_pieces * (1 << 15)
     assert (recorder.started, result.resumed_pieces > 2) == ([("downloading and merging", missing)], True)
     assert pair.hub.served("^/blobs/") <= missing + 10_000
@@ -285,7 +278,7 @@ def test_a_killed_merge_leaves_nothing_by_its_name_and_goes_on(pair: HubPair) ->
 
 def test_ctrl_c_does_not_wait_for_a_hub_that_asks_for_patience(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slrmerge.hub.failures.LONGEST_WAIT_S", 300.0)
-    plan = plan_of(pair, restore=[2, 3])
+    plan = pair.plan(restore=[2, 3])
     pair.hub.misbehave("status", BLOBS, times=None, skip=3, status=429, headers={"Retry-After": "250"})
     started = time.monotonic()
     with pytest.raises(Stop):

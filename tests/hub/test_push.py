@@ -31,8 +31,15 @@ def token(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def merged(pair: HubPair) -> Path:
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[2, 3])), pair.out)
+    merge_checkpoints(pair.recipe(restore=[2, 3]), pair.out)
     return pair.out
+
+
+@pytest.fixture
+def other(pair: HubPair) -> Path:
+    """Another merge of the same pair."""
+    merge_checkpoints(pair.recipe(restore=[4, 5]), pair.folder / "other")
+    return pair.folder / "other"
 
 
 def there(pair: HubPair, revision: str = "main") -> dict[str, bytes]:
@@ -52,7 +59,7 @@ def test_what_was_pushed_verifies_and_merges_again(pair: HubPair, merged: Path) 
     push_to_hub(merged, Repository(MINE))
     fetched = Path(snapshot_download(MINE))
     assert verify_checkpoint(fetched, full=True).against_sources
-    recipe = load_recipe(pair.recipe_file(pretrained=BASE, posttrained=MINE, restore=[0, 0]))
+    recipe = pair.recipe(pretrained=BASE, posttrained=MINE, restore=[0, 0])
     merge_checkpoints(recipe, pair.folder / "more")
     assert read_back(pair.folder / "more") == pair.mixed(0, 2, 3)
 
@@ -62,7 +69,7 @@ def test_shards_of_an_older_merge_go_with_the_same_commit_and_everything_else_st
 ) -> None:
     push_to_hub(merged, Repository(MINE))
     pair.hub.commit(MINE, {"notes.md": b"mine", "gguf/model.gguf": b"mine too", "sub/model.safetensors": b"and this"})
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[2, 3], max_shard_size="100KB")), pair.folder / "sharded")
+    merge_checkpoints(pair.recipe(restore=[2, 3], max_shard_size="100KB"), pair.folder / "sharded")
     pushed = push_to_hub(pair.folder / "sharded", Repository(MINE))
     assert pushed.removed == ("model.safetensors",)
     others = {"notes.md": b"mine", "gguf/model.gguf": b"mine too", "sub/model.safetensors": b"and this"}
@@ -83,11 +90,9 @@ def test_a_push_again_sends_nothing_and_makes_no_commit(pair: HubPair, merged: P
     assert run("push", merged, MINE).stdout == f"nothing to push: {again.url} has it already\n"
 
 
-def test_a_branch_is_made_where_there_is_none(pair: HubPair, merged: Path) -> None:
+def test_a_branch_is_made_where_there_is_none(pair: HubPair, merged: Path, other: Path) -> None:
     push_to_hub(merged, Repository(MINE))
     before = pair.hub.head(MINE)
-    other = pair.folder / "other"
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), other)
     result = run("push", other, MINE, "--revision", "late")
     assert result.exit_code == 0, result.stderr
     assert (there(pair, "late"), pair.hub.head(MINE)) == (files_of(other), before)
@@ -157,10 +162,8 @@ def test_without_a_network_nothing_is_pushed(pair: HubPair, merged: Path, monkey
     assert refusal(merged) == f"{MINE}: cannot be reached while HF_HUB_OFFLINE is set; unset it"
 
 
-def test_what_somebody_else_pushed_meanwhile_is_not_overwritten(pair: HubPair, merged: Path) -> None:
+def test_what_somebody_else_pushed_meanwhile_is_not_overwritten(pair: HubPair, merged: Path, other: Path) -> None:
     push_to_hub(merged, Repository(MINE))
-    other = pair.folder / "other"
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), other)
     pair.hub.misbehave("status", "POST /api/models/ann/hybrid/commit", status=412)
     before = pair.hub.head(MINE)
     assert refusal(other) == (
@@ -170,11 +173,9 @@ def test_what_somebody_else_pushed_meanwhile_is_not_overwritten(pair: HubPair, m
 
 
 def test_a_commit_on_top_of_another_than_was_looked_at_is_refused_by_the_hub(
-    pair: HubPair, merged: Path, monkeypatch: pytest.MonkeyPatch
+    pair: HubPair, merged: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push_to_hub(merged, Repository(MINE))
-    other = pair.folder / "other"
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), other)
 
     def meanwhile(there: object) -> set[str]:
         pair.hub.commit(MINE, {"notes.md": b"theirs"})
@@ -191,11 +192,10 @@ def test_a_commit_on_top_of_another_than_was_looked_at_is_refused_by_the_hub(
     ["POST /ann/hybrid.git/info/lfs/objects/batch", "PUT /", "POST /api/models/ann/hybrid/commit"],
 )
 def test_a_push_that_fails_leaves_the_branch_and_goes_through_when_tried_again(
-    pair: HubPair, merged: Path, match: str
+    pair: HubPair, merged: Path, other: Path, match: str
 ) -> None:
     push_to_hub(merged, Repository(MINE))
-    other, before = pair.folder / "other", pair.hub.head(MINE)
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), other)
+    before = pair.hub.head(MINE)
     pair.hub.misbehave("status", match, times=None, status=403)
     assert "403" in refusal(other)
     assert pair.hub.head(MINE) == before
@@ -204,10 +204,11 @@ def test_a_push_that_fails_leaves_the_branch_and_goes_through_when_tried_again(
     assert there(pair) == files_of(other)
 
 
-def test_a_push_killed_before_its_commit_leaves_the_branch_where_it_was(pair: HubPair, merged: Path) -> None:
+def test_a_push_killed_before_its_commit_leaves_the_branch_where_it_was(
+    pair: HubPair, merged: Path, other: Path
+) -> None:
     push_to_hub(merged, Repository(MINE))
-    other, before = pair.folder / "other", pair.hub.head(MINE)
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), other)
+    before = pair.hub.head(MINE)
     pair.hub.misbehave("hang", "POST /api/models/ann/hybrid/commit", times=None)
     env = os.environ | environment(pair.hub, pair.folder / "cache", TOKEN)
     with subprocess.Popen([sys.executable, "-m", "slrmerge", "push", other, MINE], env=env) as child:
@@ -242,10 +243,9 @@ def test_a_card_that_the_hub_would_not_take_is_refused_before_anything_is_sent(p
     assert [r.path for r in pair.hub.requests if r.method in ("POST", "PUT")] == ["/api/validate-yaml"]
 
 
-def test_private_is_not_taken_lightly(pair: HubPair, merged: Path) -> None:
+def test_private_is_not_taken_lightly(pair: HubPair, merged: Path, other: Path) -> None:
     push_to_hub(merged, Repository(MINE))
-    other, before = pair.folder / "other", pair.hub.head(MINE)
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), other)
+    before = pair.hub.head(MINE)
     assert refusal(other, private=True) == (
         f"{MINE}: is public already; make it private on the Hub, or push without --private"
     )
@@ -254,7 +254,7 @@ def test_private_is_not_taken_lightly(pair: HubPair, merged: Path) -> None:
 
 def test_what_an_older_merge_left_goes_and_what_others_put_there_stays(pair: HubPair, merged: Path) -> None:
     pair.hub.commit(CHAT, {"chat_template.jinja": b"{{ old }}"})
-    merge_checkpoints(load_recipe(pair.recipe_file(restore=[4, 5])), pair.folder / "old")
+    merge_checkpoints(pair.recipe(restore=[4, 5]), pair.folder / "old")
     push_to_hub(pair.folder / "old", Repository(MINE))
     others = {"adapter_model.safetensors": b"theirs", "value_head.safetensors": b"theirs too"}
     pair.hub.commit(MINE, others)
@@ -280,7 +280,7 @@ def test_a_commit_whose_answer_was_lost_is_there_when_pushed_again(pair: HubPair
 def test_a_merge_of_folders_is_pushed_with_a_card_that_names_no_folder_as_a_model(
     pair: HubPair, sides: tuple[str, str]
 ) -> None:
-    recipe = load_recipe(pair.recipe_file(pretrained=sides[0], posttrained=sides[1], restore=[2, 3]))
+    recipe = pair.recipe(pretrained=sides[0], posttrained=sides[1], restore=[2, 3])
     merge_checkpoints(recipe, pair.out)
     push_to_hub(pair.out, Repository(MINE))
     data = ModelCard.load(pair.out / "README.md").data.to_dict()

@@ -4,7 +4,6 @@ Copies must give the same bytes; blends the same numbers to one rounding.
 """
 
 import json
-import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from tests.checkpoints import Tensor, read_back
 from tests.cli import run
+from tests.conftest import made_once
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -145,16 +144,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by both tools: a folder for each, with `theirs` and `ours`."""
     if not PEER.exists():
         pytest.fail(f"{PEER} is missing: run this through `make slow`")
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # what the workers share
-    folder /= "mergekit"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            made = folder.with_name("mergekit.new")
-            _merge_all(made)
-            made.rename(folder)
-    return folder
+    return made_once(tmp_path_factory, "mergekit", _merge_all)
 
 
 def _merge_all(folder: Path) -> None:
