@@ -25,21 +25,12 @@ def tokenise(questions: Sequence[Question], folder: Path) -> list[Prompt]:
 
     Raises UnsupportedModelError where there is no chat template, or an answer is not one token right after the prompt.
     """
-    from transformers import AutoTokenizer
-
     where = str(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        what = f"its tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        raise UnsupportedModelError(Problem(where, what)) from error
-    if tokenizer.chat_template is None:
-        what = "its tokenizer has no chat template, so how to ask is not known"
-        raise UnsupportedModelError(Problem(where, what, "add the chat_template that the model was trained with"))
+    tokenizer = load_tokenizer(folder)
     prompts: list[Prompt] = []
     problems: dict[str, Problem] = {}
     for question in questions:
-        text = _render(tokenizer, [{"role": "user", "content": question.text}], add_generation_prompt=True)
+        text = render(tokenizer, question.text, enable_thinking=False)
         ids = _encode(tokenizer, text)
         valid = []
         for answer in question.answers:
@@ -53,10 +44,30 @@ def tokenise(questions: Sequence[Question], folder: Path) -> list[Prompt]:
     return prompts
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of the chat model in `folder`. Raises UnsupportedModelError where it or its template is missing."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        what = f"its tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
+        raise UnsupportedModelError(Problem(str(folder), what)) from error
+    if tokenizer.chat_template is None:
+        what = "its tokenizer has no chat template, so how to ask is not known"
+        raise UnsupportedModelError(Problem(str(folder), what, "add the chat_template that the model was trained with"))
+    return tokenizer
+
+
+def render(tokenizer: Any, question: str, **switches: object) -> str:
+    """A question as a user's turn, up to where the assistant's starts; `switches` are variables of the template."""
+    return _render(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True, **switches)
+
+
 def _answer_token(tokenizer: Any, question: Question, answer: str, text: str, ids: list[int]) -> int | str:
     """The token of an answer, or why there is none."""
     turns = [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}]
-    taught = _render(tokenizer, turns, add_generation_prompt=False)
+    taught = _render(tokenizer, turns, add_generation_prompt=False, enable_thinking=False)
     if not taught.startswith(text):  # a template that shows past turns otherwise
         taught = text + answer
     after = _encode(tokenizer, taught)
@@ -69,11 +80,9 @@ def _answer_token(tokenizer: Any, question: Question, answer: str, text: str, id
     return first[0]
 
 
-def _render(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+def _render(tokenizer: Any, turns: list[dict[str, str]], **switches: object) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=add_generation_prompt, tokenize=False, enable_thinking=False
-        )
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, **switches)
     except Exception as error:
         what = f"its chat template cannot be used ({first_line(error)})"
         raise UnsupportedModelError(Problem(str(tokenizer.name_or_path), what)) from error

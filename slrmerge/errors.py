@@ -99,10 +99,10 @@ class BlendError(SlrmergeError):
 
 
 class UnsupportedModelError(SlrmergeError):
-    """A model is one that a search cannot serve, or does not serve exactly."""
+    """A model is one that a search or an evaluation cannot serve, or a search not exactly."""
 
     exit_code = 12
-    summary = "this model cannot be searched"
+    summary = "this model cannot be used here"
 
 
 class MissingExtraError(SlrmergeError):
@@ -117,6 +117,20 @@ class HubError(SlrmergeError):
 
     exit_code = 14
     summary = "the Hub did not give what was asked"
+
+
+class DataError(SlrmergeError):
+    """The questions of an evaluation cannot be read, or are not what its task needs."""
+
+    exit_code = 15
+    summary = "the questions cannot be used"
+
+
+class ServerError(SlrmergeError):
+    """A model server is not there, does not serve what was asked for, or does not answer as it should."""
+
+    exit_code = 16
+    summary = "a model server did not give what was asked"
 
 
 def raise_all(problems: Iterable[Problem], error: type[SlrmergeError]) -> None:

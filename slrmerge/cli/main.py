@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import slrmerge
+from slrmerge.cli.evaluate import evaluate
 from slrmerge.cli.group import DefaultGroup
 from slrmerge.cli.options import (
     PathArgument,
@@ -36,8 +37,8 @@ _EPILOG = """\b
 Exit codes:
   0 done   1 a bug   2 usage   3 recipe   4 checkpoint   5 recipe and checkpoints do not fit
   6 output   7 disk space   8 target in use   9 source changed   10 verification failed
-  11 result does not fit the output dtype   12 this model cannot be searched   13 a package is missing
-  14 the Hub   130 stopped by Ctrl-C
+  11 result does not fit the output dtype   12 this model cannot be used here   13 a package is missing
+  14 the Hub   15 the questions of an evaluation   16 a model server   130 stopped by Ctrl-C
 """
 
 
@@ -254,6 +255,7 @@ def schema() -> None:
 
 
 main.add_command(diff)
+main.add_command(evaluate)
 main.add_command(push)
 main.add_command(search)
 main.add_command(select)

@@ -1,0 +1,79 @@
+"""Texts as vectors: a sentence-transformers model in this process, or an embeddings endpoint."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slrmerge.errors import Problem, UnsupportedModelError, first_line, require_extra
+from slrmerge.evaluate.server import ServerModel
+from slrmerge.hub import open_checkpoint
+from slrmerge.repository import Repository, Source
+
+
+class Embedder(Protocol):
+    """What gives texts a place among others; `name` is what a report calls it."""
+
+    name: str
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Shape (texts, width)."""
+        ...
+
+    def cut_off(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than it reads, as far as can be told."""
+        ...
+
+
+class SentenceTransformer:
+    """Any model that sentence-transformers loads; it is loaded when it is first used.
+
+    Raises UnsupportedModelError and HubError at once for what is not there, the first later for what does not load.
+    """
+
+    def __init__(self, at: Source, *, device: str) -> None:
+        require_extra("eval", "sentence_transformers")
+        self.name, self._at, self._device = str(at), at, device
+        if isinstance(at, Repository):
+            open_checkpoint(at)
+        elif not at.is_dir():
+            what = "is no folder here, and no repository on the Hub could be called so"
+            raise UnsupportedModelError(Problem(self.name, what, "name a sentence-transformers model, or MODEL@URL"))
+
+    @cached_property
+    def _model(self) -> Any:
+        from sentence_transformers import SentenceTransformer as Loaded
+
+        at = self._at
+        place, revision = (at.name, at.revision) if isinstance(at, Repository) else (str(at), None)
+        try:
+            return Loaded(place, revision=revision, device=self._device)
+        except Exception as error:
+            what = f"cannot be loaded by sentence-transformers ({type(error).__name__}: {first_line(error)})"
+            raise UnsupportedModelError(Problem(self.name, what)) from error
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = self._model.encode(list(texts), show_progress_bar=False)
+        return vectors
+
+    def cut_off(self, texts: Sequence[str]) -> int:
+        limit = self._model.max_seq_length
+        if not limit:
+            return 0
+        tokens = self._model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > limit for ids in tokens)
+
+
+class ServedEmbeddings:
+    """An embeddings endpoint."""
+
+    def __init__(self, model: ServerModel) -> None:
+        self.name, self._model = model.asked_of, model
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self._model.embed(texts)
+
+    def cut_off(self, texts: Sequence[str]) -> int:  # noqa: ARG002 (servers refuse what is too long, or do not tell)
+        return 0

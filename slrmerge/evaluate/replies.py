@@ -1,0 +1,24 @@
+"""JSON in what a model says, wherever it stands."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+
+def json_values(text: str) -> Iterator[Any]:
+    """The JSON objects and lists that stand in a text, in order; one inside another is not given by itself."""
+    decoder, at = json.JSONDecoder(), 0
+    while starts := [place for place in (text.find("{", at), text.find("[", at)) if place >= 0]:
+        try:
+            value, at = decoder.raw_decode(text, min(starts))
+        except (ValueError, RecursionError):
+            at = min(starts) + 1
+        else:
+            yield value
+
+
+def whole_number(reply: str, key: str, *, top: int) -> int | None:
+    """The number from 0 to `top` that the last JSON object with `key` gives it; None where there is none."""
+    found = [value[key] for value in json_values(reply) if isinstance(value, dict) and key in value]
+    number = found[-1] if found else None
+    return number if type(number) is int and 0 <= number <= top else None

@@ -1,0 +1,289 @@
+"""An evaluation from options to a folder: open everything, ask for what is missing, measure, write."""
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import slrmerge
+from slrmerge import files
+from slrmerge.errors import OutputError, Problem, SlrmergeError, require_extra
+from slrmerge.evaluate import charts
+from slrmerge.evaluate.embeddings import Embedder, SentenceTransformer, ServedEmbeddings
+from slrmerge.evaluate.judge import Judge
+from slrmerge.evaluate.models import Model, NamedModel, Served, ask_missing, keys_of, parse_place
+from slrmerge.evaluate.options import VERBALIZED_TOKENS, EvaluationOptions
+from slrmerge.evaluate.page import page
+from slrmerge.evaluate.questions import questions_of, read_rows
+from slrmerge.evaluate.report import Report, as_csv, as_markdown, prompts_as_csv, summarise
+from slrmerge.evaluate.samples import Key, SampleFile, Settings
+from slrmerge.evaluate.server import ServerModel
+from slrmerge.evaluate.tasks import TASKS, Answered, Helpers
+from slrmerge.evaluate.verbalized import parse_verbalized, verbalize
+from slrmerge.merge import resolve_target
+from slrmerge.plots import save
+from slrmerge.progress import Progress, Silent
+from slrmerge.repository import Source
+from slrmerge.writer import os_errors_at
+
+SUMMARY, SAMPLES, GREEDY, JUDGED = "evaluation.json", "samples.jsonl", "greedy.jsonl", "judge.jsonl"
+TABLE, MARKDOWN, PROMPTS, PAGE, PICTURE = "results.csv", "results.md", "prompts.csv", "samples.html", "metrics"
+
+
+class Evaluation:
+    """An evaluation that is ready to run: the data is read, and every model is known.
+
+    The first of `models` is the one that the others are held against. Raises DataError for questions that the task
+    cannot use, and the errors of all models at once.
+    """
+
+    def __init__(
+        self, models: Sequence[NamedModel], options: EvaluationOptions, *, progress: Progress | None = None
+    ) -> None:
+        require_extra("eval", "openai", "scipy", "matplotlib", "jinja2", "tenacity")
+        self.options, self.task = options, TASKS[options.task]()
+        self._progress = progress or Silent()
+        self.samples = options.samples or self.task.samples
+        rows = read_rows(options.data, subset=options.subset, split=options.split)
+        self._data = questions_of(self.task.question, rows)
+        places = [named.at for named in models] + ([parse_place(options.judge)] if options.judge else [])
+        opened = self._opened(places)
+        self.models = dict(zip((named.label for named in models), opened, strict=False))
+        self._judge = opened[-1] if options.judge else None
+        self._embedder = self._open_embedder(parse_place(options.embeddings)) if options.embeddings else None
+
+    def run(self, out: Path) -> Report:
+        """Ask whatever is not yet in the folder `out`, measure, and write table, picture and page there.
+
+        Ended in any way, the same evaluation goes on where it was. Raises OutputError where `out` holds something else,
+        or samples made by other settings; ServerError and UnsupportedModelError.
+        """
+        target = resolve_target(out)
+        with os_errors_at(target):
+            files.create_folder(target.parent, fsync=False)
+            with files.exclusive(target):
+                self._claim(target)
+                with _samples(target) as (kept, greedy, judged):
+                    questions = self._choose(greedy)
+                    self._ask(questions, kept)
+                    report = self._measure(questions, kept, judged)
+                _write(target, report)
+        return report
+
+    def _opened(self, places: Sequence[Source | Served]) -> list[Model]:
+        """All models, or the problems of all that there are."""
+        opened: list[Model] = []
+        failed: list[SlrmergeError] = []
+        for at in places:
+            try:
+                opened.append(self._open(at))
+            except SlrmergeError as error:
+                failed.append(error)
+        if failed:
+            raise type(failed[0])(*(problem for error in failed for problem in error.problems))
+        return opened
+
+    def _open(self, at: Source | Served) -> Model:
+        options = self.options
+        if isinstance(at, Served):
+            return ServerModel(at, concurrency=options.concurrency, timeout_s=options.timeout_s)
+        require_extra("eval", "transformers")
+        from slrmerge.evaluate.local import LocalModel
+
+        return LocalModel(at, device=options.device, batch=options.batch, progress=self._progress)
+
+    def _open_embedder(self, at: Source | Served) -> Embedder:
+        if isinstance(at, Served):
+            return ServedEmbeddings(
+                ServerModel(at, concurrency=self.options.concurrency, timeout_s=self.options.timeout_s)
+            )
+        return SentenceTransformer(at, device=self.options.device)
+
+    def _claim(self, target: Path) -> None:
+        """Make sure that `target` is, or becomes, the folder of an evaluation of this task."""
+        files.create_folder(target, fsync=False)
+        claim = target / SUMMARY
+        if claim.exists():
+            try:
+                task = json.loads(claim.read_bytes())["task"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise OutputError(Problem(str(claim), "is not an evaluation's", "choose another --out")) from error
+            if task != self.task.name:
+                raise OutputError(Problem(str(target), f"holds an evaluation of {task}", "choose another --out"))
+        elif any(target.iterdir()):
+            raise OutputError(Problem(str(target), "holds something else than an evaluation", "choose another --out"))
+        else:
+            files.replace_file(claim, _json({"slrmerge": slrmerge.__version__, "task": self.task.name}))
+
+    def _choose(self, file: SampleFile) -> list[Any]:
+        """The questions to ask, in the order of the data. Which ones depends on the seed; more hold those of fewer."""
+        drawn = list(self._data)
+        random.Random(self.options.seed).shuffle(drawn)
+        label, model = next(iter(self.models.items()))
+
+        def greedy(questions: Sequence[Any]) -> list[str]:
+            self._ask_one(label, model, {question.id: question.text for question in questions}, file, greedy=True)
+            answers = [file.answer(Key(label, question.id, 0)) for question in questions]
+            return [answer.text for answer in answers if answer is not None]
+
+        with model:
+            chosen = {question.id for question in self.task.choose(drawn, self.options.questions, greedy)}
+        return [question for question in self._data if question.id in chosen]
+
+    def _ask(self, questions: Sequence[Any], file: SampleFile) -> None:
+        """Ask every model for what is missing, once all that will be asked are known to be there."""
+        k = self.options.verbalized
+        prompts = {each.id: verbalize(each.text, k) if k else each.text for each in questions}
+        for label, model in self.models.items():
+            if file.missing(keys_of(label, prompts, self.calls)):
+                model.check()
+        for label, model in self.models.items():
+            with model:
+                self._ask_one(label, model, prompts, file)
+
+    def _ask_one(
+        self, label: str, model: Model, prompts: Mapping[str, str], file: SampleFile, *, greedy: bool = False
+    ) -> None:
+        options = self.options
+        settings = Settings(
+            model.asked_of,
+            0.0 if greedy else options.temperature,
+            options.min_p,
+            self.max_tokens,
+            None if greedy else options.verbalized,
+        )
+        samples = 1 if greedy else self.calls
+        ask_missing(
+            model, label, prompts, file, settings, samples=samples, seed=options.seed, progress=self._progress
+        )  # fmt: skip
+
+    @property
+    def calls(self) -> int:
+        """Questions asked of a model for each prompt."""
+        return self.samples // (self.options.verbalized or 1)
+
+    @property
+    def max_tokens(self) -> int:
+        least = VERBALIZED_TOKENS if self.options.verbalized else 0
+        return self.options.max_tokens or max(self.task.max_tokens, least)
+
+    def _measure(self, questions: Sequence[Any], kept: SampleFile, judged: SampleFile) -> Report:
+        """Everything that follows from the samples."""
+        notes: list[str] = []
+        answered = [
+            Answered(label, question, self._texts(label, question.id, kept))
+            for question in questions
+            for label in self.models
+        ]
+        notes += self._remarks(answered, kept)
+        judge = Judge(self._judge, judged, self._progress) if self._judge else None
+        helpers = Helpers(self.samples, judge, self._embedder, notes)
+        with self._judge or nullcontext():
+            scored = self.task.score(answered, helpers)
+        metrics = self.task.metrics(self.samples)
+        values = {
+            label: {
+                metric.name: np.array(
+                    [s.metrics[metric.name] for a, s in zip(answered, scored, strict=True) if a.model == label]
+                )
+                for metric in metrics
+            }
+            for label in self.models
+        }
+        options = self.options
+        settings = {
+            "samples": self.samples, "temperature": options.temperature, "min_p": options.min_p,
+            "max_tokens": self.max_tokens, "seed": options.seed, "verbalized": options.verbalized,
+            "judge": judge and judge.name, "embeddings": self._embedder and self._embedder.name,
+        }  # fmt: skip
+        return Report(
+            task=self.task.name,
+            metrics=metrics,
+            models={label: model.asked_of for label, model in self.models.items()},
+            prompts=len(questions),
+            settings=settings,
+            cells=summarise(values),
+            notes=tuple(notes),
+            answered=answered,
+            scored=scored,
+            plot=self.task.plot,
+        )
+
+    def _texts(self, label: str, prompt: str, kept: SampleFile) -> list[str | None]:
+        texts: list[str | None] = []
+        for key in keys_of(label, [prompt], self.calls):
+            answer = kept.answer(key)
+            assert answer is not None  # it was asked for
+            k = self.options.verbalized
+            texts += parse_verbalized(answer.text, k) if k else [answer.text]
+        return texts
+
+    def _remarks(self, answered: Sequence[Answered], kept: SampleFile) -> Iterator[str]:
+        """What a reader of the table has to know of the samples: cut off, unreadable, empty."""
+        prompts = list(dict.fromkeys(each.question.id for each in answered))
+        for label in self.models:
+            answers = [kept.answer(key) for key in keys_of(label, prompts, self.calls)]
+            cut = sum(answer is not None and answer.finish_reason == "length" for answer in answers)
+            texts = [text for each in answered if each.model == label for text in each.texts]
+            counts = {
+                f"of {len(answers):,} answers were cut off at {self.max_tokens} tokens": cut,
+                f"of {len(texts):,} verbalized samples were missing or malformed": sum(text is None for text in texts),
+                f"of {len(texts):,} samples are empty": sum(text is not None and not text.strip() for text in texts),
+            }
+            for what, count in counts.items():
+                if count:
+                    yield f"{label}: {count:,} {what}"
+
+
+@contextmanager
+def _samples(folder: Path) -> Iterator[list[SampleFile]]:
+    """The files of samples; whatever ends the work, it is said what is kept."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(SampleFile(folder / name)) for name in (SAMPLES, GREEDY, JUDGED)]
+        try:
+            yield opened
+        except BaseException as error:
+            if kept := sum(map(len, opened)):
+                error.add_note(f"{kept:,} answers are kept in {folder}; the same command goes on from there")
+            raise
+
+
+def _write(folder: Path, report: Report) -> None:
+    """Table, picture and page, the summary last."""
+    contents = {
+        TABLE: as_csv(report),
+        MARKDOWN: as_markdown(report),
+        PROMPTS: prompts_as_csv(report),
+        PAGE: page(report),
+    }
+    for name, content in contents.items():
+        files.replace_file(folder / name, content.encode("utf-8", "replace"))
+    save(charts.draw(report), folder / PICTURE)
+    files.replace_file(folder / SUMMARY, _json(summary(report)))
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The outcome as plain values, for `evaluation.json` and `--json`; None where something is not defined."""
+    return {
+        "slrmerge": slrmerge.__version__,
+        "task": report.task,
+        "models": dict(report.models),
+        "prompts": report.prompts,
+        "settings": dict(report.settings),
+        "metrics": {metric.name: metric.meaning for metric in report.metrics},
+        "results": [
+            {name: None if isinstance(value, float) and isnan(value) else value for name, value in asdict(cell).items()}
+            for cell in report.cells
+        ],
+        "notes": list(report.notes),
+    }
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

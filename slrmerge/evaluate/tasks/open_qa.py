@@ -1,0 +1,136 @@
+"""Open-ended questions with many right answers: how many of them does a model know to give? (CoverageQA's form)"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pydantic import AliasChoices, Field, field_validator
+
+from slrmerge.evaluate.matching import match_named, match_whole, names_of, normalise
+from slrmerge.evaluate.metrics import coverage, entropy, precision
+from slrmerge.evaluate.questions import Question
+from slrmerge.evaluate.replies import whole_number
+from slrmerge.evaluate.tasks.base import Answered, Helpers, Metric, Scored, Task
+from slrmerge.written import fault
+
+JUDGED = """\
+Somebody was asked a question that has many right answers. Decide which of the accepted answers, numbered below, the \
+response gives. Another spelling, another name for the same thing, or words around it do not matter. Something that is \
+only near to an accepted answer does not count, and neither does a response that leaves open which one is meant.
+
+Question: {question}
+
+Accepted answers:
+{answers}
+
+Response:
+<response>
+{response}
+</response>
+
+Reply with the number of the accepted answer that the response gives, or with 0 where it gives none of them, as JSON \
+and nothing else: {{"answer": NUMBER}}"""
+
+
+class OpenQuestion(Question):
+    """A question and its accepted answers; each is a name, or a list of names of the same thing."""
+
+    question: str = Field(validation_alias=AliasChoices("question", "prompt"), min_length=1)
+    answers: tuple[tuple[str, ...], ...] = Field(min_length=1)
+
+    @property
+    def text(self) -> str:
+        return self.question
+
+    @field_validator("answers", mode="before")
+    @classmethod
+    def _as_lists(cls, value: Any) -> Any:
+        """Names by themselves as lists of one; in a CSV cell, names between bars or a JSON list."""
+        if isinstance(value, str):
+            try:
+                value = json.loads(value) if value.lstrip().startswith("[") else value.split("|")
+            except ValueError:
+                raise fault("is not a JSON list of answers", "separate answers by |, or write a JSON list") from None
+        if not isinstance(value, list | tuple):
+            raise fault("is not a list of answers", "write a list of names, or of lists of names")
+        return tuple((answer,) if isinstance(answer, str) else answer for answer in value)
+
+    @field_validator("answers")
+    @classmethod
+    def _named(cls, value: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+        if not all(any(map(normalise, names)) for names in value):
+            raise fault("has an answer without letters or digits", "give every answer a name")
+        return value
+
+
+class OpenQA(Task):
+    """Precision, entropy of the accepted answers that were given, and the share of them that came at least once.
+
+    A response counts as an accepted answer if it is one of its names. What is left is for the judge; without one, it
+    counts if it names exactly one accepted answer.
+    """
+
+    name: ClassVar = "open-qa"
+    samples: ClassVar = 128
+    max_tokens: ClassVar = 64
+    question: ClassVar = OpenQuestion
+
+    def metrics(self, samples: int) -> tuple[Metric, ...]:
+        return (
+            Metric("precision", "share of the samples that are an accepted answer"),
+            Metric("entropy", "entropy of the accepted answers given, in nats"),
+            Metric(f"coverage-{samples}", f"share of the accepted answers given at least once in {samples} samples"),
+        )
+
+    def score(self, answered: Sequence[Answered], helpers: Helpers) -> list[Scored]:
+        judged = self._judged(answered, helpers)
+        return [self._scored(each, judged, helpers) for each in answered]
+
+    def _scored(self, answered: Answered, judged: dict[tuple[str, str], int | None], helpers: Helpers) -> Scored:
+        question = answered.question
+        names = names_of(question.answers)
+        mapped = [None if text is None else _mapped(question, names, text, judged, helpers) for text in answered.texts]
+        values = (precision(mapped), entropy(mapped), coverage(mapped, len(question.answers)))
+        named = [metric.name for metric in self.metrics(helpers.samples)]
+        marks = ["" if answer is None else question.answers[answer][0] for answer in mapped]
+        return Scored(dict(zip(named, values, strict=True)), marks)
+
+    def _judged(self, answered: Sequence[Answered], helpers: Helpers) -> dict[tuple[str, str], int | None]:
+        """What the judge says of every response that is no accepted name, by question and normalised response."""
+        if helpers.judge is None:
+            return {}
+        prompts: dict[tuple[str, str], str] = {}
+        tops: dict[tuple[str, str], int] = {}
+        for each in answered:
+            question, names = each.question, names_of(each.question.answers)
+            for text in each.texts:
+                key = (question.id, normalise(text or ""))
+                if text is not None and key[1] and match_whole(text, names) is None and key not in prompts:
+                    prompts[key] = _prompt(question, text)
+                    tops[key] = len(question.answers)
+        replies = helpers.judge.replies(prompts.values())
+        numbers = {key: whole_number(replies[prompt], "answer", top=tops[key]) for key, prompt in prompts.items()}
+        if unread := sum(number is None for number in numbers.values()):
+            helpers.notes.append(
+                f"{helpers.judge.name} judged {len(numbers):,} responses; {unread:,} of its replies could not be read, "
+                "and those responses count as wrong"
+            )
+        return {key: number - 1 if number else None for key, number in numbers.items()}
+
+
+def _mapped(
+    question: OpenQuestion,
+    names: dict[str, int],
+    text: str,
+    judged: dict[tuple[str, str], int | None],
+    helpers: Helpers,
+) -> int | None:
+    whole = match_whole(text, names)
+    if whole is not None:
+        return whole
+    return judged.get((question.id, normalise(text))) if helpers.judge else match_named(text, names)
+
+
+def _prompt(question: OpenQuestion, response: str) -> str:
+    lines = [f"{number}. {' / '.join(names)}" for number, names in enumerate(question.answers, 1)]
+    return JUDGED.format(question=question.question, answers="\n".join(lines), response=response)
