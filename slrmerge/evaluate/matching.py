@@ -1,7 +1,7 @@
 """Which accepted answer a response gives, told by its words alone."""
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 SHORTEST_NAME = 4
 """Names within longer responses count from so many characters: `IN` and `ME` are words before they are states."""
@@ -14,13 +14,13 @@ def normalise(text: str) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 
-def names_of(answers: Sequence[Iterable[str]]) -> dict[str, int]:
-    """Every accepted name, normalised, with the index of its answer; a name that two answers share is nobody's."""
-    found: dict[str, int | None] = {}
+def names_of(answers: Iterable[Iterable[str]]) -> dict[str, int]:
+    """Every accepted name, normalised, with the index of its answer; a name that two share is the first one's."""
+    found: dict[str, int] = {}
     for index, names in enumerate(answers):
-        for name in map(normalise, names):
-            found[name] = index if found.get(name, index) == index else None
-    return {name: index for name, index in found.items() if name and index is not None}
+        for name in filter(None, map(normalise, names)):
+            found.setdefault(name, index)
+    return found
 
 
 def match_whole(response: str, names: Mapping[str, int]) -> int | None:

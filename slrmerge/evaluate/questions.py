@@ -121,7 +121,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
             named = {name: value for name, value in values.items() if name is not None and value is not None}
             yield Row(f"{path}:{reader.line_num}", named)
     except csv.Error as error:
-        raise DataError(Problem(f"{path}:{reader.line_num}", f"is not sound CSV ({error})")) from None
+        raise DataError(Problem(f"{path}, after line {reader.line_num}", f"is not sound CSV ({error})")) from None
 
 
 def _lines(path: Path, text: str) -> Iterator[Row]:

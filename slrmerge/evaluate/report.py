@@ -134,9 +134,10 @@ def _lines(cell: Cell) -> list[str]:
 
 def caption(report: Report) -> str:
     """What the table shows, in a sentence."""
-    first = next(iter(report.models))
+    first, *others = report.models
     said = ", ".join(f"{name} {value}" for name, value in report.settings.items() if value is not None)
-    shown = f"mean (sd) over prompts, [{CONFIDENCE:.0%} bootstrap interval], change against {first}"
+    shown = f"mean (sd) over prompts, [{CONFIDENCE:.0%} bootstrap interval]"
+    shown += f", change against {first}" if others else ""
     return f"{report.task}, {report.prompts:,} prompts, {said}: {shown}"
 
 

@@ -62,9 +62,13 @@ class SampleFile:
         self._made_by: dict[Key, tuple[int, Settings]] = {}
         try:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (held until the end of the `with`)
-            self._bytes = self._read()
         except OSError as error:
             raise output_error(path, error) from error
+        try:
+            self._bytes = self._read()
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -26,6 +26,7 @@ def parse_verbalized(text: str, count: int) -> list[str | None]:
         answers = value.get("answers") if isinstance(value, dict) else value
         if isinstance(answers, list):
             found = [_text(answer) for answer in answers[:count]]
+        if any(answer is not None for answer in found):
             break
     return found + [None] * (count - len(found))
 

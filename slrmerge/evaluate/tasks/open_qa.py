@@ -33,7 +33,10 @@ and nothing else: {{"answer": NUMBER}}"""
 
 
 class OpenQuestion(Question):
-    """A question and its accepted answers; each is a name, or a list of names of the same thing."""
+    """A question and its accepted answers; each is a name, or a list of names of the same thing.
+
+    An answer that has no name to itself stands there for the second time, and is left out.
+    """
 
     question: str = Field(validation_alias=AliasChoices("question", "prompt"), min_length=1)
     answers: tuple[tuple[str, ...], ...] = Field(min_length=1)
@@ -60,7 +63,8 @@ class OpenQuestion(Question):
     def _named(cls, value: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
         if not all(any(map(normalise, names)) for names in value):
             raise fault("has an answer without letters or digits", "give every answer a name")
-        return value
+        owned = set(names_of(value).values())
+        return tuple(names for index, names in enumerate(value) if index in owned)
 
 
 class OpenQA(Task):

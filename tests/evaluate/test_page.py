@@ -1,0 +1,107 @@
+"""The page of samples and the pictures: what is in them, and that a text never becomes a part of the page."""
+
+from dataclasses import replace
+from html.parser import HTMLParser
+from math import nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slrmerge.evaluate import charts
+from slrmerge.evaluate.page import TEXTS_SHOWN, page
+from slrmerge.evaluate.report import Report, summarise
+from slrmerge.evaluate.tasks import Answered, Metric, Scored
+from slrmerge.evaluate.tasks.reasoning import KS
+from slrmerge.plots import save
+from tests.evaluate.test_report import report
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def saying(*texts: str | None, mark: str = "") -> Report:
+    """A report with one prompt and one model that said these texts."""
+    found = report(post=[1.0])
+    question = found.answered[0].question
+    return replace(
+        found,
+        answered=[Answered("post", question, texts)],
+        scored=[Scored({"m": 1.0, "none": nan}, [mark] * len(texts))],
+    )
+
+
+def test_the_page_has_table_prompts_and_what_each_model_said() -> None:
+    text = Tags(page(report(post=[1.0, 2.0], slr=[3.0, 4.0]))).text
+    assert text.count("Prompt 0, “quoted”") == 1
+    for said in ("creative", "m: what it means", "first line\nsecond line", "2.000 (", "change against post"):
+        assert said in text
+    assert [text.count(f"m {value:.3f}") for value in (1, 2, 3, 4)] == [1, 1, 1, 1]
+
+
+def test_a_text_that_came_often_stands_once_and_first() -> None:
+    text = Tags(page(saying("rare", "often", "often", None, "", mark="✓"))).text
+    assert "2 × often ✓" in text
+    assert text.index("often") < text.index("rare")
+    assert "(nothing that could be read)" in text
+    assert "(empty)" in text
+
+
+def test_more_texts_than_one_would_read_are_counted() -> None:
+    assert "and 3 other texts" in Tags(page(saying(*map(str, range(TEXTS_SHOWN + 3))))).text
+
+
+@given(
+    st.lists(st.text(), min_size=1, max_size=3).map(lambda texts: [*texts, "</li></ol><script>alert(1)</script>&amp;"])
+)
+def test_no_text_becomes_a_part_of_the_page(texts: list[str]) -> None:
+    plain = Tags(page(saying(*(f"text {number}" for number, _ in enumerate(dict.fromkeys(texts))))))
+    assert Tags(page(saying(*dict.fromkeys(texts)))).tags == plain.tags
+
+
+@pytest.mark.parametrize("values", [{"post": [1.0, 2.0], "slr": [0.5, nan]}, {"post": [1.0]}])
+def test_bars_are_drawn_where_there_are_values(tmp_path: Path, values: dict[str, list[float]]) -> None:
+    found = report(**values)
+    save(charts.draw(found), tmp_path / "metrics")
+    drawn = (tmp_path / "metrics.svg").read_text()
+    assert all(f">{name}</text>" in drawn for name in ("m", *values))
+    assert ">none</text>" not in drawn
+    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pass_at_k_is_drawn_as_a_curve_for_each_model() -> None:
+    metrics = tuple(Metric(f"pass@{k}", "") for k in KS)
+    values = {metric.name: [place / 6, place / 7] for place, metric in enumerate(metrics)} | {"pass@64": [nan, nan]}
+    models = ("post", "slr")
+    found = replace(
+        report(post=[1.0, 1.0], slr=[1.0, 1.0]),
+        metrics=metrics,
+        cells=summarise({model: {name: np.array(numbers) for name, numbers in values.items()} for model in models}),
+        plot="curves",
+    )
+    (axes,) = charts.draw(found).axes
+    assert [line.get_label() for line in axes.lines] == list(models)
+    assert axes.lines[0].get_xdata().tolist() == [1, 4, 8, 16, 32]  # nobody has 64 samples
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([sum(values[f"pass@{k}"]) / 2 for k in KS[:-1]])
+
+
+def test_a_report_without_any_value_is_shown_too(tmp_path: Path) -> None:
+    found = report(post=[nan], slr=[nan])
+    assert "<table>" in page(found)
+    save(charts.draw(found), tmp_path / "metrics")
+    assert (tmp_path / "metrics.png").exists()

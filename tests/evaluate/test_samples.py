@@ -1,0 +1,133 @@
+"""A file of samples: whole lines, in any order, never for other settings."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slrmerge.errors import NoSpaceError, OutputError
+from slrmerge.evaluate.samples import Answer, Key, SampleFile, Settings, seed_of
+
+SETTINGS = Settings("a-model", 1.0, 0.1, 64)
+KEY, ANSWER = Key("post", "p1", 0), Answer("Ohio\n“Utah”", "stop")
+
+
+def append(file: SampleFile, key: Key = KEY, answer: Answer = ANSWER, settings: Settings = SETTINGS) -> None:
+    file.append(key, answer, settings, seed=seed_of(0, key.prompt, key.sample))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "samples.jsonl"
+
+
+def test_a_line_says_everything_that_the_sample_depends_on(path: Path) -> None:
+    with SampleFile(path) as file:
+        append(file)
+    assert json.loads(path.read_text()) == {
+        "model": "post", "prompt": "p1", "sample": 0, "seed": seed_of(0, "p1", 0),
+        "settings": {"asked_of": "a-model", "temperature": 1.0, "min_p": 0.1, "max_tokens": 64, "verbalized": None},
+        "text": "Ohio\n“Utah”", "finish_reason": "stop",
+    }  # fmt: skip
+
+
+def test_what_was_written_is_there_when_it_is_opened_again(path: Path) -> None:
+    with SampleFile(path) as file:
+        append(file)
+    with SampleFile(path) as file:
+        other = KEY._replace(sample=1)
+        assert file.missing([KEY, other]) == [other]
+        assert file.answer(KEY) == ANSWER
+        assert file.answer(other) is None
+        assert len(file) == 1
+
+
+@given(st.text(), st.integers(0, 400))
+def test_cut_off_anywhere_it_holds_the_whole_lines_and_takes_the_rest_again(text: str, cut: int) -> None:
+    with TemporaryDirectory() as folder:
+        _cut_off(Path(folder) / "samples.jsonl", text, cut)
+
+
+def _cut_off(path: Path, text: str, cut: int) -> None:
+    keys = [KEY._replace(sample=number) for number in range(3)]
+    with SampleFile(path) as file:
+        for key in keys:
+            append(file, key, Answer(text, "stop"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut])
+    with SampleFile(path) as file:
+        for key in file.missing(keys):
+            append(file, key, Answer(text, "stop"))
+    with SampleFile(path) as file:
+        assert not file.missing(keys)
+    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": 1.5}, "temperature 1.0, now 1.5"),
+        ({"min_p": 0.0, "max_tokens": 32}, "min_p 0.1, now 0.0, max_tokens 64, now 32"),
+        ({"asked_of": "another"}, "asked_of a-model, now another"),
+        ({"verbalized": 4}, "verbalized None, now 4"),
+    ],
+)
+def test_samples_of_other_settings_are_refused(path: Path, change: dict[str, Any], said: str) -> None:
+    with SampleFile(path) as file:
+        append(file)
+        file.require_same([KEY, KEY._replace(model="slr")], SETTINGS, seed=0)
+        with pytest.raises(OutputError) as caught:
+            file.require_same([KEY._replace(sample=7), KEY], SETTINGS._replace(**change), seed=0)
+    remedy = "choose another --out, or the settings of then"
+    assert str(caught.value) == f"{path}: has samples of post made by other settings ({said}); {remedy}"
+
+
+def test_samples_of_another_seed_are_refused(path: Path) -> None:
+    with SampleFile(path) as file:
+        append(file)
+        with pytest.raises(OutputError, match=r"made by other settings \(seed \d+, now \d+\)"):
+            file.require_same([KEY], SETTINGS, seed=1)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "3", "{}", "[1]", '{"model": "post"}', "nonsense", '{"settings": {"more": 1}}', "\x00"]
+)
+def test_a_line_that_is_no_sample_is_named(path: Path, line: str) -> None:
+    with SampleFile(path) as file:
+        append(file)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(OutputError) as caught:
+        SampleFile(path)
+    assert str(caught.value) == f"{path}:2: is not a sample; choose another --out"
+
+
+def test_a_full_disk_leaves_whole_lines_only(small_disk: Path) -> None:
+    path = small_disk / "samples.jsonl"
+    with SampleFile(path) as file:
+        with pytest.raises(NoSpaceError) as caught:
+            for number in range(1000):
+                append(file, KEY._replace(sample=number), Answer("x" * 1000, "length"))
+        kept = len(file)
+    assert str(caught.value) == f"{path}: the disk is full; free some space and run again"
+    assert kept > 10
+    assert path.read_bytes().endswith(b"}\n")
+    with SampleFile(path) as file:
+        assert len(file) == kept
+
+
+def test_a_folder_is_no_file_of_samples(path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(OutputError, match=r"cannot be written or read \(Is a directory\)"):
+        SampleFile(path)
+
+
+@given(st.integers(0, 2**40), st.text(), st.integers(0, 10**6))
+def test_a_seed_has_31_bits_and_depends_on_all_three(seed: int, prompt: str, sample: int) -> None:
+    found = seed_of(seed, prompt, sample)
+    assert 0 <= found < 2**31
+    assert len({found, seed_of(seed + 1, prompt, sample), seed_of(seed, prompt, sample + 1)}) == 3
