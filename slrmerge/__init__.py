@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from slrmerge.diff import Differences as Differences
     from slrmerge.diff import compare_checkpoints as compare_checkpoints
     from slrmerge.errors import SlrmergeError as SlrmergeError
+    from slrmerge.evaluate.models import NamedModel as NamedModel
+    from slrmerge.evaluate.models import parse_model as parse_model
+    from slrmerge.evaluate.options import EvaluationOptions as EvaluationOptions
+    from slrmerge.evaluate.run import Evaluation as Evaluation
     from slrmerge.hub import open_checkpoint as open_checkpoint
     from slrmerge.merge import MergeResult as MergeResult
     from slrmerge.merge import execute as execute
@@ -35,8 +39,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Checkpoint": "checkpoint",
     "Differences": "diff",
+    "Evaluation": "evaluate.run",
+    "EvaluationOptions": "evaluate.options",
     "MergePlan": "plan",
     "MergeResult": "merge",
+    "NamedModel": "evaluate.models",
     "PushResult": "push",
     "Recipe": "recipe",
     "Report": "search.results",
@@ -50,6 +57,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "merge_checkpoints": "merge",
     "open_checkpoint": "hub",
+    "parse_model": "evaluate.models",
     "parse_recipe": "recipe",
     "plan_merge": "plan",
     "push_to_hub": "push",
@@ -60,8 +68,11 @@ _HOMES = {
 __all__ = [
     "Checkpoint",
     "Differences",
+    "Evaluation",
+    "EvaluationOptions",
     "MergePlan",
     "MergeResult",
+    "NamedModel",
     "PushResult",
     "Recipe",
     "Report",
@@ -75,6 +86,7 @@ __all__ = [
     "load_recipe",
     "merge_checkpoints",
     "open_checkpoint",
+    "parse_model",
     "parse_recipe",
     "plan_merge",
     "push_to_hub",

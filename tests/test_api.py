@@ -65,7 +65,7 @@ def test_one_except_clause_catches_every_expected_error(pair: Pair) -> None:
 
 
 def test_every_error_has_an_exit_code_a_summary_and_a_docstring_of_its_own() -> None:
-    assert len({error.exit_code for error in ERRORS}) == len({error.summary for error in ERRORS}) == len(ERRORS) == 13
+    assert len({error.exit_code for error in ERRORS}) == len({error.summary for error in ERRORS}) == len(ERRORS) == 15
     assert all(error.__doc__ and error.__doc__ != slrmerge.SlrmergeError.__doc__ for error in ERRORS[1:])
     assert 2 not in {error.exit_code for error in ERRORS}  # click's, for usage
 

@@ -13,7 +13,7 @@ from slrmerge.errors import Problem, UnsupportedModelError, first_line
 from slrmerge.evaluate.models import Ask
 from slrmerge.evaluate.samples import Answer, Settings
 from slrmerge.hub import open_checkpoint
-from slrmerge.plan import MANIFEST_NAME, side_files
+from slrmerge.plan import MANIFEST_NAME, fetch_side_files
 from slrmerge.progress import Progress
 from slrmerge.repository import Source
 
@@ -117,10 +117,7 @@ class LocalModel:
 
 def _fetched(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:
     """The checkpoint with all its files on this disk."""
-    for _, file in side_files(checkpoint):
-        if not hasattr(file, "fetch"):
-            continue
-        file.fetch()
+    fetch_side_files(checkpoint)
     if checkpoint.is_remote:
         from slrmerge.hub.snapshots import fetch_shards
 

@@ -8,7 +8,15 @@ from slrmerge.plan.findings import PICTURE_NAME, SUMMARY_NAME, Finding, finding_
 from slrmerge.plan.model import Kind, MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.plan.routes import NO_STACK, route
 from slrmerge.plan.shards import lay_out
-from slrmerge.plan.sidefiles import CARD_NAME, LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME, plan_files, side_files
+from slrmerge.plan.sidefiles import (
+    CARD_NAME,
+    LOADED_SUFFIXES,
+    MANIFEST_NAME,
+    RECIPE_NAME,
+    fetch_side_files,
+    plan_files,
+    side_files,
+)
 from slrmerge.plan.spelling import spelled_out
 from slrmerge.plan.summary import Part, summarise_parts
 from slrmerge.plan.tensors import TensorPlanner, plan_choices
@@ -30,6 +38,7 @@ __all__ = [
     "PlannedShard",
     "PlannedTensor",
     "depth_problems",
+    "fetch_side_files",
     "plan_choices",
     "plan_merge",
     "route",

@@ -84,6 +84,13 @@ def side_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path | RemoteFile]
             yield name, elsewhere.get(name) or here[name]  # even if it is in the cache: fetching finds it sound
 
 
+def fetch_side_files(checkpoint: Checkpoint) -> None:
+    """Bring what belongs to a model beside its weights into its folder, where it is on the Hub. Raises HubError."""
+    for _, file in side_files(checkpoint):
+        if not isinstance(file, Path):
+            file.fetch()
+
+
 def _is_tokenizers(name: str) -> bool:
     path = PurePosixPath(name)
     in_folder = path.parent.name in CHAT_TEMPLATE_FOLDERS

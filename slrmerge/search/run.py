@@ -27,7 +27,7 @@ from slrmerge.errors import (
 )
 from slrmerge.hub import open_pair
 from slrmerge.merge import folder_problems, resolve_target
-from slrmerge.plan import NO_STACK, depth_problems, side_files
+from slrmerge.plan import NO_STACK, depth_problems, fetch_side_files
 from slrmerge.plots import draw_report
 from slrmerge.progress import Progress, Silent
 from slrmerge.recipe import Recipe, Side
@@ -75,9 +75,7 @@ class Search:
         self.layers = posttrained.stack.count
         self.task = TASKS[options.task]()
         self.questions = self.task.questions()
-        for _, file in side_files(posttrained):
-            if not isinstance(file, Path):
-                file.fetch()
+        fetch_side_files(posttrained)
         self.prompts = tokenise(self.questions, posttrained.folder)
         self.candidates = [*ends(posttrained, self.layers)]
         for space in options.spaces:

@@ -131,4 +131,5 @@ def test_the_output_after_a_search_is_as_it_was_read_and_approved(
 
 def test_there_is_no_golden_file_without_a_test() -> None:
     names = OUTPUTS.keys() | AFTER_A_MERGE.keys() | AFTER_A_SEARCH.keys() | {"search"}
+    names |= {"eval", "eval-creative", "eval-reasoning"}  # test_evaluate
     assert {path.stem for path in GOLDEN.glob("*.txt")} == names

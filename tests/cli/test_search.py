@@ -403,7 +403,7 @@ def test_a_model_that_cannot_be_searched_has_an_exit_code_of_its_own(small: Smal
     result = run("search", small.recipe_file(), "--out", small.out, "--json")
     value = strict_json(result.stdout)
     assert (result.exit_code, value["error"]) == (12, "UnsupportedModelError")
-    assert result.stderr.startswith("error: this model cannot be searched\n  ")
+    assert result.stderr.startswith("error: this model cannot be used here\n  ")
 
 
 def test_a_package_that_is_missing_has_an_exit_code_of_its_own(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_what_is_no_file_of_questions_is_refused(tmp_path: Path, name: str) -> N
         ("a.jsonl", '{"a": 1}\n{"a": \n', ":2: is not sound JSON (Expecting value: line 1 column 7 (char 6))"),
         ("a.jsonl", '{"a": 1}\n[1]\n', ":2: is not a map of columns to values"),
         ("a.json", '[{"a": 1}, 2]', "[1]: is not a map of columns to values"),
-        ("a.json", "{", ": is not sound JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
+        ("a.json", "[", ": is not sound JSON (Expecting value: line 1 column 2 (char 1))"),
         ("a.csv", 'question\n"open\n', ", after line 1: is not sound CSV (unexpected end of data)"),
     ],
 )  # fmt: skip

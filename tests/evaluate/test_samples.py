@@ -1,7 +1,6 @@
 """A file of samples: whole lines, in any order, never for other settings."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +21,8 @@ def append(file: SampleFile, key: Key = KEY, answer: Answer = ANSWER, settings: 
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "samples.jsonl"
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "samples.jsonl"
 
 
 def test_a_line_says_everything_that_the_sample_depends_on(path: Path) -> None:
@@ -106,12 +105,16 @@ def test_a_line_that_is_no_sample_is_named(path: Path, line: str) -> None:
     assert str(caught.value) == f"{path}:2: is not a sample; choose another --out"
 
 
+def fill(file: SampleFile) -> None:
+    for number in range(1000):
+        append(file, KEY._replace(sample=number), Answer("x" * 1000, "length"))
+
+
 def test_a_full_disk_leaves_whole_lines_only(small_disk: Path) -> None:
     path = small_disk / "samples.jsonl"
     with SampleFile(path) as file:
         with pytest.raises(NoSpaceError) as caught:
-            for number in range(1000):
-                append(file, KEY._replace(sample=number), Answer("x" * 1000, "length"))
+            fill(file)
         kept = len(file)
     assert str(caught.value) == f"{path}: the disk is full; free some space and run again"
     assert kept > 10

@@ -150,7 +150,7 @@ def test_quality_is_the_share_of_the_judges_points_and_the_rubric_is_shown(judgi
     assert marks == ["0.60", "0.00", "0.00", ""]
     assert model.asks[0].prompt == RUBRIC.format(request="Tell me a joke.", response="good")
     assert helpers.notes == [
-        f"a-judge judged by this rubric:\n{RUBRIC}",
+        "a-judge judged by this rubric:\n" + RUBRIC.format(request="…", response="…"),
         "nobody measured diversity: name a model with --embeddings",
     ]
 

@@ -8,11 +8,13 @@ import hashlib
 import importlib.util
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Self
 from urllib.parse import unquote
 
@@ -110,8 +112,12 @@ ROUTES: list[tuple[re.Pattern[str], Route]] = []
 
 
 def route(pattern: str) -> Callable[[Route], Route]:
-    """Answer "host METHOD /path" with a method of the hub; `{name}` is a part of the path; HEAD goes where GET does."""
-    pattern = pattern.replace("{repo}", r"(?P<repo>[^/]+/[^/]+?)")
+    """Answer "host METHOD /path" with a method of the hub; `{name}` is a part of the path; HEAD goes where GET does.
+
+    `{repo}` is a model, org/name, or a dataset, datasets/org/name.
+    """
+    pattern = pattern.replace("/api/{repo}", "/api/(models/|(?=datasets/)){repo}")
+    pattern = pattern.replace("{repo}", r"(?P<repo>(datasets/)?[^/]+/[^/]+?)")
     pattern = re.sub(r"\{(\w+)\.\.\.\}", r"(?P<\1>.+)", pattern)
     compiled = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", pattern))
 
@@ -227,13 +233,15 @@ class HubServer:
 
     def _repo(self, asked: Asked, name: str, need: Literal["to see", "to read", "to write"]) -> Repo:
         """A repository, if whoever asks may know of it and may do what they need it for."""
-        user, owner = self.tokens.get(asked.token or ""), name.partition("/")[0]
+        user, owner = self.tokens.get(asked.token or ""), name.split("/")[-2]
         if name not in self._repos or (name in self.private and user != owner):
             status, message = (404, "Repository not found") if asked.token else (401, "Invalid username or password.")
             raise Refusal(status, message, "RepoNotFound")
         if need == "to read" and name in self.gated and user is None:
             status, message = (403, "ask for access") if asked.token else (401, "be authenticated to access it")
-            raise Refusal(status, f"Access to model {name} is restricted. You must {message}.", "GatedRepo")
+            kind = "dataset" if name.startswith("datasets/") else "model"
+            name = name.removeprefix("datasets/")
+            raise Refusal(status, f"Access to {kind} {name} is restricted. You must {message}.", "GatedRepo")
         if need == "to write":
             self._owned(asked, owner, "RepoNotFound")
         return self._repos[name]
@@ -281,7 +289,7 @@ class HubServer:
         self._blobs[digest] = asked.body
         return Answer()
 
-    @route("hub GET /api/models/{repo}(/revision/{rev})?")
+    @route("hub GET /api/{repo}(/revision/{rev})?")
     def _info(self, asked: Asked, repo: str, rev: str = "main") -> Answer:
         commit = self._repo(asked, repo, "to see").at(rev)
         try:
@@ -289,15 +297,16 @@ class HubServer:
         except (yaml.YAMLError, UnicodeDecodeError):
             card = None
         card = card if isinstance(card, dict) else {}
+        name = repo.removeprefix("datasets/")
         return Answer.of(
-            {"id": repo, "modelId": repo, "author": repo.partition("/")[0], "sha": commit.sha}
+            {"id": name, "modelId": name, "author": name.partition("/")[0], "sha": commit.sha}
             | {"private": repo in self.private, "gated": "manual" if repo in self.gated else False, "disabled": False}
             | {"tags": card.get("tags", []), "cardData": card, "downloads": 0, "likes": 0}
             | {"createdAt": "2025-01-01T00:00:00.000Z", "lastModified": "2025-01-01T00:00:00.000Z"}
             | {"siblings": [sibling(path, data, asked.flag("blobs")) for path, data in sorted(commit.files.items())]}
         )
 
-    @route("hub GET /api/models/{repo}/tree/{rev}(/{folder...})?")
+    @route("hub GET /api/{repo}/tree/{rev}(/{folder...})?")
     def _tree(self, asked: Asked, repo: str, rev: str, folder: str = "") -> Answer:
         files = self._repo(asked, repo, "to see").at(rev).files
         start = f"{folder}/" if folder else ""
@@ -311,7 +320,7 @@ class HubServer:
             + [{"type": "file", **tree_entry(path, files[path])} for path in here]
         )
 
-    @route("hub GET /api/models/{repo}/refs")
+    @route("hub GET /api/{repo}/refs")
     def _refs(self, asked: Asked, repo: str) -> Answer:
         kept = self._repo(asked, repo, "to see")
 
@@ -329,7 +338,7 @@ class HubServer:
         access = {"type": "access_token", "accessToken": {"displayName": "tests", "role": "write"}}
         return Answer.of({"type": "user", "name": user, "fullname": user, "orgs": [], "auth": access})
 
-    @route("hub GET /api/models/{repo}/auth-check(?P<write>/write)?")
+    @route("hub GET /api/{repo}/auth-check(?P<write>/write)?")
     def _auth_check(self, asked: Asked, repo: str, write: str = "") -> Answer:
         self._repo(asked, repo, "to write" if write else "to read")
         return Answer.of({})
@@ -352,7 +361,7 @@ class HubServer:
         self.commit(repo, {".gitattributes": GIT_ATTRIBUTES}, message="initial commit")
         return Answer.of(url)
 
-    @route("hub POST /api/models/{repo}/(?P<kind>branch|tag)/{name}")
+    @route("hub POST /api/{repo}/(?P<kind>branch|tag)/{name}")
     def _create_ref(self, asked: Asked, repo: str, kind: str, name: str) -> Answer:
         kept = self._repo(asked, repo, "to write")
         given = asked.json()
@@ -382,7 +391,7 @@ class HubServer:
         found = {"errors": [{"message": e} for e in errors], "warnings": [{"message": w} for w in warnings]}
         return Answer.of(found, 400 if errors else 200)
 
-    @route("hub POST /api/models/{repo}/preupload/{rev}")
+    @route("hub POST /api/{repo}/preupload/{rev}")
     def _preupload(self, asked: Asked, repo: str, rev: str) -> Answer:
         files = self._repo(asked, repo, "to write").at(rev).files
         answers = []
@@ -410,7 +419,7 @@ class HubServer:
         kept.uploaded.add(given["oid"])
         return Answer.of({})
 
-    @route("hub GET /api/models/{repo}/xet-write-token/{rev}")
+    @route("hub GET /api/{repo}/xet-write-token/{rev}")
     def _xet_token(self, asked: Asked, repo: str, rev: str) -> Answer:
         self._repo(asked, repo, "to write")
         if self.xet is None:
@@ -425,7 +434,7 @@ class HubServer:
             raise Refusal(400, f"A large file was not uploaded: {digest}")
         return data
 
-    @route("hub POST /api/models/{repo}/commit/{rev}")
+    @route("hub POST /api/{repo}/commit/{rev}")
     def _post_commit(self, asked: Asked, repo: str, rev: str) -> Answer:
         kept = self._repo(asked, repo, "to write")
         if rev not in kept.branches:
@@ -458,6 +467,8 @@ def environment(hub: HubServer, cache: Path, token: str | None = None) -> dict[s
         "HF_HUB_CACHE": str(cache / "hub"),
         "HUGGINGFACE_HUB_CACHE": str(cache / "hub"),
         "HF_ASSETS_CACHE": str(cache / "assets"),
+        "HF_DATASETS_CACHE": str(cache / "datasets"),
+        "HF_MODULES_CACHE": str(cache / "modules"),
         "HF_XET_CACHE": str(cache / "xet"),
         "HF_TOKEN_PATH": str(cache / "token"),
         "HF_TOKEN": token or "",
@@ -468,6 +479,7 @@ def environment(hub: HubServer, cache: Path, token: str | None = None) -> dict[s
         "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_DISABLE_XET": "" if hub.xet else "1",
         "HF_HUB_OFFLINE": "",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         "TRANSFORMERS_OFFLINE": "",
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
@@ -477,13 +489,28 @@ def environment(hub: HubServer, cache: Path, token: str | None = None) -> dict[s
 def use(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path, token: str | None = None) -> None:
     """Point this process's client, and those of the processes it starts, at `hub` alone.
 
-    The client reads its environment once, into constants: they are read again, and put wherever the old ones were.
+    The client reads its environment once, into constants: they are read again, and put wherever the old ones were. So
+    does `datasets`, where it is imported.
     """
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import HfFileSystem, constants, hf_api
     from huggingface_hub.utils import _cache_assets, _cache_manager, _detect_agent, _git_credential, _http
 
     for name, value in environment(hub, cache, token).items():
         monkeypatch.setenv(name, value)
+    _read_again(monkeypatch, constants, _cache_assets, _cache_manager, _git_credential)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(_http, "_HUB_ORIGINS", _http._HUB_ORIGINS | {_http._url_origin(hub.url)})
+    monkeypatch.setattr(_detect_agent, "_registry", _detect_agent._EMPTY_REGISTRY)
+    if "datasets" in sys.modules:
+        from datasets import config
+
+        _read_again(monkeypatch, config)
+        monkeypatch.setattr(config, "USE_PARQUET_EXPORT", False)  # asks another host, and goes on without its answer
+        HfFileSystem.clear_instance_cache()  # they keep what they saw, for as long as the process lives
+
+
+def _read_again(monkeypatch: pytest.MonkeyPatch, constants: ModuleType, *copies: ModuleType) -> None:
+    """Read a module of constants again, into itself and where they were imported to."""
     spec = importlib.util.spec_from_file_location("constants_read_again", constants.__file__)
     assert spec is not None
     assert spec.loader is not None
@@ -492,9 +519,6 @@ def use(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path, token: str
     for name, old in list(vars(constants).items()):
         new = getattr(again, name, old)
         if name.isupper() and old != new:
-            for module in (constants, _cache_assets, _cache_manager, _git_credential):
+            for module in (constants, *copies):
                 if vars(module).get(name) is old:
                     monkeypatch.setattr(module, name, new)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
-    monkeypatch.setattr(_http, "_HUB_ORIGINS", _http._HUB_ORIGINS | {_http._url_origin(hub.url)})
-    monkeypatch.setattr(_detect_agent, "_registry", _detect_agent._EMPTY_REGISTRY)

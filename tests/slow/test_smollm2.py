@@ -77,14 +77,6 @@ def test_transformers_loads_it_and_it_answers(hybrid: Path) -> None:
     assert text.strip()
 
 
-@pytest.fixture(scope="module")
-def searched(folder: Path) -> Path:
-    """A quick search in bfloat16: everything asked eight prompts, the leaders all forty in float32."""
-    options = ["--quick", "--dtype", "bfloat16", "--space", "intervals"]
-    run(SLRMERGE, "search", "recipe.yaml", "--out", "search", *options, cwd=folder)
-    return folder / "search"
-
-
 @pytest.mark.filterwarnings("default")  # transformers' own
 @pytest.mark.timeout(600)
 def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched: Path, folder: Path) -> None:

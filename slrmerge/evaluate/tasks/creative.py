@@ -110,7 +110,8 @@ class Creative(Task):
                 f"{helpers.judge.name} judged {len(points):,} texts; {unread:,} of its replies could not be read, and "
                 "those texts have no quality"
             )
-        helpers.notes.append(f"{helpers.judge.name} judged by this rubric:\n{RUBRIC}")
+        rubric = RUBRIC.format(request="…", response="…")
+        helpers.notes.append(f"{helpers.judge.name} judged by this rubric:\n{rubric}")
         return points
 
 

