@@ -55,7 +55,11 @@ _sampling_options = options(
 
 _machine_options = options(
     click.option(
-        "--concurrency", type=_count, default=16, show_default=True, help="How many questions a server has at a time."
+        "--concurrency",
+        type=click.IntRange(1, 1000),
+        default=16,
+        show_default=True,
+        help="How many questions a server has at a time.",
     ),
     click.option(
         "--timeout",

@@ -18,7 +18,7 @@ class Embedder(Protocol):
 
     name: str
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
         """Shape (texts, width)."""
         ...
 
@@ -54,8 +54,8 @@ class SentenceTransformer:
             what = f"cannot be loaded by sentence-transformers ({type(error).__name__}: {first_line(error)})"
             raise UnsupportedModelError(Problem(self.name, what)) from error
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        vectors: NDArray[np.float32] = self._model.encode(list(texts), show_progress_bar=False)
+    def embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
+        vectors: NDArray[np.floating] = self._model.encode(list(texts), show_progress_bar=False)
         return vectors
 
     def cut_off(self, texts: Sequence[str]) -> int:
@@ -72,7 +72,7 @@ class ServedEmbeddings:
     def __init__(self, model: ServerModel) -> None:
         self.name, self._model = model.asked_of, model
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
         return self._model.embed(texts)
 
     def cut_off(self, texts: Sequence[str]) -> int:  # noqa: ARG002 (servers refuse what is too long, or do not tell)

@@ -25,8 +25,6 @@ class Judge:
     def replies(self, asked: Iterable[str]) -> dict[str, str]:
         """The reply to each text in `asked`, which are prompts as the judge reads them."""
         prompts = {prompt_id(text): text for text in asked}
-        ask_missing(
-            self._model, self.name, prompts, self._file, self._settings, samples=1, seed=0, progress=self._progress
-        )
+        ask_missing(self._model, self.name, prompts, self._file, self._settings, samples=1, progress=self._progress)
         found = {text: self._file.answer(Key(self.name, prompt, 0)) for prompt, text in prompts.items()}
         return {text: answer.text for text, answer in found.items() if answer is not None}

@@ -1,8 +1,7 @@
 """A model in this process: transformers' own, asked in batches."""
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import xxhash
@@ -21,8 +20,8 @@ from slrmerge.repository import Source
 class LocalModel:
     """A Model from a folder or a repository on the Hub, in float32 on a CPU, elsewhere in the dtype it is stored in.
 
-    A sample depends on its prompt and its seed alone, not on what stands beside it in a batch, but for rounding. Use it
-    in a `with`: leaving it frees the weights. Raises CheckpointError and HubError for what is no sound checkpoint.
+    A sample depends on its prompt and its seed alone, not on what stands beside it in a batch, but for rounding. Raises
+    CheckpointError and HubError for what is no sound checkpoint.
     """
 
     def __init__(self, at: Source, *, device: str, batch: int, progress: Progress) -> None:
@@ -46,12 +45,8 @@ class LocalModel:
             ).encode()
         return f"{checkpoint.folder.name} {xxhash.xxh3_64_hexdigest(state)}"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """See `Model`: frees the weights."""
         self._loaded = None
 
     def check(self) -> None:

@@ -4,9 +4,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
+from urllib.parse import urlsplit
 
+from slrmerge.errors import Problem, ServerError
 from slrmerge.evaluate.samples import Answer, Key, SampleFile, Settings, seed_of
 from slrmerge.progress import Progress
 from slrmerge.repository import Source, parse_source
@@ -55,11 +56,9 @@ class Model(Protocol):
         """Answer all `asks`, each handed to `keep` as soon as it is there, in any order."""
         ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def close(self) -> None:
+        """Free what answering took; it may be asked again."""
+        ...
 
 
 _LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.+)", re.DOTALL)
@@ -67,9 +66,21 @@ _SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://[^\s@]+)")
 
 
 def parse_place(written: str) -> Source | Served:
-    """Where a model is: a folder, a repository on the Hub, or MODEL@URL, or only the URL of a server with one model."""
+    """Where a model is: a folder, a repository on the Hub, or MODEL@URL, or only the URL of a server with one model.
+
+    Raises ServerError for a URL that is none.
+    """
     match = _SERVED.fullmatch(written)
-    return Served(match["model"], match["url"]) if match else parse_source(written)
+    if match is None:
+        return parse_source(written)
+    try:
+        address = urlsplit(match["url"])
+        sound = bool(address.hostname) and address.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ServerError(Problem(match["url"], "is no address", "write it as http://localhost:8000/v1"))
+    return Served(match["model"], match["url"])
 
 
 def parse_model(written: str) -> NamedModel:
@@ -97,7 +108,6 @@ def ask_missing(
     settings: Settings,
     *,
     samples: int,
-    seed: int,
     progress: Progress,
 ) -> None:
     """Ask `model` until `file` holds that many `samples` of every one of the `prompts` (text by id).
@@ -106,17 +116,17 @@ def ask_missing(
     UnsupportedModelError; what was answered until then is kept.
     """
     keys = keys_of(label, prompts, samples)
-    file.require_same(keys, settings, seed=seed)
+    file.require_same(keys, settings)
     missing = file.missing(keys)
     if not missing:
         return
-    asks = [Ask(key, prompts[key.prompt], seed_of(seed, key.prompt, key.sample)) for key in missing]
+    asks = [Ask(key, prompts[key.prompt], seed_of(settings.seed, key.prompt, key.sample)) for key in missing]
     if len(missing) < len(keys):
         progress.say(f"{label}: {len(keys) - len(missing):,} of {len(keys):,} samples are there already")
     progress.start(label, len(missing), " samples")
 
     def keep(ask: Ask, answer: Answer) -> None:
-        file.append(ask.key, answer, settings, seed=ask.seed)
+        file.append(ask.key, answer, settings)
         progress.advance(1)
 
     model.answer(asks, settings, keep)

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from math import isnan
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 
 import slrmerge
 from slrmerge import files
-from slrmerge.errors import OutputError, Problem, SlrmergeError, require_extra
+from slrmerge.errors import NoSpaceError, OutputError, Problem, SlrmergeError, require_extra
 from slrmerge.evaluate import charts
 from slrmerge.evaluate.embeddings import Embedder, SentenceTransformer, ServedEmbeddings
 from slrmerge.evaluate.judge import Judge
@@ -65,6 +65,8 @@ class Evaluation:
         or samples made by other settings; ServerError and UnsupportedModelError.
         """
         target = resolve_target(out)
+        if not target.name:
+            raise OutputError(Problem(str(target), "is no folder for an evaluation", "name one inside it"))
         with os_errors_at(target):
             files.create_folder(target.parent, fsync=False)
             with files.exclusive(target):
@@ -73,7 +75,7 @@ class Evaluation:
                     questions = self._choose(greedy)
                     self._ask(questions, kept)
                     report = self._measure(questions, kept, judged)
-                _write(target, report)
+                    _write(target, report)
         return report
 
     def _opened(self, places: Sequence[Source | Served]) -> list[Model]:
@@ -116,7 +118,7 @@ class Evaluation:
                 raise OutputError(Problem(str(claim), "is not an evaluation's", "choose another --out")) from error
             if task != self.task.name:
                 raise OutputError(Problem(str(target), f"holds an evaluation of {task}", "choose another --out"))
-        elif any(target.iterdir()):
+        elif {path.name for path in target.iterdir()} - {f"{SUMMARY}.new"}:
             raise OutputError(Problem(str(target), "holds something else than an evaluation", "choose another --out"))
         else:
             files.replace_file(claim, _json({"slrmerge": slrmerge.__version__, "task": self.task.name}))
@@ -132,7 +134,7 @@ class Evaluation:
             answers = [file.answer(Key(label, question.id, 0)) for question in questions]
             return [answer.text for answer in answers if answer is not None]
 
-        with model:
+        with closing(model):
             chosen = {question.id for question in self.task.choose(drawn, self.options.questions, greedy)}
         return [question for question in self._data if question.id in chosen]
 
@@ -140,28 +142,32 @@ class Evaluation:
         """Ask every model for what is missing, once all that will be asked are known to be there."""
         k = self.options.verbalized
         prompts = {each.id: verbalize(each.text, k) if k else each.text for each in questions}
+        keys = {label: keys_of(label, prompts, self.calls) for label in self.models}
         for label, model in self.models.items():
-            if file.missing(keys_of(label, prompts, self.calls)):
+            file.require_same(keys[label], self._settings(model))
+        for label, model in self.models.items():
+            if file.missing(keys[label]):
                 model.check()
         for label, model in self.models.items():
-            with model:
+            with closing(model):
                 self._ask_one(label, model, prompts, file)
 
     def _ask_one(
         self, label: str, model: Model, prompts: Mapping[str, str], file: SampleFile, *, greedy: bool = False
     ) -> None:
+        settings, samples = self._settings(model, greedy=greedy), 1 if greedy else self.calls
+        ask_missing(model, label, prompts, file, settings, samples=samples, progress=self._progress)
+
+    def _settings(self, model: Model, *, greedy: bool = False) -> Settings:
         options = self.options
-        settings = Settings(
+        return Settings(
             model.asked_of,
-            0.0 if greedy else options.temperature,
-            options.min_p,
-            self.max_tokens,
-            None if greedy else options.verbalized,
+            temperature=0.0 if greedy else options.temperature,
+            min_p=options.min_p,
+            max_tokens=self.max_tokens,
+            seed=options.seed,
+            verbalized=None if greedy else options.verbalized,
         )
-        samples = 1 if greedy else self.calls
-        ask_missing(
-            model, label, prompts, file, settings, samples=samples, seed=options.seed, progress=self._progress
-        )  # fmt: skip
 
     @property
     def calls(self) -> int:
@@ -184,7 +190,7 @@ class Evaluation:
         notes += self._remarks(answered, kept)
         judge = Judge(self._judge, judged, self._progress) if self._judge else None
         helpers = Helpers(self.samples, judge, self._embedder, notes)
-        with self._judge or nullcontext():
+        with closing(self._judge) if self._judge else nullcontext():
             scored = self.task.score(answered, helpers)
         metrics = self.task.metrics(self.samples)
         values = {
@@ -249,7 +255,8 @@ def _samples(folder: Path) -> Iterator[list[SampleFile]]:
         try:
             yield opened
         except BaseException as error:
-            if kept := sum(map(len, opened)):
+            refused = isinstance(error, OutputError) and not isinstance(error, NoSpaceError)
+            if (kept := sum(map(len, opened))) and not refused:
                 error.add_note(f"{kept:,} answers are kept in {folder}; the same command goes on from there")
             raise
 

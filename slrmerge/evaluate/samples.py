@@ -14,17 +14,18 @@ from slrmerge.writer import output_error
 
 
 class Settings(NamedTuple):
-    """What an answer depends on besides its prompt and its seed.
+    """What an answer depends on besides its prompt.
 
     `temperature` 0 is greedy decoding; `min_p` keeps the tokens that are at least so probable, relative to the most
-    probable one; `max_tokens` is the length at which an answer is cut off. `asked_of` names the model exactly, and
-    `verbalized` the answers asked for in one call.
+    probable one; `max_tokens` is the length at which an answer is cut off. `asked_of` names the model exactly, `seed`
+    is what samples' own seeds are drawn from, and `verbalized` the answers asked for in one call.
     """
 
     asked_of: str
     temperature: float
     min_p: float
     max_tokens: int
+    seed: int = 0
     verbalized: int | None = None
 
 
@@ -59,7 +60,7 @@ class SampleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._answers: dict[Key, Answer] = {}
-        self._made_by: dict[Key, tuple[int, Settings]] = {}
+        self._made_by: dict[Key, Settings] = {}
         try:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (held until the end of the `with`)
         except OSError as error:
@@ -79,16 +80,15 @@ class SampleFile:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def require_same(self, keys: Iterable[Key], settings: Settings, *, seed: int) -> None:
+    def require_same(self, keys: Iterable[Key], settings: Settings) -> None:
         """Raise OutputError where one of these samples was made by other settings."""
         for key in keys:
-            if key in self._answers:
-                then_seed, then = self._made_by[key]
-                now_seed = seed_of(seed, key.prompt, key.sample)
-                changed = _changes({**then._asdict(), "seed": then_seed}, {**settings._asdict(), "seed": now_seed})
-                if changed:
-                    what = f"has samples of {key.model} made by other settings ({changed})"
-                    raise OutputError(Problem(str(self.path), what, "choose another --out, or the settings of then"))
+            then = self._made_by.get(key, settings)
+            if then != settings:
+                pairs = zip(Settings._fields, then, settings, strict=True)
+                changed = ", ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
+                what = f"has samples of {key.model} made by other settings ({changed})"
+                raise OutputError(Problem(str(self.path), what, "choose another --out, or the settings of then"))
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
         return [key for key in keys if key not in self._answers]
@@ -96,8 +96,9 @@ class SampleFile:
     def answer(self, key: Key) -> Answer | None:
         return self._answers.get(key)
 
-    def append(self, key: Key, answer: Answer, settings: Settings, *, seed: int) -> None:
+    def append(self, key: Key, answer: Answer, settings: Settings) -> None:
         """Write a sample down, whole or not at all. Raises NoSpaceError and OutputError."""
+        seed = seed_of(settings.seed, key.prompt, key.sample)
         line = {**key._asdict(), "seed": seed, "settings": settings._asdict(), **asdict(answer)}
         data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         try:
@@ -108,11 +109,11 @@ class SampleFile:
             os.ftruncate(self._file.fileno(), self._bytes)
             raise output_error(self.path, error) from error
         self._bytes += len(data)
-        self._keep(key, answer, settings, seed)
+        self._keep(key, answer, settings)
 
-    def _keep(self, key: Key, answer: Answer, settings: Settings, seed: int) -> None:
+    def _keep(self, key: Key, answer: Answer, settings: Settings) -> None:
         self._answers[key] = answer
-        self._made_by[key] = (seed, settings)
+        self._made_by[key] = settings
 
     def _read(self) -> int:
         """Take in what is there; the bytes of it that are whole."""
@@ -130,11 +131,7 @@ class SampleFile:
         return whole
 
 
-def _sample(line: Mapping[str, Any]) -> tuple[Key, Answer, Settings, int]:
+def _sample(line: Mapping[str, Any]) -> tuple[Key, Answer, Settings]:
     key = Key(str(line["model"]), str(line["prompt"]), int(line["sample"]))
     answer = Answer(str(line["text"]), str(line["finish_reason"]))
-    return key, answer, Settings(**line["settings"]), int(line["seed"])
-
-
-def _changes(then: Mapping[str, object], now: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name])
+    return key, answer, Settings(**line["settings"])

@@ -5,36 +5,27 @@ import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cached_property
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slrmerge.errors import Problem, ServerError, first_line
+from slrmerge.errors import Problem, ServerError
+from slrmerge.evaluate.failures import UNSOUND, UnsoundAnswerError, is_loading, patiently
 from slrmerge.evaluate.models import Ask, Served
 from slrmerge.evaluate.samples import Answer, Settings
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI, OpenAIError
-    from tenacity import RetryCallState
+    from openai import AsyncOpenAI
 
 T = TypeVar("T")
 
-PATIENCE_S = 300.0
-"""A server that fails is asked again for so long, in growing intervals; one that only starts again has come back."""
-
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 CONNECT_TIMEOUT_S = 10.0
 TEXTS_AT_A_TIME = 64
 """How many texts a request for embeddings holds."""
 
 NO_KEY = "none"
 """What servers of one's own are told for a key; OPENAI_API_KEY comes first."""
-
-
-class UnsoundAnswerError(Exception):
-    """An answer that is not what the protocol says."""
 
 
 def _extras_of_vllm(settings: Settings) -> dict[str, Any]:
@@ -77,37 +68,34 @@ class ServerModel:
         return served[0]
 
     def check(self) -> None:
-        """See `Model`. Raises ServerError."""
+        """See `Model`: waits for a server that is loading its model. Raises ServerError."""
         self._served()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
+    def close(self) -> None:
+        """See `Model`: connections end with each round of questions."""
 
     def answer(self, asks: Sequence[Ask], settings: Settings, keep: Callable[[Ask, Answer], None]) -> None:
-        """See `Model`. Raises ServerError where the server fails for longer than PATIENCE_S, or refuses."""
+        """See `Model`. Raises ServerError where the server fails for too long, or refuses."""
+        model = self.asked_of
 
         async def one(client: "AsyncOpenAI", ask: Ask) -> None:
-            keep(ask, await self._patiently(self._complete, client, ask, settings))
+            keep(ask, await self._patiently(lambda: self._complete(client, model, ask, settings)))
 
         self._all(asks, one)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings of `texts`, shape (texts, width). Raises as `answer` does."""
+        model = self.asked_of
         parts = [texts[start : start + TEXTS_AT_A_TIME] for start in range(0, len(texts), TEXTS_AT_A_TIME)]
         found: dict[int, NDArray[np.float32]] = {}
 
         async def one(client: "AsyncOpenAI", number: int) -> None:
-            found[number] = await self._patiently(self._embed, client, parts[number])
+            found[number] = await self._patiently(lambda: _embed(client, model, parts[number]))
 
         self._all(range(len(parts)), one)
         if len({part.shape[1] for part in found.values()}) > 1:
             raise ServerError(Problem(str(self._at), "gave embeddings of different widths"))
-        return np.concatenate([found[number] for number in range(len(parts))])
+        return np.concatenate([found[number] for number in range(len(parts))] or [np.empty((0, 0), np.float32)])
 
     def _all(self, jobs: Sequence[T], one: "Callable[[AsyncOpenAI, T], Awaitable[None]]") -> None:
         """Carry out all jobs, as many at a time as may be; the first error ends the rest."""
@@ -128,37 +116,45 @@ class ServerModel:
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group.exceptions[0].__cause__
 
+    async def _patiently(
+        self, call: Callable[[], Awaitable[T]], *, may_pass: Callable[[BaseException], bool] | None = None
+    ) -> T:
+        return await patiently(call, where=str(self._at), timeout_s=self._timeout_s, may_pass=may_pass)
+
     def _client(self) -> "AsyncOpenAI":
         from openai import AsyncOpenAI, Timeout
 
-        timeout = Timeout(self._timeout_s, connect=min(CONNECT_TIMEOUT_S, self._timeout_s))
-        key = os.environ.get("OPENAI_API_KEY") or NO_KEY
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
+        if not (key.isascii() and key.isprintable()):
+            what = "cannot be sent the key: it has characters that no header has"
+            raise ServerError(Problem(str(self._at), what, "set OPENAI_API_KEY anew"))
+        timeout = Timeout(None, connect=CONNECT_TIMEOUT_S)  # for the rest there is a limit on the whole
         return AsyncOpenAI(base_url=self._at.url, api_key=key, timeout=timeout, max_retries=0)
 
     def _served(self) -> list[str]:
-        """The models that the server names; none where it does not tell, which is no error if one was named."""
-        from openai import APIStatusError, AuthenticationError, OpenAIError, PermissionDeniedError
+        """The models that the server names; that it does not tell is an error only where none was named."""
+        from openai import APIStatusError, AuthenticationError, PermissionDeniedError
 
         async def ask() -> list[str]:
             async with self._client() as client:
-                return [model.id async for model in client.models.list()]
+                return await self._patiently(lambda: _list(client), may_pass=is_loading)
 
         try:
             return asyncio.run(ask())
-        except (AuthenticationError, PermissionDeniedError) as error:
-            raise self._in_words(error) from error
-        except (APIStatusError, ValueError, AttributeError, TypeError):
-            return []
-        except OpenAIError as error:
-            raise self._in_words(error) from error
+        except ServerError as error:
+            untold = isinstance(error.__cause__, (APIStatusError, *UNSOUND))
+            refused = isinstance(error.__cause__, AuthenticationError | PermissionDeniedError)
+            if self._at.model and untold and not refused:
+                return []
+            raise
 
-    async def _complete(self, client: "AsyncOpenAI", ask: Ask, settings: Settings) -> Answer:
+    async def _complete(self, client: "AsyncOpenAI", model: str, ask: Ask, settings: Settings) -> Answer:
         from openai import UnprocessableEntityError
 
         dialect = self._dialect
         try:
             said: Any = await client.chat.completions.create(
-                model=self.asked_of,
+                model=model,
                 messages=[{"role": "user", "content": ask.prompt}],
                 temperature=settings.temperature,
                 top_p=1.0,
@@ -170,7 +166,7 @@ class ServerModel:
             if not settings.min_p or dialect + 1 == len(_DIALECTS):
                 raise
             self._dialect = max(self._dialect, dialect + 1)
-            return await self._complete(client, ask, settings)
+            return await self._complete(client, model, ask, settings)
         try:
             choice = said.choices[0]
             text, finish_reason = choice.message.content, choice.finish_reason
@@ -178,72 +174,30 @@ class ServerModel:
             raise UnsoundAnswerError("an answer without a message") from error
         if not isinstance(text, str | None):
             raise UnsoundAnswerError("a message that is no text")
-        return Answer(text or "", str(finish_reason or "stop"))
-
-    async def _embed(self, client: "AsyncOpenAI", texts: Sequence[str]) -> NDArray[np.float32]:
-        said = await client.embeddings.create(model=self.asked_of, input=list(texts), encoding_format="float")
-        try:
-            vectors = [entry.embedding for entry in sorted(said.data, key=lambda entry: entry.index)]
-            found = np.array(vectors, dtype=np.float32)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UnsoundAnswerError("an answer without embeddings") from error
-        if found.ndim != 2 or len(found) != len(texts) or not np.isfinite(found).all():
-            raise UnsoundAnswerError(f"embeddings of shape {found.shape} for {len(texts)} texts")
-        return found
-
-    async def _patiently(self, call: Callable[..., Awaitable[T]], *arguments: object) -> T:
-        """What `call` gives, tried again while what fails may pass."""
-        from openai import OpenAIError
-        from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(_may_pass), stop=stop_after_delay(PATIENCE_S), wait=_wait_s, reraise=True
-        )
-        try:
-            return await retrying(call, *arguments)
-        except (OpenAIError, UnsoundAnswerError, ValueError) as error:
-            raise self._in_words(error) from error
-
-    def _in_words(self, error: "OpenAIError | UnsoundAnswerError | ValueError") -> ServerError:
-        """What happened, and what to do about it."""
-        import openai
-
-        again = "see to it, then run the same command again"
-        said = first_line(error)
-        if isinstance(error, openai.APITimeoutError):
-            what, remedy = f"gave no answer within {self._timeout_s:g} s", f"{again}; --timeout allows more"
-        elif isinstance(error, openai.APIConnectionError):
-            what = f"cannot be reached ({first_line(error.__cause__ or error)})"
-            remedy = "start it, then run the same command again"
-        elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            what, remedy = f"refuses the key ({said})", "set OPENAI_API_KEY"
-        elif isinstance(error, openai.NotFoundError):
-            what, remedy = f"has no such model or address ({said})", "the address of most ends in /v1"
-        elif isinstance(error, openai.RateLimitError):
-            what, remedy = f"asks for fewer questions at a time ({said})", "run again with a smaller --concurrency"
-        elif isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
-            what, remedy = f"refuses the question ({said})", "where it knows no min_p, give --min-p 0"
-        elif isinstance(error, openai.APIStatusError):
-            what, remedy = f"fails ({said})", again
-        else:
-            what, remedy = f"does not answer as OpenAI's protocol says ({said})", again
-        return ServerError(Problem(str(self._at), what, remedy))
+        whole = (text or "").encode("utf-8", "replace").decode()  # half a letter could be written down nowhere
+        return Answer(whole, str(finish_reason or "stop"))
 
 
-def _may_pass(error: BaseException) -> bool:
-    import openai
+async def _list(client: "AsyncOpenAI") -> list[str]:
+    """The models that have a name."""
+    try:
+        names = [getattr(model, "id", None) async for model in client.models.list()]
+    except (AttributeError, TypeError) as error:
+        raise UnsoundAnswerError("an answer without models") from error
+    return [name for name in names if isinstance(name, str) and name]
 
-    if isinstance(error, openai.APIStatusError):
-        return error.status_code >= 500 or error.status_code in (408, 409, 429)
-    return isinstance(error, openai.APIConnectionError | UnsoundAnswerError | ValueError)
 
-
-def _wait_s(state: "RetryCallState") -> float:
-    """How long to wait before the next try: twice as long each time, not in step with others, or as the server says."""
-    from openai import APIStatusError
-    from tenacity import wait_random_exponential
-
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.response.headers.get("retry-after", "") if isinstance(error, APIStatusError) else ""
-    own = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, min=FIRST_WAIT_S)(state)
-    return max(own, min(float(asked), PATIENCE_S) if asked.isdecimal() else 0.0)
+async def _embed(client: "AsyncOpenAI", model: str, texts: Sequence[str]) -> NDArray[np.float32]:
+    said = await client.embeddings.create(model=model, input=list(texts), encoding_format="float")
+    try:
+        vectors = [entry.embedding for entry in sorted(said.data, key=lambda entry: entry.index)]
+        found = np.array(vectors)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsoundAnswerError("an answer without embeddings") from error
+    if found.ndim != 2 or len(found) != len(texts) or not found.shape[1]:
+        raise UnsoundAnswerError(f"embeddings of shape {found.shape} for {len(texts)} texts")
+    with np.errstate(over="ignore"):
+        narrow = found.astype(np.float32) if found.dtype.kind in "fi" else None
+    if narrow is None or not np.isfinite(narrow).all():
+        raise UnsoundAnswerError("embeddings that are no numbers")
+    return narrow

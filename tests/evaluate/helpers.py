@@ -1,8 +1,6 @@
 """Stand-ins for what costs time: models that answer by a function, embeddings by table."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +26,7 @@ class Answering:
             self.settings.append(settings)
             keep(ask, Answer(self.reply(ask.prompt), "stop"))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         pass
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def opened(folder: Path, batch: int = 64) -> LocalModel:
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[LocalModel]:
-    with opened(POST) as model:
+    with closing(opened(POST)) as model:
         yield model
 
 
@@ -91,7 +92,7 @@ def test_samples_are_drawn_as_the_models_distribution_says(
 
 def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(model: LocalModel) -> None:
     together = asked(model, SETTINGS, DIGIT, LETTER, DIGIT, LETTER)
-    with opened(POST, batch=1) as alone:
+    with closing(opened(POST, batch=1)) as alone:
         assert [asked(alone, SETTINGS, prompt, first=n)[0] for n, prompt in enumerate((DIGIT, LETTER) * 2)] == together
     assert asked(model, SETTINGS, LETTER, first=1) == together[1:2]
 
@@ -122,7 +123,7 @@ def changed(path: Path, **values: object) -> None:
 
 def test_settings_that_a_model_brings_along_do_not_count(model: LocalModel, copied: Path) -> None:
     changed(copied / "generation_config.json", temperature=0.01, top_k=1, repetition_penalty=9.0, do_sample=True)
-    with opened(copied) as other:
+    with closing(opened(copied)) as other:
         assert asked(other, SETTINGS, *[DIGIT] * 16) == asked(model, SETTINGS, *[DIGIT] * 16)
 
 
@@ -130,7 +131,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_an_answer_ends_where_the_mod
     tokenizer: Any = AutoTokenizer.from_pretrained(POST)
     length = len(tokenizer(render(tokenizer, DIGIT), add_special_tokens=False)["input_ids"])
     changed(copied / "config.json", max_position_embeddings=length + 1)
-    with opened(copied) as short:
+    with closing(opened(copied)) as short:
         assert asked(short, GREEDY, DIGIT)[0].finish_reason == "length"
         with pytest.raises(UnsupportedModelError) as caught:
             asked(short, GREEDY, DIGIT + DIGIT)
@@ -170,6 +171,6 @@ def test_a_model_without_a_chat_template_is_an_error_before_anything_is_asked(co
 
 def test_a_model_that_transformers_does_not_know_is_an_error_in_words(copied: Path) -> None:
     changed(copied / "config.json", model_type="unheard-of")
-    with pytest.raises(UnsupportedModelError) as caught, opened(copied) as model:
+    with pytest.raises(UnsupportedModelError) as caught, closing(opened(copied)) as model:
         asked(model, GREEDY, DIGIT)
     assert str(caught.value).startswith(f"{copied}: cannot be loaded by transformers (ValueError: ")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from slrmerge.errors import ServerError
 from slrmerge.evaluate.models import NamedModel, Served, ask_missing, parse_model
 from slrmerge.evaluate.samples import SampleFile, Settings, seed_of
 from slrmerge.progress import Silent
@@ -11,7 +12,7 @@ from slrmerge.repository import Repository
 from tests.evaluate.helpers import Answering
 
 URL = "http://localhost:8000/v1"
-SETTINGS = Settings("a-model", 1.0, 0.1, 64)
+SETTINGS = Settings("a-model", 1.0, 0.1, 64, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_a_model_is_a_label_and_a_place(written: str, named: NamedModel) -> None
 
 
 def ask(model: Answering, file: SampleFile, prompts: dict[str, str], samples: int) -> None:
-    ask_missing(model, "post", prompts, file, SETTINGS, samples=samples, seed=3, progress=Silent())
+    ask_missing(model, "post", prompts, file, SETTINGS, samples=samples, progress=Silent())
 
 
 def test_only_what_is_missing_is_asked_for_each_with_its_own_seed(tmp_path: Path) -> None:
@@ -52,3 +53,12 @@ def test_only_what_is_missing_is_asked_for_each_with_its_own_seed(tmp_path: Path
         ]  # fmt: skip
         assert [ask.seed for ask in model.asks] == [seed_of(3, ask.key.prompt, ask.key.sample) for ask in model.asks]
         assert {answer.text for ask in model.asks if (answer := file.answer(ask.key))} == {"ONE", "TWO"}
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:abc/v1", "http://[::1/v1", "http://localhost:99999/v1", "http://:80"]
+)
+def test_an_address_that_is_none_is_said(url: str) -> None:
+    with pytest.raises(ServerError) as caught:
+        parse_model(f"post=m@{url}")
+    assert str(caught.value) == f"{url}: is no address; write it as http://localhost:8000/v1"

@@ -79,7 +79,7 @@ def test_one_prompt_has_a_mean_and_no_spread() -> None:
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=30))
 def test_the_interval_lies_within_the_values_and_around_nothing_else(values: list[float]) -> None:
     cell = cells(post=values)["post"]
-    assert min(values) - 1e-9 <= cell.low <= cell.high <= max(values) + 1e-9
+    assert min(values) - 1e-9 <= cell.low <= cell.high + 1e-9 <= max(values) + 2e-9
 
 
 def test_the_interval_is_near_that_of_students_t_where_values_are_many() -> None:

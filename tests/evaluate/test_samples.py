@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from slrmerge.errors import NoSpaceError, OutputError
 from slrmerge.evaluate.samples import Answer, Key, SampleFile, Settings, seed_of
 
-SETTINGS = Settings("a-model", 1.0, 0.1, 64)
+SETTINGS = Settings("a-model", 1.0, 0.1, 64, seed=5)
 KEY, ANSWER = Key("post", "p1", 0), Answer("Ohio\n“Utah”", "stop")
 
 
 def append(file: SampleFile, key: Key = KEY, answer: Answer = ANSWER, settings: Settings = SETTINGS) -> None:
-    file.append(key, answer, settings, seed=seed_of(0, key.prompt, key.sample))
+    file.append(key, answer, settings)
 
 
 @pytest.fixture
@@ -28,9 +28,16 @@ def path(tmp_path: Path) -> Path:
 def test_a_line_says_everything_that_the_sample_depends_on(path: Path) -> None:
     with SampleFile(path) as file:
         append(file)
+    settings = {
+        "asked_of": "a-model",
+        "temperature": 1.0,
+        "min_p": 0.1,
+        "max_tokens": 64,
+        "seed": 5,
+        "verbalized": None,
+    }
     assert json.loads(path.read_text()) == {
-        "model": "post", "prompt": "p1", "sample": 0, "seed": seed_of(0, "p1", 0),
-        "settings": {"asked_of": "a-model", "temperature": 1.0, "min_p": 0.1, "max_tokens": 64, "verbalized": None},
+        "model": "post", "prompt": "p1", "sample": 0, "seed": seed_of(5, "p1", 0), "settings": settings,
         "text": "Ohio\n“Utah”", "finish_reason": "stop",
     }  # fmt: skip
 
@@ -74,23 +81,17 @@ def _cut_off(path: Path, text: str, cut: int) -> None:
         ({"min_p": 0.0, "max_tokens": 32}, "min_p 0.1, now 0.0, max_tokens 64, now 32"),
         ({"asked_of": "another"}, "asked_of a-model, now another"),
         ({"verbalized": 4}, "verbalized None, now 4"),
+        ({"seed": 6}, "seed 5, now 6"),
     ],
 )
 def test_samples_of_other_settings_are_refused(path: Path, change: dict[str, Any], said: str) -> None:
     with SampleFile(path) as file:
         append(file)
-        file.require_same([KEY, KEY._replace(model="slr")], SETTINGS, seed=0)
+        file.require_same([KEY, KEY._replace(model="slr")], SETTINGS)
         with pytest.raises(OutputError) as caught:
-            file.require_same([KEY._replace(sample=7), KEY], SETTINGS._replace(**change), seed=0)
+            file.require_same([KEY._replace(sample=7), KEY], SETTINGS._replace(**change))
     remedy = "choose another --out, or the settings of then"
     assert str(caught.value) == f"{path}: has samples of post made by other settings ({said}); {remedy}"
-
-
-def test_samples_of_another_seed_are_refused(path: Path) -> None:
-    with SampleFile(path) as file:
-        append(file)
-        with pytest.raises(OutputError, match=r"made by other settings \(seed \d+, now \d+\)"):
-            file.require_same([KEY], SETTINGS, seed=1)
 
 
 @pytest.mark.parametrize(
