@@ -22,8 +22,9 @@ demo: $(VENV)/.search
 
 test: lint suite
 
+# Each core has tests of its own, in their order, so that most of what a file shares is made once.
 suite: $(VENV)/.test
-	$(BIN)/pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
