@@ -1,6 +1,7 @@
 """The main job on real weights: SmolLM2-135M-Instruct and a fine-tune of it, merged, verified, loaded, speaking."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import pytest
 
 from slrmerge import load_recipe
 from tests.checkpoints import read_back
+from tests.slow.conftest import ON_EVERY_CORE
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +19,8 @@ SLRMERGE = Path(sys.executable).with_name("slrmerge")
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    variables = os.environ | ON_EVERY_CORE
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -103,7 +106,7 @@ def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched
         log_probs = torch.full((1, len(prompts), 26), torch.nan, dtype=torch.float64)
         with torch.inference_mode():
             for number, prompt in enumerate(prompts):
-                logits = model(input_ids=torch.tensor([prompt.ids])).logits[0, -1].double()
+                logits = model(input_ids=torch.tensor([prompt.ids]), logits_to_keep=1).logits[0, -1].double()
                 valid = logits.log_softmax(dim=-1)[list(prompt.valid_ids)]
                 log_probs[0, number, : len(valid)] = valid
         quality, diversity = task.score(log_probs.numpy())
