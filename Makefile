@@ -22,7 +22,8 @@ demo: $(VENV)/.search
 
 test: lint suite
 
-# Each core has tests of its own, in their order, so that most of what a file shares is made once.
+# Each core has tests of its own, in their order, so that most of what a file shares is made once; a second thread of
+# torch's would spin where the other core's tests compute.
 suite: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
