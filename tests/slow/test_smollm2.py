@@ -13,7 +13,10 @@ from slrmerge import load_recipe
 from tests.checkpoints import read_back
 from tests.slow.conftest import ON_EVERY_CORE
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),  # the first makes the pair, on cores that others use too
+]
 
 SLRMERGE = Path(sys.executable).with_name("slrmerge")
 
@@ -89,7 +92,6 @@ def searched(folder: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("default")  # transformers' own
-@pytest.mark.timeout(600)
 def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
