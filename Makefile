@@ -5,9 +5,13 @@ VENV := .venv
 PEER := .venv-mergekit
 GGUF := .venv-gguf
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Of the packages' thousands of modules few are ever imported: those compile themselves then, and pip need not wait for
+# the others. A shell that says not to write such files would have every process compile anew.
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/$(INSTALL) -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test slow peer lint bench clean
+.PHONY: demo test suite slow peer lint bench clean
 
 demo: $(VENV)/.search
 	$(BIN)/slrmerge search examples/tiny/recipe.yaml --out ./search --overwrite --threads 1
@@ -16,8 +20,12 @@ demo: $(VENV)/.search
 	$(BIN)/python examples/tiny/show.py examples/tiny/pretrained examples/tiny/posttrained ./hybrid
 	@echo "the trade-off in a picture: search/tradeoff.png"
 
-test: lint
-	$(BIN)/pytest --numprocesses auto
+test: lint suite
+
+# Each core has tests of its own, in their order, so that most of what a file shares is made once; a second thread of
+# torch's would spin where the other core's tests compute.
+suite: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -54,7 +62,7 @@ $(VENV)/.slow: $(VENV)/.venv pyproject.toml constraints.txt
 
 $(PEER)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5
+	$(PEER)/bin/$(INSTALL) torch==2.13.0 mergekit==0.1.5
 	touch $@
 
 # A folder of modules that one test puts on PYTHONPATH: the converter brings a `gguf` of its own, which would overwrite

@@ -1,5 +1,6 @@
 """What the slow tests share: the pair of real checkpoints and its search, each made once for all workers."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from tests.conftest import made_once
 
 SLRMERGE = Path(sys.executable).with_name("slrmerge")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
+# For what all else waits for. Threads of torch's that wait would spin, and take the core from the tests beside.
+ON_EVERY_CORE = {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "passive"}
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +36,6 @@ def searched(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _make_pair(folder: Path) -> None:
     command = [sys.executable, EXAMPLE / "make.py", "--out", folder]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ON_EVERY_CORE)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "recipe.yaml").write_bytes((EXAMPLE / "recipe.yaml").read_bytes())
