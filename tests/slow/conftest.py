@@ -15,6 +15,14 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 ON_EVERY_CORE = {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "passive"}
 
 
+def run(*command: object, cwd: Path | None = None) -> str:
+    """What a command prints on stdout; it has to succeed."""
+    variables = os.environ | ON_EVERY_CORE
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="session")
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as `pretrained` and `posttrained`, beside the example's recipe; not to be written to."""
@@ -27,15 +35,11 @@ def searched(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def search(folder: Path) -> None:
         options = ["--quick", "--dtype", "bfloat16"]
-        command = [SLRMERGE, "search", real_pair / "recipe.yaml", "--out", folder, *options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run(SLRMERGE, "search", real_pair / "recipe.yaml", "--out", folder, *options)
 
     return made_once(tmp_path_factory, "smollm2-search", search)
 
 
 def _make_pair(folder: Path) -> None:
-    command = [sys.executable, EXAMPLE / "make.py", "--out", folder]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ON_EVERY_CORE)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(sys.executable, EXAMPLE / "make.py", "--out", folder)
     (folder / "recipe.yaml").write_bytes((EXAMPLE / "recipe.yaml").read_bytes())

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from tests.slow.conftest import SLRMERGE
+from tests.slow.conftest import SLRMERGE, run
 from tests.slow.llama_cpp import gguf_of, serve
 
 pytestmark = [
@@ -37,10 +37,7 @@ def folder(real_pair: Path, searched: Path, tmp_path_factory: pytest.TempPathFac
     (folder / "questions.json").write_text(json.dumps(QUESTIONS))
     (folder / "post").symlink_to(real_pair / "posttrained")
     for name in ("slr", "soup"):
-        done = subprocess.run(
-            [SLRMERGE, searched / f"{name}.yaml", "--out", folder / name], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        run(SLRMERGE, searched / f"{name}.yaml", "--out", folder / name)
     yield folder
     shutil.rmtree(folder)
 
@@ -49,9 +46,7 @@ def evaluate(folder: Path, out: str, *options: object, **models: object) -> dict
     """What `slrmerge eval open-qa` says as JSON."""
     named = [f"--model={label}={where}" for label, where in models.items()]
     command = [SLRMERGE, "eval", "open-qa", "--data", "questions.json", *named, "--out", out, "--json", *options]
-    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report: dict[str, Any] = json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(run(*command, cwd=folder))
     return report
 
 

@@ -1,9 +1,6 @@
 """The main job on real weights: SmolLM2-135M-Instruct and a fine-tune of it, merged, verified, loaded, speaking."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,21 +8,12 @@ import pytest
 
 from slrmerge import load_recipe
 from tests.checkpoints import read_back
-from tests.slow.conftest import ON_EVERY_CORE
+from tests.slow.conftest import SLRMERGE, run
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),  # the first makes the pair, on cores that others use too
 ]
-
-SLRMERGE = Path(sys.executable).with_name("slrmerge")
-
-
-def run(*command: object, cwd: Path | None = None) -> str:
-    variables = os.environ | ON_EVERY_CORE
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
