@@ -49,11 +49,13 @@ def score(
 
 def test_open_qa_counts_names_and_what_names_one() -> None:
     texts = ["Ohio", "oh.", "It is Utah!", "Texas", "Ohio or Utah", None]
-    metrics, marks = score(OpenQA(), STATES, texts, Helpers(6))
+    helpers = Helpers(6)
+    metrics, marks = score(OpenQA(), STATES, texts, helpers)
     assert marks == ["Ohio", "Ohio", "Utah", "", "", ""]
     assert metrics["precision"] == 0.5
     assert metrics["entropy"] == pytest.approx(log(3) - 2 / 3 * log(2))
     assert metrics["coverage-6"] == 0.5
+    assert helpers.notes == ["without a judge, samples that only name one accepted answer count as it: post 1"]
 
 
 def test_open_qa_without_a_right_answer_is_zero_throughout() -> None:

@@ -1,6 +1,7 @@
 """Open-ended questions with many right answers: how many of them does a model know to give? (CoverageQA's form)"""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -88,16 +89,27 @@ class OpenQA(Task):
 
     def score(self, answered: Sequence[Answered], helpers: Helpers) -> list[Scored]:
         judged = self._judged(answered, helpers)
-        return [self._scored(each, judged, helpers) for each in answered]
-
-    def _scored(self, answered: Answered, judged: dict[tuple[str, str], int | None], helpers: Helpers) -> Scored:
-        question = answered.question
-        names = names_of(question.answers)
-        mapped = [None if text is None else _mapped(question, names, text, judged, helpers) for text in answered.texts]
-        values = (precision(mapped), entropy(mapped), coverage(mapped, len(question.answers)))
-        named = [metric.name for metric in self.metrics(helpers.samples)]
-        marks = ["" if answer is None else question.answers[answer][0] for answer in mapped]
-        return Scored(dict(zip(named, values, strict=True)), marks)
+        named: Counter[str] = Counter()
+        scored = []
+        for each in answered:
+            question, names = each.question, names_of(each.question.answers)
+            mapped: list[int | None] = []
+            for text in each.texts:
+                answer = None if text is None else match_whole(text, names)
+                if text is not None and answer is None and helpers.judge:
+                    answer = judged.get((question.id, normalise(text)))
+                elif text is not None and answer is None:
+                    answer = match_named(text, names)
+                    named[each.model] += answer is not None
+                mapped.append(answer)
+            values = (precision(mapped), entropy(mapped), coverage(mapped, len(question.answers)))
+            metrics = [metric.name for metric in self.metrics(helpers.samples)]
+            marks = ["" if answer is None else question.answers[answer][0] for answer in mapped]
+            scored.append(Scored(dict(zip(metrics, values, strict=True)), marks))
+        if named.total():
+            counts = ", ".join(f"{model} {count:,}" for model, count in named.items() if count)
+            helpers.notes.append(f"without a judge, samples that only name one accepted answer count as it: {counts}")
+        return scored
 
     def _judged(self, answered: Sequence[Answered], helpers: Helpers) -> dict[tuple[str, str], int | None]:
         """What the judge says of every response that is no accepted name, by question and normalised response."""
@@ -120,19 +132,6 @@ class OpenQA(Task):
                 "and those responses count as wrong"
             )
         return {key: number - 1 if number else None for key, number in numbers.items()}
-
-
-def _mapped(
-    question: OpenQuestion,
-    names: dict[str, int],
-    text: str,
-    judged: dict[tuple[str, str], int | None],
-    helpers: Helpers,
-) -> int | None:
-    whole = match_whole(text, names)
-    if whole is not None:
-        return whole
-    return judged.get((question.id, normalise(text))) if helpers.judge else match_named(text, names)
 
 
 def _prompt(question: OpenQuestion, response: str) -> str:
