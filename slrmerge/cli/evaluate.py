@@ -127,10 +127,11 @@ def evaluate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure models side by side: do they say more, and still say it right?
+    """Measure models side by side.
 
-    TASK is open-qa (a question and its accepted answers), creative (requests for poems, stories, jokes) or reasoning
-    (questions that end in a number). Killed at any moment, the same command goes on and asks nothing again.
+    Do they say more, and still say it right? TASK is open-qa (a question and its accepted answers), creative (requests
+    for poems, stories, jokes) or reasoning (questions that end in a number). Killed at any moment, the same command
+    goes on and asks nothing again.
 
     \b
     slrmerge eval open-qa --data coverageqa.json --model post=./post --model slr=./hybrid --out ./eval
@@ -143,7 +144,7 @@ def evaluate(
     from slrmerge.errors import require_extra
 
     require_extra("eval", "openai", "scipy", "matplotlib", "jinja2", "tenacity")
-    from slrmerge.evaluate.models import parse_model
+    from slrmerge.evaluate.models import Served, parse_model
     from slrmerge.evaluate.options import EvaluationOptions
     from slrmerge.evaluate.run import Evaluation
     from slrmerge.evaluate.tasks import TASKS
@@ -152,6 +153,11 @@ def evaluate(
     labels = [model.label for model in named]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise click.UsageError(f"two models are called {twice[0]}; write LABEL=MODEL", ctx)
+    if not all(isinstance(model.at, Served) for model in named):
+        from slrmerge.devices import device_problem
+
+        if problem := device_problem(device):
+            raise click.UsageError(f"--device {device} cannot be used: {problem}", ctx)
     if verbalized and (samples or TASKS[task].samples) % verbalized:
         raise click.UsageError(f"--samples is not a multiple of --verbalized {verbalized}", ctx)
     chosen = EvaluationOptions(

@@ -52,6 +52,7 @@ def main(ctx: click.Context) -> None:
     slrmerge search recipe.yaml --out ./search     find the layers to restore
     slrmerge search/slr.yaml --out ./hybrid        merge by a recipe
     slrmerge verify ./hybrid                       prove what was written
+    slrmerge eval open-qa ...                      does it say more, and still say it right?
     slrmerge push ./hybrid me/hybrid               put it on the Hub, in one commit
     """
     ctx.obj = {}

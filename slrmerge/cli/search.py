@@ -95,8 +95,9 @@ def search(
         raise click.UsageError("missing option '--out'", ctx)
     from slrmerge.cli import show_search
     from slrmerge.cli.progress import TerminalProgress
+    from slrmerge.devices import device_problem
     from slrmerge.recipe import load_recipe
-    from slrmerge.search.options import SearchOptions, device_problem
+    from slrmerge.search.options import SearchOptions
     from slrmerge.search.run import Search
 
     if problem := device_problem(device):

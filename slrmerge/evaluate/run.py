@@ -134,8 +134,7 @@ class Evaluation:
             answers = [file.answer(Key(label, question.id, 0)) for question in questions]
             return [answer.text for answer in answers if answer is not None]
 
-        with closing(model):
-            chosen = {question.id for question in self.task.choose(drawn, self.options.questions, greedy)}
+        chosen = {question.id for question in self.task.choose(drawn, self.options.questions, greedy)}
         return [question for question in self._data if question.id in chosen]
 
     def _ask(self, questions: Sequence[Any], file: SampleFile) -> None:

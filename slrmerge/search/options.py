@@ -3,9 +3,6 @@
 import os
 from dataclasses import dataclass
 
-import torch
-
-from slrmerge.errors import first_line
 from slrmerge.recipe import Recipe
 from slrmerge.search.choose import MIN_QUALITY
 
@@ -25,15 +22,6 @@ class SearchOptions:
     quick: bool = False
     resumable: bool = True
     threads: int | None = None
-
-
-def device_problem(device: str) -> str | None:
-    """Why torch cannot compute on a device, or None where it can."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        return first_line(error)
-    return None
 
 
 def physical_memory_bytes() -> int:

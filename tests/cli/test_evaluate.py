@@ -209,6 +209,13 @@ def _states() -> str:
     return "data.json"
 
 
+def test_a_device_that_is_none_is_said_and_only_where_something_computes_on_it(models: dict[str, Seeded]) -> None:
+    result = run("eval", "open-qa", "--data", _states(), "--model", "post=.", "--out", "eval", "--device", "abacus")
+    assert result.exit_code == 2
+    assert "Error: --device abacus cannot be used: " in result.stderr
+    assert evaluate("open-qa", STATES, "--device", "abacus", post="poor").exit_code == 0
+
+
 def test_a_page_is_said_where_it_is(models: dict[str, Seeded]) -> None:
     result = evaluate("open-qa", STATES, post="poor")
     assert result.stdout.splitlines()[-1] == f"read what they said: {Path('eval/samples.html')}"
