@@ -141,9 +141,6 @@ def evaluate(
     ctx.obj["as_json"] = as_json
     from slrmerge.cli import show_evaluation
     from slrmerge.cli.progress import TerminalProgress
-    from slrmerge.errors import require_extra
-
-    require_extra("eval", "openai", "scipy", "matplotlib", "jinja2", "tenacity")
     from slrmerge.evaluate.models import Served, parse_model
     from slrmerge.evaluate.options import EvaluationOptions
     from slrmerge.evaluate.run import Evaluation

@@ -7,7 +7,7 @@ import click
 
 from slrmerge.cli.show import print_json, print_table, table
 from slrmerge.evaluate.report import caption, table_rows
-from slrmerge.evaluate.run import PAGE, summary
+from slrmerge.evaluate.results import PAGE, summary
 
 if TYPE_CHECKING:
     from slrmerge.evaluate.report import Report

@@ -26,7 +26,8 @@ def bars(report: Report) -> "Figure":
         cells = [report.cell(model, metric.name) for model in models]
         colours = [_COLOURS[place % len(_COLOURS)] for place in range(len(models))]
         axes.bar(models, [cell.mean for cell in cells], color=colours, width=0.7)
-        low, high = [cell.mean - cell.low for cell in cells], [cell.high - cell.mean for cell in cells]
+        low = [max(cell.mean - cell.low, 0.0) for cell in cells]  # rounding may put the mean outside
+        high = [max(cell.high - cell.mean, 0.0) for cell in cells]
         axes.errorbar(models, [c.mean for c in cells], yerr=[low, high], fmt="none", ecolor="black", capsize=3, lw=1)
         axes.set_title(metric.name)
         axes.tick_params(axis="x", labelrotation=30)

@@ -9,14 +9,18 @@ from numpy.typing import NDArray
 
 from slrmerge.errors import Problem, UnsupportedModelError, first_line, require_extra
 from slrmerge.evaluate.server import ServerModel
-from slrmerge.hub import open_checkpoint
 from slrmerge.repository import Repository, Source
 
 
 class Embedder(Protocol):
     """What gives texts a place among others; `name` is what a report calls it."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    def check(self) -> None:
+        """Raise ServerError where it is plain that it cannot be asked now."""
+        ...
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
         """Shape (texts, width)."""
@@ -27,7 +31,7 @@ class Embedder(Protocol):
         ...
 
 
-class SentenceTransformer:
+class LocalEmbeddings:
     """Any model that sentence-transformers loads; it is loaded when it is first used.
 
     Raises UnsupportedModelError and HubError at once for what is not there, the first later for what does not load.
@@ -35,21 +39,30 @@ class SentenceTransformer:
 
     def __init__(self, at: Source, *, device: str) -> None:
         require_extra("eval", "sentence_transformers")
-        self.name, self._at, self._device = str(at), at, device
+        self._at, self._device = at, device
         if isinstance(at, Repository):
-            open_checkpoint(at)
+            from slrmerge.hub.snapshots import pin
+
+            self._at = Repository(at.name, pin(at).commit)
         elif not at.is_dir():
             what = "is no folder here, and no repository on the Hub could be called so"
-            raise UnsupportedModelError(Problem(self.name, what, "name a sentence-transformers model, or MODEL@URL"))
+            raise UnsupportedModelError(Problem(str(at), what, "name a sentence-transformers model, or MODEL@URL"))
+
+    @property
+    def name(self) -> str:
+        return str(self._at)
+
+    def check(self) -> None:
+        pass
 
     @cached_property
     def _model(self) -> Any:
-        from sentence_transformers import SentenceTransformer as Loaded
+        from sentence_transformers import SentenceTransformer
 
         at = self._at
         place, revision = (at.name, at.revision) if isinstance(at, Repository) else (str(at), None)
         try:
-            return Loaded(place, revision=revision, device=self._device)
+            return SentenceTransformer(place, revision=revision, device=self._device)
         except Exception as error:
             what = f"cannot be loaded by sentence-transformers ({type(error).__name__}: {first_line(error)})"
             raise UnsupportedModelError(Problem(self.name, what)) from error
@@ -70,7 +83,14 @@ class ServedEmbeddings:
     """An embeddings endpoint."""
 
     def __init__(self, model: ServerModel) -> None:
-        self.name, self._model = model.asked_of, model
+        self._model = model
+
+    @property
+    def name(self) -> str:
+        return self._model.asked_of
+
+    def check(self) -> None:
+        self._model.check()
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
         return self._model.embed(texts)

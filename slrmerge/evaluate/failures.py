@@ -1,6 +1,7 @@
 """What the client of model servers reports, in slrmerge's words, and how long to put up with it."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +17,9 @@ PATIENCE_S = 300.0
 """A server that fails is asked again for so long, in growing intervals; one that only starts again has come back."""
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+SAID_FROM_S = 5.0
+
+_log = logging.getLogger("slrmerge")
 
 UNSOUND = (ValueError, ArithmeticError, RecursionError)
 """What the client raises for an answer that is no JSON, or none that one could read."""
@@ -45,8 +49,17 @@ async def patiently(
         async with asyncio.timeout(timeout_s):
             return await call()
 
+    def say(state: "RetryCallState") -> None:
+        error, wait = state.outcome and state.outcome.exception(), state.upcoming_sleep
+        if error and wait > SAID_FROM_S:
+            _log.warning("%s %s: asked again in %.0f s", where, _said(error, timeout_s)[0], wait)
+
     retrying = AsyncRetrying(
-        retry=retry_if_exception(may_pass or _may_pass), stop=out_of_patience(), wait=wait_s, reraise=True
+        retry=retry_if_exception(may_pass or _may_pass),
+        stop=out_of_patience(),
+        wait=wait_s,
+        before_sleep=say,
+        reraise=True,
     )
     try:
         return await retrying(attempt)

@@ -7,7 +7,7 @@ from slrmerge.evaluate.questions import prompt_id
 from slrmerge.evaluate.samples import Key, SampleFile, Settings
 from slrmerge.progress import Progress
 
-MAX_TOKENS = 1024
+MAX_TOKENS = 8192
 """Room for a judge that thinks before it replies."""
 
 

@@ -1,6 +1,8 @@
 """A model in this process: transformers' own, asked in batches."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from slrmerge.errors import Problem, UnsupportedModelError, first_line
 from slrmerge.evaluate.models import Ask
 from slrmerge.evaluate.samples import Answer, Settings
 from slrmerge.hub import open_checkpoint
-from slrmerge.plan import MANIFEST_NAME, fetch_side_files
+from slrmerge.plan import MANIFEST_NAME, fetch_side_files, side_files
 from slrmerge.progress import Progress
 from slrmerge.repository import Source
 
@@ -20,8 +22,9 @@ from slrmerge.repository import Source
 class LocalModel:
     """A Model from a folder or a repository on the Hub, in float32 on a CPU, elsewhere in the dtype it is stored in.
 
-    A sample depends on its prompt and its seed alone, not on what stands beside it in a batch, but for rounding. Raises
-    CheckpointError and HubError for what is no sound checkpoint.
+    A sample depends on its prompt and its seed alone, not on what stands beside it in a batch, but for rounding and
+    where the longest prompt of a batch leaves less room than is asked for. Raises CheckpointError and HubError for what
+    is no sound checkpoint.
     """
 
     def __init__(self, at: Source, *, device: str, batch: int, progress: Progress) -> None:
@@ -29,9 +32,9 @@ class LocalModel:
         self._device, self._batch, self._progress = torch.device(device), batch, progress
         self._loaded: tuple[Any, Any] | None = None
 
-    @property
+    @cached_property
     def asked_of(self) -> str:
-        """The commit on the Hub; or the folder and a digest of what tells its weights from others."""
+        """The commit on the Hub; or the folder and a digest of what tells its weights, tokenizer and config apart."""
         checkpoint = self._checkpoint
         if checkpoint.snapshot:
             return str(checkpoint.snapshot.pinned)
@@ -43,16 +46,20 @@ class LocalModel:
             state = repr(
                 [(name, s.header_digest, s.identity.file_bytes, s.identity.mtime_ns) for name, s in shards]
             ).encode()
-        return f"{checkpoint.folder.name} {xxhash.xxh3_64_hexdigest(state)}"
+        digest = xxhash.xxh3_64(state)
+        for name, file in side_files(checkpoint):
+            digest.update(name.encode())
+            digest.update(Path(str(file)).read_bytes())
+        return f"{checkpoint.folder.name} {digest.hexdigest()}"
 
     def close(self) -> None:
         """See `Model`: frees the weights."""
         self._loaded = None
 
     def check(self) -> None:
-        """See `Model`: a tokenizer that is here must have a chat template."""
-        if not self._checkpoint.snapshot:
-            load_tokenizer(self._checkpoint.folder)
+        """See `Model`: there must be a chat template. Fetches what is small."""
+        fetch_side_files(self._checkpoint)
+        load_tokenizer(self._checkpoint.folder)
 
     def answer(self, asks: Sequence[Ask], settings: Settings, keep: Callable[[Ask, Answer], None]) -> None:
         """See `Model`. Raises UnsupportedModelError where transformers cannot load it or a prompt is too long."""
@@ -75,9 +82,9 @@ class LocalModel:
             **inputs,
             max_new_tokens=min(settings.max_tokens, room),
             do_sample=False,  # the noise in the scores is the sampling
-            logits_processor=_sampling(settings, [ask.seed for ask in asks], self._device),
+            logits_processor=_sampling(settings, [ask.seed for ask in asks]),
         )
-        ends = set(torch.as_tensor(model.generation_config.eos_token_id).reshape(-1).tolist())
+        ends = set(model.generation_config.eos_token_id)
         return [_answer_of(tokenizer, row, ends) for row in made[:, length:].tolist()]
 
     def _load(self) -> tuple[Any, Any]:
@@ -93,16 +100,16 @@ class LocalModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, local_files_only=True
             )
-            model.to(self._device)
         except Exception as error:
             what = f"cannot be loaded by transformers ({type(error).__name__}: {first_line(error)})"
             raise UnsupportedModelError(Problem(str(self._checkpoint), what)) from error
-        ends = model.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        if ends is None:
+        model.to(self._device)
+        known = torch.as_tensor(model.generation_config.eos_token_id or []).reshape(-1).tolist()
+        ends = sorted({*known, tokenizer.eos_token_id} - {None})  # servers stop at either, too
+        if not ends:
             raise UnsupportedModelError(Problem(str(self._checkpoint), "has no token that ends an answer"))
         if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0] if isinstance(ends, list) else ends)
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
         # Its own may hold settings of sampling that everybody would have to know of; here only the options count.
         model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
@@ -120,25 +127,29 @@ def _fetched(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:
     return checkpoint
 
 
-def _sampling(settings: Settings, seeds: Sequence[int], device: torch.device) -> list[Any]:
+def _sampling(settings: Settings, seeds: Sequence[int]) -> list[Any]:
     """What turns the most probable token of a row into one that is drawn; nothing where decoding is greedy."""
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper
 
     if not settings.temperature:
         return []
     min_p = [MinPLogitsWarper(settings.min_p)] if settings.min_p else []
-    return [TemperatureLogitsWarper(settings.temperature), *min_p, _Gumbel(seeds, device)]
+    return [TemperatureLogitsWarper(settings.temperature), *min_p, _Gumbel(seeds)]
 
 
 class _Gumbel:
-    """Adds Gumbel noise to the logits, a stream of its own for every row: their maximum is then a fair draw."""
+    """Adds Gumbel noise to the logits, a stream of its own for every row: their maximum is then a fair draw.
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    It is drawn on the CPU, so that a seed means the same everywhere.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 (transformers')
-        waits = torch.stack([torch.empty_like(scores[0]).exponential_(generator=stream) for stream in self._streams])
-        return scores - waits.log()
+        width = scores.shape[1]
+        waits = torch.stack([torch.empty(width).exponential_(generator=stream) for stream in self._streams])
+        return scores - waits.log().to(scores)
 
 
 def _answer_of(tokenizer: Any, ids: list[int], ends: set[int]) -> Answer:

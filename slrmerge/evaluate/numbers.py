@@ -3,37 +3,47 @@
 import re
 from fractions import Fraction
 
+MOST_DIGITS = 50
+"""A number with more is a model that got stuck, and none."""
+
+_DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?<![0-9])(?=\.[0-9])"
 _NUMBER = re.compile(
-    r"(?:(?<![\w)])(?P<minus>[-−]))?[$€£]?"
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?<![0-9])(?=\.[0-9]))"
-    r"(?P<decimals>\.[0-9]+)?(?:/(?P<divisor>[0-9]+))?"
+    rf"(?:(?<![\w)])(?P<minus>[-−]))?[$€£]?(?P<whole>{_DIGITS})(?P<decimals>\.[0-9]+)?(?:/(?P<divisor>[0-9]+))?"
 )
+_MARKED = re.compile(r"#### *(?=[-−]?[$€£]?\.?[0-9])")
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
+_SAID = re.compile(r"\banswer\b\W{0,3}(?:is\b|=|:)", re.IGNORECASE)
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-−]?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
+_BETWEEN_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,! ]|\{,\}(?:\\!)?|,\\!|[\u00a0\u2009\u202f~])(?=[0-9]{3}(?![0-9]))")
 
 
 def final_number(solution: str) -> Fraction | None:
-    """The number after the last `####`, or in the last `\\boxed{}`, or else the last one of all; None without any.
+    """The number that counts, exactly; None where there is none.
 
-    Exact: commas between thousands, currency signs and a full stop behind it do not matter; a quotient is its value.
+    The first one after the last `####`; else the last one in the last `\\boxed{}`; else the first one after the last
+    "answer is" or "answer:"; else the last one of all. Commas between thousands, currency signs and a full stop behind
+    it do not matter; a quotient is its value.
     """
-    _, marked, after = solution.rpartition("####")
-    boxed = _BOXED.findall(solution)
-    if marked:
-        found = _numbers(after)[:1]
-    elif boxed:
-        found = _numbers(boxed[-1])[-1:]
-    else:
-        found = _numbers(solution)[-1:]
-    return found[0] if found else None
+    text = _FRACTION.sub(r"\1/\2", _BETWEEN_THOUSANDS.sub("", solution.replace("\\$", "$")))
+    boxed = [numbers[-1] for content in _BOXED.findall(text) if (numbers := _numbers(content))]
+    marked, said = (_after_last(pattern, text) for pattern in (_MARKED, _SAID))
+    if _MARKED.search(text):
+        return marked
+    if boxed:
+        return boxed[-1]
+    return said if said is not None else next(reversed(_numbers(text)), None)
+
+
+def _after_last(pattern: re.Pattern[str], text: str) -> Fraction | None:
+    ends = [match.end() for match in pattern.finditer(text)]
+    return next(iter(_numbers(text[ends[-1] :])), None) if ends else None
 
 
 def _numbers(text: str) -> list[Fraction]:
-    text = _FRACTION.sub(r"\1/\2", text.replace("\\$", "$").replace("{,}", ","))
     found = []
     for match in _NUMBER.finditer(text):
-        value = Fraction((match["whole"].replace(",", "") or "0") + (match["decimals"] or ""))
-        divisor = int(match["divisor"] or 1)
-        if divisor:
-            found.append((-value if match["minus"] else value) / divisor)
+        value, divisor = match["whole"].replace(",", "") + (match["decimals"] or ""), match["divisor"] or "1"
+        if len(value) <= MOST_DIGITS and len(divisor) <= MOST_DIGITS and int(divisor):
+            number = Fraction(value if value[0] != "." else f"0{value}") / int(divisor)
+            found.append(-number if match["minus"] else number)
     return found

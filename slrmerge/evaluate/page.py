@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import groupby
+from itertools import groupby, islice
 from math import isnan
 
 from slrmerge.evaluate.report import Report, caption, table_rows
 from slrmerge.evaluate.tasks import Answered, Scored
 
+PROMPTS_SHOWN = 100
 TEXTS_SHOWN = 12
 """Different texts of one model under one prompt."""
 
@@ -41,9 +42,16 @@ def page(report: Report) -> str:
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
     pairs = zip(report.answered, report.scored, strict=True)
     prompts = [
-        (group[0][0].question.text, [_column(*pair) for pair in group]) for group in map(list, _by_question(pairs))
+        (group[0][0].question.text, [_column(*pair) for pair in group])
+        for group in islice(map(list, _by_question(pairs)), PROMPTS_SHOWN)
     ]
-    return template.render(report=report, caption=caption(report), table=table_rows(report), prompts=prompts)
+    return template.render(
+        report=report,
+        caption=caption(report),
+        table=table_rows(report),
+        prompts=prompts,
+        more=report.prompts - len(prompts),
+    )
 
 
 def _by_question(pairs: Iterable[tuple[Answered, Scored]]) -> Iterable[Iterable[tuple[Answered, Scored]]]:

@@ -2,10 +2,11 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -50,17 +51,24 @@ def prompt_id(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def read_rows(data: str, *, subset: str | None = None, split: str = "test") -> list[Row]:
+class Data(NamedTuple):
+    """Rows, and what tells them from others: a file's digest, a dataset's commit."""
+
+    name: str
+    rows: Sequence[Row]
+
+
+def read_data(data: str, *, subset: str | None = None, split: str = "test") -> Data:
     """The rows of `data`: a file (.json, .jsonl, .csv, or .txt with a prompt a line), or a Hub dataset `org/name`.
 
     A JSON map counts as rows too: its keys are the questions. `subset` and `split` are of a Hub dataset. Raises
     DataError, and MissingExtraError where a dataset is named and `datasets` is not installed.
     """
     source = parse_source(data)
-    rows = list(_dataset(source, subset, split) if isinstance(source, Repository) else _file(source))
-    if not rows:
+    found = _dataset(source, subset, split) if isinstance(source, Repository) else _file(source)
+    if not found.rows:
         raise DataError(Problem(data, "holds no questions"))
-    return rows
+    return found
 
 
 def questions_of(kind: type[Q], rows: Iterable[Row]) -> list[Q]:
@@ -73,7 +81,8 @@ def questions_of(kind: type[Q], rows: Iterable[Row]) -> list[Q]:
         except ValidationError as error:
             problems += problems_in(row.where, error, lambda _: kind)
         else:
-            found.setdefault(question.id, question)
+            if found.setdefault(question.id, question) != question:
+                problems.append(Problem(row.where, "is asked before, with other answers", "give it once"))
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
         rest = [Problem("…", f"and {more} problems more")] if more > 0 else []
@@ -81,13 +90,14 @@ def questions_of(kind: type[Q], rows: Iterable[Row]) -> list[Q]:
     return list(found.values())
 
 
-def _file(path: Path) -> Iterator[Row]:
+def _file(path: Path) -> Data:
     read = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".txt": _lines}.get(path.suffix.lower())
     try:
         if read is None:
             path.stat()
             raise DataError(Problem(str(path), "is of no form that is read here", f"give {_FORMS}"))
-        yield from read(path, path.read_text(encoding="utf-8-sig"))
+        raw = path.read_bytes()
+        return Data(f"{path.name} {xxhash.xxh3_64_hexdigest(raw)}", list(read(path, raw.decode("utf-8-sig"))))
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise DataError(Problem(str(path), what, f"name a {_FORMS} file, or a dataset on the Hub")) from error
@@ -115,7 +125,7 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(StringIO(text, newline=""), strict=True)
     try:
         for values in reader:
             named = {name: value for name, value in values.items() if name is not None and value is not None}
@@ -125,7 +135,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
 
 
 def _lines(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield Row(f"{path}:{number}", {"prompt": line.strip()})
 
@@ -143,9 +153,10 @@ def _row(where: str, values: object) -> Row:
     return Row(where, values)
 
 
-def _dataset(repository: Repository, subset: str | None, split: str) -> Iterator[Row]:
+def _dataset(repository: Repository, subset: str | None, split: str) -> Data:
     require_extra("eval", "datasets")
     from slrmerge.hub.datasets import load_rows
 
-    for number, values in enumerate(load_rows(repository, subset=subset, split=split)):
-        yield Row(f"{repository}[{number}]", values)
+    commit, found = load_rows(repository, subset=subset, split=split)
+    rows = [Row(f"{repository}[{number}]", values) for number, values in enumerate(found)]
+    return Data(" ".join(filter(None, (str(Repository(repository.name, commit)), subset, split))), rows)

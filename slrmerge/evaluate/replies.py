@@ -11,8 +11,10 @@ def json_values(text: str) -> Iterator[Any]:
     while starts := [place for place in (text.find("{", at), text.find("[", at)) if place >= 0]:
         try:
             value, at = decoder.raw_decode(text, min(starts))
-        except (ValueError, RecursionError):
+        except ValueError:
             at = min(starts) + 1
+        except RecursionError:  # nor would it end sooner from the next bracket
+            return
         else:
             yield value
 

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from math import isnan, nan
 from typing import Any
@@ -84,11 +84,13 @@ def _cell(model: str, metric: str, values: NDArray[np.float64], reference: NDArr
     both = ~np.isnan(values) & ~np.isnan(reference)
     change, start = values[both] - reference[both], _mean(reference[both])
     low, high = _interval(change)
-    return Cell(
-        model, metric, cell.prompts, cell.mean, cell.sd, cell.low, cell.high,
-        change=_mean(change), change_low=low, change_high=high,
+    return replace(
+        cell,
+        change=_mean(change),
+        change_low=low,
+        change_high=high,
         relative_change=_mean(change) / start if start else nan,
-    )  # fmt: skip
+    )
 
 
 def _mean(values: NDArray[np.float64]) -> float:

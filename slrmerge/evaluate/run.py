@@ -1,39 +1,35 @@
 """An evaluation from options to a folder: open everything, ask for what is missing, measure, write."""
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import slrmerge
 from slrmerge import files
 from slrmerge.errors import NoSpaceError, OutputError, Problem, SlrmergeError, require_extra
-from slrmerge.evaluate import charts
-from slrmerge.evaluate.embeddings import Embedder, SentenceTransformer, ServedEmbeddings
+from slrmerge.evaluate.embeddings import Embedder, LocalEmbeddings, ServedEmbeddings
 from slrmerge.evaluate.judge import Judge
 from slrmerge.evaluate.models import Model, NamedModel, Served, ask_missing, keys_of, parse_place
 from slrmerge.evaluate.options import VERBALIZED_TOKENS, EvaluationOptions
-from slrmerge.evaluate.page import page
-from slrmerge.evaluate.questions import questions_of, read_rows
-from slrmerge.evaluate.report import Report, as_csv, as_markdown, prompts_as_csv, summarise
+from slrmerge.evaluate.questions import questions_of, read_data
+from slrmerge.evaluate.report import Report, summarise
+from slrmerge.evaluate.results import claim, write_results
 from slrmerge.evaluate.samples import Key, SampleFile, Settings
 from slrmerge.evaluate.server import ServerModel
 from slrmerge.evaluate.tasks import TASKS, Answered, Helpers
 from slrmerge.evaluate.verbalized import parse_verbalized, verbalize
 from slrmerge.merge import resolve_target
-from slrmerge.plots import save
 from slrmerge.progress import Progress, Silent
 from slrmerge.repository import Source
 from slrmerge.writer import os_errors_at
 
-SUMMARY, SAMPLES, GREEDY, JUDGED = "evaluation.json", "samples.jsonl", "greedy.jsonl", "judge.jsonl"
-TABLE, MARKDOWN, PROMPTS, PAGE, PICTURE = "results.csv", "results.md", "prompts.csv", "samples.html", "metrics"
+SAMPLES, GREEDY, JUDGED = "samples.jsonl", "greedy.jsonl", "judge.jsonl"
+
+FEW_PROMPTS = 10
+"""Percentiles of a bootstrap over fewer prompts cover less than they say."""
 
 
 class Evaluation:
@@ -50,8 +46,8 @@ class Evaluation:
         self.options, self.task = options, TASKS[options.task]()
         self._progress = progress or Silent()
         self.samples = options.samples or self.task.samples
-        rows = read_rows(options.data, subset=options.subset, split=options.split)
-        self._data = questions_of(self.task.question, rows)
+        data = read_data(options.data, subset=options.subset, split=options.split)
+        self._data_name, self._data = data.name, questions_of(self.task.question, data.rows)
         places = [named.at for named in models] + ([parse_place(options.judge)] if options.judge else [])
         opened = self._opened(places)
         self.models = dict(zip((named.label for named in models), opened, strict=False))
@@ -70,12 +66,12 @@ class Evaluation:
         with os_errors_at(target):
             files.create_folder(target.parent, fsync=False)
             with files.exclusive(target):
-                self._claim(target)
+                claim(target, self.task.name)
                 with _samples(target) as (kept, greedy, judged):
-                    questions = self._choose(greedy)
+                    questions, note = self._choose(greedy)
                     self._ask(questions, kept)
-                    report = self._measure(questions, kept, judged)
-                    _write(target, report)
+                    report = self._measure(questions, kept, judged, note)
+                    write_results(target, report)
         return report
 
     def _opened(self, places: Sequence[Source | Served]) -> list[Model]:
@@ -105,26 +101,13 @@ class Evaluation:
             return ServedEmbeddings(
                 ServerModel(at, concurrency=self.options.concurrency, timeout_s=self.options.timeout_s)
             )
-        return SentenceTransformer(at, device=self.options.device)
+        return LocalEmbeddings(at, device=self.options.device)
 
-    def _claim(self, target: Path) -> None:
-        """Make sure that `target` is, or becomes, the folder of an evaluation of this task."""
-        files.create_folder(target, fsync=False)
-        claim = target / SUMMARY
-        if claim.exists():
-            try:
-                task = json.loads(claim.read_bytes())["task"]
-            except (ValueError, LookupError, TypeError) as error:
-                raise OutputError(Problem(str(claim), "is not an evaluation's", "choose another --out")) from error
-            if task != self.task.name:
-                raise OutputError(Problem(str(target), f"holds an evaluation of {task}", "choose another --out"))
-        elif {path.name for path in target.iterdir()} - {f"{SUMMARY}.new"}:
-            raise OutputError(Problem(str(target), "holds something else than an evaluation", "choose another --out"))
-        else:
-            files.replace_file(claim, _json({"slrmerge": slrmerge.__version__, "task": self.task.name}))
+    def _choose(self, file: SampleFile) -> tuple[list[Any], str]:
+        """The questions to ask, in the order of the data, and what to know of them.
 
-    def _choose(self, file: SampleFile) -> list[Any]:
-        """The questions to ask, in the order of the data. Which ones depends on the seed; more hold those of fewer."""
+        Which ones depends on the seed; more hold those of fewer.
+        """
         drawn = list(self._data)
         random.Random(self.options.seed).shuffle(drawn)
         label, model = next(iter(self.models.items()))
@@ -134,8 +117,9 @@ class Evaluation:
             answers = [file.answer(Key(label, question.id, 0)) for question in questions]
             return [answer.text for answer in answers if answer is not None]
 
-        chosen = {question.id for question in self.task.choose(drawn, self.options.questions, greedy)}
-        return [question for question in self._data if question.id in chosen]
+        chosen, note = self.task.choose(drawn, self.options.questions, greedy)
+        ids = {question.id for question in chosen}
+        return [question for question in self._data if question.id in ids], note
 
     def _ask(self, questions: Sequence[Any], file: SampleFile) -> None:
         """Ask every model for what is missing, once all that will be asked are known to be there."""
@@ -144,9 +128,10 @@ class Evaluation:
         keys = {label: keys_of(label, prompts, self.calls) for label in self.models}
         for label, model in self.models.items():
             file.require_same(keys[label], self._settings(model))
-        for label, model in self.models.items():
-            if file.missing(keys[label]):
-                model.check()
+        to_ask = [model for label, model in self.models.items() if file.missing(keys[label])]
+        for needed in (*to_ask, self._judge, self._embedder) if to_ask else ():
+            if needed:
+                needed.check()
         for label, model in self.models.items():
             with closing(model):
                 self._ask_one(label, model, prompts, file)
@@ -178,9 +163,9 @@ class Evaluation:
         least = VERBALIZED_TOKENS if self.options.verbalized else 0
         return self.options.max_tokens or max(self.task.max_tokens, least)
 
-    def _measure(self, questions: Sequence[Any], kept: SampleFile, judged: SampleFile) -> Report:
+    def _measure(self, questions: Sequence[Any], kept: SampleFile, judged: SampleFile, note: str) -> Report:
         """Everything that follows from the samples."""
-        notes: list[str] = []
+        notes = [note] if note else []
         answered = [
             Answered(label, question, self._texts(label, question.id, kept))
             for question in questions
@@ -189,6 +174,8 @@ class Evaluation:
         notes += self._remarks(answered, kept)
         judge = Judge(self._judge, judged, self._progress) if self._judge else None
         helpers = Helpers(self.samples, judge, self._embedder, notes)
+        if len(questions) < FEW_PROMPTS:
+            notes.append(f"intervals over {len(questions)} prompts are narrower than they should be")
         with closing(self._judge) if self._judge else nullcontext():
             scored = self.task.score(answered, helpers)
         metrics = self.task.metrics(self.samples)
@@ -203,10 +190,16 @@ class Evaluation:
         }
         options = self.options
         settings = {
-            "samples": self.samples, "temperature": options.temperature, "min_p": options.min_p,
-            "max_tokens": self.max_tokens, "seed": options.seed, "verbalized": options.verbalized,
-            "judge": judge and judge.name, "embeddings": self._embedder and self._embedder.name,
-        }  # fmt: skip
+            "data": self._data_name,
+            "samples": self.samples,
+            "temperature": options.temperature,
+            "min_p": options.min_p,
+            "max_tokens": self.max_tokens,
+            "seed": options.seed,
+            "verbalized": options.verbalized,
+            "judge": judge and judge.name,
+            "embeddings": self._embedder and self._embedder.name,
+        }
         return Report(
             task=self.task.name,
             metrics=metrics,
@@ -258,38 +251,3 @@ def _samples(folder: Path) -> Iterator[list[SampleFile]]:
             if (kept := sum(map(len, opened))) and not refused:
                 error.add_note(f"{kept:,} answers are kept in {folder}; the same command goes on from there")
             raise
-
-
-def _write(folder: Path, report: Report) -> None:
-    """Table, picture and page, the summary last."""
-    contents = {
-        TABLE: as_csv(report),
-        MARKDOWN: as_markdown(report),
-        PROMPTS: prompts_as_csv(report),
-        PAGE: page(report),
-    }
-    for name, content in contents.items():
-        files.replace_file(folder / name, content.encode("utf-8", "replace"))
-    save(charts.draw(report), folder / PICTURE)
-    files.replace_file(folder / SUMMARY, _json(summary(report)))
-
-
-def summary(report: Report) -> dict[str, Any]:
-    """The outcome as plain values, for `evaluation.json` and `--json`; None where something is not defined."""
-    return {
-        "slrmerge": slrmerge.__version__,
-        "task": report.task,
-        "models": dict(report.models),
-        "prompts": report.prompts,
-        "settings": dict(report.settings),
-        "metrics": {metric.name: metric.meaning for metric in report.metrics},
-        "results": [
-            {name: None if isinstance(value, float) and isnan(value) else value for name, value in asdict(cell).items()}
-            for cell in report.cells
-        ],
-        "notes": list(report.notes),
-    }
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

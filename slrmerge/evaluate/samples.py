@@ -61,6 +61,7 @@ class SampleFile:
         self.path = path
         self._answers: dict[Key, Answer] = {}
         self._made_by: dict[Key, Settings] = {}
+        self._known: dict[Settings, Settings] = {}
         try:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (held until the end of the `with`)
         except OSError as error:
@@ -102,9 +103,9 @@ class SampleFile:
         line = {**key._asdict(), "seed": seed, "settings": settings._asdict(), **asdict(answer)}
         data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         try:
-            written = self._file.write(data)
-            if written != len(data):  # the disk is full, or a limit is reached: the next call says which
-                self._file.write(data[written:])
+            left = memoryview(data)
+            while left:  # a full disk takes a part first, and says so at the next
+                left = left[self._file.write(left) :]
         except OSError as error:
             os.ftruncate(self._file.fileno(), self._bytes)
             raise output_error(self.path, error) from error
@@ -113,21 +114,22 @@ class SampleFile:
 
     def _keep(self, key: Key, answer: Answer, settings: Settings) -> None:
         self._answers[key] = answer
-        self._made_by[key] = settings
+        self._made_by[key] = self._known.setdefault(settings, settings)  # the same few, many thousand times
 
     def _read(self) -> int:
         """Take in what is there; the bytes of it that are whole."""
-        self._file.seek(0)
-        data = self._file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.ftruncate(self._file.fileno(), whole)
-        for number, line in enumerate(data[:whole].splitlines(), 1):
-            try:
-                self._keep(*_sample(json.loads(line)))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                where = f"{self.path}:{number}"
-                raise OutputError(Problem(where, "is not a sample", "choose another --out")) from error
+        whole = 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    os.ftruncate(self._file.fileno(), whole)
+                    break
+                try:
+                    self._keep(*_sample(json.loads(line)))
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    where = f"{self.path}:{number}"
+                    raise OutputError(Problem(where, "is not a sample", "choose another --out")) from error
+                whole += len(line)
         return whole
 
 

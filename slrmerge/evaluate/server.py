@@ -3,9 +3,10 @@
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,22 +29,38 @@ NO_KEY = "none"
 """What servers of one's own are told for a key; OPENAI_API_KEY comes first."""
 
 
-def _extras_of_vllm(settings: Settings) -> dict[str, Any]:
-    """vLLM's and llama.cpp's own settings: min_p, and nothing else that would cut or bend the distribution."""
-    return {"min_p": settings.min_p, "top_k": -1, "repetition_penalty": 1.0}
+def _usual_extras(settings: Settings) -> dict[str, Any]:
+    """vLLM's and llama.cpp's own settings: min_p, after temperature, and nothing else that bends the distribution."""
+    off = {"top_k": -1, "repetition_penalty": 1.0}
+    return {"min_p": settings.min_p, **off, "samplers": ["temperature", "min_p"]}
 
 
 def _extras_of_transformers(settings: Settings) -> dict[str, Any]:
-    greedy = not settings.temperature
-    sampling = (
-        {} if greedy else {"temperature": settings.temperature, "min_p": settings.min_p, "top_k": 0, "top_p": 1.0}
-    )
-    config = {"do_sample": not greedy, "max_new_tokens": settings.max_tokens, **sampling}
+    """`transformers serve` takes what is not OpenAI's as a generation config."""
+    config: dict[str, Any] = {"do_sample": bool(settings.temperature), "max_new_tokens": settings.max_tokens}
+    config |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    if settings.temperature:
+        config |= {"temperature": settings.temperature, "min_p": settings.min_p, "top_k": 0, "top_p": 1.0}
     return {"generation_config": json.dumps(config)}
 
 
-_DIALECTS = (_extras_of_vllm, _extras_of_transformers)
-"""How servers take what is not OpenAI's; the next is tried where one is answered by 422."""
+def _no_extras(settings: Settings) -> dict[str, Any]:  # noqa: ARG001 (a dialect's)
+    return {}
+
+
+class Dialect(NamedTuple):
+    """How a server takes what is not OpenAI's, and by which refusals of the dialects before it may be guessed."""
+
+    extras: Callable[[Settings], dict[str, Any]]
+    guessed_by: tuple[int, ...] = ()
+    has_min_p: bool = True
+
+
+_DIALECTS = (
+    Dialect(_usual_extras),
+    Dialect(_extras_of_transformers, guessed_by=(422,)),
+    Dialect(_no_extras, guessed_by=(400, 422), has_min_p=False),
+)
 
 
 class ServerModel:
@@ -54,7 +71,7 @@ class ServerModel:
 
     def __init__(self, at: Served, *, concurrency: int, timeout_s: float) -> None:
         self._at, self._concurrency, self._timeout_s = at, concurrency, timeout_s
-        self._dialect = 0
+        self._dialect: Dialect | None = None
 
     @cached_property
     def asked_of(self) -> str:
@@ -112,7 +129,7 @@ class ServerModel:
                     group.create_task(worker(client))
 
         try:
-            asyncio.run(work())
+            _run(work())
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group.exceptions[0].__cause__
 
@@ -140,7 +157,7 @@ class ServerModel:
                 return await self._patiently(lambda: _list(client), may_pass=is_loading)
 
         try:
-            return asyncio.run(ask())
+            return _run(ask())
         except ServerError as error:
             untold = isinstance(error.__cause__, (APIStatusError, *UNSOUND))
             refused = isinstance(error.__cause__, AuthenticationError | PermissionDeniedError)
@@ -149,24 +166,7 @@ class ServerModel:
             raise
 
     async def _complete(self, client: "AsyncOpenAI", model: str, ask: Ask, settings: Settings) -> Answer:
-        from openai import UnprocessableEntityError
-
-        dialect = self._dialect
-        try:
-            said: Any = await client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": ask.prompt}],
-                temperature=settings.temperature,
-                top_p=1.0,
-                max_tokens=settings.max_tokens,
-                seed=ask.seed,
-                extra_body=_DIALECTS[dialect](settings) if settings.min_p else None,
-            )
-        except UnprocessableEntityError:
-            if not settings.min_p or dialect + 1 == len(_DIALECTS):
-                raise
-            self._dialect = max(self._dialect, dialect + 1)
-            return await self._complete(client, model, ask, settings)
+        said = await self._said(client, model, ask, settings)
         try:
             choice = said.choices[0]
             text, finish_reason = choice.message.content, choice.finish_reason
@@ -176,6 +176,43 @@ class ServerModel:
             raise UnsoundAnswerError("a message that is no text")
         whole = (text or "").encode("utf-8", "replace").decode()  # half a letter could be written down nowhere
         return Answer(whole, str(finish_reason or "stop"))
+
+    async def _said(self, client: "AsyncOpenAI", model: str, ask: Ask, settings: Settings) -> Any:
+        """The server's reply in the first dialect that it takes, which is then the one for all that follows."""
+        from openai import BadRequestError, UnprocessableEntityError
+
+        refusal: BadRequestError | UnprocessableEntityError | None = None
+        for dialect in (self._dialect,) if self._dialect else _DIALECTS:
+            if refusal and refusal.status_code not in dialect.guessed_by:
+                continue
+            if settings.min_p and not dialect.has_min_p:
+                continue
+            try:
+                said = await client.chat.completions.create(
+                    model=model,
+                    messages=[{"role": "user", "content": ask.prompt}],
+                    temperature=settings.temperature,
+                    top_p=1.0,
+                    max_tokens=settings.max_tokens,
+                    seed=ask.seed,
+                    extra_body=dialect.extras(settings),
+                )
+            except (BadRequestError, UnprocessableEntityError) as error:
+                refusal = refusal or error
+            else:
+                self._dialect = dialect
+                return said
+        raise refusal or UnsoundAnswerError("no settings that it takes")
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives, also where this thread is in the middle of other such work, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 async def _list(client: "AsyncOpenAI") -> list[str]:

@@ -10,6 +10,9 @@ Do not give one answer but {count} different ones, as you would if you were aske
 probability that you would give it. Reply with JSON in this form and with nothing else:
 {{"answers": [{{"text": "…", "probability": 0.0}}, …]}}"""
 
+_EXAMPLE = "…"
+"""What the form has for a text, which is no answer where a reply repeats it."""
+
 
 def verbalize(question: str, count: int) -> str:
     """The prompt that asks for `count` answers to a question."""
@@ -17,23 +20,21 @@ def verbalize(question: str, count: int) -> str:
 
 
 def parse_verbalized(text: str, count: int) -> list[str | None]:
-    """The answers in a reply, `count` of them: None for each that is missing, or has no text or no probability.
+    """The answers in a reply, `count` of them: None for each that is missing, or has no text.
 
-    The JSON may stand between other words; more answers than were asked for are left out.
+    The JSON may stand between other words, and may be cut off: what is whole of it counts. More answers than were asked
+    for are left out. What probabilities they are given does not matter to any metric, nor whether they are.
     """
-    found: list[str | None] = []
-    for value in json_values(text):
-        answers = value.get("answers") if isinstance(value, dict) else value
-        if isinstance(answers, list):
-            found = [_text(answer) for answer in answers[:count]]
-        if any(answer is not None for answer in found):
-            break
+    found = [answer for value in json_values(text) for answer in _answers(value)][:count]
     return found + [None] * (count - len(found))
 
 
-def _text(answer: Any) -> str | None:
-    if not isinstance(answer, dict):
-        return None
-    text, probability = answer.get("text"), answer.get("probability")
-    sound = isinstance(text, str) and isinstance(probability, int | float) and 0 <= probability <= 1
-    return text if sound else None
+def _answers(value: Any) -> list[str | None]:
+    if isinstance(value, dict) and "answers" in value:
+        value = value["answers"]
+    answers = value if isinstance(value, list) else [value]
+    return [text if isinstance(text := answer["text"], str) else None for answer in answers if _has_text(answer)]
+
+
+def _has_text(answer: Any) -> bool:
+    return isinstance(answer, dict) and answer.get("text", _EXAMPLE) != _EXAMPLE

@@ -1,7 +1,7 @@
 """A dataset on the Hub as rows, read by the `datasets` library at one commit."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from slrmerge.hub.failures import in_words, patiently
 from slrmerge.repository import Repository
 
 
-def load_rows(repository: Repository, *, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of one split of a dataset, fetched into the cache of `datasets`; offline, what that cache holds.
+def load_rows(repository: Repository, *, subset: str | None, split: str) -> tuple[str | None, Iterable[dict[str, Any]]]:
+    """The commit of a dataset and the rows of one split, fetched into the cache of `datasets`.
+
+    Offline it is what that cache holds, of a commit that may not be known.
 
     Raises HubError for what the Hub does not give, DataError where there is no such subset or split.
     """
@@ -48,7 +50,7 @@ def load_rows(repository: Repository, *, subset: str | None, split: str) -> Iter
                 raise
             what = "is not in the cache of `datasets`, and HF_HUB_OFFLINE is set"
             raise HubError(Problem(where, what, "unset it")) from error
-    yield from rows
+    return commit, rows
 
 
 def _commit(repository: Repository, where: str) -> str | None:

@@ -41,5 +41,8 @@ class Embeddings:
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return np.array([self.vectors[text] for text in texts], dtype=np.float32)
 
+    def check(self) -> None:
+        pass
+
     def cut_off(self, texts: Sequence[str]) -> int:
         return sum(len(text) > self.reads for text in texts)

@@ -156,6 +156,21 @@ def test_a_merge_is_known_by_its_manifest_wherever_it_lies(copied: Path) -> None
     assert opened(copied).asked_of != before
 
 
+def test_another_chat_template_is_another_model(copied: Path) -> None:
+    before = opened(copied).asked_of
+    template = copied / "chat_template.jinja"
+    template.write_text(template.read_text() + "Think. ")
+    assert opened(copied).asked_of != before
+
+
+def test_an_answer_ends_at_the_tokenizers_end_too(copied: Path, model: LocalModel) -> None:
+    (whole,) = asked(model, GREEDY, DIGIT)
+    changed(copied / "generation_config.json", eos_token_id=3)
+    changed(copied / "config.json", eos_token_id=3)
+    with closing(opened(copied)) as other:
+        assert asked(other, GREEDY, DIGIT) == [whole]
+
+
 def test_a_folder_without_a_model_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         opened(tmp_path)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrmerge.evaluate import charts
-from slrmerge.evaluate.page import TEXTS_SHOWN, page
+from slrmerge.evaluate.page import PROMPTS_SHOWN, TEXTS_SHOWN, page
 from slrmerge.evaluate.report import Report, summarise
 from slrmerge.evaluate.tasks import Answered, Metric, Scored
 from slrmerge.evaluate.tasks.reasoning import KS
@@ -98,6 +98,18 @@ def test_pass_at_k_is_drawn_as_a_curve_for_each_model() -> None:
     assert [line.get_label() for line in axes.lines] == list(models)
     assert axes.lines[0].get_xdata().tolist() == [1, 4, 8, 16, 32]  # nobody has 64 samples
     assert axes.lines[0].get_ydata().tolist() == pytest.approx([sum(values[f"pass@{k}"]) / 2 for k in KS[:-1]])
+
+
+def test_more_prompts_than_one_would_read_are_counted() -> None:
+    text = Tags(page(report(post=[1.0] * (PROMPTS_SHOWN + 2)))).text
+    assert f"Prompt {PROMPTS_SHOWN - 1}," in text
+    assert f"Prompt {PROMPTS_SHOWN}," not in text
+    assert "and 2 other prompts, in samples.jsonl" in text
+
+
+def test_bars_of_values_that_are_all_equal_are_drawn_whatever_their_rounding(tmp_path: Path) -> None:
+    save(charts.draw(report(post=[0.3] * 37)), tmp_path / "metrics")
+    assert (tmp_path / "metrics.png").exists()
 
 
 def test_a_report_without_any_value_is_shown_too(tmp_path: Path) -> None:

@@ -78,14 +78,39 @@ def test_a_question_is_sent_with_its_own_seed_and_all_settings(server: OpenAISer
         {
             "model": "m", "messages": [{"role": "user", "content": f"Question {number}?"}], "temperature": 0.7,
             "top_p": 1.0, "max_tokens": 9, "seed": 100 + number, "min_p": 0.1, "top_k": -1, "repetition_penalty": 1.0,
+            "samplers": ["temperature", "min_p"],
         }
         for number in range(2)
     ]  # fmt: skip
 
 
-def test_without_min_p_nothing_is_sent_that_is_not_openais(server: OpenAIServer) -> None:
+def test_no_min_p_is_said_too_for_servers_have_one_of_their_own(server: OpenAIServer) -> None:
     answers(model_at(server), asks(1), PLAIN)
-    assert server.asked[0].keys() == {"model", "messages", "temperature", "top_p", "max_tokens", "seed"}
+    assert server.asked[0]["min_p"] == 0
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_without_min_p_a_server_that_knows_openais_settings_alone_will_do(server: OpenAIServer, status: int) -> None:
+    model = model_at(server)
+    server.misbehave(status, times=1 if status == 400 else 2)
+    assert answers(model, asks(2), PLAIN) == right(asks(2))
+    assert [body.keys() for body in server.asked[-2:]] == [
+        {"model", "messages", "temperature", "top_p", "max_tokens", "seed"}
+    ] * 2
+
+
+def test_with_min_p_a_server_that_refuses_it_is_not_asked_without(server: OpenAIServer) -> None:
+    server.misbehave(400, times=None, message="no min_p here")
+    problem, _ = refused(model_at(server), asks(2))
+    said = "refuses the question (Error code: 400 - no min_p here); where it knows no min_p, give --min-p 0"
+    assert problem == f"m@{server.url}: {said}"
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_has_answered_is_not_asked_otherwise_when_it_refuses(server: OpenAIServer) -> None:
+    server.misbehave(422, times=None, skip=1)
+    _, kept = refused(model_at(server), asks(3))
+    assert (dialects(server), kept) == (["vllm"] * 2, asks(1))
 
 
 def test_where_no_model_is_named_the_only_one_is_asked(server: OpenAIServer) -> None:
@@ -339,13 +364,16 @@ def test_a_server_that_refuses_min_p_is_told_in_its_own_way_from_then_on(server:
     assert not {"min_p", "top_k", "repetition_penalty"} & server.asked[1].keys()
     assert json.loads(server.asked[1]["generation_config"]) == {
         "do_sample": True, "max_new_tokens": 9, "temperature": 0.7, "min_p": 0.1, "top_k": 0, "top_p": 1.0,
+        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     }  # fmt: skip
 
 
 def test_greedy_decoding_is_told_in_its_own_way_too(server: OpenAIServer) -> None:
     server.strict = True
     answers(model_at(server), asks(1), SETTINGS._replace(temperature=0.0))
-    assert json.loads(server.asked[1]["generation_config"]) == {"do_sample": False, "max_new_tokens": 9}
+    assert json.loads(server.asked[1]["generation_config"]) == {
+        "do_sample": False, "max_new_tokens": 9, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    }  # fmt: skip
 
 
 def test_questions_under_way_when_the_dialect_turns_out_wrong_are_asked_in_the_other(server: OpenAIServer) -> None:

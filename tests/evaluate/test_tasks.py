@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from slrmerge.cli import evaluate as cli
 from slrmerge.errors import DataError
 from slrmerge.evaluate.judge import Judge
 from slrmerge.evaluate.samples import SampleFile
@@ -47,15 +48,15 @@ def score(
 # open-qa
 
 
-def test_open_qa_counts_names_and_what_names_one() -> None:
-    texts = ["Ohio", "oh.", "It is Utah!", "Texas", "Ohio or Utah", None]
+def test_open_qa_counts_names_and_what_ends_in_one() -> None:
+    texts = ["Ohio", "OH.", "It is Utah!", "Texas", "Ohio or Utah", None]
     helpers = Helpers(6)
     metrics, marks = score(OpenQA(), STATES, texts, helpers)
     assert marks == ["Ohio", "Ohio", "Utah", "", "", ""]
     assert metrics["precision"] == 0.5
     assert metrics["entropy"] == pytest.approx(log(3) - 2 / 3 * log(2))
     assert metrics["coverage-6"] == 0.5
-    assert helpers.notes == ["without a judge, samples that only name one accepted answer count as it: post 1"]
+    assert helpers.notes == ["without a judge, sentences that end in an accepted answer count as it: post 1"]
 
 
 def test_open_qa_without_a_right_answer_is_zero_throughout() -> None:
@@ -146,10 +147,10 @@ def test_texts_that_embeddings_read_only_in_part_are_counted() -> None:
 def test_quality_is_the_share_of_the_judges_points_and_the_rubric_is_shown(judging: Judging) -> None:
     judge, model = judging(lambda prompt: points(10, 8, 6, 4, 2) if "good" in prompt else points(0, 0, 0, 0, 0.0))
     helpers = Helpers(4, judge=judge)
-    metrics, marks = score(Creative(), JOKE, ["good", "bad", "bad", ""], helpers)
-    assert metrics["quality"] == pytest.approx(0.2)
+    metrics, marks = score(Creative(), JOKE, ["good", "bad", "bad", "", None], helpers)
+    assert metrics["quality"] == pytest.approx(0.6 / 5)  # nothing is worth nothing
     assert isnan(metrics["diversity"])
-    assert marks == ["0.60", "0.00", "0.00", ""]
+    assert marks == ["0.60", "0.00", "0.00", "0.00", "0.00"]
     assert model.asks[0].prompt == RUBRIC.format(request="Tell me a joke.", response="good")
     assert helpers.notes == [
         "a-judge judged by this rubric:\n" + RUBRIC.format(request="…", response="…"),
@@ -192,10 +193,14 @@ def test_reasoning_asks_what_is_missed_without_chance_until_there_is_enough() ->
         asked.extend(questions)
         return [str(question.answer) if question.answer % 2 else "7.5" for question in questions]
 
-    chosen = Reasoning().choose(sums(300), 40, greedy)
+    chosen, note = Reasoning().choose(sums(300), 40, greedy)
     assert [int(question.answer) for question in chosen] == list(range(0, 80, 2))
     assert len(asked) == 128
-    assert len(Reasoning().choose(sums(300), None, greedy)) == 150
+    assert note == (
+        "these are questions that the first model misses under greedy decoding, of 128 that it was asked: "
+        "that favours every other model where k is small"
+    )
+    assert len(Reasoning().choose(sums(300), None, greedy)[0]) == 150
 
 
 def test_reasoning_needs_a_question_that_is_missed() -> None:
@@ -216,3 +221,7 @@ def test_a_task_gives_every_metric_that_it_names(name: str) -> None:
         assert list(metrics) == [metric.name for metric in task.metrics(7)]
         assert len(marks) == len(texts)
     assert task.name == name
+
+
+def test_the_command_line_offers_every_task() -> None:
+    assert tuple(TASKS) == cli._TASKS

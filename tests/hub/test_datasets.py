@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from slrmerge.errors import DataError, HubError, SlrmergeError
-from slrmerge.evaluate.questions import Row, read_rows
+from slrmerge.evaluate.questions import Row, read_data
 from slrmerge.hub.datasets import load_rows
 from slrmerge.repository import Repository
 from tests.hub.server import HubServer, use
@@ -43,7 +43,7 @@ def parquet_of(rows: Sequence[dict[str, Any]]) -> bytes:
 def load(name: str = GSM8K, subset: str | None = None, split: str = "test") -> list[dict[str, Any]]:
     repository = Repository.parse(name)
     assert repository is not None
-    return list(load_rows(repository, subset=subset, split=split))
+    return list(load_rows(repository, subset=subset, split=split)[1])
 
 
 def refusal(error: type[SlrmergeError], name: str = GSM8K, *, subset: str | None = "main", split: str = "test") -> str:
@@ -152,7 +152,7 @@ def test_the_questions_of_an_evaluation_say_where_they_stand(gsm8k: HubServer) -
     gsm8k.tag(AT_HUB, "v1")
     for name in (GSM8K, f"{GSM8K}@v1"):
         expected = [Row(f"{name}[{number}]", row) for number, row in enumerate(rows_of("main", "test"))]
-        assert read_rows(name, subset="main") == expected
+        assert read_data(name, subset="main").rows == expected
 
 
 def test_what_was_fetched_serves_without_the_hub(gsm8k: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

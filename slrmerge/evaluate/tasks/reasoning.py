@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from math import isfinite
 from typing import Any, ClassVar
 
 from pydantic import AliasChoices, Field, field_validator
@@ -31,7 +32,9 @@ class WordProblem(Question):
     @field_validator("answer", mode="before")
     @classmethod
     def _number(cls, value: Any) -> Any:
-        found = final_number(str(value)) if isinstance(value, str | int | float) else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+            return Fraction(str(value))
+        found = final_number(value) if isinstance(value, str) else None
         if found is None:
             raise fault("holds no number", "give the right number, by itself or behind ####")
         return found
@@ -48,18 +51,22 @@ class Reasoning(Task):
 
     def choose(
         self, questions: Sequence[Any], wanted: int | None, greedy: Callable[[Sequence[Any]], list[str]]
-    ) -> list[Any]:
+    ) -> tuple[list[Any], str]:
         missed: list[Any] = []
-        for start in range(0, len(questions), TRIED_AT_A_TIME):
-            tried = questions[start : start + TRIED_AT_A_TIME]
-            answers = zip(tried, greedy(tried), strict=True)
+        at_a_time = TRIED_AT_A_TIME if wanted else len(questions)
+        tried = 0
+        while tried < len(questions) and (wanted is None or len(missed) < wanted):
+            part = questions[tried : tried + at_a_time]
+            answers = zip(part, greedy(part), strict=True)
             missed += [question for question, said in answers if final_number(said) != question.answer]
-            if wanted is not None and len(missed) >= wanted:
-                break
+            tried += len(part)
         if not missed:
             what = f"answers all {len(questions):,} questions right without exploring"
             raise DataError(Problem("the first model", what, "ask harder ones"))
-        return missed[:wanted]
+        return missed[:wanted], (
+            f"these are questions that the first model misses under greedy decoding, of {tried:,} that it was asked: "
+            "that favours every other model where k is small"
+        )
 
     def metrics(self, samples: int) -> tuple[Metric, ...]:  # noqa: ARG002 (those for more samples stay empty)
         return tuple(Metric(f"pass@{k}", f"probability that one of {k} samples is right") for k in KS)
