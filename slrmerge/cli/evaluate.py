@@ -1,19 +1,12 @@
 """The command that measures models: eval."""
 
-import math
 from pathlib import Path
 
 import click
 
-from slrmerge.cli.options import PathArgument, json_option, options, quiet_option
+from slrmerge.cli.options import PathArgument, a_number, json_option, options, quiet_option
 
 _TASKS = ("open-qa", "creative", "reasoning")
-
-
-def _a_number(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a number", ctx, parameter)
-    return value
 
 
 _count = click.IntRange(min=1)
@@ -36,7 +29,7 @@ _sampling_options = options(
     click.option(
         "--temperature",
         type=click.FloatRange(min=0),
-        callback=_a_number,
+        callback=a_number,
         default=1.0,
         show_default=True,
         help="0 is greedy decoding.",
@@ -44,7 +37,7 @@ _sampling_options = options(
     click.option(
         "--min-p",
         type=click.FloatRange(0, 1),
-        callback=_a_number,
+        callback=a_number,
         default=0.1,
         show_default=True,
         help="Keep tokens at least so probable, relative to the most probable one; 0 for servers that do not know it.",
@@ -64,7 +57,7 @@ _machine_options = options(
     click.option(
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
-        callback=_a_number,
+        callback=a_number,
         default=600,
         show_default=True,
         help="Seconds that a server has for an answer.",

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ def bytes_of(ctx: click.Context, parameter: click.Parameter, value: str | None) 
         return parse_bytes(value)
     except PydanticCustomError as error:
         raise click.BadParameter(error.message(), ctx, parameter) from None
+
+
+def a_number(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    """An option's callback: neither nan, which is in every range, nor without end."""
+    if not isfinite(value):
+        raise click.BadParameter(f"{value} is not a number", ctx, parameter)
+    return value
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:

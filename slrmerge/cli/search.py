@@ -1,26 +1,27 @@
 """The commands that look before a merge: search, select, diff."""
 
-from math import isnan
 from pathlib import Path
 
 import click
 
-from slrmerge.cli.options import PathArgument, SourceArgument, bytes_of, json_option, quiet_option, threads_option
+from slrmerge.cli.options import (
+    PathArgument,
+    SourceArgument,
+    a_number,
+    bytes_of,
+    json_option,
+    quiet_option,
+    threads_option,
+)
 from slrmerge.repository import Source
 
 _SPACES = ("intervals", "soups", "attention", "mlp")
 
 
-def _a_number(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
-    if isnan(value):  # which is in every range
-        raise click.BadParameter("nan is not a number", ctx, parameter)
-    return value
-
-
 _min_quality = click.option(
     "--min-quality",
     type=click.FloatRange(0, 1),
-    callback=_a_number,
+    callback=a_number,
     default=0.9,
     show_default=True,
     help="The share of the post-trained model's quality to keep.",

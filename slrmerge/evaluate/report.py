@@ -66,6 +66,19 @@ class Report:
         ]
 
 
+def values_of(
+    answered: Sequence[Answered], scored: Sequence[Scored], metrics: Sequence[Metric]
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """The values of each model and metric, prompt by prompt."""
+    by_model: dict[str, list[Scored]] = {}
+    for each, worth in zip(answered, scored, strict=True):
+        by_model.setdefault(each.model, []).append(worth)
+    return {
+        model: {metric.name: np.array([worth.metrics[metric.name] for worth in worths]) for metric in metrics}
+        for model, worths in by_model.items()
+    }
+
+
 def summarise(values: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> tuple[Cell, ...]:
     """Cells from the values of each model and metric: one a prompt, in the same order, NaN where there is none."""
     first = next(iter(values.values()))

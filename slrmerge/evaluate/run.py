@@ -6,8 +6,6 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slrmerge import files
 from slrmerge.errors import NoSpaceError, OutputError, Problem, SlrmergeError, require_extra
 from slrmerge.evaluate.embeddings import Embedder, LocalEmbeddings, ServedEmbeddings
@@ -15,7 +13,7 @@ from slrmerge.evaluate.judge import Judge
 from slrmerge.evaluate.models import Model, NamedModel, Served, ask_missing, keys_of, parse_place
 from slrmerge.evaluate.options import VERBALIZED_TOKENS, EvaluationOptions
 from slrmerge.evaluate.questions import questions_of, read_data
-from slrmerge.evaluate.report import Report, summarise
+from slrmerge.evaluate.report import Report, summarise, values_of
 from slrmerge.evaluate.results import claim, write_results
 from slrmerge.evaluate.samples import Key, SampleFile, Settings
 from slrmerge.evaluate.server import ServerModel
@@ -179,17 +177,23 @@ class Evaluation:
         with closing(self._judge) if self._judge else nullcontext():
             scored = self.task.score(answered, helpers)
         metrics = self.task.metrics(self.samples)
-        values = {
-            label: {
-                metric.name: np.array(
-                    [s.metrics[metric.name] for a, s in zip(answered, scored, strict=True) if a.model == label]
-                )
-                for metric in metrics
-            }
-            for label in self.models
-        }
+        return Report(
+            task=self.task.name,
+            metrics=metrics,
+            models={label: model.asked_of for label, model in self.models.items()},
+            prompts=len(questions),
+            settings=self._described(),
+            cells=summarise(values_of(answered, scored, metrics)),
+            notes=tuple(notes),
+            answered=answered,
+            scored=scored,
+            plot=self.task.plot,
+        )
+
+    def _described(self) -> dict[str, object]:
+        """What a report says of how it came about."""
         options = self.options
-        settings = {
+        return {
             "data": self._data_name,
             "samples": self.samples,
             "temperature": options.temperature,
@@ -197,21 +201,9 @@ class Evaluation:
             "max_tokens": self.max_tokens,
             "seed": options.seed,
             "verbalized": options.verbalized,
-            "judge": judge and judge.name,
+            "judge": self._judge and self._judge.asked_of,
             "embeddings": self._embedder and self._embedder.name,
         }
-        return Report(
-            task=self.task.name,
-            metrics=metrics,
-            models={label: model.asked_of for label, model in self.models.items()},
-            prompts=len(questions),
-            settings=settings,
-            cells=summarise(values),
-            notes=tuple(notes),
-            answered=answered,
-            scored=scored,
-            plot=self.task.plot,
-        )
 
     def _texts(self, label: str, prompt: str, kept: SampleFile) -> list[str | None]:
         texts: list[str | None] = []

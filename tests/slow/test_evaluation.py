@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
+from slrmerge.chat import render
+from slrmerge.crc import ConstrainedRandomCharacter
+from slrmerge.evaluate.models import Ask, Served
+from slrmerge.evaluate.samples import Key, Settings, seed_of
+from slrmerge.evaluate.server import ServerModel
 from tests.slow.conftest import SLRMERGE, run
 from tests.slow.llama_cpp import gguf_of, serve
 
@@ -79,11 +86,16 @@ def greedy(folder: Path) -> dict[tuple[str, str, int], str]:
     return texts(folder / "greedy" / "samples.jsonl")
 
 
+@pytest.fixture(scope="module")
+def llama_cpp(folder: Path) -> Any:
+    """llama.cpp's server with the choice in it."""
+    return serve(gguf_of(folder / "slr", folder / "slr.gguf"), slots=2)
+
+
 def test_llama_cpps_server_says_what_the_model_says_in_process(
-    folder: Path, greedy: dict[tuple[str, str, int], str]
+    folder: Path, llama_cpp: Any, greedy: dict[tuple[str, str, int], str]
 ) -> None:
-    server = serve(gguf_of(folder / "slr", folder / "slr.gguf"), slots=2)
-    url = f"{server.listening_address}/v1"
+    url = f"{llama_cpp.listening_address}/v1"
     evaluate(folder, "greedy-llama-cpp", *GREEDY, slr=url)
     assert texts(folder / "greedy-llama-cpp" / "samples.jsonl") == greedy
     report = evaluate(folder, "eval-llama-cpp", "--samples", SAMPLES, "--max-tokens", 12, slr=f"any-name@{url}")
@@ -91,6 +103,33 @@ def test_llama_cpps_server_says_what_the_model_says_in_process(
     drawn = texts(folder / "eval-llama-cpp" / "samples.jsonl")
     assert len(drawn) == len(QUESTIONS) * SAMPLES
     assert len(set(drawn.values())) > len(QUESTIONS)  # each sample has a seed of its own
+
+
+def test_llama_cpps_server_draws_as_the_papers_sampling_does(folder: Path, llama_cpp: Any) -> None:
+    question, count, temperature, min_p = ConstrainedRandomCharacter().questions()[0].text, 150, 1.5, 0.1
+    probabilities = first_token_probabilities(folder / "slr", question)
+    heated = {text: share ** (1 / temperature) for text, share in probabilities.items()}
+    kept = {text: share for text, share in heated.items() if share >= min_p * max(heated.values())}
+    model = ServerModel(Served("slr", f"{llama_cpp.listening_address}/v1"), concurrency=2, timeout_s=60)
+    asks = [Ask(Key("slr", "p", number), question, seed_of(0, "p", number)) for number in range(count)]
+    drawn: Counter[str] = Counter()
+    model.answer(asks, Settings("slr", temperature, min_p, 1), lambda ask, answer: drawn.update([answer.text]))
+    assert drawn.keys() <= kept.keys()
+    expected = [count * share / sum(kept.values()) for share in kept.values()]
+    assert chisquare([drawn[text] for text in kept], expected).pvalue > 1e-3
+
+
+def first_token_probabilities(model: Path, question: str) -> dict[str, float]:
+    """What the model may begin its answer with, through transformers alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    inputs = tokenizer(render(tokenizer, question), add_special_tokens=False, return_tensors="pt")
+    with torch.inference_mode():
+        shares = loaded(**inputs).logits[0, -1].double().softmax(-1)
+    return {tokenizer.decode([token]): share for token, share in enumerate(shares.tolist()) if share > 1e-4}
 
 
 @pytest.fixture
