@@ -254,7 +254,7 @@ def test_nor_does_one_that_fails_once_it_has_named_the_commit(gsm8k: HubServer) 
     load(GSM8K, "main")
     gsm8k.commit(AT_HUB, {"main/test-00000-of-00001.parquet": parquet_of(rows_of("new"))})
     for part in ("/resolve/", "/tree/"):
-        gsm8k.misbehave("status", part, times=None)
+        gsm8k.misbehave("status", part, times=None, status=403)
     assert refusal(HubError) == f"{AT_HUB}: was not to be had as of commit {gsm8k.head(AT_HUB)}; run again"
 
 
