@@ -73,6 +73,7 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
         "```python",
         "from transformers import pipeline",
         "",
+        *([] if "/" in name else ["# this folder, or the repository on the Hub that it is in"]),
         f'chat = pipeline("text-generation", model={json.dumps(name, ensure_ascii=False)})',
         'turns = [{"role": "user", "content": "Write a short poem."}]',
         'print(chat(turns, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])',

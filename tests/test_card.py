@@ -158,8 +158,9 @@ def test_the_card_says_how_to_run_it(pair: Pair, name: str, literal: str) -> Non
     plan = pair.plan(restore=[2, 3])
     card = model_card(plan, b"restore: [2, 3]\n", name=name).decode()
     code = card.split("\n## How to run it\n\n```python\n")[1].split("```\n\n## Recipe\n")[0]
+    whose = "" if "/" in name else "# this folder, or the repository on the Hub that it is in\n"
     assert code == (
-        "from transformers import pipeline\n\n"
+        f"from transformers import pipeline\n\n{whose}"
         f'chat = pipeline("text-generation", model={literal})\n'
         'turns = [{"role": "user", "content": "Write a short poem."}]\n'
         'print(chat(turns, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])\n'
