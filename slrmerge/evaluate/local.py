@@ -104,8 +104,8 @@ class LocalModel:
             what = f"cannot be loaded by transformers ({type(error).__name__}: {first_line(error)})"
             raise UnsupportedModelError(Problem(str(self._checkpoint), what)) from error
         model.to(self._device)
-        known = torch.as_tensor(model.generation_config.eos_token_id or []).reshape(-1).tolist()
-        ends = sorted({*known, tokenizer.eos_token_id} - {None})  # servers stop at either, too
+        known = model.generation_config.eos_token_id
+        ends = sorted({*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None})
         if not ends:
             raise UnsupportedModelError(Problem(str(self._checkpoint), "has no token that ends an answer"))
         if tokenizer.pad_token_id is None:

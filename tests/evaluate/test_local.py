@@ -163,10 +163,11 @@ def test_another_chat_template_is_another_model(copied: Path) -> None:
     assert opened(copied).asked_of != before
 
 
-def test_an_answer_ends_at_the_tokenizers_end_too(copied: Path, model: LocalModel) -> None:
+@pytest.mark.parametrize("ends", [0, [3, 0], None])
+def test_an_answer_ends_at_the_tokenizers_end_too(copied: Path, model: LocalModel, ends: object) -> None:
     (whole,) = asked(model, GREEDY, DIGIT)
-    changed(copied / "generation_config.json", eos_token_id=3)
-    changed(copied / "config.json", eos_token_id=3)
+    for name in ("generation_config.json", "config.json"):
+        changed(copied / name, eos_token_id=ends)
     with closing(opened(copied)) as other:
         assert asked(other, GREEDY, DIGIT) == [whole]
 
