@@ -34,7 +34,7 @@ def searched(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quick search of the pair in bfloat16: everything asked eight prompts, the leaders all forty in float32."""
 
     def search(folder: Path) -> None:
-        options = ["--quick", "--dtype", "bfloat16"]
+        options = ["--quick", "--dtype", "bfloat16", "--space", "intervals"]
         run(SLRMERGE, "search", real_pair / "recipe.yaml", "--out", folder, *options)
 
     return made_once(tmp_path_factory, "smollm2-search", search)

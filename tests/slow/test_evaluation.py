@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -39,12 +38,14 @@ SAMPLES = 4
 
 @pytest.fixture(scope="module")
 def folder(real_pair: Path, searched: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The questions; the post-trained model; the search's choice and best soup, merged."""
+    """The questions; the post-trained model; the search's choice and a soup, merged."""
     folder = tmp_path_factory.mktemp("evaluation")
     (folder / "questions.json").write_text(json.dumps(QUESTIONS))
     (folder / "post").symlink_to(real_pair / "posttrained")
-    for name in ("slr", "soup"):
-        run(SLRMERGE, searched / f"{name}.yaml", "--out", folder / name)
+    sides = "".join(f"{side}: {real_pair / side}\n" for side in ("pretrained", "posttrained"))
+    (folder / "soup.yaml").write_text(f"{sides}alpha: 0.5\n")
+    run(SLRMERGE, searched / "slr.yaml", "--out", folder / "slr")
+    run(SLRMERGE, folder / "soup.yaml", "--out", folder / "soup")
     yield folder
     shutil.rmtree(folder)
 
@@ -141,14 +142,13 @@ def serving(folder: Path) -> Iterator[str]:
     with subprocess.Popen(
         command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "Application startup complete" in line:
-                break
-        with urlopen(f"http://127.0.0.1:{port}/health"):
+        try:
+            assert process.stderr is not None
+            assert any("Uvicorn running on" in line for line in process.stderr)
             yield f"http://127.0.0.1:{port}/v1"
-        process.terminate()
-        process.stderr.read()
+        finally:
+            process.terminate()
+            process.communicate()
 
 
 def test_transformers_serve_says_it_too_in_its_own_dialect(
