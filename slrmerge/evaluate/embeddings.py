@@ -58,7 +58,9 @@ class LocalEmbeddings:
     @cached_property
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         at = self._at
         place, revision = (at.name, at.revision) if isinstance(at, Repository) else (str(at), None)
         try:
