@@ -25,12 +25,12 @@ def final_number(solution: str) -> Fraction | None:
     it do not matter; a quotient is its value.
     """
     text = _FRACTION.sub(r"\1/\2", _BETWEEN_THOUSANDS.sub("", solution.replace("\\$", "$")))
-    boxed = [numbers[-1] for content in _BOXED.findall(text) if (numbers := _numbers(content))]
-    marked, said = (_after_last(pattern, text) for pattern in (_MARKED, _SAID))
     if _MARKED.search(text):
-        return marked
+        return _after_last(_MARKED, text)
+    boxed = [numbers[-1] for content in _BOXED.findall(text) if (numbers := _numbers(content))]
     if boxed:
         return boxed[-1]
+    said = _after_last(_SAID, text)
     return said if said is not None else next(reversed(_numbers(text)), None)
 
 

@@ -88,17 +88,18 @@ class Evaluation:
     def _open(self, at: Source | Served) -> Model:
         options = self.options
         if isinstance(at, Served):
-            return ServerModel(at, concurrency=options.concurrency, timeout_s=options.timeout_s)
+            return self._server(at)
         require_extra("eval", "transformers")
         from slrmerge.evaluate.local import LocalModel
 
         return LocalModel(at, device=options.device, batch=options.batch, progress=self._progress)
 
+    def _server(self, at: Served) -> ServerModel:
+        return ServerModel(at, concurrency=self.options.concurrency, timeout_s=self.options.timeout_s)
+
     def _open_embedder(self, at: Source | Served) -> Embedder:
         if isinstance(at, Served):
-            return ServedEmbeddings(
-                ServerModel(at, concurrency=self.options.concurrency, timeout_s=self.options.timeout_s)
-            )
+            return ServedEmbeddings(self._server(at))
         return LocalEmbeddings(at, device=self.options.device)
 
     def _choose(self, file: SampleFile) -> tuple[list[Any], str]:

@@ -182,10 +182,9 @@ class ServerModel:
         from openai import BadRequestError, UnprocessableEntityError
 
         refusal: BadRequestError | UnprocessableEntityError | None = None
-        for dialect in (self._dialect,) if self._dialect else _DIALECTS:
+        fitting = [dialect for dialect in _DIALECTS if dialect.has_min_p or not settings.min_p]
+        for dialect in (self._dialect,) if self._dialect in fitting else fitting:
             if refusal and refusal.status_code not in dialect.guessed_by:
-                continue
-            if settings.min_p and not dialect.has_min_p:
                 continue
             try:
                 said = await client.chat.completions.create(
@@ -202,7 +201,8 @@ class ServerModel:
             else:
                 self._dialect = dialect
                 return said
-        raise refusal or UnsoundAnswerError("no settings that it takes")
+        assert refusal is not None  # the first is always tried
+        raise refusal
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 from pydantic import AliasChoices, Field, field_validator
@@ -45,6 +46,11 @@ class OpenQuestion(Question):
     @property
     def text(self) -> str:
         return self.question
+
+    @cached_property
+    def names(self) -> dict[str, int]:
+        """See `names_of`; every model's every response is held against them."""
+        return names_of(self.answers)
 
     @field_validator("answers", mode="before")
     @classmethod
@@ -92,7 +98,7 @@ class OpenQA(Task):
         stated: Counter[str] = Counter()
         scored = []
         for each in answered:
-            question, names = each.question, names_of(each.question.answers)
+            question, names = each.question, each.question.names
             mapped: list[int | None] = []
             for text in each.texts:
                 answer = None if text is None else match_whole(text, names)
@@ -118,7 +124,7 @@ class OpenQA(Task):
         prompts: dict[tuple[str, str], str] = {}
         tops: dict[tuple[str, str], int] = {}
         for each in answered:
-            question, names = each.question, names_of(each.question.answers)
+            question, names = each.question, each.question.names
             for text in each.texts:
                 key = (question.id, normalise(text or ""))
                 if text is not None and key[1] and match_whole(text, names) is None and key not in prompts:
