@@ -3,10 +3,14 @@
 Every expected failure is a `SlrmergeError`: a list of problems, each with where, what and a remedy, and an exit code.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
+from typing import TypeVar
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,20 @@ def raise_all(problems: Iterable[Problem], error: type[SlrmergeError]) -> None:
     found = tuple(problems)
     if found:
         raise error(*found)
+
+
+def open_all(open_one: Callable[[S], T], values: Iterable[S], *expected: type[SlrmergeError]) -> list[T]:
+    """What `open_one` gives for each of `values`; raises the problems of all together where it raises `expected`."""
+    opened: list[T] = []
+    failed: list[SlrmergeError] = []
+    for value in values:
+        try:
+            opened.append(open_one(value))
+        except expected as error:
+            failed.append(error)
+    if failed:
+        raise type(failed[0])(*(problem for error in failed for problem in error.problems))
+    return opened
 
 
 def require_extra(extra: str, *packages: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slrmerge import files
-from slrmerge.errors import NoSpaceError, OutputError, Problem, SlrmergeError, require_extra
+from slrmerge.errors import NoSpaceError, OutputError, Problem, SlrmergeError, open_all, require_extra
 from slrmerge.evaluate.embeddings import Embedder, LocalEmbeddings, ServedEmbeddings
 from slrmerge.evaluate.judge import Judge
 from slrmerge.evaluate.models import Model, NamedModel, Served, ask_missing, keys_of, parse_place
@@ -47,7 +47,7 @@ class Evaluation:
         data = read_data(options.data, subset=options.subset, split=options.split)
         self._data_name, self._data = data.name, questions_of(self.task.question, data.rows)
         places = [named.at for named in models] + ([parse_place(options.judge)] if options.judge else [])
-        opened = self._opened(places)
+        opened = open_all(self._open, places, SlrmergeError)
         self.models = dict(zip((named.label for named in models), opened, strict=False))
         self._judge = opened[-1] if options.judge else None
         self._embedder = self._open_embedder(parse_place(options.embeddings)) if options.embeddings else None
@@ -72,27 +72,13 @@ class Evaluation:
                     write_results(target, report)
         return report
 
-    def _opened(self, places: Sequence[Source | Served]) -> list[Model]:
-        """All models, or the problems of all that there are."""
-        opened: list[Model] = []
-        failed: list[SlrmergeError] = []
-        for at in places:
-            try:
-                opened.append(self._open(at))
-            except SlrmergeError as error:
-                failed.append(error)
-        if failed:
-            raise type(failed[0])(*(problem for error in failed for problem in error.problems))
-        return opened
-
     def _open(self, at: Source | Served) -> Model:
-        options = self.options
         if isinstance(at, Served):
             return self._server(at)
         require_extra("eval", "transformers")
         from slrmerge.evaluate.local import LocalModel
 
-        return LocalModel(at, device=options.device, batch=options.batch, progress=self._progress)
+        return LocalModel(at, device=self.options.device, batch=self.options.batch, progress=self._progress)
 
     def _server(self, at: Served) -> ServerModel:
         return ServerModel(at, concurrency=self.options.concurrency, timeout_s=self.options.timeout_s)

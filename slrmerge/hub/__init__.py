@@ -3,10 +3,11 @@
 Opening one on the Hub fetches config, index and headers only. This room and `push` alone know the Hub's client.
 """
 
+from functools import partial
 from pathlib import Path
 
 from slrmerge.checkpoint import Checkpoint, open_folder
-from slrmerge.errors import CheckpointError, HubError, Problem, SlrmergeError
+from slrmerge.errors import CheckpointError, HubError, Problem, open_all
 from slrmerge.repository import Source, parse_source
 
 
@@ -28,15 +29,9 @@ def open_checkpoint(source: Source | str, *, here_only: bool = False) -> Checkpo
 
 def open_pair(pretrained: Source, posttrained: Source, *, here_only: bool = False) -> tuple[Checkpoint, Checkpoint]:
     """Open both sides; raises CheckpointError or HubError with the problems of both."""
-    opened: list[Checkpoint] = []
-    failed: list[SlrmergeError] = []
-    for source in (pretrained, posttrained):
-        try:
-            opened.append(open_checkpoint(source, here_only=here_only))
-        except (CheckpointError, HubError) as error:
-            failed.append(error)
-    if failed:
-        raise type(failed[0])(*(problem for error in failed for problem in error.problems))
+    opened = open_all(
+        partial(open_checkpoint, here_only=here_only), (pretrained, posttrained), CheckpointError, HubError
+    )
     first, second = (checkpoint.snapshot for checkpoint in opened)
     if first and second and first.commit == second.commit:
         remedy = "name the commit, or the repository, that the other was trained from"
