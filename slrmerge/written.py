@@ -1,41 +1,17 @@
-"""What people write in YAML: read strictly, and every problem of it in words."""
+"""What people write in YAML, read strictly: no key twice, no aliases, nothing endless."""
 
 import os
-import reprlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
 
-from slrmerge.errors import Problem, RecipeError, did_you_mean
+from slrmerge.errors import Problem, RecipeError
 
 MAX_BYTES = 1_000_000
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 """The floating dtypes, in torch's words."""
-
-Location = tuple[int | str, ...]
-
-
-class Strict(BaseModel):
-    """A model that knows its keys, and takes no value for another kind of value."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def fault(what: str, remedy: str) -> PydanticCustomError:
-    """What a validator raises: it becomes a Problem at the place of the value."""
-    return PydanticCustomError("recipe", "{what}; {remedy}", {"what": what, "remedy": remedy})
-
-
-def short(value: object) -> str:
-    """A value as the recipe shows it, cut where it is long (and where YAML aliases make it endless)."""
-    shorten = reprlib.Repr()
-    shorten.maxlevel, shorten.maxlist, shorten.maxdict, shorten.maxstring, shorten.maxother = 2, 4, 4, 60, 60
-    return shorten.repr(value)
 
 
 def read_map(path: Path) -> tuple[dict[Any, Any], bytes]:
@@ -63,39 +39,6 @@ def _parse(path: Path, raw: bytes) -> Any:
         raise RecipeError(Problem(str(path), f"is not sound YAML: {_one_line(error)}")) from None
     except RecursionError:
         raise RecipeError(Problem(str(path), "is nested too deeply")) from None
-
-
-def problems_in(
-    where: str, error: ValidationError, model_at: Callable[[Location], type[BaseModel]]
-) -> Iterator[Problem]:
-    """All that pydantic found, with `$.path`s; `model_at` tells which model a location is in."""
-    for detail in error.errors(include_url=False):
-        yield _problem(where, detail, model_at)
-
-
-def _problem(where: str, detail: ErrorDetails, model_at: Callable[[Location], type[BaseModel]]) -> Problem:
-    """One of pydantic's findings in slrmerge's words."""
-    location = detail["loc"]
-    place = _place(location)
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind in ("extra_forbidden", "invalid_key"):
-        return _unknown(where, _place(location[:-1]), str(location[-1]), model_at(location[:-1]))
-    if kind == "recipe":
-        return Problem(f"{where}: {place}", context["what"], context["remedy"])
-    if kind == "missing":
-        return Problem(f"{where}: {place}", "is missing", "add it")
-    if kind == "literal_error":
-        value = detail["input"]
-        return Problem(f"{where}: {place}", f"{short(value)} is not known", f"use {context['expected']}")
-    return Problem(f"{where}: {place}", f"{short(detail['input'])} is not valid", _REMEDIES.get(kind, detail["msg"]))
-
-
-def _place(location: Location) -> str:
-    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
-
-
-def _unknown(where: str, parent: str, key: str, model: type[BaseModel]) -> Problem:
-    return Problem(f"{where}: {parent}", f"unknown key {key}", did_you_mean(key, model.model_fields))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -136,12 +79,3 @@ def _one_line(error: yaml.YAMLError) -> str:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
     return " ".join(str(error).split())
-
-
-_REMEDIES = {
-    "model_type": "write a map of keys to values",
-    "string_too_short": "it cannot be empty",
-    "string_type": "write a text",
-    "too_short": "give at least one",
-    "tuple_type": "write a list",
-}

@@ -30,7 +30,7 @@ def _modules_after(statement: str) -> set[str]:
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
     heavy = {
         "torch",
-        "pydantic",
+        "cattrs",
         "rich",
         "transformers",
         "huggingface_hub",

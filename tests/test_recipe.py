@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 
 from slrmerge.errors import RecipeError, SlrmergeError
 from slrmerge.hub import open_pair
-from slrmerge.recipe import Recipe, load_recipe, parse_recipe, recipe_schema
+from slrmerge.recipe import LayerRule, Recipe, TensorRule, load_recipe, parse_recipe, recipe_schema
 from slrmerge.repository import Repository
+from slrmerge.structure import UNWRITTEN, keys_of
 from slrmerge.written import MAX_BYTES
 
 SIDES = {"pretrained": "pre", "posttrained": "post"}
@@ -318,10 +320,14 @@ def test_the_schema_accepts_whatever_a_recipe_may_say(content: dict[str, Any]) -
 def test_the_schema_is_sound_and_describes_every_key() -> None:
     schema = recipe_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
-    objects = [schema, *schema["$defs"].values()]
-    assert len(objects) == 3
-    for properties in (described["properties"] for described in objects):
+    kinds = {Recipe: schema, LayerRule: schema["$defs"]["LayerRule"], TensorRule: schema["$defs"]["TensorRule"]}
+    for kind, described in kinds.items():
+        properties = described["properties"]
+        assert list(properties) == keys_of(kind)
         assert all(entry.get("description") for entry in properties.values()), properties
+        assert described["required"] == [
+            each.name for each in fields(kind) if each.default is MISSING and each.metadata != UNWRITTEN
+        ]
 
 
 @pytest.mark.parametrize("content", [content for content, _ in GOOD])

@@ -103,9 +103,9 @@ def merge(
     ctx.obj["as_json"] = as_json
     if push_to_hub is None and (private or revision):
         raise click.UsageError(f"{'--private' if private else '--revision'} goes with --push-to-hub", ctx)
+    plan = _plan(recipe, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code)
     from slrmerge.cli import show
 
-    plan = _plan(recipe, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code)
     if dry_run:
         _require_target(plan, out, overwrite=overwrite)
         show.print_plan(plan, out, as_json=as_json)
@@ -164,9 +164,9 @@ def plan(
     slrmerge plan recipe.yaml --json | jq '.tensors["lm_head.weight"]'
     """
     ctx.obj["as_json"] = as_json
+    made = _plan(recipe, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code)
     from slrmerge.cli import show
 
-    made = _plan(recipe, max_shard_size=max_shard_size, dtype=dtype, allow_code=allow_code)
     _require_target(made, out, overwrite=overwrite)
     show.print_plan(made, out, as_json=as_json)
 
@@ -264,12 +264,12 @@ main.add_command(select)
 
 def _plan(recipe: Path, *, max_shard_size: str | None, dtype: str | None, allow_code: bool) -> "slrmerge.MergePlan":
     """The plan for a recipe file with the command line's overrides."""
-    from slrmerge.hub import open_pair
-    from slrmerge.plan import plan_merge
-    from slrmerge.recipe import load_recipe
-
     gc.disable()  # tens of thousands of small values and no cycle among them: collecting is a third of planning
     try:
+        from slrmerge.hub import open_pair
+        from slrmerge.plan import plan_merge
+        from slrmerge.recipe import load_recipe
+
         loaded = load_recipe(recipe, max_shard_size=max_shard_size, dtype=dtype)
         return plan_merge(loaded, open_pair(*loaded.sources()), allow_code=allow_code)
     finally:

@@ -42,14 +42,13 @@ def bytes_of(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     """An option's callback: 8GB or 500MiB as a number of bytes."""
     if value is None:
         return None
-    from pydantic_core import PydanticCustomError
-
     from slrmerge.recipe import parse_bytes
+    from slrmerge.structure import Fault
 
     try:
         return parse_bytes(value)
-    except PydanticCustomError as error:
-        raise click.BadParameter(error.message(), ctx, parameter) from None
+    except Fault as fault:
+        raise click.BadParameter(str(fault), ctx, parameter) from None
 
 
 def a_number(ctx: click.Context, parameter: click.Parameter, value: float) -> float:

@@ -15,12 +15,12 @@ from slrmerge.files import free_bytes
 from slrmerge.merge import MergeResult, resolve_target
 from slrmerge.plan import Kind, MergePlan, summarise_parts
 from slrmerge.plan.summary import plan_sentences
-from slrmerge.verify import VerifyReport
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from slrmerge.push import PushResult
+    from slrmerge.verify import VerifyReport
 
 
 def print_plan(plan: MergePlan, out: Path | None, *, as_json: bool) -> None:
@@ -99,7 +99,7 @@ def print_pushed(pushed: "PushResult", *, as_json: bool) -> None:
     return None
 
 
-def print_verified(report: VerifyReport, *, as_json: bool) -> None:
+def print_verified(report: "VerifyReport", *, as_json: bool) -> None:
     """What was proven."""
     if as_json:
         return print_json({**asdict(report), "folder": str(report.folder), "verified": True})

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slrmerge.errors import DataError, Problem, require_extra
 from slrmerge.repository import Repository, parse_source
-from slrmerge.written import problems_in
+from slrmerge.structure import FaultsError, structured
 
 PROBLEMS_SHOWN = 10
 
@@ -30,10 +29,14 @@ class Row:
     values: Mapping[str, Any]
 
 
-class Question(BaseModel):
-    """A row that a task can use; further columns are nobody's business."""
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A row that a task can use; further columns are nobody's business.
 
-    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+    `aliases` are what a column may be called, in the order they are looked for.
+    """
+
+    aliases: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     @property
     def text(self) -> str:
@@ -77,9 +80,9 @@ def questions_of(kind: type[Q], rows: Iterable[Row]) -> list[Q]:
     problems: list[Problem] = []
     for row in rows:
         try:
-            question = kind.model_validate(row.values)
-        except ValidationError as error:
-            problems += problems_in(row.where, error, lambda _: kind)
+            question = structured(kind, _renamed(row.values, kind.aliases), row.where, strict=False)
+        except FaultsError as error:
+            problems += error.problems
         else:
             if found.setdefault(question.id, question) != question:
                 problems.append(Problem(row.where, "is asked before, with other answers", "give it once"))
@@ -88,6 +91,12 @@ def questions_of(kind: type[Q], rows: Iterable[Row]) -> list[Q]:
         rest = [Problem("…", f"and {more} problems more")] if more > 0 else []
         raise DataError(*problems[:PROBLEMS_SHOWN], *rest)
     return list(found.values())
+
+
+def _renamed(values: Mapping[str, Any], aliases: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The values of a row with the names that its columns go by here."""
+    found = {name: next((each for each in others if each in values), name) for name, others in aliases.items()}
+    return {**values, **{name: values[each] for name, each in found.items() if each in values}}
 
 
 def _file(path: Path) -> Data:

@@ -5,12 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from slrmerge.errors import Problem, RecipeError, did_you_mean, raise_all
-from slrmerge.mergekit.config import Config, model_at
+from slrmerge.mergekit.config import Config
 from slrmerge.mergekit.rules import Rules
-from slrmerge.written import problems_in
+from slrmerge.structure import FaultsError, structured
 
 _REFUSED_KEYS = {
     "modules": "mergekit would merge each module by a config of its own",
@@ -37,9 +35,9 @@ def read_config(content: Mapping[Any, Any], where: str) -> tuple[dict[str, Any],
         if key in content
     ]
     try:
-        config = Config.model_validate({str(k): v for k, v in content.items() if k not in _REFUSED_KEYS})
-    except ValidationError as error:
-        raise RecipeError(*problems, *problems_in(where, error, model_at)) from None
+        config = structured(Config, {key: value for key, value in content.items() if key not in _REFUSED_KEYS}, where)
+    except FaultsError as error:
+        raise RecipeError(*problems, *error.problems) from None
     raise_all([*problems, *_config_problems(config, where)], RecipeError)
     donor, other = config.named
     recipe: dict[str, Any] = {"pretrained": _from_here(other), "posttrained": _from_here(donor)}

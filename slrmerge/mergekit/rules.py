@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from slrmerge.errors import Problem
 from slrmerge.mergekit.config import Config, Slice, Source
-from slrmerge.written import short
+from slrmerge.structure import short
 
 Locate = Callable[[str], tuple[int, str] | None]
 """A tensor's name → its layer and its name in there."""
@@ -88,7 +88,7 @@ class Rules:
         else:
             base = self.config.base_model
             if self.config.models and base and base not in {source.model for source in sources}:
-                sources = [*sources, Source(model=base)]
+                sources = (*sources, Source(model=base))
             weights = {source.model: value("weight", source, None) for source in reversed(sources)}
             total = sum(weights.values())
             if not value("normalize", None, 1.0) and abs(total - 1) > 1e-9:

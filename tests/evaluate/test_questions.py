@@ -144,7 +144,7 @@ BAD_ROWS: list[tuple[type[Question], dict[str, Any], str]] = [
     (OpenQuestion, {"answers": ["a"]}, "x: $.question: is missing; add it"),
     (OpenQuestion, {"question": "", "answers": ["a"]}, "x: $.question: '' is not valid; it cannot be empty"),
     (OpenQuestion, {"question": STATE}, "x: $.answers: is missing; add it"),
-    (OpenQuestion, {"question": STATE, "answers": []}, "x: $.answers: () is not valid; give at least one"),
+    (OpenQuestion, {"question": STATE, "answers": []}, "x: $.answers: [] is not valid; give at least one"),
     (
         OpenQuestion,
         {"question": STATE, "answers": 3},

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from math import isnan, log
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.evaluate.helpers import Answering, Embeddings
 
 STATES = OpenQuestion(question="Name a state.", answers=(("Ohio", "OH"), ("Utah",), ("Iowa",), ("Maine", "ME")))
 JOKE = Request(prompt="Tell me a joke.")
-SUM = WordProblem(question="How many?", answer="2 + 2 = 4\n#### 4")
+SUM = WordProblem(question="How many?", answer=Fraction(4))
 
 Judging = Callable[[Callable[[str], str]], tuple[Judge, Answering]]
 
@@ -183,7 +184,7 @@ def test_reasoning_compares_numbers() -> None:
 
 
 def sums(count: int) -> list[WordProblem]:
-    return [WordProblem(question=f"{number} + 0?", answer=number) for number in range(count)]
+    return [WordProblem(question=f"{number} + 0?", answer=Fraction(number)) for number in range(count)]
 
 
 def test_reasoning_asks_what_is_missed_without_chance_until_there_is_enough() -> None:

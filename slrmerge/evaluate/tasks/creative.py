@@ -1,15 +1,15 @@
 """Creative writing: how unlike each other are a model's poems, stories or jokes, and how good?"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import nan
 from typing import ClassVar
-
-from pydantic import AliasChoices, Field
 
 from slrmerge.evaluate.metrics import dissimilarity
 from slrmerge.evaluate.questions import Question
 from slrmerge.evaluate.replies import json_values
 from slrmerge.evaluate.tasks.base import Answered, Helpers, Metric, Scored, Task
+from slrmerge.structure import Text
 
 CRITERIA = ("request", "language", "craft", "invention", "effect")
 TOP = 10
@@ -39,10 +39,13 @@ Response:
 Reply with JSON and nothing else: {{"request": 0, "language": 0, "craft": 0, "invention": 0, "effect": 0}}"""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Request(Question):
     """What is to be written."""
 
-    prompt: str = Field(validation_alias=AliasChoices("prompt", "question"), min_length=1)
+    aliases: ClassVar = {"prompt": ("prompt", "question")}
+
+    prompt: Text
 
     @property
     def text(self) -> str:

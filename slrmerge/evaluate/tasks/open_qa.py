@@ -3,17 +3,16 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
-
-from pydantic import AliasChoices, Field, field_validator
+from typing import Annotated, Any, ClassVar
 
 from slrmerge.evaluate.matching import match_stated, match_whole, names_of, normalise
 from slrmerge.evaluate.metrics import coverage, entropy, precision
 from slrmerge.evaluate.questions import Question
 from slrmerge.evaluate.replies import whole_number
 from slrmerge.evaluate.tasks.base import Answered, Helpers, Metric, Scored, Task
-from slrmerge.written import fault
+from slrmerge.structure import Fault, Finish, Prepare, Text, filled
 
 JUDGED = """\
 Somebody was asked a question that has many right answers. Decide which of the accepted answers, numbered below, the \
@@ -34,14 +33,37 @@ Reply with the number of the accepted answer that the response gives, or with 0 
 and nothing else: {{"answer": NUMBER}}"""
 
 
+def _as_lists(value: Any) -> list[Any]:
+    """Names by themselves as lists of one; in a CSV cell, names between bars or a JSON list."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.lstrip().startswith("[") else value.split("|")
+        except ValueError:
+            raise Fault("is not a JSON list of answers", "separate answers by |, or write a JSON list") from None
+    if not isinstance(value, list | tuple):
+        raise Fault("is not a list of answers", "write a list of names, or of lists of names")
+    return [(answer,) if isinstance(answer, str) else answer for answer in filled(value)]
+
+
+def _named(answers: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """Those of the answers that have a name to themselves."""
+    if not all(any(map(normalise, names)) for names in answers):
+        raise Fault("has an answer without letters or digits", "give every answer a name")
+    owned = set(names_of(answers).values())
+    return tuple(names for index, names in enumerate(answers) if index in owned)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OpenQuestion(Question):
     """A question and its accepted answers; each is a name, or a list of names of the same thing.
 
     An answer that has no name to itself stands there for the second time, and is left out.
     """
 
-    question: str = Field(validation_alias=AliasChoices("question", "prompt"), min_length=1)
-    answers: tuple[tuple[str, ...], ...] = Field(min_length=1)
+    aliases: ClassVar = {"question": ("question", "prompt")}
+
+    question: Text
+    answers: Annotated[tuple[tuple[str, ...], ...], Prepare(_as_lists), Finish(_named)]
 
     @property
     def text(self) -> str:
@@ -51,27 +73,6 @@ class OpenQuestion(Question):
     def names(self) -> dict[str, int]:
         """See `names_of`; every model's every response is held against them."""
         return names_of(self.answers)
-
-    @field_validator("answers", mode="before")
-    @classmethod
-    def _as_lists(cls, value: Any) -> Any:
-        """Names by themselves as lists of one; in a CSV cell, names between bars or a JSON list."""
-        if isinstance(value, str):
-            try:
-                value = json.loads(value) if value.lstrip().startswith("[") else value.split("|")
-            except ValueError:
-                raise fault("is not a JSON list of answers", "separate answers by |, or write a JSON list") from None
-        if not isinstance(value, list | tuple):
-            raise fault("is not a list of answers", "write a list of names, or of lists of names")
-        return tuple((answer,) if isinstance(answer, str) else answer for answer in value)
-
-    @field_validator("answers")
-    @classmethod
-    def _named(cls, value: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-        if not all(any(map(normalise, names)) for names in value):
-            raise fault("has an answer without letters or digits", "give every answer a name")
-        owned = set(names_of(value).values())
-        return tuple(names for index, names in enumerate(value) if index in owned)
 
 
 class OpenQA(Task):

@@ -1,43 +1,44 @@
 """Worked solutions that end in a number: does it help to try again? (GSM8K's form)"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import isfinite
-from typing import Any, ClassVar
-
-from pydantic import AliasChoices, Field, field_validator
+from typing import Annotated, Any, ClassVar
 
 from slrmerge.errors import DataError, Problem
 from slrmerge.evaluate.metrics import pass_at_k
 from slrmerge.evaluate.numbers import final_number
 from slrmerge.evaluate.questions import Question
 from slrmerge.evaluate.tasks.base import Answered, Helpers, Metric, Scored, Task
-from slrmerge.written import fault
+from slrmerge.structure import Fault, Read, Text
 
 KS = (1, 4, 8, 16, 32, 64)
 TRIED_AT_A_TIME = 64
 """Questions asked greedily at a time, until as many were missed as are wanted."""
 
 
+def _number(value: Any) -> Fraction:
+    if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+        return Fraction(str(value))
+    found = final_number(value) if isinstance(value, str) else None
+    if found is None:
+        raise Fault("holds no number", "give the right number, by itself or behind ####")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class WordProblem(Question):
     """A question and the number that is right; a worked solution may stand before it, ended by `####`."""
 
-    question: str = Field(validation_alias=AliasChoices("question", "problem", "prompt"), min_length=1)
-    answer: Fraction
+    aliases: ClassVar = {"question": ("question", "problem", "prompt")}
+
+    question: Text
+    answer: Annotated[Fraction, Read(_number)]
 
     @property
     def text(self) -> str:
         return self.question
-
-    @field_validator("answer", mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
-            return Fraction(str(value))
-        found = final_number(value) if isinstance(value, str) else None
-        if found is None:
-            raise fault("holds no number", "give the right number, by itself or behind ####")
-        return found
 
 
 class Reasoning(Task):
