@@ -4,7 +4,6 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,13 +51,19 @@ def write_piece(
     SourceChangedError for an extent that has become shorter.
     """
     hasher = xxhash.xxh3_128()
+
+    def on_chunk(chunk: memoryview) -> None:
+        hasher.update(chunk)
+        on_bytes(len(chunk))
+
     try:
         with open(path, "r+b", buffering=0) as file:
             file.seek(start)
             for part in parts:
-                for chunk in _written(file, [part]) if isinstance(part, memoryview) else _copied(file, part):
-                    hasher.update(chunk)
-                    on_bytes(len(chunk))
+                if isinstance(part, Extent):
+                    _copy(part, file.fileno(), on_chunk)
+                else:
+                    _write(part, file.fileno(), on_chunk)
     except EOFError:
         raise OutputError(Problem(str(path), "was cut short while it was written", "run again")) from None
     except OSError as error:
@@ -74,42 +79,43 @@ def extent_chunks(extent: Extent, buffer: memoryview) -> Iterator[memoryview]:
         yield chunk
 
 
-def _copied(file: FileIO, extent: Extent) -> Iterator[memoryview]:
-    """Copy an extent to where `file` stands, inside the kernel where it can; yields what `file` then holds.
+def _write(chunk: memoryview, fd: int, on_chunk: Callable[[memoryview], None]) -> None:
+    """Write a chunk where the open file stands."""
+    left = chunk
+    while left:
+        left = left[os.write(fd, left) :]
+    on_chunk(chunk)
+
+
+def _copy(extent: Extent, fd: int, on_chunk: Callable[[memoryview], None]) -> None:
+    """Copy an extent to where the open file stands, in the kernel where it can; `on_chunk` gets what it then holds.
 
     A chunk is read back at once, while a core's cache has it: cheaper than a map of the file, or than reading it later.
     """
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    position, done = file.tell(), 0
+    position, done = os.lseek(fd, 0, os.SEEK_CUR), 0
     while done < extent.nbytes:
-        count = min(extent.nbytes - done, len(buffer))
+        count = min(extent.nbytes - done, CHUNK_BYTES)
         try:
-            moved = _copy_in_kernel(extent.fd, file.fileno(), count, extent.offset + done)
+            moved = _copy_in_kernel(extent.fd, fd, count, extent.offset + done)
         except OSError as error:
             if done or error.errno not in (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            yield from _written(file, extent_chunks(extent, buffer))
+            for chunk in extent_chunks(extent, buffer):
+                _write(chunk, fd, on_chunk)
             return
         if moved == 0:
             raise extent.cut_short()
-        read_exactly(file.fileno(), position + done, buffer[:moved])
+        chunk = buffer[:moved]
+        read_exactly(fd, position + done, chunk)
+        on_chunk(chunk)
         done += moved
-        yield buffer[:moved]
 
 
 def _copy_in_kernel(source: int, target: int, count: int, offset: int) -> int:
     if not hasattr(os, "copy_file_range"):
         raise OSError(errno.ENOSYS, "only Linux has it")
     return os.copy_file_range(source, target, count, offset)
-
-
-def _written(file: FileIO, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
-    """Write chunks where `file` stands; yields each."""
-    for chunk in chunks:
-        left = chunk
-        while left:
-            left = left[os.write(file.fileno(), left) :]
-        yield chunk
 
 
 def write_content(path: Path, content: bytes, *, fsync: bool) -> Written:
