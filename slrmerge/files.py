@@ -4,6 +4,7 @@ A target is never written in place: work happens in a sibling folder which takes
 """
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -61,6 +62,25 @@ def create_folder(path: Path, *, fsync: bool) -> None:
 def free_bytes(path: Path) -> int:
     """The room on the disk that `path` is or would be on."""
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def reserve(path: Path, file_bytes: int) -> None:
+    """Make a file, or take up the one that is there, and have the disk set `file_bytes` aside for it where it can.
+
+    Elsewhere the file grows as it is written. (Linux fallocate: what Python has would write zeros where it cannot.)
+    """
+    with open(path, "ab") as file:
+        fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None) if sys.platform == "linux" else None
+        if fallocate and file_bytes and fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(file_bytes)):
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
+                raise OSError(number, os.strerror(number), str(path))
+
+
+def held_bytes(path: Path) -> int:
+    """The room that a file has on its disk, as far as the system tells."""
+    status = path.stat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
 
 
 def write_file(path: Path, data: bytes, *, fsync: bool) -> None:

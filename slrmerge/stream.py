@@ -13,7 +13,7 @@ from slrmerge.blend import CHUNK_ELEMENTS, Blender, Sums, Weights, linear, slerp
 from slrmerge.checkpoint import DTYPE_BITS, CheckpointReader, Extent, Identity
 from slrmerge.errors import CheckpointError, Problem, SourceChangedError
 from slrmerge.plan import MergePlan, PlannedFile, PlannedShard, PlannedTensor
-from slrmerge.writer import CHUNK_BYTES, extent_chunks
+from slrmerge.writer import CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +90,10 @@ class ShardStream:
         self._plan = plan
         self._sources = sources
 
-    def parts(self, start: int, stop: int, blender: Blender) -> Iterator[memoryview | Extent]:
-        """Bytes `start` to `stop` of the file: in memory, or as extents of the sources here, to be copied.
+    def chunks(self, start: int, stop: int, blender: Blender) -> Iterator[memoryview]:
+        """Bytes `start` to `stop` of the file, each chunk valid until the next is asked for.
 
-        A chunk in memory is valid until the next part is asked for. The bytes of the file do not depend on the
-        stretches that it is asked for in.
+        The bytes do not depend on the stretches that they are asked for in.
         """
         header = self.shard.header
         if start < len(header):
@@ -108,17 +107,13 @@ class ShardStream:
             from_, to = max(begin, run_begin) - run_begin, min(end, run_end) - run_begin
             if first.kind == "copy":
                 ((reader, name),) = self._sources.read_for(first)
-                yield from reader.stretch(name, from_, to - from_)
+                for part in reader.stretch(name, from_, to - from_):
+                    if isinstance(part, Extent):
+                        yield from part.chunks(blender.inputs[0][:CHUNK_BYTES])
+                    else:
+                        yield part
             else:
                 yield from self._sources.computed(first, from_, to, blender)
-
-    def chunks(self, start: int, stop: int, blender: Blender) -> Iterator[memoryview]:
-        """The same bytes, all in memory."""
-        for part in self.parts(start, stop, blender):
-            if isinstance(part, Extent):
-                yield from extent_chunks(part, blender.inputs[0][:CHUNK_BYTES])
-            else:
-                yield part
 
     @cached_property
     def _runs(self) -> list[list[PlannedTensor]]:

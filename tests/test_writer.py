@@ -1,17 +1,18 @@
 """One file on disk: every byte of it, its digest, and the system's refusals in words."""
 
+import ctypes
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from slrmerge import writer
-from slrmerge.checkpoint import Extent
+from slrmerge import files, writer
 from slrmerge.errors import NoSpaceError, OutputError
-from slrmerge.writer import Written, combine, digest_file, output_error, write_content, write_piece
+from slrmerge.writer import Written, combine, digest_file, output_error, reserve, write_content, write_piece
 
 CHUNKS = [b"head", b"", b"x" * 100_000, b"tail"]
 DATA = b"".join(CHUNKS)
@@ -37,40 +38,47 @@ def test_a_piece_is_what_was_given_and_its_digest_is_that_of_its_bytes(path: Pat
     assert told == [4, 0, 100_000, 4]
 
 
-@pytest.mark.parametrize("in_kernel", [True, False])
-def test_an_extent_is_copied_with_or_without_the_kernels_help(
-    path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool
-) -> None:
-    source = path.with_name("source")
-    source.write_bytes(DATA)
-    if not in_kernel:
-        monkeypatch.delattr(os, "copy_file_range", raising=False)
-    with open(source, "rb") as file:
-        extent = Extent(file.fileno(), 2, 50_000, source)
-        assert write_piece(path, 0, [memoryview(b"head"), extent]) == xxhash.xxh3_128_digest(path.read_bytes())
-    assert path.read_bytes() == b"head" + DATA[2:50_002]
+def test_a_reserved_file_has_its_size_and_its_room_at_once(path: Path) -> None:
+    reserve(path, 100_000)
+    if sys.platform == "linux":
+        assert path.stat().st_size == 100_000
+        assert files.held_bytes(path) >= 100_000
+    write_piece(path, 50_000, [memoryview(b"x" * 50_000)])
+    reserve(path, 100_000)
+    assert path.read_bytes() == bytes(50_000) + b"x" * 50_000
 
 
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS])
-def test_a_kernel_that_will_not_copy_is_not_asked_again(
+def test_a_file_that_is_not_there_yet_is_made(tmp_path: Path) -> None:
+    reserve(tmp_path / "new", 0)
+    assert (tmp_path / "new").read_bytes() == b""
+
+
+def fallocate_fails(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    class Library:
+        def fallocate(self, *arguments: object) -> int:
+            ctypes.set_errno(number)
+            return -1
+
+    monkeypatch.setattr(files.sys, "platform", "linux")  # type: ignore[attr-defined]
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: Library())
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_no_room_can_be_set_aside_a_file_grows_as_it_is_written(
     path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(*arguments: int) -> int:
-        raise OSError(number, os.strerror(number))
-
-    path.with_name("source").write_bytes(DATA)
-    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
-    with open(path.with_name("source"), "rb") as file:
-        write_piece(path, 0, [Extent(file.fileno(), 0, len(DATA), path)])
-    assert path.read_bytes() == DATA
+    fallocate_fails(monkeypatch, number)
+    reserve(path, 100_000)
+    assert path.stat().st_size == 0
+    write_piece(path, 5, [memoryview(b"tail")])
+    assert path.read_bytes() == bytes(5) + b"tail"
 
 
-def test_a_file_that_loses_what_was_copied_to_it_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "copy_file_range", lambda source, target, count, offset: count, raising=False)
-    path.with_name("source").write_bytes(DATA)
-    with open(path.with_name("source"), "rb") as file, pytest.raises(OutputError) as caught:
-        write_piece(path, 0, [Extent(file.fileno(), 0, len(DATA), path)])
-    assert str(caught.value) == f"{path}: was cut short while it was written; run again"
+def test_no_room_is_said_when_a_file_is_reserved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fallocate_fails(monkeypatch, errno.ENOSPC)
+    with pytest.raises(NoSpaceError) as caught:
+        reserve(path, 100_000)
+    assert str(caught.value) == f"{path}: the disk is full; free some space and run again"
 
 
 def test_pieces_written_in_any_order_make_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

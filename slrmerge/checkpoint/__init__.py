@@ -23,7 +23,7 @@ from slrmerge.checkpoint.header import (
 )
 from slrmerge.checkpoint.layers import LayerStack, layer_count
 from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
-from slrmerge.checkpoint.reader import CheckpointReader, Extent, read_exactly
+from slrmerge.checkpoint.reader import CheckpointReader, Extent
 from slrmerge.checkpoint.remote import RemoteFile, Snapshot, waiting_threads
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "open_regular",
     "quantisation_config",
     "quantised_groups",
-    "read_exactly",
     "read_shard",
     "waiting_threads",
 ]

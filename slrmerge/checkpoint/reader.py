@@ -35,13 +35,18 @@ class Extent(NamedTuple):
         try:
             read_exactly(self.fd, self.offset, buffer)
         except EOFError:
-            raise self.cut_short() from None
+            raise _changed(self.path, "was cut short while it was read") from None
         except OSError as error:
             raise CheckpointError(Problem(str(self.path), f"cannot be read ({error.strerror})")) from error
         return self._replace(offset=self.offset + len(buffer), nbytes=self.nbytes - len(buffer))
 
-    def cut_short(self) -> SourceChangedError:
-        return _changed(self.path, "was cut short while it was read")
+    def chunks(self, buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes of the stretch, read into `buffer` a part at a time; raises as `read_into` does."""
+        left = self
+        while left.nbytes:
+            chunk = buffer[: left.nbytes]
+            left = left.read_into(chunk)
+            yield chunk
 
 
 class CheckpointReader:

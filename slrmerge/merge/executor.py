@@ -17,7 +17,7 @@ from slrmerge.errors import CheckpointError, OutputError, Problem, raise_all
 from slrmerge.hub import open_pair
 from slrmerge.manifest import build_manifest
 from slrmerge.merge.journal import Journal, keep_finished, pieces_of
-from slrmerge.merge.shards import finished_bytes, write_shards
+from slrmerge.merge.shards import write_shards
 from slrmerge.merge.target import require_space, resolve_target, target_problems
 from slrmerge.plan import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, MergePlan, plan_merge
 from slrmerge.progress import Progress, Silent
@@ -123,7 +123,7 @@ def _make(
         journal = Journal.open(files.staging_folder(target), plan.fingerprint(), fsync=fsync)
         with keep_finished(journal, sum(1 for shard in plan.shards for _ in pieces_of(shard))):
             resumed = journal.resume(plan.shards, progress)
-            require_space(plan, target, finished_bytes=finished_bytes(plan, journal))
+            require_space(plan, target, held_bytes=journal.held_bytes(plan.shards))
             written = _write_files(plan, journal, target, fsync=fsync, name=name)
             write_shards(plan, sources, journal, threads, fsync=fsync, progress=progress)
             written = _write_manifest(plan, journal, written, fsync=fsync)

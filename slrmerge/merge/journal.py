@@ -73,6 +73,11 @@ class Journal:
             progress.say(f"resuming: {len(self.finished):,} pieces are as they should be")
         return len(self.finished)
 
+    def held_bytes(self, shards: Iterable[PlannedShard]) -> int:
+        """The room on the disk that has been set aside for `shards` already."""
+        begun = ((self.folder / shard.name, shard.file_bytes) for shard in shards)
+        return sum(min(files.held_bytes(path), file_bytes) for path, file_bytes in begun if path.exists())
+
     def record(self, piece: Piece, digest: bytes) -> None:
         """Add a finished piece."""
         with self._lock, open(self.folder / JOURNAL_NAME, "ab", buffering=0) as file:

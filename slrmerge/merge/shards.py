@@ -8,12 +8,11 @@ from pathlib import Path
 from threading import Event, Lock, local
 
 from slrmerge.blend import Blender, one_core_per_chunk
-from slrmerge.checkpoint import Extent
 from slrmerge.merge.journal import Journal, Piece, pieces_of
 from slrmerge.plan import MergePlan
 from slrmerge.progress import Progress, one_at_a_time
 from slrmerge.stream import ShardStream, Sources
-from slrmerge.writer import write_piece
+from slrmerge.writer import reserve, write_piece
 
 _PIECES_PER_SYNC = 8
 """How much of a shard goes to the disk at a time, while more of it is copied: 128 MiB."""
@@ -24,7 +23,8 @@ def write_shards(
 ) -> None:
     """Write the pieces that the journal lacks, `threads` of them at a time."""
     waiting = [shard for shard in plan.shards if any(piece not in journal.finished for piece, _, _ in pieces_of(shard))]
-    total = sum(shard.file_bytes for shard in plan.shards) - finished_bytes(plan, journal)
+    jobs = (job for shard in waiting for job in pieces_of(shard))
+    total = sum(stop - start for piece, start, stop in jobs if piece not in journal.finished)
     progress.start("downloading and merging" if plan.download_bytes else "merging", total)
     advance = one_at_a_time(progress.advance)
     # Nothing starts before all is queued: a thread that Ctrl-C catches being born is one that no pool waits for.
@@ -35,8 +35,8 @@ def write_shards(
         go.wait()
         if stop.is_set():
             return
-        parts = _until(stop, shard.stream.parts(start, end, own.blender))
-        digest = write_piece(shard.path, start, parts, on_bytes=advance)
+        chunks = _until(stop, shard.stream.chunks(start, end, own.blender))
+        digest = write_piece(shard.path, start, chunks, on_bytes=advance)
         if stop.is_set():
             return
         journal.record(piece, digest)
@@ -94,7 +94,7 @@ class _OpenShard:
         self.early_syncs: list[Future[None]] = []
         self._lock = Lock()
         self._missing = missing
-        path.touch()
+        reserve(path, stream.shard.file_bytes)
 
     def is_last(self) -> bool:
         """Count a piece that was written; whether it was the last one missing."""
@@ -103,14 +103,8 @@ class _OpenShard:
             return self._missing == 0
 
 
-def finished_bytes(plan: MergePlan, journal: Journal) -> int:
-    """What an earlier run has written of the shards."""
-    jobs = (job for shard in plan.shards for job in pieces_of(shard))
-    return sum(stop - start for piece, start, stop in jobs if piece in journal.finished)
-
-
-def _until(stop: Event, parts: Iterator[memoryview | Extent]) -> Iterator[memoryview | Extent]:
-    for part in parts:
+def _until(stop: Event, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+    for chunk in chunks:
         if stop.is_set():
             return
-        yield part
+        yield chunk

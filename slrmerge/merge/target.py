@@ -71,10 +71,10 @@ def _nearest_folder(target: Path) -> Path:
     return next((folder for folder in target.parents if folder.exists()), target)
 
 
-def require_space(plan: MergePlan, target: Path, *, finished_bytes: int = 0) -> None:
-    """Raise NoSpaceError unless the disk has room for what is still to be written."""
+def require_space(plan: MergePlan, target: Path, *, held_bytes: int = 0) -> None:
+    """Raise NoSpaceError unless the disk has room for the output, of which an earlier run may hold some already."""
     free = files.free_bytes(target)
-    needed = plan.output_bytes - finished_bytes
+    needed = plan.output_bytes - held_bytes
     if needed > free:
         raise NoSpaceError(
             Problem(

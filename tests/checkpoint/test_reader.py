@@ -152,6 +152,14 @@ def test_reading_from_an_extent_gives_its_rest(reader: CheckpointReader) -> None
     assert (bytes(buffer[:3]), end.nbytes) == (TENSORS[NAME].data[5:8], 0)
 
 
+def test_the_chunks_of_an_extent_are_its_bytes(reader: CheckpointReader) -> None:
+    (extent,) = reader.stretch(NAME, 3, 8)
+    assert isinstance(extent, Extent)
+    chunks = [bytes(chunk) for chunk in extent.chunks(memoryview(bytearray(3)))]
+    assert [len(chunk) for chunk in chunks] == [3, 3, 2]
+    assert b"".join(chunks) == TENSORS[NAME].data[3:11]
+
+
 def test_an_extent_that_has_become_shorter_is_told(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abcde")
     with (tmp_path / "x").open("rb") as file:

@@ -11,7 +11,6 @@ import pytest
 import xxhash
 
 from slrmerge import MergePlan, execute, files, verify_checkpoint
-from slrmerge.checkpoint import Extent
 from slrmerge.errors import BusyError
 from slrmerge.merge import executor, shards
 from slrmerge.merge.journal import JOURNAL_NAME, Journal
@@ -179,7 +178,7 @@ def written_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The pieces that are written from now on."""
     written: list[tuple[str, int]] = []
 
-    def watched(path: Path, start: int, parts: Iterable[memoryview | Extent], **options: Any) -> bytes:
+    def watched(path: Path, start: int, parts: Iterable[memoryview], **options: Any) -> bytes:
         written.append((path.name, start // SMALL_PIECE))
         return write_piece(path, start, parts, **options)
 
@@ -299,22 +298,24 @@ def test_whichever_pieces_are_missing_are_written_where_they_belong(
     assert (result.resumed_pieces, result.files) == (len(kept) - 3, undisturbed)
 
 
-def test_a_resumed_merge_needs_no_room_for_the_finished_pieces_of_a_shard(
+def test_a_resumed_merge_needs_no_room_for_what_its_shards_hold_already(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slrmerge.writer.PIECE_BYTES", SMALL_PIECE)
     plan = pair.plan(restore=[2, 3], max_shard_size="2KB")
-    _, kept = stop_inside_a_shard(pair, plan)
-    finished_bytes = sum(pieces_of(plan)[piece] for piece in kept)
+    staging, kept = stop_inside_a_shard(pair, plan)
+    begun = [shard for shard in plan.shards if (staging / shard.name).exists()]
+    held_bytes = sum(min(files.held_bytes(staging / shard.name), shard.file_bytes) for shard in begun)
+    assert sum(pieces_of(plan)[piece] for piece in kept) <= held_bytes < plan.output_bytes
     asked: list[int] = []
 
-    def watched(plan: MergePlan, target: Path, *, finished_bytes: int) -> None:
-        asked.append(finished_bytes)
-        require_space(plan, target, finished_bytes=finished_bytes)
+    def watched(plan: MergePlan, target: Path, *, held_bytes: int) -> None:
+        asked.append(held_bytes)
+        require_space(plan, target, held_bytes=held_bytes)
 
     monkeypatch.setattr(executor, "require_space", watched)
     assert execute(plan, pair.out).resumed_pieces == len(kept)
-    assert asked == [finished_bytes]
+    assert asked == [held_bytes]
 
 
 # two at a time

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from slrmerge import execute, merge_checkpoints, writer
+from slrmerge import execute, merge_checkpoints, stream
 from slrmerge.cli.progress import TerminalProgress
 from slrmerge.errors import BlendError, CheckpointError, SourceChangedError
 from tests.checkpoints import Tensor, llama_tensors, random_tensor, read_back, write_checkpoint
@@ -35,7 +35,7 @@ def calm(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Pair:
     """The pair with old file times, read in small steps so that there is a middle to every tensor."""
     for side in ("pre", "post"):
         age(pair.folder / side)
-    monkeypatch.setattr(writer, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 64)
     return pair
 
 
