@@ -65,9 +65,9 @@ def _text(value: object) -> str:
 
 
 def _filled_text(value: object) -> str:
-    if _text(value) == "":
+    if not (text := _text(value)):
         raise Fault("'' is not valid", "it cannot be empty")
-    return str(value)
+    return text
 
 
 def filled(value: T) -> T:
