@@ -42,7 +42,7 @@ def combine(digests: Iterable[bytes]) -> str:
 def reserve(path: Path, file_bytes: int) -> None:
     """Make a file of this size, or take up the one that is there, and have the disk set room aside for it where it can.
 
-    Room that is known to be there is also written to faster (ext4: a third). Raises as `write_piece` does.
+    Room that is known to be there is also written to faster (a quarter, on ext4). Raises as `write_piece` does.
     """
     try:
         files.reserve(path, file_bytes)
