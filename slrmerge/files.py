@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from slrmerge.errors import BusyError, Problem
 
@@ -69,8 +70,8 @@ def reserve(path: Path, file_bytes: int) -> None:
 
     Elsewhere the file grows as it is written. (Linux fallocate: what Python has would write zeros where it cannot.)
     """
+    fallocate = _linux("fallocate")
     with open(path, "ab") as file:
-        fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None) if sys.platform == "linux" else None
         if fallocate and file_bytes and fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(file_bytes)):
             number = ctypes.get_errno()
             if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
@@ -168,10 +169,13 @@ _RENAME_EXCHANGE = 2
 
 def _exchange(first: Path, second: Path) -> bool:
     """Exchange two names in one step (Linux renameat2); False where kernel or file system cannot."""
-    if sys.platform != "linux":
-        return False
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2 = _linux("renameat2")
     if renameat2 is None:
         return False
     done: int = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
     return done == 0
+
+
+def _linux(name: str) -> Any:
+    """A function of Linux's C library that Python has not; None elsewhere and where the library has not either."""
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None) if sys.platform == "linux" else None

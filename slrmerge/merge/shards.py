@@ -22,9 +22,9 @@ def write_shards(
     plan: MergePlan, sources: Sources, journal: Journal, threads: int, *, fsync: bool, progress: Progress
 ) -> None:
     """Write the pieces that the journal lacks, `threads` of them at a time."""
-    waiting = [shard for shard in plan.shards if any(piece not in journal.finished for piece, _, _ in pieces_of(shard))]
-    jobs = (job for shard in waiting for job in pieces_of(shard))
-    total = sum(stop - start for piece, start, stop in jobs if piece not in journal.finished)
+    missing = ((shard, [job for job in pieces_of(shard) if job[0] not in journal.finished]) for shard in plan.shards)
+    waiting = [(shard, jobs) for shard, jobs in missing if jobs]
+    total = sum(stop - start for _, jobs in waiting for _, start, stop in jobs)
     progress.start("downloading and merging" if plan.download_bytes else "merging", total)
     advance = one_at_a_time(progress.advance)
     # Nothing starts before all is queued: a thread that Ctrl-C catches being born is one that no pool waits for.
@@ -58,12 +58,11 @@ def write_shards(
             # So there are never fewer files at a time than threads, unless there are no more.
             groups = max(len(waiting) // threads, 1)
             for group in (waiting[first::groups] for first in range(groups)):
-                missing = [[job for job in pieces_of(shard) if job[0] not in journal.finished] for shard in group]
                 opened = [
                     _OpenShard(ShardStream(plan, shard, sources), journal.folder / shard.name, len(jobs))
-                    for shard, jobs in zip(group, missing, strict=True)
+                    for shard, jobs in group
                 ]
-                for row in zip_longest(*missing):
+                for row in zip_longest(*(jobs for _, jobs in group)):
                     pending += [pool.submit(write, shard, *job) for shard, job in zip(opened, row, strict=True) if job]
             go.set()
             done, _ = wait(pending, return_when=FIRST_EXCEPTION)

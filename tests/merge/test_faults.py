@@ -148,7 +148,6 @@ def full_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int) -> None:
         return write(fd, data)
 
     monkeypatch.setattr(os, "write", failing)
-    monkeypatch.delattr(os, "copy_file_range", raising=False)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

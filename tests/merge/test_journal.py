@@ -178,9 +178,9 @@ def written_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The pieces that are written from now on."""
     written: list[tuple[str, int]] = []
 
-    def watched(path: Path, start: int, parts: Iterable[memoryview], **options: Any) -> bytes:
+    def watched(path: Path, start: int, chunks: Iterable[memoryview], **options: Any) -> bytes:
         written.append((path.name, start // SMALL_PIECE))
-        return write_piece(path, start, parts, **options)
+        return write_piece(path, start, chunks, **options)
 
     monkeypatch.setattr(shards, "write_piece", watched)
     return written
