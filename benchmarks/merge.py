@@ -26,8 +26,8 @@ from pathlib import Path
 import yaml
 
 import slrmerge
-from slrmerge.checkpoint import TensorInfo, header_bytes
-from slrmerge.recipe import parse_bytes
+from slrmerge.checkpoint.header import TensorInfo, header_bytes
+from slrmerge.io.sizes import parse_bytes
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32000
 SLRMERGE = str(Path(sys.executable).with_name("slrmerge"))

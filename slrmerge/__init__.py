@@ -1,101 +1,83 @@
 """slrmerge: merge a pre-trained and a post-trained checkpoint, layer by layer, without loading either.
 
-Names are imported when they are first used, so that `import slrmerge` costs nothing.
+    import slrmerge as slr
+
+    pair = slr.open_pair("org/model", "org/model-instruct")
+    found = slr.search(pair, out="search")
+    slr.merge(found.choice, out="hybrid")
+    slr.verify("hybrid")
+
+Names are imported when they are first used, so that `import slrmerge` is fast.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from slrmerge._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from slrmerge.checkpoint import Checkpoint as Checkpoint
-    from slrmerge.diff import Differences as Differences
-    from slrmerge.diff import compare_checkpoints as compare_checkpoints
+    from slrmerge.checkpoint.base import Checkpoint as Checkpoint
+    from slrmerge.checkpoint.location import Repository as Repository
+    from slrmerge.checkpoint.pair import ModelPair as ModelPair
+    from slrmerge.checkpoint.pair import open_checkpoint as open_checkpoint
+    from slrmerge.checkpoint.pair import open_pair as open_pair
     from slrmerge.errors import SlrmergeError as SlrmergeError
-    from slrmerge.evaluate.models import NamedModel as NamedModel
-    from slrmerge.evaluate.models import parse_model as parse_model
-    from slrmerge.evaluate.options import EvaluationOptions as EvaluationOptions
-    from slrmerge.evaluate.run import Evaluation as Evaluation
-    from slrmerge.hub import open_checkpoint as open_checkpoint
-    from slrmerge.merge import MergeResult as MergeResult
-    from slrmerge.merge import execute as execute
-    from slrmerge.merge import merge_checkpoints as merge_checkpoints
-    from slrmerge.plan import MergePlan as MergePlan
-    from slrmerge.plan import plan_merge as plan_merge
-    from slrmerge.push import PushResult as PushResult
-    from slrmerge.push import push_to_hub as push_to_hub
-    from slrmerge.recipe import Recipe as Recipe
-    from slrmerge.recipe import load_recipe as load_recipe
-    from slrmerge.recipe import parse_recipe as parse_recipe
-    from slrmerge.repository import Repository as Repository
-    from slrmerge.search.options import SearchOptions as SearchOptions
-    from slrmerge.search.results import Report as Report
-    from slrmerge.search.run import Search as Search
-    from slrmerge.search.select import select as select
-    from slrmerge.verify import VerifyReport as VerifyReport
-    from slrmerge.verify import verify_checkpoint as verify_checkpoint
+    from slrmerge.evaluation.result import EvaluationResult as EvaluationResult
+    from slrmerge.evaluation.run import evaluate as evaluate
+    from slrmerge.io.progress import Progress as Progress
+    from slrmerge.merging.diff import DiffResult as DiffResult
+    from slrmerge.merging.diff import diff as diff
+    from slrmerge.merging.executor import MergeResult as MergeResult
+    from slrmerge.merging.executor import execute as execute
+    from slrmerge.merging.executor import merge as merge
+    from slrmerge.merging.plan.model import MergePlan as MergePlan
+    from slrmerge.merging.plan.planner import plan as plan
+    from slrmerge.merging.push import PushResult as PushResult
+    from slrmerge.merging.push import push as push
+    from slrmerge.merging.verify import VerifyResult as VerifyResult
+    from slrmerge.merging.verify import verify as verify
+    from slrmerge.recipe.load import load_recipe as load_recipe
+    from slrmerge.recipe.model import Recipe as Recipe
+    from slrmerge.searching.results import SearchResult as SearchResult
+    from slrmerge.searching.run import search as search
+    from slrmerge.searching.select import select as select
 
-__version__ = "0.1.0"
-
-_HOMES = {
-    "Checkpoint": "checkpoint",
-    "Differences": "diff",
-    "Evaluation": "evaluate.run",
-    "EvaluationOptions": "evaluate.options",
-    "MergePlan": "plan",
-    "MergeResult": "merge",
-    "NamedModel": "evaluate.models",
-    "PushResult": "push",
-    "Recipe": "recipe",
-    "Report": "search.results",
-    "Repository": "repository",
-    "Search": "search.run",
-    "SearchOptions": "search.options",
+_MODULES = {
+    "Checkpoint": "checkpoint.base",
+    "DiffResult": "merging.diff",
+    "EvaluationResult": "evaluation.result",
+    "MergePlan": "merging.plan.model",
+    "MergeResult": "merging.executor",
+    "ModelPair": "checkpoint.pair",
+    "Progress": "io.progress",
+    "PushResult": "merging.push",
+    "Recipe": "recipe.model",
+    "Repository": "checkpoint.location",
+    "SearchResult": "searching.results",
     "SlrmergeError": "errors",
-    "VerifyReport": "verify",
-    "compare_checkpoints": "diff",
-    "execute": "merge",
-    "load_recipe": "recipe",
-    "merge_checkpoints": "merge",
-    "open_checkpoint": "hub",
-    "parse_model": "evaluate.models",
-    "parse_recipe": "recipe",
-    "plan_merge": "plan",
-    "push_to_hub": "push",
-    "select": "search.select",
-    "verify_checkpoint": "verify",
+    "VerifyResult": "merging.verify",
+    "diff": "merging.diff",
+    "evaluate": "evaluation.run",
+    "execute": "merging.executor",
+    "load_recipe": "recipe.load",
+    "merge": "merging.executor",
+    "open_checkpoint": "checkpoint.pair",
+    "open_pair": "checkpoint.pair",
+    "plan": "merging.plan.planner",
+    "push": "merging.push",
+    "search": "searching.run",
+    "select": "searching.select",
+    "verify": "merging.verify",
 }
 
-__all__ = [
-    "Checkpoint",
-    "Differences",
-    "Evaluation",
-    "EvaluationOptions",
-    "MergePlan",
-    "MergeResult",
-    "NamedModel",
-    "PushResult",
-    "Recipe",
-    "Report",
-    "Repository",
-    "Search",
-    "SearchOptions",
-    "SlrmergeError",
-    "VerifyReport",
-    "compare_checkpoints",
-    "execute",
-    "load_recipe",
-    "merge_checkpoints",
-    "open_checkpoint",
-    "parse_model",
-    "parse_recipe",
-    "plan_merge",
-    "push_to_hub",
-    "select",
-    "verify_checkpoint",
-]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"slrmerge.{_HOMES[name]}"), name)
+    return getattr(import_module(f"slrmerge.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

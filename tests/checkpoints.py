@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slrmerge.checkpoint import DTYPE_BITS
+from slrmerge.checkpoint.header import DTYPE_BITS
 
 
 class Tensor(NamedTuple):

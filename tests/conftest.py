@@ -12,9 +12,10 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from slrmerge.hub import open_pair
-from slrmerge.plan import MergePlan, plan_merge
-from slrmerge.recipe import Recipe, load_recipe
+from slrmerge.checkpoint.pair import ModelPair, open_pair
+from slrmerge.merging.plan.model import MergePlan
+from slrmerge.merging.plan.planner import plan_merge
+from slrmerge.recipe.load import AnyRecipe, load_recipe
 from tests.checkpoints import Tensor, llama_tensors, write_checkpoint
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -40,12 +41,14 @@ class Pair:
         path.write_text(yaml.safe_dump({**self.sides, **content}, sort_keys=False))
         return path
 
-    def recipe(self, **content: Any) -> Recipe:
+    def recipe(self, **content: Any) -> AnyRecipe:
         return load_recipe(self.recipe_file(**content))
 
     def plan(self, **content: Any) -> MergePlan:
-        recipe = self.recipe(**content)
-        return plan_merge(recipe, open_pair(*recipe.sources()))
+        return plan_merge(self.recipe(**content))
+
+    def open(self) -> ModelPair:
+        return open_pair(self.folder / "pre", self.folder / "post")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from show import first_token_probs
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from slrmerge.crc import DIGIT_TEXT, DIGITS, LETTER_TEXT, LETTERS, Question
+from slrmerge.searching.proxy_tasks import DIGIT_TEXT, DIGITS, LETTER_TEXT, LETTERS, Question
 
 LAYERS = 10
 CONTEXT = 128  # tokens

@@ -1,7 +1,7 @@
 """Show what checkpoints answer when asked for a random character, and how good and how varied that is.
 
 A collapsed model gives the same answer again and again; a restored one should not, and this makes it visible. Q and D
-are `slrmerge.crc`'s, the models are asked through transformers alone.
+are those of `slrmerge.searching.proxy_tasks`; the probabilities come from transformers alone.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from slrmerge.crc import ConstrainedRandomCharacter, Question
+from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter, Question
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The checkpoint in fp32, ready to be asked."""
+    """Model (in fp32) and tokenizer of a checkpoint."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return model, tokenizer
@@ -44,7 +44,7 @@ def score(
     answers = max(len(question.answers) for question in questions)
     log_probs = torch.full((1, len(questions), answers), torch.nan, dtype=torch.float64)
     for number, question in enumerate(questions):
-        valid = tokenizer.convert_tokens_to_ids(list(question.answers))
+        valid = [tokenizer.convert_tokens_to_ids(answer) for answer in question.answers]
         log_probs[0, number, : len(valid)] = probs[number, valid].double().log()
     quality, diversity = ConstrainedRandomCharacter().score(log_probs.numpy())
     return float(quality.mean()), float(diversity.mean())
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # faster than two at this size
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no annotations there
     for folder in arguments.folders:
         if not folder.is_dir():
             parser.error(f"{folder}: no such folder")

@@ -1,6 +1,6 @@
 """Which tensors belong to which decoder layer.
 
-Names alone do not tell: a vision tower has numbered layers too. The stack is the one as long as the config says.
+Names alone are ambiguous: a vision tower has numbered layers too. The stack is the one as long as the config says.
 """
 
 import re
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""What configs call the number of decoder layers; the first that is there counts."""
+"""Names of the number of decoder layers in configs; the first one present counts."""
 
 TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config")
-"""Where the config of a model with several towers keeps that of its decoder."""
+"""Sections that hold the decoder's config in models with several towers."""
 
 STACK_PREFIXES = (
     "model.layers",
@@ -23,7 +23,7 @@ STACK_PREFIXES = (
     "gpt_neox.layers",
     "model.decoder.layers",
 )
-"""Where decoder layers live. Needed only where a model has two stacks of the right length: the first here wins."""
+"""Prefixes of decoder layers. Only needed where a model has two stacks of the right length: the first here wins."""
 
 _LAYER = re.compile(r"\.(\d{1,9})\.", re.ASCII)
 
@@ -36,7 +36,7 @@ class LayerStack:
     count: int
 
     def locate(self, name: str) -> tuple[int, str] | None:
-        """The layer that a tensor belongs to and its name inside it, or None for a tensor outside the stack.
+        """The layer of a tensor and its name inside the layer, or None for a tensor outside the stack.
 
         Layers past `count` (the extra prediction layers of DeepSeek-V3) are outside.
         """
@@ -47,7 +47,7 @@ class LayerStack:
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
-    """The number of decoder layers that a config gives, or None where it gives none."""
+    """The number of decoder layers in a config, or None where there is none."""
     nested = [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
     for section in (config, *nested):
         for key in LAYER_COUNT_KEYS:
@@ -57,7 +57,7 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
 
 
 def numbered_stacks(names: Iterable[str]) -> dict[str, int]:
-    """The outermost numbered prefixes, each with how many layers follow one another from 0."""
+    """The outermost numbered prefixes, each with its number of consecutive layers from 0."""
     members: dict[str, set[int]] = defaultdict(set)
     for name in names:
         if (found := _LAYER.search(name, 1)) and not "0" <= name[0] <= "9":
@@ -66,7 +66,7 @@ def numbered_stacks(names: Iterable[str]) -> dict[str, int]:
 
 
 def find_stack(stacks: Mapping[str, int], config: Mapping[str, Any]) -> LayerStack | None:
-    """The decoder stack among the numbered ones; None where none, or more than one equally likely, fits the config."""
+    """The decoder stack among the numbered ones; None where none fits the config, or several do equally well."""
     count = layer_count(config)
     stacks = _decoder_like(stacks)
     if count is not None:
@@ -79,12 +79,12 @@ def find_stack(stacks: Mapping[str, int], config: Mapping[str, Any]) -> LayerSta
 
 
 def longest_stack(stacks: Mapping[str, int]) -> int:
-    """How many layers the weights have: in the stack whose name is known, or in the longest."""
+    """The number of layers in the weights: of the stack with a known name, or of the longest."""
     return max(_decoder_like(stacks).values(), default=0)
 
 
 def _decoder_like(stacks: Mapping[str, int]) -> dict[str, int]:
-    """Those of the stacks that have a known name, in the order of `STACK_PREFIXES`; all of them where none has."""
+    """The stacks with a known name, in the order of `STACK_PREFIXES`; all stacks where none has one."""
     known = {prefix: stacks[prefix] for prefix in STACK_PREFIXES if prefix in stacks}
     return known or {prefix: run for prefix, run in stacks.items() if run}
 

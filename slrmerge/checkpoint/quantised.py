@@ -1,6 +1,6 @@
-"""Weights that mean nothing without their neighbours: quantised modules, and how to recognise them.
+"""Quantised modules and how to recognise them.
 
-A packed weight and its scales are one value in several tensors: they move together or not at all.
+A packed weight and its scales are one value in several tensors: a merge takes all of them from one side, or none.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ COMPANION_SUFFIXES = frozenset({
     "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "weight_zero_point",  # fp8, compressed-tensors
     "weight_packed", "weight_shape",
 })  # fmt: skip
-"""Last components of names that only quantised modules have."""
+"""Last components of names that occur in quantised modules only."""
 
 LOW_BIT_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
@@ -24,7 +24,7 @@ _WEIGHT_STATES = ("absmax", "quant_map", "nested_", "quant_state.")  # bitsandby
 
 
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the config says of quantisation, or None."""
+    """The quantisation section of a config, or None."""
     for key in ("quantization_config", "compression_config"):
         if isinstance(config.get(key), dict):
             return dict(config[key])
@@ -48,7 +48,7 @@ def quantised_groups(tensors: Iterable[tuple[str, TensorInfo]]) -> dict[str, str
 
 
 def _module(name: str, info: TensorInfo) -> str:
-    """The quantised module that a tensor gives away by its own name or dtype, or an empty string."""
+    """The quantised module that a tensor's own name or dtype reveals, or an empty string."""
     owner, marker, state = name.partition(".weight.")
     if marker and state.startswith(_WEIGHT_STATES):
         return owner

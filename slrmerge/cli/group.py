@@ -1,17 +1,20 @@
-"""A click group with a default command and one boundary where errors become messages and exit codes."""
+"""The click group: a default command, and the one place where errors become messages and exit codes."""
 
 import json
 import os
+import re
 import sys
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import click
 
-from slrmerge.errors import SlrmergeError
+from slrmerge.errors import OptionError, SlrmergeError
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
+INTERRUPTED = 130
+"""The exit code that shells report for Ctrl-C."""
 
 
 class DefaultGroup(click.Group):
@@ -26,37 +29,74 @@ class DefaultGroup(click.Group):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SlrmergeError as error:
+            fail(error, as_json=bool(ctx.obj.get("as_json")))
+        except KeyboardInterrupt as error:
+            click.echo("\ninterrupted: " + "; ".join(getattr(error, "__notes__", ["nothing was written"])), err=True)
+            ctx.exit(INTERRUPTED)
+
     def _refuse_typo(self, ctx: click.Context, word: str) -> None:
-        looks_like_a_file = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110
-        if looks_like_a_file:
+        is_file_like = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110 (a name too long is no error)
+        if is_file_like:
             return
         near = get_close_matches(word, self.commands, n=1)
         hint = f"did you mean {near[0]}?" if near else "a recipe is a .yaml file; see slrmerge --help"
         raise click.UsageError(f"no command or recipe {word!r}; {hint}", ctx)
 
+
+class Command(click.Command):
+    """A command whose `--json` also applies to errors, and whose errors name options as they are typed."""
+
     def invoke(self, ctx: click.Context) -> Any:
+        ctx.obj["as_json"] = ctx.params.get("as_json", False)
         try:
             return super().invoke(ctx)
         except SlrmergeError as error:
-            fail(error, as_json=bool(_option(ctx, "as_json")))
-        except KeyboardInterrupt as error:
-            click.echo("\nstopped: " + "; ".join(getattr(error, "__notes__", ["nothing was written"])), err=True)
-            ctx.exit(INTERRUPTED)
+            names = {
+                each.name: each.opts[0] if isinstance(each, click.Option) else each.make_metavar(ctx)
+                for each in self.params
+            }
+            is_option = isinstance(error, OptionError)
+            error.problems = tuple(
+                replace(
+                    each,
+                    where=names.get(each.where, each.where) if is_option else each.where,
+                    what=as_typed(each.what),
+                    remedy=as_typed(each.remedy),
+                )
+                for each in error.problems
+            )
+            raise
+
+
+def as_typed(message: str) -> str:
+    """A message of the library with options as the current command takes them: `--overwrite` for `overwrite=True`."""
+    options = {each.name: each for each in click.get_current_context().command.params if isinstance(each, click.Option)}
+
+    def flag(match: "re.Match[str]") -> str:
+        option = options.get(match["name"])
+        if option is None:
+            return match[0]
+        if match["text"]:
+            return f"{option.opts[0]} {match['text']}"
+        names = option.opts if match["flag"] == "True" else option.secondary_opts
+        return names[0] if names else match[0]
+
+    return re.sub(r'\b(?P<name>\w+)=(?:(?P<flag>True|False)\b|"(?P<text>\w+)")', flag, message)
 
 
 def fail(error: SlrmergeError, *, as_json: bool) -> None:
-    """Say what went wrong, on stderr in words and with --json on stdout as a value, and leave with its exit code."""
+    """Print an error, on stderr in words and with --json on stdout as a value, and exit with its code."""
     notes = getattr(error, "__notes__", [])
     if as_json:
-        problems = [{"where": p.where, "what": p.what, "remedy": p.remedy} for p in error.problems]
-        value = {"error": type(error).__name__, "summary": error.summary, "problems": problems, "notes": notes}
+        problems = [asdict(problem) for problem in error.problems]
+        value = {"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems, "notes": notes}
         click.echo(json.dumps(value, ensure_ascii=False, indent=2))
-    click.echo(f"error: {error.summary}", err=True)
-    for line in (*error.problems, *notes):
-        click.echo(f"  {line}", err=True)
+    for problem in error.problems:
+        click.echo(f"error: {problem}", err=True)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
     sys.exit(error.exit_code)
-
-
-def _option(ctx: click.Context, name: str) -> object:
-    """An option of the subcommand that was running."""
-    return ctx.obj.get(name) if isinstance(ctx.obj, dict) else None

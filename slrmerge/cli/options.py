@@ -1,65 +1,34 @@
-"""Options that several commands share."""
+"""Options of the command line: generated from the option classes, and those that only commands have."""
 
 from collections.abc import Callable
-from math import isfinite
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from slrmerge.repository import Repository, Source, parse_source
+from slrmerge.io.options import Option, options_of
+
+Decorator = Callable[[Any], Any]
 
 
-class PathArgument(click.Path):
-    """A path argument; whether it exists is said by whoever opens it, in its own words."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
+PATH = click.Path(path_type=Path)
+"""A path; whether it exists is checked by the code that opens it."""
 
 
-class SourceArgument(click.ParamType[Source]):
-    """A checkpoint: a folder, or a repository on the Hub as organisation/name@revision."""
-
-    name = "source"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Source:  # noqa: ARG002 (click's)
-        return parse_source(value) if isinstance(value, str) else value
-
-
-class RepositoryArgument(click.ParamType[Repository]):
-    """A repository on the Hub, organisation/name; the branch has an option of its own."""
-
-    name = "repository"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Repository:
-        found = value if isinstance(value, Repository) else Repository.parse(value)
-        if found is None or found.revision:
-            self.fail(f"{value!r} is not organisation/name", param, ctx)
-        return found
+def options_from(kind: type[Any], *only: str) -> Decorator:
+    """The options of an option class, all or `only` some, for a command that takes them as `**options`."""
+    hints = get_type_hints(kind)
+    decorators = [
+        _click_option(name, known, hints[name], kind.__dataclass_fields__[name].default)
+        for name, known in options_of(kind).items()
+        if known.flag != "" and (not only or name in only)
+    ]
+    return all_of(*decorators)
 
 
-def bytes_of(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """An option's callback: 8GB or 500MiB as a number of bytes."""
-    if value is None:
-        return None
-    from slrmerge.recipe import parse_bytes
-    from slrmerge.structure import Fault
-
-    try:
-        return parse_bytes(value)
-    except Fault as fault:
-        raise click.BadParameter(str(fault), ctx, parameter) from None
-
-
-def a_number(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
-    """An option's callback: neither nan, which is in every range, nor without end."""
-    if not isfinite(value):
-        raise click.BadParameter(f"{value} is not a number", ctx, parameter)
-    return value
-
-
-def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Several options as one decorator, in the order given."""
+def all_of(*decorators: Decorator) -> Decorator:
+    """Several decorators as one, in the order given."""
 
     def decorate(command: Any) -> Any:
         for decorator in reversed(decorators):
@@ -69,25 +38,50 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorator:
+    flag = known.flag or f"--{name.replace('_', '-')}"
+    flag = flag if flag.startswith("-") else f"--{flag}"
+    kinds = [kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not NoneType]
+    if bool in kinds:
+        return click.option(flag, name, default=default, help=known.help, is_flag=True, show_default="/" in flag)
+    more: dict[str, Any] = {"help": known.help, "metavar": known.metavar, "show_default": known.default_help or True}
+    if get_origin(kinds[0]) is tuple:
+        more["multiple"] = True
+    if default not in (None, ()):
+        more["default"] = default
+    if known.choices:
+        more["type"] = click.Choice(known.choices)
+    elif float in kinds:
+        lowest = known.above if known.above is not None else known.minimum
+        more |= {
+            "type": click.FloatRange(lowest, known.maximum, min_open=known.above is not None),
+            "metavar": known.metavar or "NUMBER",
+        }
+    elif int in kinds and not known.is_size:
+        lower, upper = (None if bound is None else int(bound) for bound in (known.minimum, known.maximum))
+        more |= {"type": click.IntRange(lower, upper), "metavar": known.metavar or "N"}
+    return click.option(flag, name, **more)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-quiet_option = click.option("--quiet", is_flag=True, help="No progress and no summary, only errors.")
+quiet_option = click.option("--quiet", is_flag=True, help="Print errors only.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the results of an older run at --out.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
+private_option = click.option("--private", is_flag=True, help="Create the repository as private.")
+branch_option = click.option("--revision", metavar="BRANCH", help="Branch to push to; created if it does not exist.")
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="[default: as many as cores; 8 from the Hub]"
+    "--threads", type=click.IntRange(min=1), metavar="N", show_default="one per core", help="Number of threads."
 )
-download_option = click.option(
-    "--download",
-    type=click.Choice(["ranges", "full"]),
-    default="ranges",
-    show_default=True,
-    help="Of repositories on the Hub: stream the ranges needed, or fetch their files into the Hub's cache.",
-)
-private_option = click.option("--private", is_flag=True, help="If the repository has to be made: for its owner only.")
-branch_option = click.option("--revision", metavar="BRANCH", help="The branch to push to, made if need be.")
-planning_options = options(
-    click.argument("recipe", type=PathArgument()),
-    click.option("--out", type=PathArgument(), help="The folder to write; it appears complete or not at all."),
-    click.option("--overwrite", is_flag=True, help="Replace an older checkpoint at --out, in one step."),
-    click.option("--max-shard-size", metavar="SIZE", help="The most bytes in one file, such as 5GB."),
+recipe_argument = click.argument("recipe", type=PATH)
+folder_argument = click.argument("folder", type=PATH)
+recipe_overrides = all_of(
+    click.option("--max-shard-size", metavar="SIZE", help="Maximum size of one file, such as 5GB."),
     click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Output dtype."),
-    click.option("--allow-code", is_flag=True, help="Copy the post-trained side's Python files too."),
 )
+
+
+def out_option(what: str, *, required: bool = False) -> Decorator:
+    """`--out`, the folder for `what`."""
+    return click.option(
+        "--out", type=PATH, required=required, help=f"Folder for {what}; it appears complete or not at all."
+    )

@@ -1,4 +1,4 @@
-"""Progress on a terminal: bytes, rate and time left; elsewhere only what is worth a line."""
+"""Progress on a terminal: bytes, rate and time left; elsewhere a line now and then."""
 
 import sys
 from time import monotonic
@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING, Never, Self
 
 import click
 
+from slrmerge.io.progress import Progress
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 _SECONDS_PER_LINE = 60
-"""Off a terminal, a stage is worth a line when nothing was said for so long."""
+"""Without a terminal, a stage is printed when nothing was printed for so long."""
 
 
-class TerminalProgress:
-    """A Progress that draws a bar on stderr where that is a terminal. Use it in a `with`."""
+class TerminalProgress(Progress):
+    """Shows a bar on stderr where that is a terminal. Use it in a `with`."""
 
     def __init__(self, *, quiet: bool) -> None:
+        super().__init__()
         self._quiet = quiet
         self._bar: tqdm[Never] | None = None
         self._last_line = monotonic()
@@ -27,7 +30,7 @@ class TerminalProgress:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def start(self, what: str, total: int, unit: str = "B") -> None:
+    def on_start(self, description: str, total: int, unit: str) -> None:
         self._close()
         if self._quiet or not sys.stderr.isatty():
             return
@@ -35,27 +38,27 @@ class TerminalProgress:
 
         self._bar = tqdm(
             total=total,
-            desc=what,
+            desc=description,
             unit=unit,
             unit_scale=True,
             file=sys.stderr,
             dynamic_ncols=True,
         )
 
-    def stage(self, what: str) -> None:
+    def on_stage(self, description: str) -> None:
         if self._bar is not None:
-            self._bar.set_description(what)
+            self._bar.set_description(description)
         elif monotonic() - self._last_line > _SECONDS_PER_LINE:
-            self.say(what)
+            self.on_message(description)
 
-    def advance(self, count: int) -> None:
+    def on_advance(self, count: int) -> None:
         if self._bar is not None:
             self._bar.update(count)
 
-    def say(self, message: str) -> None:
+    def on_message(self, text: str) -> None:
         self._last_line = monotonic()
         if not self._quiet:
-            click.echo(message, err=True)
+            click.echo(text, err=True)
 
     def _close(self) -> None:
         if self._bar is not None:

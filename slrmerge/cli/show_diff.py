@@ -1,51 +1,39 @@
-"""How far post-training moved the weights, on the terminal."""
+"""A comparison on the terminal: how far post-training moved the weights."""
 
 from math import isfinite
 
 import click
 
 from slrmerge.cli.show import print_json, print_table, table
-from slrmerge.diff import OUTSIDE, Differences, Distance
+from slrmerge.merging.diff import OUTSIDE, DiffResult, Distance
 
 
-def print_differences(differences: Differences, *, as_json: bool) -> None:
-    """A line a layer with its parts, then what is outside the layers."""
+def print_result(result: DiffResult, *, as_json: bool) -> None:
+    """A row per layer with its modules, then everything outside the layers."""
     if as_json:
-        print_json(
-            {
-                "modules": [
-                    {
-                        "layer": None if layer == OUTSIDE else layer,
-                        "module": name,
-                        "parameters": found.parameters,
-                        "relative_change": _finite(found.relative_change),
-                        "cosine": _finite(found.cosine),
-                    }
-                    for (layer, name), found in differences.by_module.items()
-                ],
-                "notes": list(differences.notes),
-            }
-        )
+        rows = [{name: _finite(value) for name, value in row.items()} for row in result.to_rows()]
+        print_json({"modules": rows, "notes": list(result.notes)})
         return
-    parts = list(dict.fromkeys(name.partition(".")[0] for name in differences.modules()))
-    rows = table("layer", ">parameters", ">relative change", ">cosine", *(f">{part}" for part in parts))
-    for layer in range(differences.layers):
-        whole = differences.of_layer(layer)
-        inside = (differences.of_layer(layer, part) for part in parts)
-        rows.add_row(str(layer), *_distance(whole), *(f"{found.relative_change:.2e}" for found in inside))
-    for (layer, name), found in differences.by_module.items():
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in result.modules()))
+    shown = table("layer", ">parameters", ">relative change", ">cosine", *(f">{part}" for part in parts))
+    for layer in range(result.layers):
+        inside = (result.of_layer(layer, part) for part in parts)
+        shown.add_row(
+            str(layer), *_cells(result.of_layer(layer)), *(f"{found.relative_change:.2e}" for found in inside)
+        )
+    for (layer, name), found in result.by_module.items():
         if layer == OUTSIDE:
-            rows.add_row(name, *_distance(found), *("" for _ in parts))
-    print_table(rows)
-    for note in differences.notes:
+            shown.add_row(name, *_cells(found), *("" for _ in parts))
+    print_table(shown)
+    for note in result.notes:
         click.echo(f"note: {note}")
-    click.echo("relative change: |post − pre| / |pre|, of a layer as a whole and of its parts")
+    click.echo("relative change: |post − pre| / |pre|, of a whole layer and of its modules")
 
 
-def _finite(value: float) -> float | None:
-    """What JSON has a number for."""
-    return value if isfinite(value) else None
+def _finite(value: object) -> object:
+    """The value, or None for a number that JSON cannot represent."""
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _distance(found: Distance) -> tuple[str, str, str]:
+def _cells(found: Distance) -> tuple[str, str, str]:
     return f"{found.parameters:,}", f"{found.relative_change:.2e}", f"{found.cosine:.6f}"

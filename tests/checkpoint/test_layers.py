@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from slrmerge.checkpoint import LayerStack, layer_count
 from slrmerge.checkpoint.layers import (
     LAYER_COUNT_KEYS,
     STACK_PREFIXES,
     TEXT_CONFIG_KEYS,
+    LayerStack,
     find_stack,
+    layer_count,
     numbered_stacks,
 )
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from slrmerge.checkpoint import DTYPE_BITS, TensorInfo, quantisation_config, quantised_groups
+from slrmerge.checkpoint.header import DTYPE_BITS, TensorInfo
+from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
 
 Q = "model.layers.3.self_attn.q_proj"
 EXPERTS = "model.layers.3.mlp.experts"

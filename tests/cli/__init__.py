@@ -1,9 +1,11 @@
 """The command line, run inside the test's own process, or at a terminal of its own."""
 
+import json
 import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -19,6 +21,26 @@ def run(*arguments: object) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise AssertionError(f"a traceback: {result.exception!r:.200}") from result.exception
     return result
+
+
+def codes(result: Result) -> list[str]:
+    """The codes of the problems that a command with --json printed, each once, in order."""
+    return list(dict.fromkeys(problem["code"] for problem in json.loads(result.stdout)["problems"]))
+
+
+def refusal(*arguments: object) -> tuple[int, list[str]]:
+    """The exit code of a refused command, and the codes of its problems."""
+    result = run(*arguments, "--json")
+    return result.exit_code, codes(result)
+
+
+def strict_json(text: str) -> Any:
+    """JSON by the standard, which has neither Infinity nor NaN."""
+
+    def refuse(constant: str) -> object:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def at_a_terminal(command: Sequence[str], *, columns: int, **environment: str) -> tuple[int, bytes, bytes]:

@@ -1,4 +1,4 @@
-"""A mergekit config given to the command line, and given back by it."""
+"""mergekit configs on the command line: merged, verified, exported."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from slrmerge.plan.sidefiles import MANIFEST_NAME
+from slrmerge.checkpoint.side_files import MANIFEST_NAME
 from tests.checkpoints import llama_config, llama_tensors, read_back, write_checkpoint
-from tests.cli import run
+from tests.cli import refusal, run
 from tests.conftest import Pair
-from tests.merge.faults import snapshot, write_files
+from tests.merging.faults import snapshot, write_files
 
 RESTORATION = """\
 # layers 0 and 1, and with them the embeddings
@@ -46,7 +46,7 @@ def here(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Pair:
 
 
 def done(*arguments: object) -> str:
-    """What a command printed to stdout that went well."""
+    """The stdout of a command that succeeds."""
     result = run(*arguments)
     assert (result.exit_code, result.stderr) == (0, "")
     return result.stdout
@@ -65,29 +65,21 @@ def front_matter(folder: Path) -> dict[str, Any]:
     return dict(yaml.safe_load((folder / "README.md").read_text().split("---\n")[1]))
 
 
-@pytest.mark.parametrize("words", CONFIGS)
-def test_the_config_goes_along_byte_for_byte_and_the_recipe_is_explicit(here: Pair, words: str) -> None:
-    merge(CONFIGS[words])
-    assert (here.out / "mergekit_config.yml").read_bytes() == CONFIGS[words].encode()
-    sides = {"pretrained": str(here.folder / "pre"), "posttrained": str(here.folder / "post")}
-    recipe = yaml.safe_load((here.out / "slrmerge.yaml").read_text())
-    attention = [{"range": [k, k], "alpha": k / 5, "modules": ["self_attn"]} for k in range(1, 6)]
-    rest = [{"range": [k, k], "alpha": 0.3, "modules": ["input_layernorm", "mlp"]} for k in range(6)]
-    assert {key: recipe[key] for key in recipe.keys() - sides.keys()} == {
-        "a restoration": {"restore": [[0, 1]], "tensors": [{"match": "model.embed_tokens.weight", "alpha": 1.0}]},
-        "a slerp": {
-            "layers": sorted(attention + rest, key=lambda rule: (rule["range"], rule["alpha"])),
-            "tensors": [
-                {"match": name, "alpha": 0.3}
-                for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-            ],
-            "dtype": "bfloat16",
-            "blend": "slerp",
-        },
-        "a mean": {"alpha": 0.25},
-    }[words]
-    for side, folder in sides.items():
-        assert (here.out / recipe[side]).samefile(folder)
+def pinned(value: Any, folder: Path) -> Any:
+    """A config with its two models as absolute folders."""
+    if isinstance(value, dict):
+        return {key: pinned(each, folder) for key, each in value.items()}
+    if isinstance(value, list):
+        return [pinned(each, folder) for each in value]
+    return str(folder / value) if value in ("pre", "post") else value
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_merge_contains_its_config_with_both_models_pinned(here: Pair, name: str) -> None:
+    merge(CONFIGS[name])
+    written = (here.out / "mergekit_config.yml").read_bytes()
+    assert yaml.safe_load(written) == pinned(yaml.safe_load(CONFIGS[name]), here.folder)
+    assert (here.out / "slrmerge.yaml").read_bytes() == written
 
 
 def test_a_restoration_by_config_is_the_bytes_of_both_sides(here: Pair) -> None:
@@ -98,16 +90,16 @@ def test_a_restoration_by_config_is_the_bytes_of_both_sides(here: Pair) -> None:
     }
 
 
-@pytest.mark.parametrize("words", CONFIGS)
-def test_what_a_config_made_is_verified(here: Pair, words: str) -> None:
-    merge(CONFIGS[words])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_merge_by_config_is_verified(here: Pair, name: str) -> None:
+    merge(CONFIGS[name])
     done("verify", "hybrid")
     done("verify", "hybrid", "--full")
 
 
-@pytest.mark.parametrize("words", CONFIGS)
-def test_the_explicit_recipe_and_its_export_give_the_same_weights_again(here: Pair, words: str) -> None:
-    merge(CONFIGS[words])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_written_recipe_and_its_export_give_the_same_weights(here: Pair, name: str) -> None:
+    merge(CONFIGS[name])
     done("hybrid/slrmerge.yaml", "--out", "again", "--no-fsync")
     exported = done("export", "hybrid/slrmerge.yaml")
     assert done("export", "config.yml") == exported
@@ -116,7 +108,7 @@ def test_the_explicit_recipe_and_its_export_give_the_same_weights_again(here: Pa
     assert weights(here.out) == weights(here.folder / "again") == weights(here.folder / "exported")
 
 
-def test_the_card_has_the_tag_that_people_find_mergekits_merges_by(here: Pair) -> None:
+def test_the_card_of_a_merge_by_config_has_the_tag_mergekit(here: Pair) -> None:
     merge(MEAN)
     assert front_matter(here.out)["tags"] == ["mergekit", "merge", "slrmerge", "selective-layer-restoration"]
     done(here.recipe_file(alpha=0.25), "--out", "other", "--no-fsync")
@@ -124,15 +116,18 @@ def test_the_card_has_the_tag_that_people_find_mergekits_merges_by(here: Pair) -
     assert not (here.folder / "other" / "mergekit_config.yml").exists()
 
 
-def test_a_plan_says_which_side_gives_config_and_tokenizer(here: Pair) -> None:
+def notes(*arguments: object) -> list[str]:
+    return list(json.loads(done("plan", *arguments, "--json"))["notes"])
+
+
+def test_a_plan_notes_which_side_supplies_config_and_tokenizer(here: Pair) -> None:
     Path("config.yml").write_text(MEAN)
-    note = f"as mergekit has it, {here.folder}/post gives config and tokenizer: it is the post-trained side"
-    assert sum(line.strip().endswith(note) for line in done("plan", "config.yml").splitlines()) == 1
-    assert "as mergekit has it" not in done("plan", here.recipe_file(alpha=0.25))
+    assert sum(str(here.folder / "post") in note for note in notes("config.yml")) == 1
+    assert notes(here.recipe_file(alpha=0.25)) == []
 
 
 @pytest.mark.parametrize(
-    ("rules", "words"),
+    ("rules", "config"),
     [
         (
             {"restore": [2, 3]},
@@ -174,68 +169,48 @@ def test_a_plan_says_which_side_gives_config_and_tokenizer(here: Pair) -> None:
     ],
 )
 def test_an_export_is_a_config_with_folders_and_dtypes(
-    here: Pair, rules: dict[str, Any], words: dict[str, Any]
+    here: Pair, rules: dict[str, Any], config: dict[str, Any]
 ) -> None:
     printed = done("export", here.recipe_file(**rules))
     named = printed.replace(f"{here.folder}/pre", "PRE").replace(f"{here.folder}/post", "POST")
-    assert yaml.safe_load(named) == words
-    assert list(yaml.safe_load(named)) == list(words)
+    assert yaml.safe_load(named) == config
+    assert list(yaml.safe_load(named)) == list(config)
 
 
-def test_an_export_that_mergekit_has_no_words_for_ends_with_3(here: Pair) -> None:
-    result = run("export", here.recipe_file(alpha=0))
-    assert (result.exit_code, result.stdout) == (3, "")
-    assert result.stderr.splitlines()[-1].strip() == "the config: $: names only one model; a merge here is of two"
+def export_refusal(recipe: Path) -> tuple[int, str]:
+    result = run("export", recipe)
+    assert len(result.stderr.splitlines()) == 1
+    return result.exit_code, result.stdout
 
 
-def test_without_a_stack_there_is_no_export(tmp_path: Path) -> None:
+def test_a_recipe_that_mergekit_cannot_express_is_not_exported(here: Pair) -> None:
+    assert export_refusal(here.recipe_file(alpha=0)) == (3, "")
+
+
+def test_a_model_without_layers_is_not_exported(tmp_path: Path) -> None:
     for side in ("pre", "post"):
         write_checkpoint(tmp_path / side, {"x": llama_tensors(side)["lm_head.weight"]}, {})
     (tmp_path / "r.yaml").write_text("pretrained: ./pre\nposttrained: ./post\nalpha: 0.5\n")
-    result = run("export", tmp_path / "r.yaml")
-    assert (result.exit_code, result.stdout) == (5, "")
-    assert result.stderr.splitlines()[-1].strip() == (
-        f"{tmp_path}/post: no stack of layers in these weights is as long as the config says, or more than one is"
-    )
+    assert export_refusal(tmp_path / "r.yaml") == (5, "")
 
 
-METHODS = "known: passthrough, linear, task_arithmetic, slerp; for others use mergekit"
-NO_MERGE = {
-    "an unknown method": (
-        "merge_method: ties\nmodels: [{model: post}, {model: pre}]\n",
-        f"$.merge_method: ties is no merge that takes each tensor from two checkpoints alike; {METHODS}",
-    ),
-    "one model": (
-        "merge_method: linear\nmodels: [{model: post}, {model: post}]\n",
-        "$: names only one model; a merge here is of two",
-    ),
-    "one folder": (
-        "merge_method: linear\nmodels: [{model: post}, {model: ./post}]\n",
-        "$.pretrained: is the same folder as posttrained; name the checkpoint that the other was trained from",
-    ),
+REFUSED = {
+    "unknown method": ("merge_method: ties\nmodels: [{model: post}, {model: pre}]\n", 3, "unsupported-method"),
+    "one model": ("merge_method: linear\nmodels: [{model: post}, {model: post}]\n", 3, "not-two-models"),
+    "one folder": ("merge_method: linear\nmodels: [{model: post}, {model: ./post}]\n", 4, "same-checkpoint"),
+    "another depth": (RESTORATION.replace("[2, 6]", "[2, 5]"), 5, "layers-reordered"),
 }
 
 
-@pytest.mark.parametrize("words", NO_MERGE)
-def test_a_config_that_is_no_merge_of_two_ends_with_3_and_says_why(here: Pair, words: str) -> None:
-    config, line = NO_MERGE[words]
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_config_that_is_not_a_merge_of_two_models_is_refused(here: Pair, name: str) -> None:
+    config, exit_code, code = REFUSED[name]
     Path("config.yml").write_text(config)
-    result = run("config.yml", "--out", "hybrid")
-    assert (result.exit_code, result.stdout) == (3, "")
-    assert result.stderr.splitlines()[-1].strip() == f"config.yml: {line}"
+    assert refusal("config.yml", "--out", "hybrid") == (exit_code, [code])
     assert not here.out.exists()
 
 
-def test_a_config_of_another_depth_ends_with_5_and_says_why(here: Pair) -> None:
-    Path("config.yml").write_text(RESTORATION.replace("[2, 6]", "[2, 5]"))
-    result = run("config.yml", "--out", "hybrid")
-    assert (result.exit_code, result.stdout) == (5, "")
-    assert result.stderr.splitlines()[-1].strip() == (
-        "config.yml: $.slices: makes 5 layers of a model that has 6; mergekit would write a model of another depth"
-    )
-
-
-def test_options_of_the_command_line_go_before_the_configs(here: Pair) -> None:
+def test_options_of_the_command_line_override_the_config(here: Pair) -> None:
     merge(SLERP, "hybrid", "--dtype", "float16", "--max-shard-size", "2KB")
     assert {tensor.dtype for tensor in read_back(here.out).values()} == {"F16"}
     assert len(weights(here.out)) == 3
@@ -265,9 +240,7 @@ def dressed(here: Pair) -> Pair:
 
 @pytest.mark.parametrize("way", ["recipe", "config"])
 @pytest.mark.parametrize("side", ["pre", "post"])
-def test_the_tokenizer_and_nothing_else_comes_from_the_side_that_is_asked_for(
-    dressed: Pair, way: str, side: str
-) -> None:
+def test_only_the_tokenizer_comes_from_the_requested_side(dressed: Pair, way: str, side: str) -> None:
     if way == "recipe":
         done(dressed.recipe_file(restore=[2, 3], tokenizer=f"{side}trained"), "--out", "hybrid", "--no-fsync")
     else:
@@ -283,20 +256,21 @@ def test_the_tokenizer_and_nothing_else_comes_from_the_side_that_is_asked_for(
 
 
 @pytest.mark.parametrize("option", ["tokenizer_source: base\n", "tokenizer_source: post\n", ""])
-def test_the_base_gives_the_tokenizer_where_no_other_is_named(dressed: Pair, option: str) -> None:
+def test_the_base_supplies_the_tokenizer_by_default(dressed: Pair, option: str) -> None:
     merge(RESTORATION + option)
     assert (dressed.out / "tokenizer.json").read_bytes() == b"tokenizer.json of post"
 
 
-def test_a_chat_template_that_only_the_base_has_stays_behind_with_its_tokenizer(dressed: Pair) -> None:
+def test_a_chat_template_of_the_base_is_left_out_with_its_tokenizer(dressed: Pair) -> None:
     (dressed.folder / "pre" / "chat_template.jinja").unlink()
     merge(RESTORATION + "tokenizer_source: pre\n")
     assert not (dressed.out / "chat_template.jinja").exists()
 
 
-def test_a_plan_does_not_say_that_the_base_gives_the_tokenizer_where_the_other_does(dressed: Pair) -> None:
+def test_a_plan_does_not_note_that_the_base_supplies_the_tokenizer_of_the_other_side(dressed: Pair) -> None:
     Path("config.yml").write_text(RESTORATION + "tokenizer_source: pre\n")
-    assert "post gives config and tokenizer" not in done("plan", "config.yml")
+    (note,) = (note for note in notes("config.yml") if str(dressed.folder / "post") in note)
+    assert "tokenizer" not in note
 
 
 def test_mistrals_tokenizer_is_a_tokenizer_too(dressed: Pair) -> None:

@@ -1,4 +1,4 @@
-"""What the slow tests share: the pair of real checkpoints and its search, each made once for all workers."""
+"""Shared by the slow tests: the pair of real checkpoints and its search, each made once for all workers."""
 
 import os
 import subprocess
@@ -11,12 +11,12 @@ from tests.conftest import made_once
 
 SLRMERGE = Path(sys.executable).with_name("slrmerge")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
-# For what all else waits for. Threads of torch's that wait would spin, and take the core from the tests beside.
+# For the steps that all tests wait for. Waiting torch threads would otherwise spin, and take the core from other tests.
 ON_EVERY_CORE = {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "passive"}
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
-    """What a command prints on stdout; it has to succeed."""
+    """Run a command that has to succeed; returns its stdout."""
     variables = os.environ | ON_EVERY_CORE
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -25,13 +25,13 @@ def run(*command: object, cwd: Path | None = None) -> str:
 
 @pytest.fixture(scope="session")
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 as `pretrained` and `posttrained`, beside the example's recipe; not to be written to."""
+    """SmolLM2 as `pretrained` and `posttrained`, beside the example's recipe; read-only."""
     return made_once(tmp_path_factory, "smollm2", _make_pair)
 
 
 @pytest.fixture(scope="session")
 def searched(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quick search of the pair in bfloat16: everything asked eight prompts, the leaders all forty in float32."""
+    """A quick search of the pair in bfloat16: 8 prompts, then 40 in float32 for the finalists."""
 
     def search(folder: Path) -> None:
         options = ["--quick", "--dtype", "bfloat16", "--space", "intervals"]

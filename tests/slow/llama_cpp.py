@@ -1,4 +1,4 @@
-"""llama.cpp as people get it: a model converted to GGUF, and its OpenAI-compatible server."""
+"""llama.cpp: converts a model to GGUF, and serves it by an OpenAI-compatible server."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def gguf_of(model: Path, gguf: Path) -> Path:
 
 
 def serve(gguf: Path, *, slots: int = 1) -> Any:
-    """llama.cpp's server in this process, everything in float32; `listening_address` is where it is."""
+    """llama.cpp's server in this process, everything in float32; `listening_address` is its address."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

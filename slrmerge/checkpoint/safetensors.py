@@ -1,0 +1,323 @@
+"""Checkpoints in safetensors files with Hugging Face's layout: read as one model, or refused with every problem."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Event, Lock
+from typing import Any, TypeVar
+
+import xxhash
+
+from slrmerge.checkpoint.base import Checkpoint, TensorReader
+from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, unreadable
+from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard, unique_keys
+from slrmerge.checkpoint.layers import layer_count, longest_stack
+from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, local_side_files
+from slrmerge.errors import CheckpointError, Problem, raise_all
+from slrmerge.io.pieces import DIGEST_NAME
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+_NAME_A_FOLDER = "name a folder with config.json and safetensors files"
+
+
+@dataclass(frozen=True, repr=False)
+class SafetensorsCheckpoint(Checkpoint):
+    """A checkpoint in safetensors files, here or elsewhere; `shards` are by file name."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    shards: Mapping[str, Shard]
+    side_files: Mapping[str, SourceFile]
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self.shards[self.weight_map[name]].tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weight_map)
+
+    def __len__(self) -> int:
+        return len(self.weight_map)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weight_map
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @cached_property
+    def weight_map(self) -> Mapping[str, str]:
+        return {name: file for file, shard in self.shards.items() for name in shard.tensors}
+
+    @property
+    def weight_files(self) -> Mapping[str, SourceFile]:
+        return {name: shard.file for name, shard in self.shards.items()}
+
+    def open(self) -> "SafetensorsReader":
+        return SafetensorsReader(self)
+
+    def fingerprint(self) -> dict[str, Any]:
+        config = json.dumps(self.config, indent=1, ensure_ascii=False) + "\n"
+        return {
+            "config": f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(config.encode('utf-8', 'surrogatepass'))}",
+            "files": {
+                name: {"bytes": shard.file.file_bytes, "header": f"{DIGEST_NAME}:{shard.header_digest}"}
+                for name, shard in self.shards.items()
+            },
+        }
+
+    @property
+    def reference(self) -> str:
+        return str(self.folder.resolve())
+
+    @property
+    def model_name(self) -> str:
+        folder = self.folder.resolve()
+        repo = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repo.startswith("models--"):
+            return repo.removeprefix("models--").replace("--", "/")
+        return folder.name
+
+
+class SafetensorsFolder(SafetensorsCheckpoint):
+    """A checkpoint in a folder on this disk."""
+
+
+class SafetensorsReader(TensorReader):
+    """Reads tensors from safetensors files; each file is opened at its first read and held until the reader closes."""
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint) -> None:
+        self.checkpoint: SafetensorsCheckpoint = checkpoint
+        self._open: dict[str, OpenFile] = {}
+        self._cancelled = Event()
+        self._lock = Lock()
+        self._closing = ExitStack()
+        self._closed = False
+
+    def stream(self, name: str, start: int, stop: int) -> ByteStream:
+        file = self.checkpoint.weight_map[name]
+        shard = self.checkpoint.shards[file]
+        begin = shard.data_start + shard.tensors[name].data_offsets[0]
+        opened = self._open.get(file) or self._open_file(file)
+        return opened.stream(begin + start, begin + stop)
+
+    def check_unchanged(self) -> None:
+        with self._lock:
+            opened = list(self._open.values())
+        for file in opened:
+            file.check_unchanged()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def close(self) -> None:
+        self.cancel()
+        with self._lock:
+            self._closed = True
+            self._open.clear()
+            self._closing.close()
+
+    def _open_file(self, name: str) -> OpenFile:
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"the reader of {self.checkpoint} is closed")
+            if name not in self._open:
+                opened = self.checkpoint.shards[name].file.open(self._cancelled)
+                self._closing.callback(opened.close)
+                self._open[name] = opened
+            return self._open[name]
+
+
+def open_folder(folder: Path) -> SafetensorsFolder:
+    """Read the config, the index and every header of the checkpoint in `folder`.
+
+    Raises CheckpointError with every problem found: no such folder, an adapter, only pickles or GGUF files; an index
+    that names paths, disagrees with its shards, or hides an older single file; fewer layers than the config says; and
+    everything that `read_shard` refuses.
+    """
+    try:
+        if not exists(folder) or not folder.is_dir():
+            what = "is a file, not a checkpoint folder" if folder.exists() else "no such folder"
+            raise CheckpointError(Problem("no-checkpoint", str(folder), what, _NAME_A_FOLDER))
+        names = {path.name for path in folder.iterdir()}
+        layout = read_layout(folder, names, where=str(folder))
+        problems = list(layout.problems)
+        shards: dict[str, Shard] = {}
+        for file in layout.files:
+            if shard := collect(problems, partial(read_local_shard, folder / file), None):
+                shards[file] = shard
+        check_shards(layout, shards, problems, where=str(folder))
+        checkpoint = SafetensorsFolder(folder, layout.config, shards, local_side_files(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    require_layers(checkpoint)
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What config and index say: the files that hold the weights, and the file of each tensor where there is an index.
+
+    `problems` are what is wrong with config and index themselves.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: tuple[str, ...]
+    index: Mapping[str, str] | None
+    problems: tuple[Problem, ...]
+
+
+def read_layout(folder: Path, names: set[str], *, where: str) -> Layout:
+    """Read config and index in `folder`; `names` are all files of the checkpoint, there or elsewhere.
+
+    Raises CheckpointError where it is not a safetensors checkpoint at all.
+    """
+    if not names & {SINGLE_NAME, INDEX_NAME}:
+        raise CheckpointError(_no_model(folder, names, where))
+    problems: list[Problem] = []
+    config: Mapping[str, Any] = {}
+    if CONFIG_NAME in names:
+        config = collect(problems, lambda: _read_json(folder / CONFIG_NAME), {})
+    else:
+        what, remedy = "is missing", "a checkpoint cannot be loaded without it"
+        problems.append(Problem("no-config", f"{where}/{CONFIG_NAME}", what, remedy))
+    index = collect(problems, lambda: _read_index(folder), {}) if INDEX_NAME in names else None
+    if index and SINGLE_NAME in names and SINGLE_NAME not in index.values():
+        what = f"contains two models: {SINGLE_NAME} and the shards in {INDEX_NAME}"
+        remedy = "loaders disagree on which one to load: move the stale one away"
+        problems.append(Problem("two-models", where, what, remedy))
+    files = (SINGLE_NAME,) if index is None else tuple(sorted(set(index.values())))
+    return Layout(folder, config, files, index, tuple(problems))
+
+
+def check_shards(layout: Layout, shards: Mapping[str, Shard], problems: list[Problem], *, where: str) -> None:
+    """Raise CheckpointError with `problems` and everything that is wrong with the shards taken together."""
+    if layout.index and len(shards) == len(layout.files):
+        problems.extend(_index_problems(layout, layout.index, shards))
+    raise_all(problems, CheckpointError)
+    if not any(shard.tensors for shard in shards.values()):
+        raise CheckpointError(Problem("no-tensors", where, "contains no tensors", "download it again"))
+
+
+def require_layers(checkpoint: Checkpoint) -> None:
+    """Refuse a config with more layers than the weights have: a loader would initialise the rest at random."""
+    wanted = layer_count(checkpoint.config)
+    longest = longest_stack(checkpoint.numbered_stacks)
+    if wanted is not None and wanted > longest:
+        what = f"the config says {wanted} layers, the weights have {longest}"
+        remedy = "download the missing shards, or the config that belongs to these weights"
+        raise CheckpointError(Problem("layers-missing", str(checkpoint), what, remedy))
+
+
+def read_local_shard(path: Path) -> Shard:
+    """See `read_shard`. Raises CheckpointError where the file is missing or not a regular file."""
+    try:
+        if not exists(path):
+            what = "is a broken link" if path.is_symlink() else "is in the index but not in the folder"
+            raise CheckpointError(Problem("shard-missing", str(path), what, "complete the download"))
+        open_regular(path).close()
+        return read_shard(LocalFile.at(path))
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def exists(path: Path) -> bool:
+    """Whether a path exists; unlike `Path.exists`, raises OSError where that cannot be determined."""
+    try:
+        path.stat()
+    except (FileNotFoundError, ValueError):  # a ValueError: a name that no file can have
+        return False
+    return True
+
+
+def collect(problems: list[Problem], read: Callable[[], T], otherwise: D) -> T | D:
+    """The result of `read`; where it raises CheckpointError, `otherwise`, with its problems added to `problems`."""
+    try:
+        return read()
+    except CheckpointError as error:
+        problems.extend(error.problems)
+        return otherwise
+
+
+def _no_model(folder: Path, names: set[str], where: str) -> Problem:
+    """What a folder is that has no safetensors model under the usual names."""
+    suffixes = {Path(name).suffix for name in names}
+    if "adapter_config.json" in names:
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "an unnamed base model"
+        return Problem(
+            "adapter", where, f"is an adapter for {base}", "merge it into that base first (PEFT merge_and_unload)"
+        )
+    if ".safetensors" in suffixes:
+        what = f"has safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}"
+        return Problem("no-index", where, what, "name the folder that save_pretrained wrote, or restore its index")
+    if suffixes & {".bin", ".pt", ".pth"}:
+        source = where.partition("@")[0]
+        copy = Path(source).name + "-safetensors"
+        remedy = (
+            f"convert it: python -c \"import transformers as t; t.AutoModelForCausalLM.from_pretrained('{source}')"
+            f".save_pretrained('{copy}')\""
+        )
+        return Problem("pickles-only", where, "has only pickles, no safetensors files", remedy)
+    if ".gguf" in suffixes:
+        return Problem("gguf-only", where, "has only GGUF files, no safetensors files", "name the original checkpoint")
+    return Problem("no-checkpoint", where, "has no safetensors files", _NAME_A_FOLDER)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with open_regular(path) as file:
+            value = json.loads(file.read().decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        what = f"invalid JSON ({error})"
+        raise CheckpointError(Problem("invalid-json", str(path), what, "download it again")) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(Problem("invalid-json", str(path), "is not a JSON object", "download it again"))
+    return value
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name to file name."""
+    path = folder / INDEX_NAME
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(Problem("invalid-index", str(path), "has no weight_map", "download it again"))
+    remedy = "only plain *.safetensors names in the same folder are supported"
+    problems = [
+        Problem("invalid-index", str(path), f"$.weight_map names {file!r}", remedy)
+        for file in sorted({str(file) for file in weight_map.values()})
+        if not _is_plain_name(file)
+    ]
+    raise_all(problems, CheckpointError)
+    return weight_map
+
+
+def _is_plain_name(file: str) -> bool:
+    return (
+        file.endswith(".safetensors")
+        and file.isprintable()
+        and PurePosixPath(file).name == PureWindowsPath(file).name == file
+    )
+
+
+def _index_problems(layout: Layout, index: Mapping[str, str], shards: Mapping[str, Shard]) -> Iterator[Problem]:
+    where = str(layout.folder / INDEX_NAME)
+    for name, file in index.items():
+        if name not in shards[file].tensors:
+            what = f"lists {name} in {file}, which does not contain it"
+            yield Problem("index-mismatch", where, what, "download index and shards again")
+    holders: dict[str, str] = {}
+    for file, shard in shards.items():
+        place = str(layout.folder / file)
+        for name in shard.tensors:
+            if name in holders:
+                what = f"contains {name}, which is also in {holders[name]}"
+                yield Problem("index-mismatch", place, what, "download both again")
+            elif name not in index:
+                what = f"contains {name}, which is not in the index"
+                yield Problem("index-mismatch", place, what, "download both again")
+            holders.setdefault(name, file)

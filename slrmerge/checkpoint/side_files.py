@@ -1,0 +1,71 @@
+"""What belongs to a model besides its weights: config, tokenizer, chat templates, licence, code."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+
+from slrmerge.checkpoint.files import LocalFile, SourceFile
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
+
+MANIFEST_NAME = "slrmerge.json"
+RECIPE_NAME = "slrmerge.yaml"
+"""Files that a merge writes itself."""
+
+CHAT_TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
+
+COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".spm", ".tiktoken", ".txt", ".vocab", ".bpe"})
+LOADED_SUFFIXES = COPIED_SUFFIXES | {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"}
+"""Suffixes of files that a loader may read from a model's folder."""
+
+COPIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+"""Terms of use belong to the weights, whatever their suffix."""
+
+_NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, "adapter_config.json", "trainer_state.json"})
+
+_TOKENIZER_STEMS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template")
+_TOKENIZER_SUFFIXES = frozenset({".model", ".spm", ".tiktoken", ".vocab", ".bpe", ".jinja"})
+
+
+def local_side_files(folder: Path) -> dict[str, SourceFile]:
+    """The side files in a folder, code included, by name. Raises OSError."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    for inner in (folder / name for name in CHAT_TEMPLATE_FOLDERS):
+        if inner.is_dir():
+            names += [f"{inner.name}/{path.name}" for path in inner.iterdir() if path.is_file()]
+    return {name: LocalFile.at(folder / name) for name in select_side_files(names)}
+
+
+def select_side_files(names: Iterable[str]) -> list[str]:
+    """Those of a repository's or folder's files that are side files, sorted."""
+    return sorted(filter(_is_side_file, names))
+
+
+def is_code(name: str) -> bool:
+    return PurePosixPath(name).suffix == ".py"
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a side file belongs to the tokenizer or is a chat template."""
+    path = PurePosixPath(name)
+    in_folder = path.parent.name in CHAT_TEMPLATE_FOLDERS
+    return in_folder or path.name.startswith(_TOKENIZER_STEMS) or path.suffix in _TOKENIZER_SUFFIXES
+
+
+def fetch_side_files(side_files: Mapping[str, SourceFile]) -> None:
+    """Download side files that are on the Hub into its cache. Raises HubError."""
+    for file in side_files.values():
+        file.fetch()
+
+
+def _is_side_file(name: str) -> bool:
+    path = PurePosixPath(name)
+    if str(path.parent) not in (".", *CHAT_TEMPLATE_FOLDERS):
+        return False
+    if path.suffix == ".py":
+        return True
+    if path.name in _NOT_COPIED or path.name.startswith(".") or path.name.endswith(".index.json"):
+        return False
+    return path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_STEMS)

@@ -1,0 +1,84 @@
+"""Text embeddings by a sentence-transformers model in this process; `ServerModel` is the other Embedder."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slrmerge.checkpoint.location import Repository, Source
+from slrmerge.errors import Problem, UnsupportedModelError, first_line, require_extra
+
+
+class Embedder(Protocol):
+    """A model that embeds texts."""
+
+    @property
+    def model_id(self) -> str:
+        """See `ChatModel`."""
+        ...
+
+    def check(self) -> None:
+        """Raise ServerError if the model cannot be used now, as far as is cheap to find out."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
+        """Embeddings, shape (texts, width)."""
+        ...
+
+    def truncated(self, texts: Sequence[str]) -> int:
+        """The number of texts that are longer than the model reads, as far as is known."""
+        ...
+
+
+class LocalEmbeddings:
+    """A sentence-transformers model, loaded at the first use.
+
+    Raises UnsupportedModelError and HubError for a model that does not exist; `embed` raises UnsupportedModelError for
+    one that cannot be loaded.
+    """
+
+    def __init__(self, at: Source, *, device: str) -> None:
+        require_extra("eval", "sentence_transformers")
+        self._at, self._device = at, device
+        if isinstance(at, Repository):
+            from slrmerge.checkpoint.hub.repository import pin
+
+            self._at = Repository(at.name, pin(at).commit)
+        elif not at.is_dir():
+            what = "is neither a local folder nor a valid name of a repository on the Hub"
+            remedy = "name a sentence-transformers model, or MODEL@URL"
+            raise UnsupportedModelError(Problem("model-not-found", str(at), what, remedy))
+
+    @property
+    def model_id(self) -> str:
+        return str(self._at)
+
+    def check(self) -> None:
+        pass
+
+    @cached_property
+    def _model(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own
+        at = self._at
+        place, revision = (at.name, at.revision) if isinstance(at, Repository) else (str(at), None)
+        try:
+            return SentenceTransformer(place, revision=revision, device=self._device)
+        except Exception as error:  # a model's files may raise anything while they are loaded
+            what = f"sentence-transformers cannot load it ({type(error).__name__}: {first_line(error)})"
+            raise UnsupportedModelError(Problem("model-not-loadable", self.model_id, what)) from error
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
+        vectors: NDArray[np.floating] = self._model.encode(list(texts), show_progress_bar=False)
+        return vectors
+
+    def truncated(self, texts: Sequence[str]) -> int:
+        limit = self._model.max_seq_length
+        if not limit:
+            return 0
+        tokens = self._model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > limit for ids in tokens)

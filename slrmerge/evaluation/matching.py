@@ -1,0 +1,57 @@
+"""Matches a response to an accepted answer by its words."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+
+SYMBOL_LENGTH = 2
+"""Names of up to this length match case-sensitively: `IN`, `OH` and `He` are also words."""
+
+LONGEST_NAME = 20
+"""Maximum number of words in a name."""
+
+_SUFFIX = re.compile(r"\s*\([^()]*\)\W*$")
+"""What may follow an answer: another name in brackets, and punctuation."""
+
+_PREFIX = re.compile(
+    r"(?:^|[:=“\"*`]|\b(?:is|are|be|say|choose|pick|answer|is called|is named))\W*(?:the\b)?$", re.IGNORECASE
+)
+"""What may precede an answer at the end of a response."""
+
+
+def normalise(text: str) -> str:
+    """Words of letters and digits, one space between; no accents, no leading article, lower case but for symbols."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    words = "".join(c if c.isalnum() else " " for c in plain).split()
+    if len(words) > 1 and words[0].casefold() in ("the", "a", "an") and len("".join(words[1:])) > 1:
+        words = words[1:]
+    joined = " ".join(words)
+    return joined if len(joined) <= SYMBOL_LENGTH else joined.casefold()
+
+
+def names_of(answers: Iterable[Iterable[str]]) -> dict[str, int]:
+    """Each accepted name, normalised, with the index of its answer; a name of two answers belongs to the first."""
+    found: dict[str, int] = {}
+    for index, names in enumerate(answers):
+        for name in filter(None, map(normalise, names)):
+            found.setdefault(name, index)
+    return found
+
+
+def match_whole(response: str, names: Mapping[str, int]) -> int | None:
+    """The answer that the whole response is a name of."""
+    return names.get(normalise(response))
+
+
+def match_stated(response: str, names: Mapping[str, int]) -> int | None:
+    """The answer at the end of the response, alone or after "is" or similar, a colon or a quotation mark.
+
+    Ignores brackets after it. A name elsewhere in the response does not match: `Kansas City` is not Kansas.
+    """
+    text = _SUFFIX.sub("", response.strip())
+    words = list(re.finditer(r"[\w'’.-]*\w", text))
+    for place in words[-LONGEST_NAME:]:  # the longest ending first: West Virginia before Virginia
+        answer = names.get(normalise(text[place.start() :]))
+        if answer is not None:
+            return answer if _PREFIX.search(text[: place.start()]) else None
+    return None

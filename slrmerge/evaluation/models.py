@@ -1,0 +1,161 @@
+"""The models of an evaluation, and requesting the samples that are missing."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+from slrmerge.checkpoint.location import Source, parse_source
+from slrmerge.errors import OptionError, Problem
+from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings, seed_of
+from slrmerge.io.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """A model behind an OpenAI-compatible server; `model` may be None where the server has only one."""
+
+    model: str | None
+    url: str
+
+    def __str__(self) -> str:
+        return f"{self.model}@{self.url}" if self.model else self.url
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """A model and its label in tables."""
+
+    label: str
+    at: Source | ServerAddress
+
+
+ModelNames = Mapping[str, str | os.PathLike[str]] | Sequence[str | os.PathLike[str] | NamedModel]
+"""Models by label, or a sequence of folders, repositories and addresses, each with or without `LABEL=` before it."""
+
+
+class SampleRequest(NamedTuple):
+    """A sample to generate: its key, the prompt's text, and its own seed."""
+
+    key: SampleKey
+    prompt: str
+    seed: int
+
+
+class ChatModel(Protocol):
+    """A model that answers prompts. Weights are loaded at the first request."""
+
+    @property
+    def model_id(self) -> str:
+        """Identifies the model exactly: samples are only reused for the same id."""
+        ...
+
+    def check(self) -> None:
+        """Raise ServerError or UnsupportedModelError if the model cannot answer, as far as is cheap to find out."""
+        ...
+
+    def answer(
+        self, requests: Sequence[SampleRequest], settings: Settings, keep: Callable[[SampleRequest, Answer], None]
+    ) -> None:
+        """Answer all `requests`, in any order; calls `keep` with each answer when it is there."""
+        ...
+
+    def close(self) -> None:
+        """Free memory; the model can be used again afterwards."""
+        ...
+
+
+_LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.+)", re.DOTALL)
+_SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://[^\s@]+)")
+
+
+def parse_location(text: str | os.PathLike[str]) -> Source | ServerAddress:
+    """The location of a model: a folder, a repository on the Hub, MODEL@URL, or the URL of a server with one model.
+
+    A PathLike is a folder. Raises OptionError for an invalid URL.
+    """
+    if not isinstance(text, str):
+        return Path(text)
+    match = _SERVED.fullmatch(text)
+    if match is None:
+        return parse_source(text)
+    try:
+        address = urlsplit(match["url"])
+        is_valid = bool(address.hostname) and address.port != 0
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise OptionError(
+            Problem("invalid-url", match["url"], "is not a valid URL", "write it like http://localhost:8000/v1")
+        )
+    return ServerAddress(match["model"], match["url"])
+
+
+def parse_model(text: str | os.PathLike[str]) -> NamedModel:
+    """`LABEL=MODEL`, or a model whose label is the last part of its location. Raises OptionError."""
+    match = _LABELLED.fullmatch(text) if isinstance(text, str) else None
+    at = parse_location(match["rest"] if match else text)
+    if match:
+        return NamedModel(match["label"], at)
+    if isinstance(at, Path):
+        return NamedModel(at.resolve().name, at)
+    name = (at.model or at.url.partition("://")[2]) if isinstance(at, ServerAddress) else at.name
+    return NamedModel(name.rstrip("/").rpartition("/")[2] or name, at)
+
+
+def parse_models(models: ModelNames) -> list[NamedModel]:
+    """The models with their labels. Raises OptionError where there is none, or two have the same label."""
+    if isinstance(models, Mapping):
+        named = [NamedModel(label, parse_location(location)) for label, location in models.items()]
+    else:
+        listed = [models] if isinstance(models, str | os.PathLike) else models
+        named = [model if isinstance(model, NamedModel) else parse_model(model) for model in listed]
+    labels = [model.label for model in named]
+    if not labels:
+        raise OptionError(Problem("empty", "models", "there is no model to evaluate", "give at least one"))
+    if repeated := sorted({label for label in labels if labels.count(label) > 1}):
+        what = f"two models have the label {repeated[0]}"
+        raise OptionError(Problem("duplicate-label", "models", what, "write LABEL=MODEL"))
+    return named
+
+
+def sample_keys(label: str, prompts: Iterable[str], samples: int) -> list[SampleKey]:
+    """The keys of `samples` samples of a model for each prompt id, prompt by prompt."""
+    return [SampleKey(label, prompt, sample) for prompt in prompts for sample in range(samples)]
+
+
+def request_missing(
+    model: ChatModel,
+    label: str,
+    prompts: Mapping[str, str],
+    file: SampleFile,
+    settings: Settings,
+    *,
+    samples: int,
+    progress: Progress,
+) -> None:
+    """Request answers until `file` holds `samples` samples of each of `prompts` (text by id).
+
+    Raises OutputError where the file holds samples with other settings, ServerError and UnsupportedModelError; answers
+    received before an error are kept.
+    """
+    keys = sample_keys(label, prompts, samples)
+    file.require_same(keys, settings)
+    missing = file.missing(keys)
+    if not missing:
+        return
+    requests = [
+        SampleRequest(key, prompts[key.prompt], seed_of(settings.seed, key.prompt, key.sample)) for key in missing
+    ]
+    if len(missing) < len(keys):
+        progress.message(f"{label}: reusing {len(keys) - len(missing):,} of {len(keys):,} samples")
+    progress.start(label, len(missing), " samples")
+
+    def keep(request: SampleRequest, answer: Answer) -> None:
+        file.append(request.key, answer, settings)
+        progress.advance(1)
+
+    model.answer(requests, settings, keep)

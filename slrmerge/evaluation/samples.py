@@ -1,0 +1,140 @@
+"""Samples on disk: one line of JSON each, appended as they arrive, never requested again."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import xxhash
+
+from slrmerge.errors import OutputError, Problem
+from slrmerge.io.pieces import output_error
+
+
+class Settings(NamedTuple):
+    """What an answer depends on besides its prompt.
+
+    `temperature` 0 is greedy decoding; `min_p` is the minimum probability of a token relative to the most probable one;
+    `max_tokens` is the maximum length of an answer. `seed` is the seed that samples' own seeds derive from, and
+    `verbalized` the number of answers requested at once.
+    """
+
+    model_id: str
+    temperature: float
+    min_p: float
+    max_tokens: int
+    seed: int = 0
+    verbalized: int | None = None
+
+
+class SampleKey(NamedTuple):
+    """Identifies a sample: the model's label, the prompt's id, the sample's index."""
+
+    model: str
+    prompt: str
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A model's answer; `finish_reason` is `stop` where it is complete and `length` where it was truncated."""
+
+    text: str
+    finish_reason: str
+
+
+def seed_of(seed: int, prompt: str, sample: int) -> int:
+    """The seed of one sample, 31 bits: equal for all models, different for each prompt and index."""
+    return xxhash.xxh3_64_intdigest(f"{seed} {prompt} {sample}".encode()) >> 33
+
+
+class SampleFile:
+    """A JSONL file of samples, which continues where an earlier run stopped. Use it in a `with`.
+
+    Each line holds model, prompt id, sample index, seed, settings, text and finish reason. Drops an incomplete last
+    line, which a kill leaves. Raises OutputError for a file with other contents.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._answers: dict[SampleKey, Answer] = {}
+        self._settings: dict[SampleKey, Settings] = {}
+        self._interned: dict[Settings, Settings] = {}
+        try:
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open until the end of the `with`)
+        except OSError as error:
+            raise output_error(path, error) from error
+        try:
+            self._bytes = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def require_same(self, keys: Iterable[SampleKey], settings: Settings) -> None:
+        """Raise OutputError where one of these samples was generated with other settings."""
+        for key in keys:
+            earlier = self._settings.get(key, settings)
+            if earlier != settings:
+                pairs = zip(Settings._fields, earlier, settings, strict=True)
+                changed = ", ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
+                what = f"contains samples of {key.model} with other settings ({changed})"
+                remedy = "choose another output folder, or use the earlier settings"
+                raise OutputError(Problem("settings-changed", str(self.path), what, remedy))
+
+    def missing(self, keys: Iterable[SampleKey]) -> list[SampleKey]:
+        return [key for key in keys if key not in self._answers]
+
+    def answer(self, key: SampleKey) -> Answer | None:
+        return self._answers.get(key)
+
+    def append(self, key: SampleKey, answer: Answer, settings: Settings) -> None:
+        """Write a sample, completely or not at all. Raises NoSpaceError and OutputError."""
+        seed = seed_of(settings.seed, key.prompt, key.sample)
+        line = {**key._asdict(), "seed": seed, "settings": settings._asdict(), **asdict(answer)}
+        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        try:
+            left = memoryview(data)
+            while left:  # a full disk accepts a part first, and fails at the next write
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), self._bytes)
+            raise output_error(self.path, error) from error
+        self._bytes += len(data)
+        self._keep(key, answer, settings)
+
+    def _keep(self, key: SampleKey, answer: Answer, settings: Settings) -> None:
+        self._answers[key] = answer
+        self._settings[key] = self._interned.setdefault(settings, settings)  # thousands of samples share a few
+
+    def _read(self) -> int:
+        """Read the samples of earlier runs; returns the bytes of the complete lines."""
+        complete = 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    os.ftruncate(self._file.fileno(), complete)
+                    break
+                try:
+                    self._keep(*_sample(json.loads(line)))
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    where, remedy = f"{self.path}:{number}", "choose another output folder"
+                    raise OutputError(Problem("not-a-sample", where, "is not a sample", remedy)) from error
+                complete += len(line)
+        return complete
+
+
+def _sample(line: Mapping[str, Any]) -> tuple[SampleKey, Answer, Settings]:
+    key = SampleKey(str(line["model"]), str(line["prompt"]), int(line["sample"]))
+    answer = Answer(str(line["text"]), str(line["finish_reason"]))
+    return key, answer, Settings(**line["settings"])

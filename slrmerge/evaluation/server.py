@@ -1,0 +1,259 @@
+"""A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, or a commercial one."""
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slrmerge.errors import OptionError, Problem, ServerError
+from slrmerge.evaluation.models import SampleRequest, ServerAddress
+from slrmerge.evaluation.samples import Answer, Settings
+from slrmerge.evaluation.server_errors import INVALID_JSON, InvalidResponseError, translate_server_errors
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 10.0
+
+MAX_RETRIES = 24
+"""Retries of the client: their pauses grow from 0.5 s to 8 s, so a server may be down for two minutes at least."""
+
+RETRYING_S = 300.0
+"""One request and its retries may take as long as one answer, and this."""
+
+EMBEDDINGS_PER_REQUEST = 64
+
+NO_KEY = "none"
+"""The API key for servers that need none; OPENAI_API_KEY takes precedence."""
+
+
+def _vllm_extras(settings: Settings) -> dict[str, Any]:
+    """Of vLLM and llama.cpp: min_p after temperature, and nothing else that changes the distribution."""
+    off = {"top_k": -1, "repetition_penalty": 1.0}
+    return {"min_p": settings.min_p, **off, "samplers": ["temperature", "min_p"]}
+
+
+def _transformers_extras(settings: Settings) -> dict[str, Any]:
+    """Of `transformers serve`: a generation config."""
+    config: dict[str, Any] = {"do_sample": bool(settings.temperature), "max_new_tokens": settings.max_tokens}
+    config |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    if settings.temperature:
+        config |= {"temperature": settings.temperature, "min_p": settings.min_p, "top_k": 0, "top_p": 1.0}
+    return {"generation_config": json.dumps(config)}
+
+
+class Dialect(NamedTuple):
+    """How a server takes settings outside OpenAI's protocol; tried after others were rejected with `tried_after`."""
+
+    extras: Callable[[Settings], dict[str, Any]]
+    tried_after: tuple[int, ...] = ()
+    has_min_p: bool = True
+
+
+_DIALECTS = (
+    Dialect(_vllm_extras),
+    Dialect(_transformers_extras, tried_after=(422,)),
+    Dialect(lambda _: {}, tried_after=(400, 422), has_min_p=False),
+)
+
+
+class ServerModel:
+    """A ChatModel and Embedder behind a server, with at most `concurrency` requests at a time, each for one sample.
+
+    The client retries connection errors, timeouts, 408, 409, 429 and 5xx, and honours Retry-After. Each attempt has
+    `timeout_s`.
+    """
+
+    def __init__(
+        self, at: ServerAddress, *, concurrency: int, timeout_s: float, max_retries: int = MAX_RETRIES
+    ) -> None:
+        self._at, self._concurrency, self._timeout_s, self._max_retries = at, concurrency, timeout_s, max_retries
+        self._dialect: Dialect | None = None
+
+    @cached_property
+    def model_id(self) -> str:
+        """The name of the served model, without its address. Raises ServerError."""
+        if self._at.model:
+            return self._at.model
+        served = self._served()
+        if len(served) != 1:
+            what = f"serves {', '.join(served)}" if served else "does not name the models that it serves"
+            raise ServerError(Problem("model-not-named", self._at.url, what, f"name one: LABEL=MODEL@{self._at.url}"))
+        return served[0]
+
+    def check(self) -> None:
+        """See `ChatModel`; waits for a server that is loading its model."""
+        self._served()
+
+    def close(self) -> None:
+        """See `ChatModel`; no connection outlives a call."""
+
+    def answer(
+        self, requests: Sequence[SampleRequest], settings: Settings, keep: Callable[[SampleRequest, Answer], None]
+    ) -> None:
+        """See `ChatModel`. Raises ServerError when the server rejects a request, or retries do not help."""
+        model = self.model_id
+
+        async def one(client: "AsyncOpenAI", request: SampleRequest) -> None:
+            keep(request, await self._bounded(self._complete(client, model, request, settings)))
+
+        self._run_all(requests, one)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """See `Embedder`. Raises ServerError like `answer`."""
+        model = self.model_id
+        starts = range(0, len(texts), EMBEDDINGS_PER_REQUEST)
+        found: dict[int, NDArray[np.float32]] = {}
+
+        async def one(client: "AsyncOpenAI", start: int) -> None:
+            found[start] = await self._bounded(_embed(client, model, texts[start : start + EMBEDDINGS_PER_REQUEST]))
+
+        self._run_all(starts, one)
+        if len({part.shape[1] for part in found.values()}) > 1:
+            raise ServerError(Problem("invalid-response", str(self._at), "returned embeddings of different widths"))
+        return np.concatenate([found[start] for start in starts] or [np.empty((0, 0), np.float32)])
+
+    def truncated(self, texts: Sequence[str]) -> int:  # noqa: ARG002 (unknown: a server rejects a long text, or is silent)
+        """See `Embedder`."""
+        return 0
+
+    def _run_all(self, jobs: Sequence[T], one: "Callable[[AsyncOpenAI, T], Awaitable[None]]") -> None:
+        """Run all jobs, `concurrency` at a time; the first error cancels the rest."""
+
+        async def work() -> None:
+            waiting = iter(jobs)
+
+            async def worker(client: "AsyncOpenAI") -> None:
+                for job in waiting:
+                    await one(client, job)
+
+            async with self._client() as client, asyncio.TaskGroup() as group:
+                for _ in range(min(self._concurrency, len(jobs))):
+                    group.create_task(worker(client))
+
+        try:
+            _run(work())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group.exceptions[0].__cause__
+
+    async def _bounded(self, call: Awaitable[T]) -> T:
+        """The result of a request, with a limit on all its attempts: an attempt's own only limits each read."""
+        with translate_server_errors(str(self._at), self._timeout_s):
+            async with asyncio.timeout(self._timeout_s + RETRYING_S):
+                return await call
+
+    def _client(self) -> "AsyncOpenAI":
+        from openai import AsyncOpenAI, Timeout
+
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
+        if not (key.isascii() and key.isprintable()):
+            what = "has characters that an HTTP header cannot contain"
+            raise OptionError(Problem("invalid-key", "OPENAI_API_KEY", what, "set it again"))
+        timeout = Timeout(self._timeout_s, connect=min(CONNECT_TIMEOUT_S, self._timeout_s))
+        return AsyncOpenAI(base_url=self._at.url, api_key=key, timeout=timeout, max_retries=self._max_retries)
+
+    def _served(self) -> list[str]:
+        """The models that the server lists; none where it lists none, unless it has to name the model."""
+        from openai import APIStatusError, AuthenticationError, InternalServerError, PermissionDeniedError
+
+        async def list_models() -> list[str]:
+            async with self._client() as client:
+                try:  # a server that cannot be reached at the start is an error at once
+                    return await _list(client.with_options(max_retries=0))
+                except InternalServerError as error:
+                    if error.status_code != 503:  # it is loading its model
+                        raise
+                    return await _list(client)
+
+        try:
+            return _run(self._bounded(list_models()))
+        except ServerError as error:
+            is_unlisted = isinstance(error.__cause__, (APIStatusError, *INVALID_JSON))
+            is_rejected = isinstance(error.__cause__, AuthenticationError | PermissionDeniedError)
+            if self._at.model and is_unlisted and not is_rejected:
+                return []
+            raise
+
+    async def _complete(self, client: "AsyncOpenAI", model: str, request: SampleRequest, settings: Settings) -> Answer:
+        completion = await self._chat_completion(client, model, request, settings)
+        try:
+            choice = completion.choices[0]
+            text, finish_reason = choice.message.content, choice.finish_reason
+        except (AttributeError, LookupError, TypeError) as error:
+            raise InvalidResponseError("no message") from error
+        if not isinstance(text, str | None):
+            raise InvalidResponseError("a message that is not text")
+        valid = (text or "").encode("utf-8", "replace").decode()  # without surrogates, which UTF-8 cannot hold
+        return Answer(valid, str(finish_reason or "stop"))
+
+    async def _chat_completion(
+        self, client: "AsyncOpenAI", model: str, request: SampleRequest, settings: Settings
+    ) -> Any:
+        """The server's response in the first dialect that it accepts, which is then used for all requests."""
+        from openai import BadRequestError, UnprocessableEntityError
+
+        rejection: BadRequestError | UnprocessableEntityError | None = None
+        fitting = [dialect for dialect in _DIALECTS if dialect.has_min_p or not settings.min_p]
+        for dialect in (self._dialect,) if self._dialect in fitting else fitting:
+            if rejection and rejection.status_code not in dialect.tried_after:
+                continue
+            try:
+                completion = await client.chat.completions.create(
+                    model=model,
+                    messages=[{"role": "user", "content": request.prompt}],
+                    temperature=settings.temperature,
+                    top_p=1.0,
+                    max_tokens=settings.max_tokens,
+                    seed=request.seed,
+                    extra_body=dialect.extras(settings),
+                )
+            except (BadRequestError, UnprocessableEntityError) as error:
+                rejection = rejection or error
+            else:
+                self._dialect = dialect
+                return completion
+        assert rejection is not None  # the first dialect is always tried
+        raise rejection
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, also where this thread already runs an event loop, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+async def _list(client: "AsyncOpenAI") -> list[str]:
+    """The names of the models that a server lists."""
+    try:
+        names = [getattr(model, "id", None) async for model in client.models.list()]
+    except (AttributeError, TypeError) as error:
+        raise InvalidResponseError("no list of models") from error
+    return [name for name in names if isinstance(name, str) and name]
+
+
+async def _embed(client: "AsyncOpenAI", model: str, texts: Sequence[str]) -> NDArray[np.float32]:
+    response = await client.embeddings.create(model=model, input=list(texts), encoding_format="float")
+    try:
+        vectors = [entry.embedding for entry in sorted(response.data, key=lambda entry: entry.index)]
+        found = np.array(vectors)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidResponseError("no embeddings") from error
+    if found.ndim != 2 or len(found) != len(texts) or not found.shape[1]:
+        raise InvalidResponseError(f"embeddings of shape {found.shape} for {len(texts)} texts")
+    with np.errstate(over="ignore"):
+        narrow = found.astype(np.float32) if found.dtype.kind in "fi" else None
+    if narrow is None or not np.isfinite(narrow).all():
+        raise InvalidResponseError("embeddings that are not finite numbers")
+    return narrow

@@ -1,0 +1,92 @@
+"""The interface of a task."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Literal, NamedTuple
+
+from slrmerge.evaluation.embeddings import Embedder
+from slrmerge.evaluation.judge import Judge
+from slrmerge.evaluation.questions import Q
+
+Plot = Literal["bars", "curves"]
+"""How a task's metrics are drawn: bars for each, or one curve over k."""
+
+
+class Metric(NamedTuple):
+    """A number for each prompt and model, where more is better, and its definition."""
+
+    name: str
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelResponses(Generic[Q]):
+    """One model's responses to a question, in the order of its samples; None where verbalized sampling failed.
+
+    There may be none.
+    """
+
+    model: str
+    question: Q
+    texts: Sequence[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The metrics of one ModelResponses, NaN where undefined, and a mark for each text, such as the matched answer."""
+
+    metrics: Mapping[str, float]
+    marks: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScores:
+    """A Score for each ModelResponses, and notes for the reader of the results."""
+
+    scores: Sequence[Score]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenQuestions(Generic[Q]):
+    """The questions to ask, and a note on how they were chosen."""
+
+    questions: Sequence[Q]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Helpers:
+    """What a task may score with. `samples` is the number of samples per question."""
+
+    samples: int
+    judge: Judge | None = None
+    embedder: Embedder | None = None
+
+
+class Task(ABC, Generic[Q]):
+    """Questions of one form, and how answers to them are scored. `samples` and `max_tokens` are the paper's."""
+
+    name: ClassVar[str]
+    samples: ClassVar[int]
+    max_tokens: ClassVar[int]
+    plot: ClassVar[Plot] = "bars"
+    question: type[Q]
+
+    def choose(
+        self,
+        questions: Sequence[Q],
+        wanted: int | None,
+        greedy: Callable[[Sequence[Q]], list[str]],  # noqa: ARG002 (for overriding)
+    ) -> ChosenQuestions[Q]:
+        """Choose `wanted` of the questions, or all; `greedy` returns the first model's answers by greedy decoding."""
+        return ChosenQuestions(questions[:wanted])
+
+    @abstractmethod
+    def metrics(self, samples: int) -> tuple[Metric, ...]:
+        """The metrics for this number of samples per prompt, in the order of the table."""
+
+    @abstractmethod
+    def score(self, responses: Sequence[ModelResponses[Q]], helpers: Helpers) -> TaskScores:
+        """Score each of `responses`."""

@@ -1,0 +1,140 @@
+"""Creative writing: how different are a model's poems, stories or jokes from each other, and how good?"""
+
+from collections.abc import Mapping, Sequence
+from math import nan
+from typing import ClassVar, NamedTuple
+
+from pydantic import AliasChoices, Field
+
+from slrmerge.evaluation.metrics import dissimilarity
+from slrmerge.evaluation.questions import Question, Text
+from slrmerge.evaluation.replies import json_values
+from slrmerge.evaluation.tasks.base import Helpers, Metric, ModelResponses, Score, Task, TaskScores
+
+CRITERIA = ("request", "language", "craft", "invention", "effect")
+TOP = 10
+
+RUBRIC = """\
+You grade creative writing. Read the request and the response, and give whole points from 0 to 10 for each of these:
+
+request: it does what was asked for, in the form that was asked for, and comes to an end
+language: it is correct, clear, and its words are chosen rather than the first that come
+craft: it uses what its form lives on, such as image, rhythm, timing, structure or point of view
+invention: it has an idea of its own, and a reader could not have foretold it from the request
+effect: a reader is moved, amused or made to think, as the form intends
+
+5 is what a practised amateur writes, 8 what one would publish, 10 what one would remember. Judge the response alone: \
+neither its length nor what it says about itself counts.
+
+Request:
+<request>
+{request}
+</request>
+
+Response:
+<response>
+{response}
+</response>
+
+Reply with JSON and nothing else: {{"request": 0, "language": 0, "craft": 0, "invention": 0, "effect": 0}}"""
+
+
+class WritingPrompt(Question):
+    """What to write."""
+
+    prompt: Text = Field(validation_alias=AliasChoices("prompt", "question"))
+
+    @property
+    def text(self) -> str:
+        return self.prompt
+
+
+class Judgements(NamedTuple):
+    """The share of all points by prompt and response, None where the judge's reply was invalid; and notes."""
+
+    shares: Mapping[tuple[str, str], float | None]
+    notes: list[str]
+
+
+class Diversities(NamedTuple):
+    """The diversity of each ModelResponses, NaN where it is undefined; and notes."""
+
+    values: list[float]
+    notes: list[str]
+
+
+class Creative(Task[WritingPrompt]):
+    """Diversity is 1 minus the mean cosine similarity of a prompt's samples; quality is the judge's share of points.
+
+    An empty or missing response is left out of diversity and has quality 0.
+    """
+
+    name: ClassVar = "creative"
+    samples: ClassVar = 32
+    max_tokens: ClassVar = 4096
+    question = WritingPrompt
+
+    def metrics(self, samples: int) -> tuple[Metric, ...]:  # noqa: ARG002 (the same for any number)
+        return (
+            Metric("quality", f"the judge's points out of {TOP}, as a share, mean of {len(CRITERIA)} criteria"),
+            Metric("diversity", "1 − mean cosine similarity of embeddings"),
+        )
+
+    def score(self, responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> TaskScores:
+        judged, diverse = _judge(responses, helpers), _diversity(responses, helpers)
+        scores = []
+        for each, diversity in zip(responses, diverse.values, strict=True):
+            shares: list[float | None] = [
+                judged.shares.get((each.question.prompt, text)) if text and text.strip() else 0.0 for text in each.texts
+            ]
+            if helpers.judge is None:
+                shares = [None] * len(each.texts)
+            known = [share for share in shares if share is not None]
+            quality = sum(known) / len(known) if known else nan
+            marks = ["" if share is None else f"{share:.2f}" for share in shares]
+            scores.append(Score({"quality": quality, "diversity": diversity}, marks))
+        return TaskScores(scores, [*judged.notes, *diverse.notes])
+
+
+def _diversity(responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> Diversities:
+    undefined = [nan] * len(responses)
+    if helpers.embedder is None:
+        return Diversities(undefined, ["diversity was not measured; it needs an embeddings model"])
+    groups = [[text for text in each.texts if text and text.strip()] for each in responses]
+    texts = list(dict.fromkeys(text for group in groups for text in group))
+    if not texts:
+        return Diversities(undefined, [])
+    vectors, place = helpers.embedder.embed(texts), {text: number for number, text in enumerate(texts)}
+    values = [dissimilarity(vectors[[place[text] for text in group]]) if group else nan for group in groups]
+    truncated = helpers.embedder.truncated(texts)
+    note = f"{helpers.embedder.model_id} truncates {truncated:,} of {len(texts):,} texts"
+    return Diversities(values, [note] if truncated else [])
+
+
+def _judge(responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> Judgements:
+    if helpers.judge is None:
+        return Judgements({}, ["quality was not measured; it needs a judge"])
+    prompts = {
+        (each.question.prompt, text): RUBRIC.format(request=each.question.prompt, response=text)
+        for each in responses
+        for text in each.texts
+        if text and text.strip()
+    }
+    replies = helpers.judge.replies(prompts.values())
+    shares = {key: _share(replies[prompt]) for key, prompt in prompts.items()}
+    notes = []
+    if invalid := sum(share is None for share in shares.values()):
+        notes.append(
+            f"{helpers.judge.model_id} judged {len(shares):,} texts; {invalid:,} of its replies were invalid, and "
+            "those texts have no quality"
+        )
+    notes.append(f"{helpers.judge.model_id} used this rubric:\n{RUBRIC.format(request='…', response='…')}")
+    return Judgements(shares, notes)
+
+
+def _share(reply: str) -> float | None:
+    """The mean over all criteria, 0 to 1; None unless a reply has points for each."""
+    found = [value for value in json_values(reply) if isinstance(value, dict) and value.keys() >= set(CRITERIA)]
+    points = [found[-1][criterion] for criterion in CRITERIA] if found else []
+    is_valid = points and all(type(value) in (int, float) and 0 <= value <= TOP for value in points)
+    return sum(points) / len(points) / TOP if is_valid else None

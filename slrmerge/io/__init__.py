@@ -1,0 +1,1 @@
+"""Files on disk, YAML, progress: what the rest is written with."""

@@ -1,0 +1,103 @@
+"""Files and folders on the disk: durable writes, reserved space, atomic replacement."""
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def create_folder(path: Path, *, durable: bool) -> None:
+    """Create a folder and its parents, with the mode that the umask gives."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(mode=0o777, parents=True, exist_ok=True)
+    for folder in missing if durable else ():
+        sync_folder(folder.parent)
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that `path` is or would be on."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def reserve(path: Path, file_bytes: int) -> None:
+    """Create a file, or reuse an existing one, and reserve `file_bytes` of disk space for it where the system can.
+
+    Elsewhere the file grows as it is written. Calls fallocate itself: os.posix_fallocate writes zeros where the file
+    system cannot reserve space.
+    """
+    fallocate = _libc_function("fallocate")
+    with open(path, "ab") as file:
+        if fallocate and file_bytes and fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(file_bytes)):
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
+                raise OSError(number, os.strerror(number), str(path))
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes of disk space that a file occupies, as far as the system reports them."""
+    status = path.stat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
+
+
+def write_file(path: Path, data: bytes, *, durable: bool) -> None:
+    """Write a small file, with the mode that the umask gives."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        if durable:
+            sync_file(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a small file atomically: its name refers to the old content or to the new."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_bytes(data)
+    os.replace(beside, path)
+
+
+def sync_file(fd: int) -> None:
+    """Flush an open file to the disk (on macOS with F_FULLFSYNC, which fsync does not imply)."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def sync_path(path: Path) -> None:
+    """Flush a closed file to the disk."""
+    with open(path, "r+b") as file:
+        sync_file(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk; does nothing where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange two names atomically (Linux renameat2); False where the kernel or the file system cannot."""
+    renameat2 = _libc_function("renameat2")
+    if renameat2 is None:
+        return False
+    done: int = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return done == 0
+
+
+def _libc_function(name: str) -> Any:
+    """A function of Linux's C library that Python does not expose; None where there is none."""
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None) if sys.platform == "linux" else None

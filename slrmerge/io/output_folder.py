@@ -1,0 +1,248 @@
+"""A folder that appears complete or not at all: locked, staged beside its target, and put in place in one step.
+
+Killed at any moment, the target is absent or as it was, and the next run resumes from what the staging folder holds.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from slrmerge.errors import BusyError, NoSpaceError, OutputError, Problem, raise_all
+from slrmerge.io import files
+from slrmerge.io.pieces import translate_os_errors
+from slrmerge.io.progress import Progress
+
+WhyNotReplaceable = Callable[[Path], str | None]
+"""Why `overwrite` should not replace an existing folder, or None where it may."""
+
+
+class OutputFolder:
+    """The folder `out`, to be written while `sources` are read.
+
+    With `overwrite` an existing folder is replaced, unless `why_not_replaceable` objects. `durable` output is synced to
+    the disk before it takes its name. `check` and everything after it raise OutputError and NoSpaceError.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        sources: Iterable[Path] = (),
+        overwrite: bool = False,
+        why_not_replaceable: WhyNotReplaceable = lambda _: None,
+        durable: bool = True,
+    ) -> None:
+        self.path = resolve_target(out)
+        self.staging = staging_folder(self.path)
+        self.durable = durable
+        self._complete: os.stat_result | None = None
+        self._sources = tuple(sources)
+        self._overwrite = overwrite
+        self._why_not_replaceable = why_not_replaceable
+
+    def __repr__(self) -> str:
+        return f"OutputFolder({str(self.path)!r})"
+
+    @property
+    def published(self) -> bool:
+        """Whether the target is the folder that was staged; exact even where a signal interrupts the replacement."""
+        if self._complete is None or not self.path.exists():
+            return False
+        return os.path.samestat(self._complete, self.path.stat())
+
+    def check(self) -> None:
+        """Raise OutputError with everything that keeps the folder from being written, as far as can be told now."""
+        with translate_os_errors(self.path):
+            raise_all(self.problems(), OutputError)
+
+    def problems(self) -> Iterator[Problem]:
+        """What keeps the folder from being written."""
+        target = self.path
+        if not target.name or os.path.ismount(target):
+            yield Problem(
+                "mount-point", str(target), "is a mount point, which cannot be replaced", "name a folder in it"
+            )
+            return
+        overlaps = [problem for folder in self._sources for problem in self._overlaps(folder)]
+        yield from overlaps
+        if overlaps:
+            return
+        if target.exists() and not target.is_dir():
+            yield Problem("output-is-a-file", str(target), "is a file", "name a folder")
+        elif target.exists() and any(target.iterdir()):
+            if not self._overwrite:
+                what, remedy = "already exists and is not empty", "choose another output folder, or pass overwrite=True"
+                yield Problem("output-exists", str(target), what, remedy)
+            elif why := self._why_not_replaceable(target):
+                what = f"{why}, so overwrite does not replace it"
+                yield Problem("output-not-replaceable", str(target), what, "choose another output folder")
+        parent = next((folder for folder in target.parents if folder.exists()), target)
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            what = "is not a writable folder"
+            yield Problem("output-not-writable", str(parent), what, "choose another output folder")
+
+    def require_space(self, needed_bytes: int, *, what: str = "the output", remedy: str = "") -> None:
+        """Raise NoSpaceError unless the disk has `needed_bytes` free."""
+        free = files.free_bytes(self.path)
+        if needed_bytes > free:
+            short = f"{what} needs {needed_bytes / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free"
+            remedy = remedy or f"free {(needed_bytes - free) / 1e9:,.2f} GB, or choose an output folder on another disk"
+            raise NoSpaceError(Problem("no-space", str(self.path), short, remedy))
+
+    @contextmanager
+    def locked(self, progress: Progress) -> Iterator[None]:
+        """Hold the folder against other processes, and restore what a killed run left half replaced.
+
+        Raises BusyError when another process holds it.
+        """
+        with translate_os_errors(self.path):
+            files.create_folder(self.path.parent, durable=self.durable)
+            with _lock(self.path):
+                if self._recover():
+                    progress.message(f"restored {self.path}, which an interrupted run had moved aside")
+                self.check()
+                yield
+
+    @contextmanager
+    def staged(self, what_is_kept: Callable[[BaseException], str | None]) -> Iterator[Path]:
+        """The staging folder, which the caller creates or resumes from.
+
+        After a failure it is kept where `what_is_kept` gives the error a note about that, and otherwise removed.
+        """
+        try:
+            yield self.staging
+        except BaseException as error:
+            if self.published:
+                error.add_note(f"{self.path} is complete: this happened afterwards")
+            elif self.staging.exists():
+                if note := what_is_kept(error):
+                    error.add_note(note)
+                else:
+                    shutil.rmtree(self.staging)
+            raise
+
+    def publish(self, progress: Progress) -> None:
+        """Give the complete staging folder the target's name, and remove what it replaces."""
+        if self.durable:
+            files.sync_folder(self.staging)
+        self._complete = self.staging.stat()
+        leftover = self._replace()
+        if self.durable:
+            files.sync_folder(self.path.parent)
+        if leftover is not None:
+            try:
+                shutil.rmtree(leftover)
+            except OSError as error:
+                progress.message(f"could not remove the replaced folder, now {leftover} ({error.strerror})")
+
+    def _replace(self) -> Path | None:
+        """Rename the staging folder to the target; returns where an older target is now.
+
+        On Linux the two names are exchanged in one step. Elsewhere the old folder is first moved aside: a kill between
+        the two renames leaves the target absent and the old folder whole, and `_recover` brings it back.
+        """
+        target = self.path
+        if not target.exists() or not any(target.iterdir()):
+            if os.name == "nt" and target.exists():
+                target.rmdir()
+            os.replace(self.staging, target)
+            return None
+        if files.exchange(self.staging, target):
+            return self.staging
+        aside = set_aside_folder(target)
+        os.replace(target, aside)
+        try:
+            os.replace(self.staging, target)
+        except OSError:
+            os.replace(aside, target)
+            raise
+        return aside
+
+    def _recover(self) -> bool:
+        """Finish what a kill inside `_replace` left; True when an old target was brought back."""
+        aside = set_aside_folder(self.path)
+        if not aside.exists():
+            return False
+        if self.path.exists():
+            shutil.rmtree(aside)
+            return False
+        os.replace(aside, self.path)
+        return True
+
+    def _overlaps(self, folder: Path) -> Iterator[Problem]:
+        """How a source and the folders that this run writes get in each other's way, links resolved."""
+        target = self.path
+        source = Path(os.path.realpath(folder))
+        linked = [Path(os.path.realpath(entry)) for entry in folder.iterdir()]
+        for workplace in (self.staging, set_aside_folder(target)):
+            if any(path.is_relative_to(workplace) for path in (source, *linked)):
+                what = f"is where {target} would be written"
+                yield Problem("output-overlaps", str(source), what, "move this source, or choose another output folder")
+                return
+        if target == source or (target.exists() and target.samefile(source)):
+            yield Problem("output-overlaps", str(target), "is one of the sources", "choose another output folder")
+        elif target.is_relative_to(source):
+            what = f"is inside the source {source}"
+            yield Problem("output-overlaps", str(target), what, "choose an output folder outside it")
+        elif source.is_relative_to(target):
+            what = f"contains the source {source}"
+            yield Problem("output-overlaps", str(target), what, "choose an output folder beside it")
+        elif any(path.is_relative_to(target) for path in linked):
+            what = f"contains files that {source} links to"
+            yield Problem("output-overlaps", str(target), what, "choose another output folder")
+
+
+def resolve_target(out: str | os.PathLike[str]) -> Path:
+    """Where the output really goes, links resolved. Raises OutputError for a path that no folder can have."""
+    try:
+        target = Path(os.path.realpath(out))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        what = f"cannot be a folder ({why})"
+        raise OutputError(Problem("invalid-output", str(out), what, "choose another output folder")) from None
+    return target
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files and folders; missing ones are ignored, links are not followed."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def staging_folder(target: Path) -> Path:
+    """The hidden sibling in which `target` is written."""
+    return target.parent.joinpath(f".{target.name}.slrmerge-partial")
+
+
+def set_aside_folder(target: Path) -> Path:
+    """Where the old `target` is during a replacement, on systems that cannot exchange two folders in one step."""
+    return target.parent.joinpath(f".{target.name}.slrmerge-old")
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Hold `target` against other processes; the lock ends with the process, however it ends."""
+    from filelock import FileLock, Timeout
+
+    path = target.parent.joinpath(f".{target.name}.slrmerge-lock")
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        what, remedy = "another slrmerge process is writing to it", "wait for it, or choose another output folder"
+        raise BusyError(Problem("output-busy", str(target), what, remedy)) from None
+    try:
+        yield
+    finally:
+        # Unlinked while still held: a process that opened it meanwhile finds its inode gone and tries again. Where an
+        # open file cannot be unlinked (Windows) it stays; once released it may belong to another process.
+        with suppress(OSError):
+            path.unlink()
+        lock.release()

@@ -1,0 +1,129 @@
+"""Files written and digested in pieces, by any number of threads."""
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from slrmerge.errors import NoSpaceError, OutputError, Problem
+from slrmerge.io import files
+
+PIECE_BYTES = 1 << 24
+"""Files are written and digested in pieces of 16 MiB, so that several threads can share one file."""
+
+CHUNK_BYTES = 1 << 20
+"""Bytes per read or write: few calls, and small enough for a core's cache."""
+
+DIGEST_NAME = "xxh3_128"
+
+
+class FileDigest(NamedTuple):
+    """A file's size and digest: the xxh3_128 of the xxh3_128 digests of its pieces, in order."""
+
+    file_bytes: int
+    digest: str
+
+
+def pieces(file_bytes: int) -> Iterator[tuple[int, int]]:
+    """The start and the end of each piece of a file; an empty file is one empty piece."""
+    for start in range(0, max(file_bytes, 1), PIECE_BYTES):
+        yield start, min(start + PIECE_BYTES, file_bytes)
+
+
+def combine(digests: Iterable[bytes]) -> str:
+    """The digest of a file from the digests of its pieces."""
+    return f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(b''.join(digests))}"
+
+
+def reserve(path: Path, file_bytes: int) -> None:
+    """Create a file, or reuse an existing one, with disk space for `file_bytes` reserved where the system can.
+
+    Writing into reserved space is also faster (by a quarter on ext4). Raises NoSpaceError and OutputError.
+    """
+    with translate_os_errors(path):
+        files.reserve(path, file_bytes)
+
+
+def write_piece(
+    path: Path, start: int, chunks: Iterable[memoryview], *, on_bytes: Callable[[int], None] = lambda _: None
+) -> bytes:
+    """Write `chunks` to the existing file `path` from byte `start` on; returns the digest of the piece.
+
+    Calls `on_bytes(n)` after each chunk. Raises NoSpaceError when the disk is full, OutputError for other failures.
+    """
+    hasher = xxhash.xxh3_128()
+    with translate_os_errors(path), open(path, "r+b", buffering=0) as file:
+        file.seek(start)
+        for chunk in chunks:
+            hasher.update(chunk)
+            left = chunk
+            while left:
+                left = left[os.write(file.fileno(), left) :]
+            on_bytes(len(chunk))
+    return hasher.digest()
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool) -> FileDigest:
+    """Write a whole file from `chunks`. Raises NoSpaceError and OutputError."""
+    digests: list[bytes] = []
+    hasher, filled, file_bytes = xxhash.xxh3_128(), 0, 0
+    with translate_os_errors(path), open(path, "wb") as file:
+        for chunk in chunks:
+            left = memoryview(chunk)
+            file.write(left)
+            file_bytes += len(left)
+            while left:
+                part, left = left[: PIECE_BYTES - filled], left[PIECE_BYTES - filled :]
+                hasher.update(part)
+                filled += len(part)
+                if filled == PIECE_BYTES:
+                    digests.append(hasher.digest())
+                    hasher, filled = xxhash.xxh3_128(), 0
+        file.flush()
+        if durable:
+            files.sync_file(file.fileno())
+    if filled or not digests:
+        digests.append(hasher.digest())
+    return FileDigest(file_bytes, combine(digests))
+
+
+def digest_piece(path: Path, start: int, stop: int) -> bytes:
+    """The digest of bytes `start` to `stop` of a file on the disk. Raises OutputError where it cannot be read."""
+    hasher = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with translate_os_errors(path), open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while start < stop and (count := file.readinto(buffer[: stop - start])):
+            hasher.update(buffer[:count])
+            start += count
+    return hasher.digest()
+
+
+def digest_file(path: Path) -> FileDigest:
+    """The size and digest of a file on the disk. Raises OutputError where it cannot be read."""
+    with translate_os_errors(path):
+        file_bytes = path.stat().st_size
+    return FileDigest(file_bytes, combine(digest_piece(path, *piece) for piece in pieces(file_bytes)))
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """The OutputError for an OSError at `path`; NoSpaceError where the disk is full."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(Problem("no-space", str(path), "the disk is full", "free some space and run again"))
+    return OutputError(Problem("io-error", str(path), f"cannot be written or read ({error.strerror or error})"))
+
+
+@contextmanager
+def translate_os_errors(path: Path) -> Iterator[None]:
+    """Raise OutputError or NoSpaceError, about the file that it names or else `path`, for an OSError in the block."""
+    try:
+        yield
+    except OSError as error:
+        translated = output_error(Path(error.filename or path), error)
+        for note in getattr(error, "__notes__", ()):
+            translated.add_note(note)
+        raise translated from error

@@ -1,0 +1,1 @@
+"""Plan a merge, execute it, verify, compare and publish the result."""

@@ -1,0 +1,130 @@
+"""The arithmetic of a merge: blends and casts, chunk by chunk, in buffers that are reused."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from slrmerge.errors import BlendError, Problem
+from slrmerge.recipe.blend import SUMS, BlendRule
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_ELEMENTS = 1 << 17
+"""Elements per step: 512 KiB in float32, so that all buffers of a step fit in a core's cache."""
+
+MAX_ELEMENT_BYTES = 8
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The floating dtypes: safetensors' name → torch's, which is also a recipe's."""
+
+
+class Blender:
+    """Blends and casts one chunk at a time; owns its buffers, so each thread needs its own."""
+
+    def __init__(self) -> None:
+        self.inputs = (_buffer(), _buffer())
+        self._wide = (_buffer(), _buffer())
+        self._output = _buffer()
+
+    def blend(
+        self,
+        name: str,
+        elements: int,
+        dtypes: tuple[str, str],
+        output_dtype: str,
+        *,
+        rule: BlendRule,
+        alpha: float,
+        sums: Mapping[str, float],
+    ) -> memoryview:
+        """The bytes of a blended chunk of tensor `name`, from the first `elements` of the pre- and post-trained input.
+
+        Computed in fp32, or in fp64 where any dtype is F64; rounded once to nearest even. Valid until the next call.
+        Raises BlendError where float16 cannot represent a finite result.
+        """
+        wide = "F64" if "F64" in (*dtypes, output_dtype) else "F32"
+        values = [as_tensor(self.inputs[side], dtype, elements) for side, dtype in enumerate(dtypes)]
+        pre, post = (as_tensor(self._wide[side], wide, elements).copy_(value) for side, value in enumerate(values))
+        return self._rounded(name, rule.blend(pre, post, alpha, sums), output_dtype, values)
+
+    def cast(self, name: str, elements: int, dtype: str, output_dtype: str) -> memoryview:
+        """The first `elements` of the first input, rounded to nearest even. Valid and raises as `blend`."""
+        value = as_tensor(self.inputs[0], dtype, elements)
+        return self._rounded(name, value, output_dtype, [value])
+
+    def sums(self, elements: int, dtypes: tuple[str, str], keys: tuple[str, ...]) -> dict[str, float]:
+        """Sums over a chunk of both inputs, in float64; see `recipe.blend.SUMS`."""
+        pre, post = (as_tensor(self.inputs[side], dtype, elements).double() for side, dtype in enumerate(dtypes))
+        return {key: float(SUMS[key](pre, post)) for key in keys}
+
+    def _rounded(
+        self, name: str, result: "torch.Tensor", output_dtype: str, values: "list[torch.Tensor]"
+    ) -> memoryview:
+        output = as_tensor(self._output, output_dtype, result.numel())
+        if result.element_size() == 8 and output.element_size() == 2:
+            result = round_to_odd(result)
+        output.copy_(result)
+        if output_dtype == "F16":
+            overflowed = output.isinf()
+            for value in values:
+                overflowed &= value.isfinite()
+            if overflowed.any():
+                what, remedy = "has values beyond float16's 65504", "set dtype: bfloat16 or float32 in the recipe"
+                raise BlendError(Problem("overflow", name, what, remedy))
+        return self._output[: result.numel() * output.element_size()]
+
+
+def as_tensor(buffer: memoryview, dtype: str, elements: int) -> "torch.Tensor":
+    """The first `elements` of a buffer as a tensor of a safetensors dtype, without a copy."""
+    import torch
+
+    return torch.frombuffer(buffer, dtype=torch_dtype(dtype), count=elements)
+
+
+def as_bytes(tensor: "torch.Tensor") -> memoryview:
+    """The memory of a contiguous tensor, to be read or written."""
+    import torch
+
+    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def torch_dtype(dtype: str) -> "torch.dtype":
+    """torch's dtype for a floating safetensors dtype."""
+    import torch
+
+    found: torch.dtype = getattr(torch, DTYPES[dtype])
+    return found
+
+
+def _buffer() -> memoryview:
+    return memoryview(bytearray(CHUNK_ELEMENTS * MAX_ELEMENT_BYTES))
+
+
+def round_to_odd(values: "torch.Tensor") -> "torch.Tensor":
+    """float64 values as float32, rounded so that one more rounding, to 16 bits, gives the correctly rounded result.
+
+    An inexact value takes the neighbour with an odd last bit, which no 16-bit midpoint has (Boldo and Melquiond,
+    "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    import torch
+
+    narrow = values.float()
+    back = narrow.double()
+    inexact = (back != values) & values.isfinite()
+    away = back.abs() > values.abs()  # towards zero first, then make the last bit odd
+    bits = narrow.view(torch.int32)
+    return torch.where(inexact, (bits - away.int()) | 1, bits).view(torch.float32)
+
+
+@contextmanager
+def one_core_per_chunk() -> Iterator[None]:
+    """Keep torch from splitting a chunk over cores: chunks are small, and several are computed at a time anyway."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

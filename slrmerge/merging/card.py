@@ -1,0 +1,115 @@
+"""The hybrid's model card (README.md), as the Hub reads it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slrmerge.checkpoint.files import open_regular
+from slrmerge.checkpoint.side_files import CARD_NAME
+from slrmerge.errors import CheckpointError
+from slrmerge.io.strict_yaml import write_yaml
+from slrmerge.merging.finding import TRADEOFF_NAME, Finding
+from slrmerge.merging.plan.model import MergePlan
+from slrmerge.merging.plan.summary import describe_plan
+
+_PAPER = "https://arxiv.org/abs/2602.06665"
+_MAX_CARD_BYTES = 1_000_000
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""Front matter taken from the post-trained model's card: terms of use belong to the weights."""
+
+
+def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
+    """A model card: front matter that links both parents, the merge in words, and the recipe as it was run.
+
+    `name` is how to load the model: a folder, or a repository on the Hub.
+    """
+    pre, post = plan.pair.pretrained.model_name, plan.pair.posttrained.model_name
+    tags = ["merge", "slrmerge", "selective-layer-restoration"]
+    front = {
+        **_base_models(pre, post),
+        "library_name": "transformers",
+        "tags": ["mergekit", *tags] if len(plan.recipe.written_as) > 1 else tags,
+        **_inherited_front_matter(plan.pair.posttrained.folder),
+    }
+    lines = [
+        "---",
+        write_yaml(front).rstrip(),
+        "---",
+        "",
+        f"# {post.rpartition('/')[2]} merged with {pre.rpartition('/')[2]}",
+        "",
+        f"A merge of `{pre}` (pre-trained) and `{post}` (post-trained), made with slrmerge.",
+        f"Resetting layers to their pre-trained weights is [Selective Layer Restoration]({_PAPER}).",
+        "",
+        "## Merge",
+        "",
+        *(f"- {sentence}" for sentence in describe_plan(plan)),
+        *(f"- note: {note}" for note in plan.notes),
+        "",
+        _side_files_sentence(plan),
+        "",
+        *(_search_section(plan.finding) if plan.finding else ()),
+        "## Usage",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        *([] if "/" in name else ["# this folder, or its repository on the Hub"]),
+        f'chat = pipeline("text-generation", model={json.dumps(name, ensure_ascii=False)})',
+        'messages = [{"role": "user", "content": "Write a short poem."}]',
+        'print(chat(messages, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])',
+        "```",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        recipe.decode().rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines).encode()
+
+
+def _side_files_sentence(plan: MergePlan) -> str:
+    if plan.recipe.tokenizer == "posttrained":
+        return "Config, tokenizer and chat template are those of the post-trained model."
+    return (
+        "The config is that of the post-trained model, tokenizer and chat template are those of the pre-trained model."
+    )
+
+
+def _base_models(*names: str) -> dict[str, Any]:
+    """The parents on the Hub, as it links them; it refuses a card that names anything else."""
+    on_the_hub = [name for name in names if "/" in name]
+    return {"base_model": on_the_hub, "base_model_relation": "merge"} if on_the_hub else {}
+
+
+def _search_section(finding: Finding) -> Iterator[str]:
+    yield "## Search"
+    yield ""
+    yield f"`slrmerge search` scored {finding.candidates:,} candidates on the proxy task `{finding.task}`:"
+    yield "quality Q is the probability of a valid answer, diversity D the entropy of the valid answers."
+    yield ""
+    yield "| | Q | D (nats) |"
+    yield "|---|---|---|"
+    for found in (finding.own, *finding.others):
+        label = f"**{found.label}** (this model)" if found is finding.own else found.label
+        yield f"| {label} | {found.quality:.4f} | {found.diversity:.4f} |"
+    yield ""
+    if finding.figure:
+        yield f"![quality and diversity of all candidates]({TRADEOFF_NAME})"
+        yield ""
+
+
+def _inherited_front_matter(folder: Path) -> dict[str, Any]:
+    try:
+        with open_regular(folder / CARD_NAME) as file:
+            text = file.read(_MAX_CARD_BYTES).decode("utf-8-sig")
+        before, front, _ = text.replace("\r\n", "\n").split("---\n", 2)
+        content = None if before else yaml.load(front, Loader=yaml.BaseLoader)  # noqa: S506 (strings only)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, CheckpointError):
+        return {}
+    return {key: content[key] for key in _INHERITED if key in content} if isinstance(content, dict) else {}

@@ -1,0 +1,222 @@
+"""How far post-training moved the weights, by layer and module; streamed, like a merge."""
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from io import StringIO
+from math import prod, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slrmerge.checkpoint.header import FLOATING
+from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
+from slrmerge.errors import PlanError, Problem, raise_all, require_extra
+from slrmerge.io.files import write_file
+from slrmerge.io.pieces import translate_os_errors
+from slrmerge.io.progress import Progress
+from slrmerge.io.threads import thread_count
+from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
+from slrmerge.merging.executor import default_threads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+OUTSIDE = -1
+"""The layer of tensors outside the layers: embedding, last norm, head."""
+
+
+@dataclass
+class Distance:
+    """Sums over pairs of elements, pre-trained p and post-trained q, in float64: p², q², (q − p)² and p·q."""
+
+    parameters: int = 0
+    pre: float = 0.0
+    post: float = 0.0
+    moved: float = 0.0
+    product: float = 0.0
+
+    def __add__(self, other: "Distance") -> "Distance":
+        return Distance(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    @property
+    def relative_change(self) -> float:
+        """|post − pre| / |pre|; infinite where only the pre-trained side is zero, 0 where both are."""
+        if self.pre == 0:
+            return 0.0 if self.moved == 0 else float("inf")
+        return sqrt(self.moved / self.pre)
+
+    @property
+    def cosine(self) -> float:
+        """The cosine between the two as vectors; 1 where they are equal, NaN where one is zero."""
+        if self.moved == 0:
+            return 1.0
+        return self.product / (sqrt(self.pre) * sqrt(self.post)) if self.pre and self.post else float("nan")
+
+
+@dataclass(frozen=True, repr=False)
+class DiffResult:
+    """Distances by (layer, module), modules as `self_attn.q_proj`; `OUTSIDE` is the layer of everything else.
+
+    `notes` name the tensors that could not be compared.
+    """
+
+    layers: int
+    by_module: Mapping[tuple[int, str], Distance]
+    notes: tuple[str, ...] = ()
+
+    def of_layer(self, layer: int, prefix: str = "") -> Distance:
+        """The distance of a layer, or of its modules whose name starts with `prefix`."""
+        own = (distance for (k, name), distance in self.by_module.items() if k == layer and name.startswith(prefix))
+        return sum(own, Distance())
+
+    def modules(self) -> list[str]:
+        """The modules inside layers, in the order of the checkpoint."""
+        return list(dict.fromkeys(name for layer, name in self.by_module if layer != OUTSIDE))
+
+    def to_rows(self) -> list[dict[str, float | str | None]]:
+        """A row per module: layer (None outside the layers), module, parameters, relative_change, cosine."""
+        return [
+            {
+                "layer": None if layer == OUTSIDE else layer,
+                "module": name,
+                "parameters": found.parameters,
+                "relative_change": found.relative_change,
+                "cosine": found.cosine,
+            }
+            for (layer, name), found in self.by_module.items()
+        ]
+
+    def to_pandas(self) -> "DataFrame":
+        """`to_rows` as a table. Raises MissingExtraError without pandas."""
+        require_extra("search", "pandas")
+        from pandas import DataFrame
+
+        return DataFrame(self.to_rows()).astype({"layer": "Int64"})
+
+    def to_csv(self) -> str:
+        """`to_rows` as CSV."""
+        text = StringIO()
+        writer = csv.DictWriter(
+            text, ["layer", "module", "parameters", "relative_change", "cosine"], lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(self.to_rows())
+        return text.getvalue()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `diff.csv` and, where there are layers, the heat map `diff.png` and `diff.svg` to `folder`.
+
+        Raises OutputError, and MissingExtraError without matplotlib.
+        """
+        require_extra("search", "matplotlib")
+        from slrmerge.io.figures import save_figure
+
+        folder = Path(folder)
+        with translate_os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / "diff.csv", self.to_csv().encode(), durable=False)
+            if self.layers:
+                save_figure(diff_figure(self), folder / "diff")
+
+    def __repr__(self) -> str:
+        total = sum(self.by_module.values(), Distance())
+        return f"<DiffResult: {self.layers} layers, relative change {total.relative_change:.2e}>"
+
+    def _repr_html_(self) -> str:
+        return str(self.to_pandas().to_html(index=False))
+
+
+def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:
+    """Compare every floating tensor that both sides of a pair have in the same shape.
+
+    Raises PlanError for models of different depth, SourceChangedError where a file changes meanwhile.
+    """
+    require_pair(pair)
+    threads = thread_count(threads, default_threads(pair.pretrained, pair.posttrained))
+    raise_all(require_same_depth(pair), PlanError)
+    progress = progress or Progress()
+    names, notes = _comparable(pair)
+    if not names:
+        what = "has no floating tensor in common with the pre-trained checkpoint"
+        raise PlanError(
+            Problem("nothing-in-common", str(pair.posttrained), what, "name a model and the one it was trained from")
+        )
+    progress.start("comparing", sum(side[name].nbytes for name in names for _, side in pair.items()))
+    with (
+        pair.open() as reader,
+        one_core_per_chunk(),
+        ThreadPoolExecutor(threads) as pool,
+    ):
+
+        def measure(name: str) -> Distance:
+            distance = sum(_chunks(reader, name), Distance())
+            progress.advance(pair.pretrained[name].nbytes + pair.posttrained[name].nbytes)
+            return distance
+
+        distances = dict(zip(names, pool.map(measure, names), strict=True))
+        reader.check_unchanged()
+    by_module: dict[tuple[int, str], Distance] = {}
+    for name, distance in distances.items():
+        layer, inner = (pair.stack.locate(name) if pair.stack else None) or (OUTSIDE, name)
+        module = inner.rpartition(".")[0] or inner
+        by_module[layer, module] = by_module.get((layer, module), Distance()) + distance
+    ordered = sorted(by_module.items(), key=lambda item: (item[0][0] == OUTSIDE, item[0][0]))
+    return DiffResult(pair.stack.count if pair.stack else 0, dict(ordered), tuple(notes))
+
+
+def diff_figure(result: DiffResult) -> "Figure":
+    """The relative change and the cosine of each module in each layer."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    modules = result.modules()
+    size = (2.5 + 0.28 * result.layers, 1.6 + 0.6 * len(modules))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = (("relative_change", "|post − pre| / |pre|", "viridis"), ("cosine", "cosine", "viridis_r"))
+    for number, (name, label, colours) in enumerate(panels, 1):
+        grid = np.full((len(modules), result.layers), np.nan)
+        for (layer, module), distance in result.by_module.items():
+            if module in modules and 0 <= layer < result.layers:
+                grid[modules.index(module), layer] = getattr(distance, name)
+        axes = figure.add_subplot(2, 1, number)
+        image = axes.imshow(grid, cmap=colours, aspect="auto")
+        figure.colorbar(image, ax=axes, label=label)
+        axes.set_yticks(range(len(modules)), modules)
+        axes.set_xlabel("layer")
+    figure.suptitle("how far post-training moved the weights")
+    return figure
+
+
+def _comparable(pair: ModelPair) -> tuple[list[str], list[str]]:
+    """The names of tensors to compare, and notes on the others."""
+    names: list[str] = []
+    skipped: dict[str, list[str]] = {}
+    for name, info in pair.posttrained.items():
+        if name not in pair.pretrained:
+            skipped.setdefault("only post-trained", []).append(name)
+        elif pair.pretrained[name].shape != info.shape:
+            skipped.setdefault("different shapes", []).append(name)
+        elif not {info.dtype, pair.pretrained[name].dtype} <= FLOATING:
+            skipped.setdefault("not floating", []).append(name)
+        else:
+            names.append(name)
+    if missing := [name for name in pair.pretrained if name not in pair.posttrained]:
+        skipped["only pre-trained"] = missing
+    more = {why: f" and {len(found) - 1} more" if len(found) > 1 else "" for why, found in skipped.items()}
+    return names, [f"not compared, {why}: {found[0]}{more[why]}" for why, found in skipped.items()]
+
+
+def _chunks(reader: PairReader, name: str) -> Iterator[Distance]:
+    """The distance of a tensor in parts, a chunk of elements at a time."""
+    pre_buffer, post_buffer = (memoryview(bytearray(CHUNK_ELEMENTS * MAX_ELEMENT_BYTES)) for _ in range(2))
+    steps = range(0, prod(reader.posttrained.checkpoint[name].shape), CHUNK_ELEMENTS)
+    pre = reader.pretrained.read_elements(name, steps, pre_buffer)
+    post = reader.posttrained.read_elements(name, steps, post_buffer)
+    for (pre_dtype, count), (post_dtype, _) in zip(pre, post, strict=True):
+        p, q = as_tensor(pre_buffer, pre_dtype, count).double(), as_tensor(post_buffer, post_dtype, count).double()
+        moved = q - p
+        sums = (float(a.dot(b)) for a, b in ((p, p), (q, q), (moved, moved), (p, q)))
+        yield Distance(len(moved), *sums)

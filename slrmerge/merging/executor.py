@@ -1,0 +1,181 @@
+"""Execute a plan: stream every shard into a staging folder, then put that in place. All decisions are the plan's.
+
+Killed at any moment, the target is absent or as it was; the next run resumes from the finished pieces.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.pair import ModelPair
+from slrmerge.checkpoint.side_files import CARD_NAME, CHAT_TEMPLATE_FOLDERS, CONFIG_NAME, MANIFEST_NAME
+from slrmerge.errors import CheckpointError, Problem, raise_all
+from slrmerge.io import files
+from slrmerge.io.options import make_options, takes_options
+from slrmerge.io.output_folder import OutputFolder
+from slrmerge.io.pieces import FileDigest, combine, write_file
+from slrmerge.io.progress import Progress
+from slrmerge.io.sizes import format_bytes
+from slrmerge.io.strict_yaml import write_yaml
+from slrmerge.io.threads import available_cores
+from slrmerge.merging.card import model_card
+from slrmerge.merging.journal import Journal, pieces_of
+from slrmerge.merging.manifest import build_manifest
+from slrmerge.merging.options import MergeOptions
+from slrmerge.merging.plan.model import MergePlan
+from slrmerge.merging.plan.planner import plan
+from slrmerge.merging.shard_writer import write_shards
+from slrmerge.merging.stream import HybridReader, file_chunks
+from slrmerge.recipe.load import RecipeLike
+
+_REMOTE_THREADS = 8
+"""Pieces written at a time when their bytes come from the Hub, where most of the time is spent waiting."""
+
+_MODEL_FOLDERS = frozenset({*CHAT_TEMPLATE_FOLDERS, ".cache"})
+"""Folders inside a checkpoint: its templates, and what `hf download` leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """A finished merge: its folder, its files with their digests, and the number of pieces from an earlier run."""
+
+    folder: Path
+    files: dict[str, FileDigest]
+    notes: tuple[str, ...]
+    resumed_pieces: int
+    elapsed_s: float
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(file.file_bytes for file in self.files.values())
+
+    def __repr__(self) -> str:
+        return f"<MergeResult {self.folder}: {format_bytes(self.output_bytes)} in {self.elapsed_s:.1f} s>"
+
+
+@takes_options(MergeOptions)
+def merge(
+    recipe: RecipeLike,
+    out: str | os.PathLike[str],
+    *,
+    pair: ModelPair | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> MergeResult:
+    """Merge two checkpoints by `recipe` into the folder `out`, which appears complete or not at all.
+
+    `recipe` is a Recipe, a path, a dict, or what a search selected; `pair` are its two checkpoints where they are open
+    already. The options are those of `MergeOptions`. Raises RecipeError, CheckpointError, PlanError and OutputError
+    before the first byte is written; NoSpaceError, SourceChangedError, BlendError and HubError while it is.
+    """
+    chosen = make_options(MergeOptions, options)
+    planned = plan(recipe, pair, allow_code=chosen.allow_code)
+    return execute(planned, out, options=chosen, progress=progress)
+
+
+def execute(
+    plan: MergePlan,
+    out: str | os.PathLike[str],
+    *,
+    options: MergeOptions | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Write what `plan` says to the folder `out`; see `merge`. `name` is how the model card says to load the model."""
+    started = time.monotonic()
+    options, progress = options or MergeOptions(), progress or Progress()
+    output = output_folder(plan, out, options)
+    output.check()
+    with output.locked(progress):
+        if options.download == "full":
+            output.require_space(plan.output_bytes)
+            plan = replace(plan, pair=plan.pair.download(progress, plan.read_files()))
+        threads = options.threads or default_threads(plan.pair.pretrained, plan.pair.posttrained)
+        written, resumed = _write(plan, output, threads, name=name or output.path.name, progress=progress)
+    return MergeResult(output.path, written, plan.notes, resumed, time.monotonic() - started)
+
+
+def output_folder(plan: MergePlan, out: str | os.PathLike[str], options: MergeOptions) -> OutputFolder:
+    """The folder that a merge by `plan` writes."""
+    return OutputFolder(
+        out,
+        sources=[checkpoint.folder for _, checkpoint in plan.pair.items()],
+        overwrite=options.overwrite,
+        why_not_replaceable=why_not_a_checkpoint,
+        durable=options.fsync,
+    )
+
+
+def why_not_a_checkpoint(folder: Path) -> str | None:
+    """Why a folder is not exactly one model: nothing else is replaced by a merge."""
+    if not (folder / CONFIG_NAME).exists() or not any(folder.glob("*.safetensors")):
+        return "is not a checkpoint"
+    others = [path.name for path in folder.iterdir() if path.is_dir() and path.name not in _MODEL_FOLDERS]
+    return f"contains more than a checkpoint ({', '.join(sorted(others))})" if others else None
+
+
+def default_threads(*checkpoints: Checkpoint) -> int:
+    """One thread per core, more where checkpoints are read from the Hub."""
+    return _REMOTE_THREADS if any(checkpoint.is_remote for checkpoint in checkpoints) else available_cores()
+
+
+def _write(
+    plan: MergePlan, output: OutputFolder, threads: int, *, name: str, progress: Progress
+) -> tuple[dict[str, FileDigest], int]:
+    """Fill the staging folder and publish it; returns its files, and the number of pieces that were there already."""
+    with plan.pair.open() as readers:
+        reader = HybridReader(readers)
+        _check_bools(plan, reader)
+        journal = Journal.open(output.staging, plan.fingerprint(), durable=output.durable)
+        total = sum(1 for shard in plan.shards for _ in pieces_of(shard))
+        with output.staged(lambda error: journal.what_is_kept(error, total)):
+            resumed = journal.resume(plan.shards, progress)
+            output.require_space(plan.output_bytes - journal.allocated_bytes(plan.shards))
+            written = dict(_write_side_files(plan, output, name=name))
+            write_shards(plan, reader, journal, threads, progress)
+            written |= {
+                shard.name: FileDigest(
+                    shard.file_bytes, combine(journal.finished[piece] for piece, _, _ in pieces_of(shard))
+                )
+                for shard in plan.shards
+            }
+            manifest = build_manifest(plan, written)
+            written[MANIFEST_NAME] = write_file(output.staging / MANIFEST_NAME, [manifest], durable=output.durable)
+            with journal.removed(lambda: output.published):
+                output.publish(progress)
+    return written, resumed
+
+
+def _write_side_files(plan: MergePlan, output: OutputFolder, *, name: str) -> Iterator[tuple[str, FileDigest]]:
+    """Write everything beside the weights except the manifest."""
+    recipe = write_yaml(plan.recipe.as_run(plan.pair, output.path)).encode()
+    contents = dict.fromkeys(plan.recipe.written_as, recipe)
+    contents[CARD_NAME] = model_card(plan, recipe, name=name)
+    folders = {output.staging}
+    for file in plan.files:
+        path = output.staging / file.name
+        files.create_folder(path.parent, durable=output.durable)
+        folders.add(path.parent)
+        yield file.name, write_file(path, file_chunks(file), durable=output.durable)
+    for file_name, content in contents.items():
+        yield file_name, write_file(output.staging / file_name, [content], durable=output.durable)
+    for folder in folders if output.durable else ():
+        files.sync_folder(folder)
+
+
+def _check_bools(plan: MergePlan, reader: HybridReader) -> None:
+    """Raise CheckpointError where a BOOL tensor has bytes other than 0 and 1, which no header reveals."""
+    problems: list[Problem] = []
+    for tensor in plan.tensors():
+        if tensor.info.dtype == "BOOL":
+            side, name = reader.source_of(tensor)
+            data = bytearray(tensor.info.nbytes)
+            side.read_into(name, 0, memoryview(data))
+            if max(data, default=0) > 1:
+                what = f"{tensor.name} is BOOL and has bytes other than 0 and 1"
+                problems.append(Problem("invalid-bool", str(side.checkpoint.folder), what))
+    raise_all(problems, CheckpointError)

@@ -1,0 +1,145 @@
+"""The journal of a merge: which pieces of its shards are finished, so that a killed merge resumes."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from slrmerge.errors import BlendError, SourceChangedError, VerificationError
+from slrmerge.io import files
+from slrmerge.io.pieces import digest_piece, pieces
+from slrmerge.io.progress import Progress
+from slrmerge.merging.plan.model import PlannedShard
+
+JOURNAL_NAME = ".slrmerge-journal"
+
+Piece = tuple[str, int]
+"""A shard's name and the number of one of its pieces."""
+
+_FINAL = (SourceChangedError, BlendError, VerificationError)
+"""After these the same plan cannot be resumed."""
+
+
+class Journal:
+    """A staging folder that fills with shards; `finished` has the digests of complete pieces. Safe to share."""
+
+    def __init__(self, folder: Path, finished: dict[Piece, bytes], fingerprint: str, *, durable: bool) -> None:
+        self.folder = folder
+        self.finished = finished
+        self.durable = durable
+        self._fingerprint = fingerprint
+        self._lock = Lock()
+
+    @classmethod
+    def open(cls, folder: Path, fingerprint: str, *, durable: bool) -> "Journal":
+        """Continue the journal in `folder` if it belongs to the same plan; otherwise start with an empty folder."""
+        path = folder / JOURNAL_NAME
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        finished: dict[Piece, bytes] = {}
+        if lines and lines[0] == fingerprint.encode():
+            finished = dict(filter(None, map(_parse, lines[1:])))
+        else:
+            if folder.exists():
+                shutil.rmtree(folder)
+            files.create_folder(folder, durable=durable)
+        journal = cls(folder, finished, fingerprint, durable=durable)
+        journal._rewrite()
+        return journal
+
+    def resume(self, shards: Iterable[PlannedShard], progress: Progress) -> int:
+        """Keep the finished pieces whose digests still match and remove everything else; returns how many were kept."""
+        if self.finished:
+            progress.message(f"resuming: checking {len(self.finished):,} finished pieces in {self.folder}")
+        valid: dict[Piece, bytes] = {}
+        for shard in shards:
+            path = self.folder / shard.name
+            if path.exists() and path.stat().st_size <= shard.file_bytes:
+                for piece, start, stop in pieces_of(shard):
+                    digest = self.finished.get(piece)
+                    if digest is not None and digest_piece(path, start, stop) == digest:
+                        valid[piece] = digest
+        self.finished = valid
+        self.discard_unfinished()
+        if self.durable:
+            for name in sorted(self._begun()):
+                self.sync(name)
+        if self.finished:
+            progress.message(f"resuming: {len(self.finished):,} pieces are intact")
+        return len(self.finished)
+
+    def allocated_bytes(self, shards: Iterable[PlannedShard]) -> int:
+        """The disk space that `shards` occupy already."""
+        begun = ((self.folder / shard.name, shard.file_bytes) for shard in shards)
+        return sum(min(files.allocated_bytes(path), file_bytes) for path, file_bytes in begun if path.exists())
+
+    def record(self, piece: Piece, digest: bytes) -> None:
+        """Add a finished piece."""
+        with self._lock, open(self.folder / JOURNAL_NAME, "ab", buffering=0) as file:
+            file.write(_line(piece, digest))
+            self.finished[piece] = digest
+
+    def sync(self, name: str) -> None:
+        """Flush a shard to the disk. Where that fails its pieces are forgotten: the system reports a lost write only
+        once, and goes on showing the data that it has not written.
+        """
+        try:
+            files.sync_path(self.folder / name)
+        except OSError:
+            with self._lock:
+                self.finished = {piece: digest for piece, digest in self.finished.items() if piece[0] != name}
+            raise
+
+    def discard_unfinished(self) -> None:
+        """Remove everything but the journal and shards with finished pieces."""
+        kept = {JOURNAL_NAME, *self._begun()}
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def what_is_kept(self, error: BaseException, total: int) -> str | None:
+        """After a failure: discard unfinished pieces and describe what the next run resumes from; None if nothing."""
+        if not self.finished or isinstance(error, _FINAL):
+            return None
+        self.discard_unfinished()
+        kept = f"{len(self.finished):,} of {total:,} pieces are finished and kept in {self.folder}"
+        return f"{kept}; run the same command again to resume"
+
+    @contextmanager
+    def removed(self, is_published: Callable[[], bool]) -> Iterator[None]:
+        """Take the journal out of the complete folder; put it back where the folder cannot be published."""
+        (self.folder / JOURNAL_NAME).unlink()
+        try:
+            yield
+        except BaseException:
+            if not is_published() and self.folder.exists():
+                self._rewrite()
+            raise
+
+    def _begun(self) -> set[str]:
+        return {name for name, _ in self.finished}
+
+    def _rewrite(self) -> None:
+        lines = [f"{self._fingerprint}\n".encode(), *(_line(*entry) for entry in self.finished.items())]
+        files.write_file(self.folder / JOURNAL_NAME, b"".join(lines), durable=self.durable)
+
+
+def pieces_of(shard: PlannedShard) -> Iterator[tuple[Piece, int, int]]:
+    """Each piece of a shard, with its first byte and the one after its last."""
+    for number, (start, stop) in enumerate(pieces(shard.file_bytes)):
+        yield (shard.name, number), start, stop
+
+
+def _line(piece: Piece, digest: bytes) -> bytes:
+    return f"{json.dumps([*piece, digest.hex()])}\n".encode()
+
+
+def _parse(line: bytes) -> tuple[Piece, bytes] | None:
+    """A line of the journal, or None for one that a kill cut short."""
+    try:
+        entry = json.loads(line)
+        name, number, digest = entry
+        return ((name, number), bytes.fromhex(digest)) if (type(name), type(number)) == (str, int) else None
+    except (ValueError, TypeError, RecursionError):
+        return None

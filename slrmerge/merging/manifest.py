@@ -1,0 +1,125 @@
+"""The manifest of a merge: its sources, the origin of every tensor, a digest of every file, and of itself.
+
+`slrmerge.json` is canonical JSON that contains its own digest, so that any change to it is detected.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import Field, ValidationError
+
+from slrmerge._version import __version__
+from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.files import LocalFile
+from slrmerge.checkpoint.pair import Side
+from slrmerge.checkpoint.side_files import MANIFEST_NAME
+from slrmerge.errors import Problem, VerificationError
+from slrmerge.io.model import Model
+from slrmerge.io.pieces import DIGEST_NAME, FileDigest
+from slrmerge.merging.plan.model import MergePlan
+
+FORMAT = 2
+
+
+class FileEntry(Model):
+    """A file of the merge."""
+
+    bytes: int
+    digest: str
+
+
+class SourceEntry(Model):
+    """A source: its name, digests by which it is recognized, and for one on the Hub its commit.
+
+    `unchecked` are files that were not compared with the Hub's digests, since only ranges of them were downloaded or
+    they were cached already; the values are those digests, None where the Hub was not asked.
+    """
+
+    model: str
+    config: str
+    files: dict[str, Any]
+    repository: str = ""
+    revision: str | None = None
+    commit: str = ""
+    unchecked: dict[str, str | None] = Field(default={})
+
+    def matches(self, checkpoint: Checkpoint) -> bool:
+        """Whether `checkpoint` is the one that was merged."""
+        return checkpoint.fingerprint() == {"config": self.config, "files": self.files}
+
+
+class Manifest(Model):
+    """The content of a manifest, without its own digest."""
+
+    error = VerificationError
+
+    format: int
+    slrmerge: str
+    allow_code: bool
+    max_shard_size: int
+    sources: dict[Side, SourceEntry]
+    files: dict[str, FileEntry]
+    tensors: dict[str, dict[str, Any]]
+
+
+def build_manifest(plan: MergePlan, written: Mapping[str, FileDigest]) -> bytes:
+    """The manifest of a merge whose other files are all written."""
+    read = plan.read_files()
+    read["posttrained"] |= {file.name for file in plan.files if isinstance(file.source, LocalFile)}
+    manifest = Manifest(
+        format=FORMAT,
+        slrmerge=__version__,
+        allow_code=plan.allow_code,
+        max_shard_size=plan.recipe.max_shard_size,
+        sources={
+            side: {"model": source.model_name, **source.fingerprint(), **source.provenance(read[side])}
+            for side, source in plan.pair.items()
+        },
+        files={name: {"bytes": file.file_bytes, "digest": file.digest} for name, file in sorted(written.items())},
+        tensors=plan.origins(),
+    )
+    content = manifest.model_dump(exclude_unset=True)
+    return _canonical({"digest": _digest(content), **content})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in `folder`. Raises VerificationError where it is missing or was altered."""
+    path = folder / MANIFEST_NAME
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        exists = os.path.exists(folder)  # noqa: PTH110 (a name that is too long is not an error here)
+        what = "was not written by slrmerge: it has no manifest" if exists else "no such folder"
+        raise VerificationError(Problem("no-manifest", str(folder), what, "name the folder of a merge")) from None
+    try:
+        content = json.loads(raw)
+        is_intact = (
+            isinstance(content, dict) and _canonical(content) == raw and content.pop("digest", "") == _digest(content)
+        )
+    except (ValueError, RecursionError):
+        is_intact = False
+    if not is_intact:
+        raise VerificationError(
+            Problem("manifest-altered", str(path), "was altered after it was written", "merge again")
+        )
+    if content.get("format") != FORMAT:
+        what = f"has format {content.get('format')}, this version reads format {FORMAT}"
+        raise VerificationError(
+            Problem("manifest-format", str(path), what, "verify it with the slrmerge that wrote it")
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError:
+        raise VerificationError(Problem("manifest-altered", str(path), "is incomplete", "merge again")) from None
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(_canonical(content))}"

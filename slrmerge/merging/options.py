@@ -1,0 +1,20 @@
+"""The options of merges."""
+
+from dataclasses import dataclass
+
+from slrmerge.io.options import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Options):
+    """How to write a merge."""
+
+    overwrite: bool = option(False, "Replace an existing checkpoint at the output folder, in one step.")
+    allow_code: bool = option(False, "Copy the post-trained side's Python files too.")
+    download: str = option(
+        "ranges",
+        "What to download from the Hub: only the byte ranges needed, or the full files into the Hub's cache.",
+        choices=("ranges", "full"),
+    )
+    threads: int | None = option(None, "Number of threads.", minimum=1, default_help="one per core; 8 from the Hub")
+    fsync: bool = option(True, "Wait until everything is on the disk.", flag="--fsync/--no-fsync")

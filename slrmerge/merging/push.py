@@ -1,0 +1,165 @@
+"""A finished merge → one commit on the Hub: verified first, and exactly the manifest's files.
+
+Killed at any moment before the commit, the branch has not moved: large files are uploaded first, outside any branch.
+"""
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slrmerge.checkpoint.location import Repository
+from slrmerge.checkpoint.side_files import CARD_NAME, MANIFEST_NAME
+from slrmerge.errors import HubError, OptionError, Problem, VerificationError
+from slrmerge.io.progress import Progress
+from slrmerge.merging.manifest import read_manifest
+from slrmerge.merging.verify import verify
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from slrmerge.checkpoint.hub.repository import Snapshot
+
+_REMEDY = "push again: uploaded files are kept, and files that are there already are not uploaded again"
+
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """A commit on the Hub, its `files`, and the `removed` files of an older merge.
+
+    With `unchanged` the branch had the same files already, and no commit was made.
+    """
+
+    url: str
+    commit: str
+    files: tuple[str, ...]
+    removed: tuple[str, ...]
+    unchanged: bool
+
+    def __repr__(self) -> str:
+        return f"<PushResult {self.url}: {len(self.files)} files>"
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repository: str | Repository,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> PushResult:
+    """Verify the merge in `folder` and push it to `repository`, as one commit on the branch `revision`.
+
+    Creates a missing repository, `private` or not, and a missing branch. The commit removes the files of an older merge
+    and other shards of a model; everything else in the repository stays. Raises VerificationError; HubError where the
+    repository is not writable or was changed meanwhile.
+    """
+    folder, progress = Path(folder), progress or Progress()
+    target = parse_target(repository, revision)
+    require_access(target)
+    verify(folder, threads=threads, progress=progress)
+    manifest = read_manifest(folder)
+    files = (*manifest.files, MANIFEST_NAME)
+    pre, post = manifest.sources["pretrained"], manifest.sources["posttrained"]
+
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    from slrmerge.checkpoint.hub.errors import with_retries
+    from slrmerge.checkpoint.hub.file import RESPONSE_TIMEOUT_S, client
+    from slrmerge.checkpoint.hub.repository import pin
+
+    _require_valid_card(folder)
+    where, branch = str(target), target.revision
+    with_retries(lambda: client().create_repo(target.name, private=private or None, exist_ok=True), where=where)
+    if private:
+        info = with_retries(lambda: client().model_info(target.name, timeout=RESPONSE_TIMEOUT_S), where=where)
+        if not info.private:
+            what, remedy = "exists and is public", "make it private on the Hub, or push without the option private"
+            raise HubError(Problem("repository-public", where, what, remedy))
+    if branch:
+        with_retries(lambda: client().create_branch(target.name, branch=branch, exist_ok=True), where=where)
+    before = pin(target)
+    removed = tuple(sorted(_stale_files(before) - {*files}))
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files
+    ]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in removed]
+    progress.message(f"pushing {len(files)} files to {target}")
+
+    def commit() -> "CommitInfo":
+        return client().create_commit(
+            target.name,
+            operations,
+            commit_message=f"Merge of {pre.model} and {post.model}",
+            revision=branch,
+            parent_commit=before.commit,
+        )
+
+    # Only retried where the Hub surely made no commit: the answer to one that it made may have been lost.
+    made = with_retries(commit, where=where, remedy=_REMEDY, statuses=(429, 503))
+    return PushResult(made.commit_url, made.oid, files, removed, unchanged=made.oid == before.commit)
+
+
+def parse_target(repository: str | Repository, revision: str | None = None) -> Repository:
+    """The repository and branch to push to. Raises OptionError where `repository` is not organisation/name."""
+    found = repository if isinstance(repository, Repository) else Repository.parse(repository)
+    if found is None or (found.revision and revision):
+        what = f"{repository} is not a repository" if found is None else "a revision is given twice"
+        raise OptionError(Problem("invalid-repository", "repository", what, "write organisation/name"))
+    return Repository(found.name, revision or found.revision)
+
+
+def require_access(repository: Repository) -> None:
+    """Raise HubError where `repository` is known not to be writable."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    from slrmerge.checkpoint.hub.errors import translate_hub_errors, with_retries
+    from slrmerge.checkpoint.hub.file import client
+
+    where = str(repository)
+    with translate_hub_errors(where):
+        validate_repo_id(repository.name)
+    with_retries(client().whoami, where=where)
+    try:
+        with_retries(lambda: client().auth_check(repository.name, write=True), where=where)
+    except HubError as error:
+        if not isinstance(error.__cause__, RepositoryNotFoundError):
+            raise
+
+
+def _require_valid_card(folder: Path) -> None:
+    """Raise HubError where the Hub would refuse the model card, before anything is uploaded."""
+    from huggingface_hub import ModelCard
+
+    from slrmerge.checkpoint.hub.errors import with_retries
+
+    path = folder / CARD_NAME
+    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+
+    def validate() -> str:
+        try:
+            card.validate(repo_type="model")
+        except ValueError as error:
+            return " ".join(str(error).split())
+        return ""
+
+    if refusal := with_retries(validate, where=str(path)):
+        what = f"is refused by the Hub ({refusal})"
+        remedy = f"correct the front matter of the post-trained model's {CARD_NAME}, and merge again"
+        raise HubError(Problem("card-refused", str(path), what, remedy))
+
+
+def _stale_files(snapshot: "Snapshot") -> set[str]:
+    """What an older merge left in a repository, and what a loader would read as weights of this one."""
+    names = {name for name in snapshot.files if _SHARD.fullmatch(name)}
+    if MANIFEST_NAME in snapshot.files:
+        with suppress(VerificationError):
+            older = read_manifest(snapshot.files[MANIFEST_NAME].fetch().parent)
+            names |= older.files.keys() & snapshot.files.keys()
+    return names

@@ -1,0 +1,278 @@
+"""Verify a merge: every file against its digest, and every bit against the sources.
+
+Without the sources a digest shows that a file changed; with them the tensor that changed is named.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import local
+
+from slrmerge._version import __version__
+from slrmerge.checkpoint.location import Source, parse_source
+from slrmerge.checkpoint.pair import Side, open_pair
+from slrmerge.checkpoint.side_files import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME
+from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all
+from slrmerge.io.pieces import FileDigest, combine, digest_piece, pieces
+from slrmerge.io.progress import Progress
+from slrmerge.io.threads import available_cores, thread_count
+from slrmerge.merging.blend import Blender, one_core_per_chunk
+from slrmerge.merging.manifest import Manifest, read_manifest
+from slrmerge.merging.plan.model import MergePlan, PlannedShard
+from slrmerge.merging.plan.planner import plan_merge
+from slrmerge.merging.stream import HybridReader, ShardStream, file_chunks
+from slrmerge.recipe.load import load_recipe
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What was verified: `files` against their digests and, where `against_sources`, every tensor against its sources.
+
+    `sources` says so in words, or why the sources were not compared.
+    """
+
+    folder: Path
+    files: int
+    checked_bytes: int
+    against_sources: bool
+    sources: str
+
+    def __repr__(self) -> str:
+        return f"<VerifyResult {self.folder}: {self.files} files intact; sources: {self.sources}>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparable:
+    """The plan that made a merge, planned again from its sources."""
+
+    plan: MergePlan
+
+
+@dataclass(frozen=True, slots=True)
+class _NotComparable:
+    """Why the sources cannot be compared."""
+
+    reason: str
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    *,
+    pretrained: str | os.PathLike[str] | None = None,
+    posttrained: str | os.PathLike[str] | None = None,
+    full: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyResult:
+    """Verify every file in `folder` against the manifest, and bit by bit against the sources where they are available.
+
+    Sources are where the recipe in `folder` says, or at `pretrained` and `posttrained`. Those on the Hub are available
+    where its cache has them; with `full` they are downloaded and compared with the Hub's own digests. Raises
+    VerificationError with every file that was altered, is missing, or was added.
+    """
+    folder, progress = Path(folder), progress or Progress()
+    threads = thread_count(threads, available_cores())
+    manifest = read_manifest(folder)
+    expected = {name: FileDigest(entry.bytes, entry.digest) for name, entry in manifest.files.items()}
+    missing = [name for name in expected if not (folder / name).is_file()]
+    present = [name for name in expected if name not in missing]
+    progress.start("checking digests", sum(expected[name].file_bytes for name in present))
+    with ThreadPoolExecutor(threads) as pool:
+        altered = set(_altered_files(folder, expected, present, pool, progress))
+    places: dict[str, str] = {}
+    sources: _Comparable | _NotComparable = _NotComparable("the recipe in the folder was altered")
+    if RECIPE_NAME in present and RECIPE_NAME not in altered:
+        overrides: dict[Side, str | os.PathLike[str] | None] = {"pretrained": pretrained, "posttrained": posttrained}
+        sources = _plan_again(folder, manifest, overrides, local_files_only=not full)
+    if full:
+        if isinstance(sources, _NotComparable):
+            what, remedy = f"the sources cannot be compared: {sources.reason}", "make both available as they were"
+            raise VerificationError(Problem("sources-unavailable", str(folder), what, remedy))
+        sources = _Comparable(_with_checked_sources(sources.plan, progress))
+        places = dict(_altered_side_files(sources.plan, folder, present))
+    if isinstance(sources, _Comparable):
+        shards = [shard for shard in sources.plan.shards if shard.name in present]
+        progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
+        with sources.plan.pair.open() as readers:
+            places |= _compare(sources.plan, shards, folder, HybridReader(readers), threads, progress)
+    problems = [
+        *(Problem("file-missing", str(folder / name), "is missing", "merge again") for name in missing),
+        *(
+            Problem("file-added", str(folder / name), "was added after the merge", "move it away")
+            for name in _added_files(folder, expected)
+        ),
+        *_alterations(folder, altered, places),
+    ]
+    problems = problems or list(_unreadable(folder, manifest))
+    raise_all(problems, VerificationError)
+    checked_bytes = sum(file.file_bytes for file in expected.values())
+    return VerifyResult(
+        folder, len(expected) + 1, checked_bytes, isinstance(sources, _Comparable), _describe_sources(sources)
+    )
+
+
+def _describe_sources(sources: _Comparable | _NotComparable) -> str:
+    if isinstance(sources, _NotComparable):
+        return f"not compared: {sources.reason}"
+    checked = sum(len(checkpoint.verified) for _, checkpoint in sources.plan.pair.items())
+    return "the weights are equal bit by bit" + (f"; {checked} source files match the Hub's digests" if checked else "")
+
+
+def _unreadable(folder: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Shards that the safetensors library does not read as the manifest describes them."""
+    from safetensors import SafetensorError, safe_open
+
+    names: dict[str, set[str]] = {}
+    for name, origin in manifest.tensors.items():
+        names.setdefault(origin["file"], set()).add(name)
+    for file, expected in names.items():
+        try:
+            with safe_open(folder / file, framework="numpy") as opened:
+                is_valid = set(opened.keys()) == expected
+        except SafetensorError:
+            is_valid = False
+        if not is_valid:
+            what = "is not read by the safetensors library as it was written"
+            yield Problem("unreadable-shard", str(folder / file), what, "please report this")
+
+
+def _added_files(folder: Path, expected: Mapping[str, FileDigest]) -> Iterator[str]:
+    """Files that are not in the manifest and that a loader might read; hidden ones belong to other tools."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_loadable = path.suffix in LOADED_SUFFIXES and not name.startswith(".")
+        if is_loadable and name not in expected and name != MANIFEST_NAME:
+            yield name
+
+
+def _alterations(folder: Path, altered: set[str], places: Mapping[str, str]) -> Iterator[Problem]:
+    for name in sorted(altered | places.keys()):
+        place = f" ({places[name]})" if name in places else ""
+        if name in altered:
+            what, remedy = f"was altered after it was written{place}", "merge again"
+            yield Problem("file-altered", str(folder / name), what, remedy)
+        else:
+            what = f"is as it was written, but differs from what its sources give now{place}"
+            yield Problem("sources-differ", str(folder / name), what, "the sources have changed: merge again")
+
+
+def _plan_again(
+    folder: Path,
+    manifest: Manifest,
+    overrides: Mapping[Side, str | os.PathLike[str] | None],
+    *,
+    local_files_only: bool,
+) -> _Comparable | _NotComparable:
+    """Plan the merge in `folder` again. Sources that the caller named must be right; others may be unavailable."""
+    recipe = load_recipe(folder / RECIPE_NAME, max_shard_size=manifest.max_shard_size)
+    named = {side: parse_source(source) for side, source in overrides.items() if source is not None}
+    places: dict[Side, Source] = {
+        side: named.get(side) or recipe.source(side) for side in ("pretrained", "posttrained")
+    }
+    for place in places.values():
+        if not named and isinstance(place, Path) and not os.path.exists(place):  # noqa: PTH110 (False where hidden)
+            return _NotComparable(f"{place} does not exist")
+    try:
+        pair = open_pair(**places, local_files_only=local_files_only)
+        for side, checkpoint in pair.items():
+            if not manifest.sources[side].matches(checkpoint):
+                return _NotComparable(f"{checkpoint} is not the checkpoint that was merged")
+        plan = plan_merge(recipe, pair, allow_code=manifest.allow_code)
+    except HubError as error:
+        if named or not local_files_only:
+            raise
+        return _NotComparable(f"{error.problems[0].where} is on the Hub; pass full=True to download and compare it")
+    except (CheckpointError, PlanError) as error:
+        if named:
+            raise
+        return _NotComparable(f"{error.problems[0].where}: {error.problems[0].what}")
+    if plan.origins() != manifest.tensors:
+        return _NotComparable(f"slrmerge {__version__} plans this merge differently")
+    return _Comparable(plan)
+
+
+def _with_checked_sources(plan: MergePlan, progress: Progress) -> MergePlan:
+    """The plan with the files that it reads downloaded and compared with the Hub's digests."""
+    for _, checkpoint in plan.pair.items():
+        checkpoint.require_digests()
+    return replace(plan, pair=plan.pair.download(progress, plan.read_files(), recheck=True))
+
+
+def _altered_side_files(plan: MergePlan, folder: Path, present: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Copied files beside the weights that differ from their source."""
+    for file in plan.files:
+        is_copied = file.source is not None and file.name in present
+        if is_copied and b"".join(file_chunks(file)) != (folder / file.name).read_bytes():
+            yield file.name, "the whole file was compared"
+
+
+def _compare(
+    plan: MergePlan,
+    shards: list[PlannedShard],
+    folder: Path,
+    reader: HybridReader,
+    threads: int,
+    progress: Progress,
+) -> dict[str, str]:
+    """For every shard that differs from what the sources give, the first place that does."""
+    own = local()
+
+    def first_difference(stream: ShardStream, begin: int, stop: int) -> str:
+        start = begin
+        own.blender = getattr(own, "blender", None) or Blender()
+        with open(folder / stream.shard.name, "rb", buffering=0) as file:
+            file.seek(start)
+            for chunk in stream.chunks(start, stop, own.blender):
+                actual, wanted = file.read(len(chunk)), bytes(chunk)
+                if actual != wanted:
+                    return _place_in(stream.shard, start + _common_prefix(actual, wanted))
+                start += len(chunk)
+            progress.advance(stop - begin)
+            return "bytes past its end" if stop == stream.shard.file_bytes and file.read(1) else ""
+
+    found: dict[str, str] = {}
+    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPoolExecutor(threads) as pool:
+        streams = [ShardStream(plan, shard, reader) for shard in shards]
+        jobs = [(stream, *piece) for stream in streams for piece in pieces(stream.shard.file_bytes)]
+        for (stream, _, _), place in zip(jobs, pool.map(lambda job: first_difference(*job), jobs), strict=True):
+            if place:
+                found.setdefault(stream.shard.name, place)
+    return found
+
+
+def _altered_files(
+    folder: Path, expected: Mapping[str, FileDigest], names: list[str], pool: Executor, progress: Progress
+) -> Iterator[str]:
+    """The files whose size or digest is not the one in the manifest."""
+
+    def digest(job: tuple[str, int, int]) -> bytes:
+        name, start, stop = job
+        found = digest_piece(folder / name, start, stop)
+        progress.advance(stop - start)
+        return found
+
+    jobs = [(name, *piece) for name in names for piece in pieces(expected[name].file_bytes)]
+    digests: dict[str, list[bytes]] = {name: [] for name in names}
+    for (name, _, _), piece_digest in zip(jobs, pool.map(digest, jobs), strict=True):
+        digests[name].append(piece_digest)
+    for name, found in digests.items():
+        if FileDigest((folder / name).stat().st_size, combine(found)) != expected[name]:
+            yield name
+
+
+def _common_prefix(first: bytes, second: bytes) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def _place_in(shard: PlannedShard, position: int) -> str:
+    offset = position - len(shard.header)
+    if offset < 0:
+        return "in its header"
+    return next(
+        (f"in {tensor.name}" for tensor in shard.tensors if offset < tensor.info.data_offsets[1]), "past its end"
+    )

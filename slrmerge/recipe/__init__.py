@@ -1,0 +1,1 @@
+"""What to merge: recipes and mergekit configs."""

@@ -1,0 +1,171 @@
+"""The alpha of every tensor of a pair: what recipes, mergekit configs and search candidates all resolve to."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import translate
+from typing import NamedTuple
+
+from slrmerge.checkpoint.layers import LayerStack
+from slrmerge.checkpoint.pair import no_stack_problem
+from slrmerge.errors import Problem, did_you_mean
+from slrmerge.recipe.rules import Rules
+
+
+class TensorAlphas(Mapping[str, float]):
+    """The weight of the pre-trained side for every tensor of the post-trained side, in its order.
+
+    1 restores a tensor, 0 keeps it, and `blend` says what anything between means. Immutable and hashable; those of one
+    pair share the names.
+    """
+
+    __slots__ = ("_alphas", "_places", "blend")
+
+    def __init__(self, alphas: Mapping[str, float], *, blend: str = "linear") -> None:
+        if isinstance(alphas, TensorAlphas):
+            self._places: Mapping[str, int] = alphas._places
+        else:
+            self._places = {name: place for place, name in enumerate(alphas)}
+        self._alphas = tuple(alphas.values())
+        self.blend = blend
+
+    def __getitem__(self, name: str) -> float:
+        return self._alphas[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._alphas)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorAlphas):
+            return NotImplemented
+        same_names = self._places is other._places or self._places == other._places
+        return self._alphas == other._alphas and self.blend == other.blend and same_names
+
+    def __hash__(self) -> int:
+        return hash((self._alphas, self.blend))
+
+    def __repr__(self) -> str:
+        restored = sum(alpha == 1 for alpha in self._alphas)
+        blended = sum(0 < alpha < 1 for alpha in self._alphas)
+        return f"<TensorAlphas: {restored} restored, {blended} blended, {len(self) - restored - blended} kept>"
+
+    def with_alphas(self, alphas: Iterable[float]) -> "TensorAlphas":
+        """Other alphas for the same tensors, in the same order."""
+        made = TensorAlphas.__new__(TensorAlphas)
+        made._places, made._alphas, made.blend = self._places, tuple(alphas), self.blend
+        return made
+
+    def restored_layers(self, stack: LayerStack | None) -> int:
+        """The number of layers in which some tensor is wholly pre-trained."""
+        names = (name for name, alpha in self.items() if alpha == 1)
+        return len({place[0] for name in names if stack and (place := stack.locate(name))})
+
+
+class Resolution(NamedTuple):
+    """Resolved alphas, and what does not fit the checkpoints; with problems the alphas are incomplete."""
+
+    alphas: TensorAlphas
+    problems: list[Problem]
+
+
+@dataclass
+class _Matcher:
+    """A glob of a rule; `used` once it has matched something."""
+
+    place: str
+    pattern: str
+    used: bool = False
+
+    def __post_init__(self) -> None:
+        self._match = re.compile(translate(self.pattern)).match
+
+    def matches(self, names: Iterable[str]) -> bool:
+        found = any(map(self._match, names))
+        self.used = self.used or found
+        return found
+
+
+def resolve_rules(
+    rules: Rules,
+    names: Iterable[str],
+    stack: LayerStack | None,
+    *,
+    blend: str = "linear",
+    place: Callable[[str], str] = str,
+) -> Resolution:
+    """The alpha of every tensor in `names` by a recipe's rules: the last rule that names a tensor decides.
+
+    `place` turns a path in the recipe (`$.layers[0]`) into the place that a problem names.
+    """
+    problems = list(_layer_problems(rules, stack, place))
+    layer_rules = [
+        (rule, [_Matcher(place(f"$.layers[{number}].modules"), pattern) for pattern in rule.modules])
+        for number, rule in enumerate(rules.layers)
+    ]
+    tensor_rules = [
+        (rule, _Matcher(place(f"$.tensors[{number}].match"), rule.match)) for number, rule in enumerate(rules.tensors)
+    ]
+    layers = range(stack.count if stack else 0)
+    restored = {layer for layer in layers for first, last in rules.restore or () if first <= layer <= last}
+    alphas: dict[str, float] = {}
+    modules: set[str] = set()
+    for name in names:
+        alpha = rules.alpha or 0.0
+        located = stack.locate(name) if stack and (restored or layer_rules) else None
+        if located:
+            layer, inner = located
+            alpha = 1.0 if layer in restored else alpha
+            paths = _module_paths(inner) if layer_rules else []
+            modules.update(paths)
+            for rule, matchers in layer_rules:
+                if rule.range[0] <= layer <= rule.range[1]:
+                    matched = [each.matches(paths) for each in matchers]  # all of them, to know which are used
+                    alpha = rule.alpha_at(layer) if any(matched) else alpha
+        for tensor_rule, matcher in tensor_rules:
+            if matcher.matches([name]):
+                alpha = tensor_rule.alpha
+        alphas[name] = alpha
+    for rule, matchers in layer_rules:
+        if rule.range[0] in layers:
+            problems += _unused(matchers, sorted(modules))
+    problems += _unused((matcher for _, matcher in tensor_rules), list(alphas))
+    return Resolution(TensorAlphas(alphas, blend=blend), problems)
+
+
+def _module_paths(inner: str) -> list[str]:
+    """What a module pattern may name: runs of components, so that `q_proj` matches `self_attn.q_proj.weight`."""
+    parts = inner.split(".")
+    return [".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+
+
+def _unused(matchers: Iterable[_Matcher], known: list[str]) -> list[Problem]:
+    return [
+        Problem(
+            "pattern-matches-nothing", matcher.place, f"{matcher.pattern} matches no tensor", _nearest(matcher, known)
+        )
+        for matcher in matchers
+        if known and not matcher.used
+    ]
+
+
+def _nearest(matcher: _Matcher, known: list[str]) -> str:
+    remedy = did_you_mean(matcher.pattern, known)
+    too_many = len(known) > 20 and remedy.startswith("known")
+    return "`slrmerge inspect` lists the names" if too_many else remedy
+
+
+def _layer_problems(rules: Rules, stack: LayerStack | None, place: Callable[[str], str]) -> Iterator[Problem]:
+    ranges = {f"$.restore[{number}]": interval for number, interval in enumerate(rules.restore or ())}
+    if len(ranges) == 1:
+        ranges = {"$.restore": ranges["$.restore[0]"]}
+    ranges |= {f"$.layers[{number}].range": rule.range for number, rule in enumerate(rules.layers)}
+    if ranges and stack is None:
+        remedy = "list the tensors themselves under `tensors`; `slrmerge inspect` shows their names"
+        yield no_stack_problem(place("$.restore" if rules.restore else "$.layers"), remedy)
+    for path, (_, last) in ranges.items():
+        if stack and last >= stack.count:
+            what = f"layer {last} does not exist; the last layer is {stack.count - 1}"
+            yield Problem("layer-out-of-range", place(path), what)

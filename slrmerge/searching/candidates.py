@@ -1,0 +1,167 @@
+"""Candidates: the hybrids that a search scores. A space of candidates is one function, registered in `SPACES`."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, count
+
+from slrmerge.checkpoint.pair import ModelPair, require_layers
+from slrmerge.errors import PlanError, Problem, raise_all
+from slrmerge.recipe.alphas import TensorAlphas, resolve_rules
+from slrmerge.recipe.load import AnyRecipe
+from slrmerge.recipe.rules import LayerRule, Rules
+
+SOUP_STEPS = 20
+"""Soups are tried at alpha 0, 0.05, …, 1 (paper, section 4.1)."""
+
+_ATTENTION = ("self_attn", "attn", "attention")
+_MLP = ("mlp", "feed_forward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateInfo:
+    """What tables and plots show of a candidate.
+
+    `label` is unique in a search; `also_named` are the labels of other candidates with the same alphas. `rules` are
+    empty for a mergekit config, which a recipe's rules cannot express. `start` and `end`, both included, are the ends
+    of an interval. `layers_restored` counts the layers in which some tensor is wholly pre-trained.
+    """
+
+    space: str
+    label: str
+    also_named: tuple[str, ...] = ()
+    rules: Rules
+    start: int | None = None
+    end: int | None = None
+    alpha: float | None = None
+    modules: str | None = None
+    layers_restored: int = 0
+
+    @property
+    def full_label(self) -> str:
+        """The label and the other labels."""
+        return " = ".join((self.label, *self.also_named))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A hybrid to score: what is shown of it, and the alpha of every tensor."""
+
+    info: CandidateInfo
+    alphas: TensorAlphas = field(repr=False)
+
+
+Space = Callable[[ModelPair], Iterator[CandidateInfo]]
+
+
+def parents(pair: ModelPair) -> Iterator[CandidateInfo]:
+    """The two models themselves."""
+    layers = require_layers(pair).count
+    yield CandidateInfo(space="post", label="post-trained", rules=Rules(alpha=0.0), alpha=0.0)
+    yield CandidateInfo(space="pre", label="pre-trained", rules=Rules(alpha=1.0), alpha=1.0, layers_restored=layers)
+
+
+def intervals(pair: ModelPair) -> Iterator[CandidateInfo]:
+    """Every interval [i, j] of N layers: N(N+1)/2 of them."""
+    layers = require_layers(pair).count
+    for start in range(layers):
+        for end in range(start, layers):
+            label = f"layer {start}" if start == end else f"layers {start}–{end}"
+            yield CandidateInfo(
+                space="interval",
+                label=label,
+                rules=Rules(restore=((start, end),)),
+                start=start,
+                end=end,
+                layers_restored=end - start + 1,
+            )
+
+
+def soups(pair: ModelPair) -> Iterator[CandidateInfo]:
+    """alpha * pre + (1 - alpha) * post for every tensor, embedding, norms and head included."""
+    del pair
+    for step in range(1, SOUP_STEPS):
+        alpha = step / SOUP_STEPS
+        yield CandidateInfo(space="soup", label=f"soup {alpha:.2f}", rules=Rules(alpha=alpha), alpha=alpha)
+
+
+def attention(pair: ModelPair) -> Iterator[CandidateInfo]:
+    """Every interval of attention modules only."""
+    return _intervals_of_modules("attention", pair, _ATTENTION)
+
+
+def mlp(pair: ModelPair) -> Iterator[CandidateInfo]:
+    """Every interval of MLPs only."""
+    return _intervals_of_modules("mlp", pair, _MLP)
+
+
+SPACES: dict[str, Space] = {"intervals": intervals, "soups": soups, "attention": attention, "mlp": mlp}
+"""The spaces by the names that options give them."""
+
+
+def make_candidates(
+    pair: ModelPair, spaces: Iterable[str], recipes: Iterable[tuple[str, AnyRecipe]] = ()
+) -> list[Candidate]:
+    """The two parents, the candidates of all spaces, and recipes with their labels, in this order.
+
+    Candidates with the same alphas are one, under the first label. A recipe whose label is taken gets a numbered one.
+    Raises PlanError for what does not fit the pair.
+    """
+    made: dict[TensorAlphas, CandidateInfo] = {}
+    names = TensorAlphas(dict.fromkeys(pair.posttrained, 0.0))
+    for space in (parents, *(SPACES[name] for name in dict.fromkeys(spaces))):
+        for info in space(pair):
+            resolved, problems = resolve_rules(info.rules, names, pair.stack)
+            raise_all((Problem(each.code, info.label, each.what, each.remedy) for each in problems), PlanError)
+            _add(made, names.with_alphas(resolved.values()), info)
+    for label, recipe in recipes:
+        if recipe.blend != "linear":
+            what, remedy = f"blends by {recipe.blend}; a search scores linear blends only", "leave it out"
+            raise PlanError(Problem("unsupported-blend", label, what, remedy))
+        resolved, problems = recipe.resolve(pair)
+        raise_all(problems, PlanError)
+        alphas = names.with_alphas(resolved.values())
+        rules = Rules(**recipe.rules()) if isinstance(recipe, Rules) else Rules()
+        layers = alphas.restored_layers(pair.stack)
+        unique = _unique(label, {info.label for info in made.values()})
+        info = CandidateInfo(space="recipe", label=unique, rules=rules, alpha=rules.alpha, layers_restored=layers)
+        _add(made, alphas, info)
+    return [Candidate(info, alphas) for alphas, info in made.items()]
+
+
+def _add(made: dict[TensorAlphas, CandidateInfo], alphas: TensorAlphas, info: CandidateInfo) -> None:
+    known = made.get(alphas)
+    made[alphas] = replace(known, also_named=(*known.also_named, info.label)) if known else info
+
+
+def _unique(label: str, taken: set[str]) -> str:
+    """The label, numbered where it is taken."""
+    labels = chain([label], (f"{label} ({number})" for number in count(2)))
+    return next(each for each in labels if each not in taken)
+
+
+def _intervals_of_modules(space: str, pair: ModelPair, known: tuple[str, ...]) -> Iterator[CandidateInfo]:
+    """Intervals of the first module of `known` that layers have; those without a layer that has it are left out."""
+    stack = require_layers(pair)
+    layers: dict[str, set[int]] = defaultdict(set)
+    for name in pair.posttrained:
+        if place := stack.locate(name):
+            layers[place[1].partition(".")[0]].add(place[0])
+    module = next((name for name in known if name in layers), None)
+    if module is None:
+        what = f"has no module named {' or '.join(known)} in its layers"
+        raise PlanError(Problem("no-such-module", str(pair.posttrained), what, f"leave out the space {space}"))
+    for each in intervals(pair):
+        assert each.start is not None
+        assert each.end is not None
+        restored = layers[module].intersection(range(each.start, each.end + 1))
+        if restored:
+            rule = LayerRule(range=(each.start, each.end), modules=(module,), alpha=1.0)
+            yield replace(
+                each,
+                space=space,
+                label=f"{each.label}, {module} only",
+                rules=Rules(layers=(rule,)),
+                modules=module,
+                layers_restored=len(restored),
+            )

@@ -1,0 +1,51 @@
+"""What a search would take on this machine, without reading weights."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from slrmerge.searching.scorer import LocalScorer, ScoreRequest
+from slrmerge.searching.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate
+
+
+@dataclass(frozen=True)
+class EstimateRow:
+    """The first pass of one search: its cost, and the rate of a matrix product of its width, measured here."""
+
+    name: str
+    candidates: int
+    dtype: str
+    cost: Cost
+    flop_per_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The time of the matrix products alone, without reading weights."""
+        return self.cost.flop / self.flop_per_s
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What searches would take on this machine: the pair's first, then the paper's three models."""
+
+    prompts: int
+    prompt_tokens: int
+    packed_tokens: int
+    rows: tuple[EstimateRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "rows": [{**asdict(row), "seconds": row.seconds} for row in self.rows]}
+
+
+def estimate(scorer: LocalScorer, request: ScoreRequest, *, device: torch.device) -> Estimate:
+    """The cost of a first pass, from shapes and a matrix product measured here, and of the paper's models."""
+    shape = scorer.shape(request)
+    rate = measured_rate(shape.width, request.dtype, device)
+    rows = [EstimateRow(shape.name, len(request.candidates), request.dtype_name, scorer.cost(request), rate)]
+    for known in PAPER_MODELS:
+        candidates = known.layers * (known.layers + 1) // 2 + 2
+        rate = measured_rate(known.width, torch.bfloat16, device)
+        rows.append(EstimateRow(known.name, candidates, "bfloat16", all_intervals_cost(known), rate))
+    prompt_tokens = sum(len(context.ids) for context in request.contexts)
+    return Estimate(len(request.contexts), prompt_tokens, shape.tokens, tuple(rows))

@@ -1,0 +1,62 @@
+"""The options of searches, and this machine's memory."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from slrmerge.io.options import Options, option
+
+MIN_QUALITY = 0.9
+"""The share of the post-trained model's quality to keep (paper, section 3.3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(Options):
+    """How to search. `spaces` and `also` accept one value, a list or a tuple."""
+
+    min_quality: float = option(
+        MIN_QUALITY, "Minimum quality, as a share of the post-trained model's.", minimum=0, maximum=1
+    )
+    spaces: tuple[str, ...] = option(
+        ("intervals", "soups"),
+        "Candidates to try; repeat for several.",
+        flag="--space",
+        choices=("intervals", "soups", "attention", "mlp"),
+    )
+    also: tuple[Any, ...] = option((), "Another recipe to score; repeat for several.", metavar="RECIPE")
+    task: str = option("crc", "Proxy task.", choices=("crc",))
+    quick: bool = option(False, "Score all candidates on 8 prompts first, then the finalists on all prompts.")
+    dtype: str | None = option(
+        None,
+        "Dtype of the first pass; finalists are re-scored in float32.",
+        choices=("float32", "bfloat16"),
+        default_help="bfloat16 from 1e9 parameters",
+    )
+    device: str = option("cpu", "Torch device; cuda is not tested yet.")
+    max_memory: int | str | None = option(
+        None,
+        "Memory for hidden states; the rest is kept on disk.",
+        metavar="SIZE",
+        is_size=True,
+        default_help="half of the memory",
+    )
+    resume: bool = option(True, "Keep hidden states so that a killed search resumes.", flag="--resume/--no-resume")
+    threads: int | None = option(None, "Number of threads.", minimum=1, default_help="one per core")
+
+    def __post_init__(self) -> None:
+        for name in ("spaces", "also"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list | tuple) else (value,))
+        super().__post_init__()
+
+    @property
+    def max_memory_bytes(self) -> int:
+        return self.max_memory if isinstance(self.max_memory, int) else physical_memory_bytes() // 2
+
+
+def physical_memory_bytes() -> int:
+    """This machine's memory, or a low guess where the system does not report it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30

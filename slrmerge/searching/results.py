@@ -1,0 +1,309 @@
+"""The result of a search, and its folder: a table, the values of each prompt, a summary, recipes and figures."""
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Json, ValidationError
+
+from slrmerge._version import __version__
+from slrmerge.errors import OutputError, Problem, RecipeError, require_extra
+from slrmerge.io.files import replace_file
+from slrmerge.io.pieces import translate_os_errors
+from slrmerge.io.strict_yaml import write_yaml
+from slrmerge.merging.finding import SUMMARY_NAME, SearchSummary, SelectedCandidate
+from slrmerge.recipe.model import Recipe
+from slrmerge.recipe.rules import Rules
+from slrmerge.searching.candidates import CandidateInfo
+from slrmerge.searching.proxy_tasks import Scores
+from slrmerge.searching.selection import (
+    ScoredCandidate,
+    Selection,
+    interval_space,
+    possibly_better,
+    select_from,
+    ten_best,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+TABLE, PROMPTS = "results.csv", "prompts.npz"
+RECIPES = {"slr": "slr.yaml", "soup": "soup.yaml", "early": "early.yaml", "late": "late.yaml"}
+FIGURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg")
+
+
+@dataclass(frozen=True, repr=False)
+class SearchResult:
+    """A search's result: all candidates with their scores, and the selection among them.
+
+    `post_quality` is the post-trained model's, by conditions. `notes` report how candidates were scored.
+    """
+
+    rows: tuple[ScoredCandidate, ...]
+    choice: Selection
+    post_quality: Mapping[str, float]
+    layers: int
+    task: str
+    notes: tuple[str, ...]
+    elapsed_s: float
+
+    @property
+    def intervals(self) -> list[ScoredCandidate]:
+        """The candidates of the space in which the selection is made."""
+        return [row for row in self.rows if row.info.space == interval_space(self.rows)]
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why another candidate could be the better one: near-ties, and candidates scored only roughly."""
+        slr = self.choice.slr
+        doubts = [
+            f"near-tie: {row.info.label} has only {slr.diversity - row.diversity:.1e} nats less diversity than "
+            f"{slr.info.label}"
+            for row in self.choice.near_ties
+            if slr is not None
+        ]
+        rough = possibly_better(self.rows, self.choice)
+        if rough:
+            named = ", ".join(row.info.label for row in rough[:3]) + (", …" if len(rough) > 3 else "")
+            remedy = 'search all prompts with dtype="float32" to be sure'
+            doubts.append(f"scored only roughly, and possibly better: {named}; {remedy}")
+        return tuple(doubts)
+
+    def summary(self) -> SearchSummary:
+        """The result without the table, as summary.json has it."""
+        base = self.choice.base
+        return SearchSummary(
+            slrmerge=__version__,
+            task=self.task,
+            pretrained=base.pretrained,
+            posttrained=base.posttrained,
+            dtype=base.dtype,
+            layers=self.layers,
+            candidates=len(self.rows),
+            min_quality=self.choice.min_quality,
+            selected={name: _selected(row) for name, row in self.choice.named().items()},
+            near_ties=tuple(_selected(row) for row in self.choice.near_ties),
+            post_quality=dict(self.post_quality),
+            notes=self.notes,
+            doubts=self.doubts,
+            elapsed_s=round(self.elapsed_s, 1),
+        )
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row per candidate, in the order in which they were scored; None where a value has no meaning.
+
+        `also_named` and `rules` are JSON.
+        """
+        return [
+            {
+                "space": row.info.space,
+                "label": row.info.label,
+                "also_named": _json(row.info.also_named) if row.info.also_named else None,
+                "start": row.info.start,
+                "end": row.info.end,
+                "alpha": row.info.alpha,
+                "modules": row.info.modules,
+                "layers_restored": row.info.layers_restored,
+                "quality": row.quality,
+                "diversity": row.diversity,
+                "feasible": row.feasible,
+                "pareto": row.pareto,
+                "exact": row.exact,
+                "prompts": row.prompts,
+                "dtype": row.dtype,
+                "rules": _json(row.info.rules.rules()),
+            }
+            for row in self.rows
+        ]
+
+    def to_pandas(self) -> "DataFrame":
+        """`to_rows` as a DataFrame. Raises MissingExtraError without pandas."""
+        require_extra("search", "pandas")
+        from pandas import DataFrame
+
+        return DataFrame(self.to_rows()).astype({"start": "Int64", "end": "Int64"})
+
+    def plot(self) -> "Figure":
+        """Quality against diversity of all candidates. Raises MissingExtraError without matplotlib."""
+        require_extra("search", "matplotlib")
+        from slrmerge.searching.plots import tradeoff_figure
+
+        return tradeoff_figure(self.rows, self.choice)
+
+    def __repr__(self) -> str:
+        return f"<SearchResult: {len(self.rows):,} candidates, {self.choice!r}>"
+
+    def _repr_html_(self) -> str:
+        ranked = [(f"#{rank}", row) for rank, row in enumerate(ten_best(self.rows), 1)]
+        lines = "".join(
+            f"<tr><th>{name}</th><td>{escape(row.info.full_label)}</td>"
+            f"<td>{row.quality:.4f}</td><td>{row.diversity:.4f}</td></tr>"
+            for name, row in [*self.choice.named().items(), *ranked]
+        )
+        return f"<table><tr><th></th><th>candidate</th><th>Q</th><th>D (nats)</th></tr>{lines}</table>"
+
+
+def _selected(row: ScoredCandidate) -> SelectedCandidate:
+    scores = {"label": row.info.label, "quality": row.quality, "diversity": row.diversity, "exact": row.exact}
+    return SelectedCandidate(**row.info.rules.rules(), **scores)
+
+
+def write_result(folder: Path, result: SearchResult) -> None:
+    """Write the table, the recipes, the figures and the summary, the summary last. Raises OutputError.
+
+    Recipes are written as seen from the folder that the pair's recipe (`choice.base`) was loaded from.
+    """
+    from slrmerge.searching.plots import draw_result
+
+    files = {TABLE: _table(result)}
+    for name, file in RECIPES.items():
+        row = result.choice.named().get(name)
+        if row is None:
+            (folder / file).unlink(missing_ok=True)
+        else:
+            files[file] = _recipe(result, name, row)
+    summary = result.summary().model_dump(mode="json", exclude_defaults=True)
+    with translate_os_errors(folder):
+        for file, text in files.items():
+            replace_file(folder / file, text.encode())
+        draw_result(folder, result.rows, result.choice, result.layers)
+        replace_file(folder / SUMMARY_NAME, json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def write_prompts(path: Path, rows: Sequence[ScoredCandidate], questions: Sequence[str], scores: Scores) -> None:
+    """Each prompt's Q and D, float64 of shape (candidates, prompts), NaN where a candidate was not scored."""
+    labels = [row.info.label for row in rows]
+    data = BytesIO()
+    np.savez_compressed(
+        data, candidates=labels, questions=list(questions), quality=scores.quality, diversity=scores.diversity
+    )
+    with translate_os_errors(path):
+        replace_file(path, data.getvalue())
+
+
+def read_result(folder: str | os.PathLike[str]) -> SearchResult:
+    """Read a search's folder, with its selection as it was. Raises OutputError where it is missing or damaged."""
+    folder = Path(folder)
+    try:
+        raw, table = ((folder / name).read_bytes() for name in (SUMMARY_NAME, TABLE))
+    except OSError as error:
+        what, remedy = "does not contain the results of a search", "name the folder that a search wrote"
+        raise OutputError(Problem("no-results", str(folder), what, remedy)) from error
+    damaged = OutputError(
+        Problem("results-damaged", str(folder), "contains damaged results of a search", "search again")
+    )
+    try:
+        summary = SearchSummary.model_validate_json(raw)
+        lines = csv.DictReader(StringIO(table.decode(), newline=""))
+        rows = tuple(_Line.model_validate(line).to_candidate() for line in lines)
+        base = Recipe(pretrained=summary.pretrained, posttrained=summary.posttrained, dtype=summary.dtype)
+    except (ValidationError, UnicodeDecodeError, csv.Error, RecipeError) as error:
+        raise damaged from error
+    parents = sorted(row.info.space for row in rows if row.exact and row.info.space in ("post", "pre"))
+    if parents != ["post", "pre"] or not {row.conditions for row in rows} <= summary.post_quality.keys():
+        raise damaged
+    return SearchResult(
+        rows=rows,
+        choice=select_from(rows, base=base.loaded_from(folder / RECIPES["slr"]), min_quality=summary.min_quality),
+        post_quality=summary.post_quality,
+        layers=summary.layers,
+        task=summary.task,
+        notes=summary.notes,
+        elapsed_s=summary.elapsed_s,
+    )
+
+
+def why_not_results(folder: Path) -> str | None:
+    """Why a folder is not exactly the results of a search, which is all that a search replaces; None where it is."""
+    names = {path.name for path in folder.iterdir()}
+    if SUMMARY_NAME not in names or TABLE not in names:
+        return "does not contain the results of a search"
+    known = {SUMMARY_NAME, TABLE, PROMPTS, *RECIPES.values(), *FIGURES}
+    others = sorted({name.removesuffix(".new") for name in names} - known)
+    return f"contains more than the results of a search ({', '.join(others)})" if others else None
+
+
+def _table(result: SearchResult) -> str:
+    rows, text = result.to_rows(), StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: str(value).lower() if isinstance(value, bool) else value for name, value in row.items()})
+    return text.getvalue()
+
+
+def _none_if_empty(cell: object) -> object:
+    return None if cell == "" else cell
+
+
+_Cell = BeforeValidator(_none_if_empty)
+
+
+class _Line(BaseModel):
+    """A line of the table."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    space: str
+    label: str
+    also_named: Annotated[Json[tuple[str, ...]] | None, _Cell]
+    start: Annotated[int | None, _Cell]
+    end: Annotated[int | None, _Cell]
+    alpha: Annotated[float | None, _Cell]
+    modules: Annotated[str | None, _Cell]
+    layers_restored: int
+    quality: float
+    diversity: float
+    feasible: bool
+    pareto: bool
+    exact: bool
+    prompts: int
+    dtype: str
+    rules: Json[Rules]
+
+    def to_candidate(self) -> ScoredCandidate:
+        info = CandidateInfo(
+            space=self.space,
+            label=self.label,
+            also_named=self.also_named or (),
+            rules=self.rules,
+            start=self.start,
+            end=self.end,
+            alpha=self.alpha,
+            modules=self.modules,
+            layers_restored=self.layers_restored,
+        )
+        return ScoredCandidate(
+            info, self.quality, self.diversity, self.prompts, self.dtype, self.exact, self.feasible, self.pareto
+        )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+_WHY = {
+    "slr": "the interval with the highest diversity and at least {ratio:g} of the post-trained model's quality",
+    "soup": "the soup with the highest diversity and at least {ratio:g} of the post-trained model's quality",
+    "early": "a control: as many layers as slr.yaml, the first ones",
+    "late": "a control: as many layers as slr.yaml, the last ones",
+}
+
+
+def _recipe(result: SearchResult, name: str, row: ScoredCandidate) -> str:
+    post = result.choice.post
+    return (
+        f"# {row.info.label}: {_WHY[name].format(ratio=result.choice.min_quality)}.\n"
+        f"# Selected by `slrmerge search` ({result.task}, {row.conditions}) from {len(result.rows)} candidates:\n"
+        f"# Q {row.quality:.4f}, D {row.diversity:.4f} nats; the post-trained model: Q {post.quality:.4f}, "
+        f"D {post.diversity:.4f}.\n" + write_yaml(result.choice.recipe_for(row).to_dict())
+    )

@@ -1,0 +1,348 @@
+"""A search: open the pair, tokenize the questions, score all candidates in one pass, the finalists in another."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+
+from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.location import Repository, Source
+from slrmerge.checkpoint.pair import ModelPair, require_layers, require_same_depth
+from slrmerge.checkpoint.side_files import fetch_side_files
+from slrmerge.errors import PlanError, Problem, UnsupportedModelError, raise_all, require_extra
+from slrmerge.io.options import make_options, takes_options
+from slrmerge.io.output_folder import OutputFolder, remove
+from slrmerge.io.progress import Progress
+from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
+from slrmerge.recipe.model import Recipe
+from slrmerge.searching.candidates import Candidate, make_candidates
+from slrmerge.searching.estimate import Estimate, estimate
+from slrmerge.searching.options import SearchOptions
+from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
+from slrmerge.searching.proxy_tasks import TASKS, Scores
+from slrmerge.searching.results import (
+    PROMPTS,
+    RECIPES,
+    SearchResult,
+    why_not_results,
+    write_prompts,
+    write_result,
+)
+from slrmerge.searching.scorer import LocalScorer, Scorer, ScoreRequest, require_device
+from slrmerge.searching.selection import ScoredCandidate, finalists, mark_feasible, select_from
+from slrmerge.searching.sweep.cost import Cost
+
+BIG_PARAMETERS = 1_000_000_000
+"""From this size a first pass runs in bfloat16 by default."""
+
+QUICK_PROMPTS = 8
+"""Prompts of a quick first pass, spread over the task's."""
+
+RESCORED_AT_LEAST = 10
+"""Candidates of each space that are scored again exactly, besides all that may be selected."""
+
+ROUNDING_MARGIN, QUICK_MARGIN = 0.01, 0.05
+"""The error of a first pass's scores: bfloat16 changes D by up to 7e-3, eight prompts instead of forty by more."""
+
+_PASSES = {"first": "scoring all candidates", "finalists": "re-scoring the finalists"}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Candidates to score on prompts, computed in `dtype`; `name` is the folder of its hidden states."""
+
+    name: str
+    candidates: Sequence[Candidate]
+    prompts: Sequence[Prompt]
+    dtype: torch.dtype
+
+    @cached_property
+    def request(self) -> ScoreRequest:
+        alphas = [candidate.alphas for candidate in self.candidates]
+        return ScoreRequest(self.name, alphas, contexts_of(self.prompts), self.dtype)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A search whose pair is open, whose prompts are tokens and whose candidates are known."""
+
+    pair: ModelPair
+    prompts: list[Prompt]
+    candidates: list[Candidate]
+    first: Pass
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Candidates with their scores, the post-trained model first.
+
+    `scores` has a column for each prompt of the task, NaN where it was left out; `post_quality` is by conditions.
+    """
+
+    rows: list[ScoredCandidate]
+    scores: Scores
+    post_quality: dict[str, float]
+
+
+class Search:
+    """A search of a recipe's pair, or of an open one. The constructor checks the options and opens nothing.
+
+    `make_scorer` makes the scorer of a pair, by default a LocalScorer; before scoring, the weights of the pair are
+    downloaded and the scorer is made again where that changed the pair. Raises OptionError and RecipeError.
+    """
+
+    def __init__(
+        self,
+        pair: RecipeLike | ModelPair,
+        options: SearchOptions | None = None,
+        *,
+        make_scorer: Callable[[ModelPair], Scorer] | None = None,
+    ) -> None:
+        require_extra("search", "transformers", "matplotlib")
+        self.options = options or SearchOptions()
+        self._open = pair if isinstance(pair, ModelPair) else None
+        self.recipe: AnyRecipe = _recipe_of(pair) if isinstance(pair, ModelPair) else as_recipe(pair)
+        self.also = [(_label(each, number), as_recipe(each)) for number, each in enumerate(self.options.also, 1)]
+        self.task = TASKS[self.options.task]()
+        self.questions = self.task.questions()
+        self.device = require_device(self.options.device)
+        self._make_scorer = make_scorer or self._local_scorer
+        self._scorer: tuple[ModelPair, Scorer] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Search of {self.recipe.pretrained} and {self.recipe.posttrained}>"
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The open pair, the prompts and the candidates.
+
+        Raises CheckpointError, HubError, PlanError and UnsupportedModelError.
+        """
+        pair = self._open or self.recipe.open_pair()
+        raise_all(require_same_depth(pair), PlanError)
+        require_layers(pair)
+        raise_all(self._other_pairs(pair), PlanError)
+        fetch_side_files(pair.posttrained.side_files)
+        prompts = tokenize(self.questions, pair.posttrained.folder)
+        own = [("the recipe's own", self.recipe)] if self.recipe.has_rules else []
+        candidates = make_candidates(pair, self.options.spaces, [*own, *self.also])
+        asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if self.options.quick else prompts
+        is_big = pair.posttrained.parameters >= BIG_PARAMETERS
+        dtype = getattr(torch, self.options.dtype or ("bfloat16" if is_big else "float32"))
+        return Prepared(pair, prompts, candidates, first=Pass("first", candidates, asked, dtype))
+
+    def estimate(self) -> Estimate:
+        """What the first pass would take, from shapes and a matrix product measured here; reads no weights."""
+        with _torch_threads(self.options.threads):
+            return estimate(self._local_scorer(self.prepared.pair), self.prepared.first.request, device=self.device)
+
+    def output_folder(self, out: str | os.PathLike[str], *, overwrite: bool) -> OutputFolder:
+        """The folder of the results. Raises OutputError and NoSpaceError where it cannot be written."""
+        pair = self.prepared.pair
+        output = OutputFolder(
+            out,
+            sources=[checkpoint.folder for _, checkpoint in pair.items()],
+            overwrite=overwrite,
+            why_not_replaceable=why_not_results,
+            durable=False,
+        )
+        output.check()
+        self._require_space(output, self._scorer_of(pair).cost(self.prepared.first.request))
+        return output
+
+    def run(
+        self, out: str | os.PathLike[str], *, overwrite: bool = False, progress: Progress | None = None
+    ) -> SearchResult:
+        """Search, and write the results to the folder `out`, which appears complete or not at all.
+
+        A killed search resumes after the last layer that it finished, unless hidden states are not kept.
+        """
+        started, progress = monotonic(), progress or Progress()
+        output = self.output_folder(out, overwrite=overwrite)
+        with output.locked(progress), _torch_threads(self.options.threads):
+            output.staging.mkdir(exist_ok=True)
+            remove(path for path in output.staging.iterdir() if path.name not in _PASSES)
+            with output.staged(lambda _: self._what_is_kept(output.staging)):
+                pair = self.prepared.pair.download(progress)
+                with self._scorer_of(pair) as scorer:
+                    scored = self._score(scorer, output, progress)
+                result = self._select(scored, self._base(pair, output.path), elapsed_s=monotonic() - started)
+                questions = [question.text for question in self.questions]
+                write_prompts(output.staging / PROMPTS, result.rows, questions, scored.scores)
+                write_result(output.staging, result)
+                remove(output.staging / name for name in _PASSES)
+                output.publish(progress)
+        return result
+
+    def _score(self, scorer: Scorer, output: OutputFolder, progress: Progress) -> PassResult:
+        """Score all candidates, and then the finalists exactly where the first pass was not exact."""
+        prepared = self.prepared
+        progress.message("checking the sweep against the model's own forward pass")
+        scorer.check(prepared.candidates[0].alphas, contexts_of([prepared.prompts[0], prepared.prompts[-1]]))
+        first = self._run_pass(prepared.first, scorer, output, progress)
+        post = first.rows[0]
+        if not post.quality > 0:
+            what = "gives valid answers no probability, so candidates cannot be compared"
+            where = str(prepared.pair.posttrained)
+            raise UnsupportedModelError(Problem("no-valid-answers", where, what, "name an instruct model"))
+        if post.exact:
+            return first
+        final = Pass("finalists", self._finalists(first.rows), prepared.prompts, torch.float32)
+        return _replace_scores(first, self._run_pass(final, scorer, output, progress))
+
+    def _run_pass(self, wanted: Pass, scorer: Scorer, output: OutputFolder, progress: Progress) -> PassResult:
+        cost = scorer.cost(wanted.request)
+        self._require_space(output, cost)
+        progress.start(_PASSES[wanted.name], cost.states, " states")
+        folder = output.staging / wanted.name if self._uses_disk(cost) else None
+        log_probs = scorer.score(wanted.request, folder, progress)
+        scores = self.task.score(answer_log_probs(wanted.prompts, log_probs))
+        prompts = self.prepared.prompts
+        exact = wanted.dtype == torch.float32 and len(wanted.prompts) == len(prompts)
+        rows = [
+            ScoredCandidate(each.info, float(q), float(d), len(wanted.prompts), wanted.request.dtype_name, exact)
+            for each, q, d in zip(wanted.candidates, scores.quality.mean(1), scores.diversity.mean(1), strict=True)
+        ]
+        every = np.full((2, len(rows), len(prompts)), np.nan)
+        every[:, :, [prompts.index(prompt) for prompt in wanted.prompts]] = scores
+        return PassResult(rows, Scores(*every), {rows[0].conditions: rows[0].quality})
+
+    def _finalists(self, rows: list[ScoredCandidate]) -> list[Candidate]:
+        margin = max(
+            QUICK_MARGIN if self.options.quick else 0.0,
+            ROUNDING_MARGIN if self.prepared.first.dtype != torch.float32 else 0.0,
+        )
+        infos = finalists(rows, min_quality=self.options.min_quality, margin=margin, at_least=RESCORED_AT_LEAST)
+        labels = {info.label for info in infos}
+        return [each for each in self.prepared.candidates if each.info.label in labels]
+
+    def _select(self, scored: PassResult, base: Recipe, *, elapsed_s: float) -> SearchResult:
+        min_quality = self.options.min_quality
+        rows = mark_feasible(scored.rows, post_quality=scored.post_quality, min_quality=min_quality)
+        notes = []
+        if len(scored.post_quality) > 1:
+            first, final = scored.post_quality
+            notes.append(
+                f"all {len(rows)} candidates were scored with {first}; {sum(row.exact for row in rows)} finalists and "
+                f"controls were scored again with {final}"
+            )
+        return SearchResult(
+            rows=tuple(rows),
+            choice=select_from(rows, base=base, min_quality=min_quality),
+            post_quality=scored.post_quality,
+            layers=require_layers(self.prepared.pair).count,
+            task=self.options.task,
+            notes=tuple(notes),
+            elapsed_s=elapsed_s,
+        )
+
+    def _scorer_of(self, pair: ModelPair) -> Scorer:
+        if self._scorer is None or self._scorer[0] is not pair:
+            self._scorer = pair, self._make_scorer(pair)
+        return self._scorer[1]
+
+    def _local_scorer(self, pair: ModelPair) -> LocalScorer:
+        return LocalScorer(
+            pair,
+            output_dtype=self.recipe.dtype,
+            device=self.device,
+            max_memory_bytes=self.options.max_memory_bytes,
+        )
+
+    def _base(self, pair: ModelPair, folder: Path) -> Recipe:
+        """The recipe of the pair, without rules, as a file in `folder` names it."""
+        named = self.recipe if isinstance(self.recipe, Recipe) else _recipe_of(pair)
+        content = named.relative_to(folder, pair)
+        sides = {side: content[side] for side in ("pretrained", "posttrained")}
+        return Recipe(**sides, dtype=self.recipe.dtype).loaded_from(folder / RECIPES["slr"])
+
+    def _uses_disk(self, cost: Cost) -> bool:
+        """Whether hidden states are written to files: to resume, or because memory cannot hold them."""
+        return self.options.resume or cost.states_bytes > self.options.max_memory_bytes
+
+    def _require_space(self, output: OutputFolder, cost: Cost) -> None:
+        if self._uses_disk(cost):
+            kept = sum(path.stat().st_size for path in output.staging.rglob("*") if path.is_file())
+            fits = cost.states_bytes <= self.options.max_memory_bytes
+            remedy = "choose an output folder on another disk" + (", or pass resume=False" if fits else "")
+            output.require_space(cost.states_bytes - kept, what="the search's hidden states", remedy=remedy)
+
+    def _what_is_kept(self, staging: Path) -> str | None:
+        finished = ("*/progress.json", "*/log_probs.npz")
+        kept = self.options.resume and any(any(staging.glob(pattern)) for pattern in finished)
+        return "finished layers are kept; run the same command again to resume" if kept else None
+
+    def _other_pairs(self, pair: ModelPair) -> Iterator[Problem]:
+        """Recipes in `also` that name other checkpoints."""
+        for label, other in self.also:
+            for side, checkpoint in pair.items():
+                if not _is_at(checkpoint, other.source(side)):
+                    what = f"names {getattr(other, side)}, which is not the {side} side of this search"
+                    remedy = "score only recipes for the same two checkpoints"
+                    yield Problem("other-checkpoint", f"{label}: $.{side}", what, remedy)
+
+
+@takes_options(SearchOptions)
+def search(
+    pair: RecipeLike | ModelPair,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> SearchResult:
+    """Score every interval and soup of a pair by a proxy task, and select the layers to restore (paper, section 3).
+
+    `pair` is an open pair, or a recipe that names one; a recipe's own rules are scored too. Writes the results to the
+    folder `out`; `merge(result.choice, ...)` merges the selected hybrid. The options are those of `SearchOptions`.
+    Raises OptionError, RecipeError, CheckpointError, PlanError, UnsupportedModelError, OutputError and HubError.
+    """
+    return Search(pair, make_options(SearchOptions, options)).run(out, overwrite=overwrite, progress=progress)
+
+
+def _recipe_of(pair: ModelPair) -> Recipe:
+    return Recipe(pretrained=pair.pretrained.reference, posttrained=pair.posttrained.reference)
+
+
+def _label(recipe: object, number: int) -> str:
+    """The name of a recipe's file, as one printable line; a number for a recipe that is not a file."""
+    if not isinstance(recipe, str | os.PathLike):
+        return f"recipe {number}"
+    return "".join(character if character.isprintable() else "?" for character in Path(recipe).name)
+
+
+def _is_at(checkpoint: Checkpoint, source: Source) -> bool:
+    """Whether a source names a checkpoint; a repository without revision names any commit."""
+    if isinstance(source, Repository):
+        name, _, commit = checkpoint.reference.rpartition("@")
+        return source.name == name and source.revision in (None, "main", commit)
+    return os.path.realpath(source) == os.path.realpath(checkpoint.folder)
+
+
+def _replace_scores(first: PassResult, exact: PassResult) -> PassResult:
+    """The candidates of the first pass; those that were scored exactly have their exact scores."""
+    places = {row.info.label: number for number, row in enumerate(first.rows)}
+    rows, scores = list(first.rows), Scores(*(values.copy() for values in first.scores))
+    for number, row in enumerate(exact.rows):
+        place = places[row.info.label]
+        rows[place] = row
+        scores.quality[place], scores.diversity[place] = exact.scores.quality[number], exact.scores.diversity[number]
+    return PassResult(rows, scores, {**first.post_quality, **exact.post_quality})
+
+
+@contextmanager
+def _torch_threads(count: int | None) -> Iterator[None]:
+    """Use `count` threads in torch for the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

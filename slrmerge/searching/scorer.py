@@ -1,0 +1,179 @@
+"""Scorers: candidates and contexts in, log-probabilities out. `LocalScorer` sweeps the pair in this process."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol, Self
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from slrmerge.checkpoint.pair import ModelPair
+from slrmerge.errors import OptionError, Problem, first_line
+from slrmerge.io.files import replace_file
+from slrmerge.io.progress import Progress
+from slrmerge.merging.plan.tensors import plan_tensor_alphas
+from slrmerge.merging.stream import HybridReader
+from slrmerge.recipe.alphas import TensorAlphas
+from slrmerge.searching.sweep.check import require_agreement
+from slrmerge.searching.sweep.contexts import Context
+from slrmerge.searching.sweep.cost import Cost, Shape, cost_of
+from slrmerge.searching.sweep.engine import Sweep
+from slrmerge.searching.sweep.model import StagedModel
+from slrmerge.searching.sweep.paths import SweepPlan
+from slrmerge.searching.sweep.states import StateStore
+from slrmerge.searching.sweep.trie import pack
+from slrmerge.searching.sweep.weights import HybridWeights
+
+_RESULT = "log_probs.npz"
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """Candidates to score on contexts, computed in `dtype`. `name` identifies the pass in its search."""
+
+    name: str
+    candidates: Sequence[TensorAlphas]
+    contexts: Sequence[Context]
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+class Scorer(Protocol):
+    """Scores hybrids of one pair. Use it in a `with`."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+
+    def check(self, post: TensorAlphas, contexts: Sequence[Context]) -> None:
+        """Raise UnsupportedModelError if scores would differ from those of the loaded model."""
+        ...
+
+    def cost(self, request: ScoreRequest) -> Cost:
+        """What `score` takes; reads no weights."""
+        ...
+
+    def score(self, request: ScoreRequest, folder: Path | None, progress: Progress) -> NDArray[np.float64]:
+        """Log-probabilities of the targets, shape (candidates, contexts, targets), NaN past a context's own targets.
+
+        Finished work is kept in `folder`, and a killed request resumes from there.
+        """
+        ...
+
+
+class LocalScorer:
+    """Scores hybrids in this process by a sweep over the layers.
+
+    `output_dtype` is the dtype that the recipe gives hybrids, None for their own. Hidden states take at most
+    `max_memory_bytes` of memory; more are kept in the folder.
+    """
+
+    def __init__(
+        self, pair: ModelPair, *, output_dtype: str | None, device: torch.device, max_memory_bytes: int
+    ) -> None:
+        self.pair = pair
+        self._output_dtype = output_dtype
+        self._device = device
+        self._max_memory_bytes = max_memory_bytes
+        self._models: dict[torch.dtype, StagedModel] = {}
+        self._plans: dict[ScoreRequest, SweepPlan] = {}
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._reader = HybridReader(self._closing.enter_context(self.pair.open()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def model(self, dtype: torch.dtype) -> StagedModel:
+        """The post-trained side's model, without weights."""
+        if dtype not in self._models:
+            self._models[dtype] = StagedModel(self.pair.posttrained, dtype=dtype, device=self._device)
+        return self._models[dtype]
+
+    def cost(self, request: ScoreRequest) -> Cost:
+        return cost_of(
+            self.shape(request),
+            self._plan(request).state_counts,
+            contexts=len(request.contexts),
+            itemsize=request.dtype.itemsize,
+        )
+
+    def shape(self, request: ScoreRequest) -> Shape:
+        """The model and the contexts, as far as the cost of a sweep depends on them."""
+        model = self.model(request.dtype)
+        tokens = len(pack([context.ids for context in request.contexts]))
+        return Shape.of(self.pair.posttrained, width=model.width, vocabulary=model.vocabulary, tokens=tokens)
+
+    def check(self, post: TensorAlphas, contexts: Sequence[Context]) -> None:
+        """Score the post-trained model in fp32 by a sweep and by its own forward, and compare."""
+        with self._sweep(ScoreRequest("check", [post], contexts, torch.float32)) as sweep:
+            swept = sweep.run(StateStore(None, max_bytes=0, fingerprint=""), Progress())
+            model = self.model(torch.float32)
+            require_agreement(sweep.reference(), swept, where=str(self.pair.posttrained), model=model.name)
+
+    def score(self, request: ScoreRequest, folder: Path | None, progress: Progress) -> NDArray[np.float64]:
+        with self._sweep(request) as sweep:
+            sides = [checkpoint for _, checkpoint in self.pair.items()]
+            fingerprint = sweep.fingerprint(
+                [side.identity for side in sides],
+                [sorted(side.config.items()) for side in sides],
+                self._output_dtype,
+            )
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                if (earlier := _read_result(folder / _RESULT, fingerprint)) is not None:
+                    progress.message("resuming: this pass is complete")
+                    return earlier
+            store = StateStore(folder, max_bytes=self._max_memory_bytes, fingerprint=fingerprint)
+            log_probs: NDArray[np.float64] = sweep.run(store, progress).numpy()
+            self._reader.pair.check_unchanged()
+        if folder is not None:
+            data = BytesIO()
+            np.savez(data, fingerprint=fingerprint, log_probs=log_probs)
+            replace_file(folder / _RESULT, data.getvalue())
+            store.clear()
+        return log_probs
+
+    def _plan(self, request: ScoreRequest) -> SweepPlan:
+        if request not in self._plans:
+            self._plans[request] = SweepPlan.of(self.model(request.dtype).stages, request.candidates)
+        return self._plans[request]
+
+    @contextmanager
+    def _sweep(self, request: ScoreRequest) -> Iterator[Sweep]:
+        plan = self._plan(request)
+        planned = plan_tensor_alphas(plan.all_tensors(), self.pair, dtype=self._output_dtype)
+        with HybridWeights(planned, self._reader, dtype=request.dtype, device=self._device) as weights:
+            yield Sweep(self.model(request.dtype), weights, plan=plan, contexts=request.contexts)
+
+
+def require_device(device: str) -> torch.device:
+    """The torch device of this name. Raises OptionError where torch cannot compute on it."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:  # the latter for a torch without CUDA
+        raise OptionError(
+            Problem("device-unavailable", "device", f"{device} is not available ({first_line(error)})")
+        ) from error
+    return found
+
+
+def _read_result(path: Path, fingerprint: str) -> NDArray[np.float64] | None:
+    """The result of a complete pass; None where there is none, or another one, or a damaged one."""
+    try:
+        with open(path, "rb") as file, np.load(file) as kept:
+            log_probs: NDArray[np.float64] = kept["log_probs"]
+            is_same = str(kept["fingerprint"]) == fingerprint
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+        return None
+    return log_probs if is_same else None

@@ -1,0 +1,25 @@
+"""Select again from the results of a search, without the models."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from slrmerge.errors import require_extra
+from slrmerge.searching.options import MIN_QUALITY, SearchOptions
+from slrmerge.searching.results import SearchResult, read_result, write_result
+from slrmerge.searching.selection import mark_feasible, select_from
+
+
+def select(folder: str | os.PathLike[str], *, min_quality: float = MIN_QUALITY) -> SearchResult:
+    """Select again from a search's results with another minimum quality; renews its recipes, summary and figures.
+
+    Raises OutputError where `folder` has no results of a search, OptionError for a `min_quality` outside 0 to 1.
+    """
+    require_extra("search", "matplotlib")
+    SearchOptions(min_quality=min_quality)  # raises for what is out of range
+    result = read_result(folder)
+    rows = tuple(mark_feasible(result.rows, post_quality=result.post_quality, min_quality=min_quality))
+    choice = select_from(rows, base=result.choice.base, min_quality=min_quality)
+    selected = replace(result, rows=rows, choice=choice)
+    write_result(Path(folder), selected)
+    return selected

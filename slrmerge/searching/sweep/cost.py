@@ -1,0 +1,91 @@
+"""The cost of a sweep: its arithmetic from shapes alone, its time from the rate of a matrix product on this machine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from time import perf_counter
+
+import torch
+
+from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.searching.sweep.paths import count_states
+
+LAST_LAYER_SHARE = 0.2
+"""The cost of the last layer relative to another: keys and values of all tokens, the rest for the leaves only."""
+
+_MEASURED_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost depends on: layers, matrix parameters per layer, hidden width, vocabulary, tokens of the trie."""
+
+    name: str
+    layers: int
+    layer_parameters: int
+    width: int
+    vocabulary: int
+    tokens: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, *, width: int, vocabulary: int, tokens: int) -> "Shape":
+        stack = checkpoint.stack
+        assert stack is not None
+        sizes = [
+            prod(info.shape)
+            for name, info in checkpoint.items()
+            if len(info.shape) == 2 and (place := stack.locate(name)) and place[0] == 0
+        ]
+        return cls(checkpoint.model_name, stack.count, sum(sizes), width, vocabulary, tokens)
+
+
+PAPER_MODELS = (
+    Shape("Llama-3.1-8B", 32, 218_103_808, 4096, 128_256, 772),
+    Shape("Qwen2.5-7B", 28, 233_046_016, 3584, 152_064, 766),
+    Shape("Gemma-2-9B", 42, 198_180_864, 3584, 256_000, 746),
+)
+"""Geometry from the models' configs; tokens as their tokenizers pack the 40 prompts (Gemma's is an estimate)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating point operations of a sweep, the most bytes that its states take, the number of states to compute."""
+
+    flop: float
+    states_bytes: int
+    states: int
+
+
+def cost_of(shape: Shape, state_counts: Sequence[int], *, contexts: int, itemsize: int) -> Cost:
+    """The cost from the number of states that each stage makes: embedding, layers, head."""
+    per_state = 2 * shape.layer_parameters * shape.tokens
+    *inner, last = state_counts[1:-1]
+    layers = per_state * (sum(inner) + LAST_LAYER_SHARE * last)
+    head = 2 * shape.vocabulary * shape.width * contexts * state_counts[-1]
+    state_bytes = shape.tokens * shape.width * itemsize
+    held = [before + after for before, after in pairwise(state_counts[:-2])]
+    return Cost(layers + head, max(held, default=0) * state_bytes, sum(state_counts[1:-1]))
+
+
+def all_intervals_cost(shape: Shape, *, contexts: int = 40, itemsize: int = 2) -> Cost:
+    """The cost of scoring all intervals of a model and its two parents."""
+    n = shape.layers
+    intervals = [(i, j) for i in range(n) for j in range(i, n)]
+    layers = [(*(int(i <= k <= j) for i, j in intervals), 0, 1) for k in range(n)]  # then post and pre
+    outer = (0,) * len(intervals) + (0, 1)
+    return cost_of(shape, count_states([outer, *layers, outer]), contexts=contexts, itemsize=itemsize)
+
+
+def measured_rate(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Floating point operations per second of a matrix product of this width, the best of five."""
+    states = torch.randn(_MEASURED_ROWS, width, device=device).to(dtype)
+    weight = torch.randn(width, width, device=device).to(dtype)
+    times = []
+    with torch.inference_mode():
+        for _ in range(5):
+            start = perf_counter()
+            product = torch.nn.functional.linear(states, weight)
+            product[0, 0].item()  # waits until the device has computed it
+            times.append(perf_counter() - start)
+    return 2 * _MEASURED_ROWS * width * width / min(times)

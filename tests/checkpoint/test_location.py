@@ -1,0 +1,104 @@
+"""What a recipe's two sides may name: folders, and repositories on the Hub."""
+
+from pathlib import Path
+
+import pytest
+
+from slrmerge.checkpoint.location import Repository, parse_source
+
+REPOSITORIES = {
+    "org/model": Repository("org/model"),
+    "meta-llama/Llama-3.1-8B": Repository("meta-llama/Llama-3.1-8B"),
+    "a/b": Repository("a/b"),
+    "_/0": Repository("_/0"),
+    "org_1/a.b-c_d": Repository("org_1/a.b-c_d"),
+    "google/gemma-2-9b@main": Repository("google/gemma-2-9b", "main"),
+    "org/model@0123456789abcdef0123456789abcdef01234567": Repository(
+        "org/model", "0123456789abcdef0123456789abcdef01234567"
+    ),
+    "org/model@refs/pr/1": Repository("org/model", "refs/pr/1"),
+    "org/model@v1.0-rc_2": Repository("org/model", "v1.0-rc_2"),
+    "org/" + "x" * 300: Repository("org/" + "x" * 300),
+}
+NO_REPOSITORIES = [
+    "missing",
+    "missing@main",
+    "./org/model",
+    "../model",
+    "/org/model",
+    "a/b/c",
+    "org/",
+    "org//model",
+    "org/model/",
+    "org/.model",
+    ".org/model",
+    "-org/model",
+    "org/model@",
+    "org/model@v1@v2",
+    "org/model@v 1",
+    "org/model\n",
+    "org /model",
+    "örg/model",
+    "org/modèl",
+    "org\\model",
+    "C:/model",
+    "https://huggingface.co/org/model",
+    "hf://org/model",
+    "~nobody-of-that-name/model",
+    "model\0",
+    "x" * 300,
+]
+
+
+@pytest.mark.parametrize("written", REPOSITORIES, ids=lambda written: written[:60])
+def test_what_could_be_a_repository_and_is_no_folder_is_one(tmp_path: Path, written: str) -> None:
+    assert parse_source(written, base=tmp_path) == Repository.parse(written) == REPOSITORIES[written]
+
+
+@pytest.mark.parametrize("written", REPOSITORIES, ids=lambda written: written[:60])
+def test_a_repository_as_a_string_is_what_was_written(written: str) -> None:
+    assert str(Repository.parse(written)) == written
+
+
+@pytest.mark.parametrize("written", NO_REPOSITORIES, ids=lambda written: repr(written)[:60])
+def test_what_no_repository_could_be_called_is_a_folder_even_where_there_is_none(tmp_path: Path, written: str) -> None:
+    assert Repository.parse(written) is None
+    assert parse_source(written, base=tmp_path) == tmp_path / written
+
+
+@pytest.mark.parametrize("written", ["org/model", "org/model@main", "model"])
+def test_a_folder_that_is_there_wins_over_a_repository(tmp_path: Path, written: str) -> None:
+    (tmp_path / written).mkdir(parents=True)
+    assert parse_source(written, base=tmp_path) == tmp_path / written
+
+
+def test_so_does_a_file_which_is_then_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org/model").touch()
+    assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
+
+
+def test_a_folder_counts_from_the_base_and_from_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert parse_source("org/model") == Path("org/model")
+    assert parse_source("org/model", base=tmp_path / "elsewhere") == Repository("org/model")
+    assert parse_source(str(tmp_path / "org/model"), base=tmp_path / "elsewhere") == tmp_path / "org/model"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    if there:
+        (tmp_path / "models/pre").mkdir(parents=True)
+    assert parse_source("~/models/pre", base=tmp_path / "elsewhere") == tmp_path / "models/pre"
+
+
+def test_a_repository_is_told_from_another_by_its_name_and_its_revision() -> None:
+    repository = Repository("org/model", "main")
+    assert repository == Repository.parse("org/model@main")
+    others = {Repository("org/model"), Repository("org/other", "main"), Repository("org/model", "v")}
+    assert len({repository, *others}) == 4
+    with pytest.raises(AttributeError):
+        repository.name = "org/other"  # type: ignore[misc]

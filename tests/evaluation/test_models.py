@@ -1,0 +1,99 @@
+"""Labels and locations of models, and requesting missing samples."""
+
+from pathlib import Path
+
+import pytest
+
+from slrmerge.checkpoint.location import Repository
+from slrmerge.errors import OptionError
+from slrmerge.evaluation.models import ModelNames, NamedModel, ServerAddress, parse_model, parse_models, request_missing
+from slrmerge.evaluation.samples import SampleFile, Settings, seed_of
+from slrmerge.io.progress import Progress
+from tests.evaluation.helpers import Answering
+from tests.problems import refused
+
+URL = "http://localhost:8000/v1"
+SETTINGS = Settings("a-model", 1.0, 0.1, 64, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [
+        ("slr=./hybrid", NamedModel("slr", Path("./hybrid"))),
+        ("slr=/models/a=b", NamedModel("slr", Path("/models/a=b"))),
+        ("./models/hybrid/", NamedModel("hybrid", Path("./models/hybrid"))),
+        ("..", NamedModel(Path.cwd().parent.name, Path())),
+        ("org/name@main", NamedModel("name", Repository("org/name", "main"))),
+        ("post=org/name", NamedModel("post", Repository("org/name"))),
+        (f"post=org/name@{URL}", NamedModel("post", ServerAddress("org/name", URL))),
+        (f"org/name@{URL}", NamedModel("name", ServerAddress("org/name", URL))),
+        (f"post={URL}", NamedModel("post", ServerAddress(None, URL))),
+        (URL, NamedModel("v1", ServerAddress(None, URL))),
+        ("https://example.org", NamedModel("example.org", ServerAddress(None, "https://example.org"))),
+        ("post=a@b@https://user.example/v1", NamedModel("post", ServerAddress("a@b", "https://user.example/v1"))),
+    ],
+)
+def test_a_model_is_a_label_and_a_place(written: str, named: NamedModel) -> None:
+    found = parse_model(written)
+    assert found.label == named.label
+    assert written == ".." or found.at == named.at
+
+
+def test_a_path_is_a_folder_whatever_its_name() -> None:
+    assert parse_model(Path("org/name")) == NamedModel("name", Path("org/name"))
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        {"post": "./a", "slr": Path("b")},
+        ["post=./a", "slr=b"],
+        [NamedModel("post", Path("a")), NamedModel("slr", Path("b"))],
+    ],
+)
+def test_models_are_a_mapping_or_a_sequence(models: ModelNames) -> None:
+    assert parse_models(models) == [NamedModel("post", Path("a")), NamedModel("slr", Path("b"))]
+
+
+def test_one_model_needs_no_list() -> None:
+    assert parse_models("post=./a") == [NamedModel("post", Path("a"))]
+    assert parse_models(Path("a")) == [NamedModel("a", Path("a"))]
+
+
+@pytest.mark.parametrize("models", [["./a", "b/a"], ["post=./a", "post=./b"]])
+def test_two_models_with_one_label_are_refused(models: list[str]) -> None:
+    with refused(OptionError, "duplicate-label"):
+        parse_models(models)
+
+
+@pytest.mark.parametrize("models", [[], {}])
+def test_no_models_are_refused(models: ModelNames) -> None:
+    with refused(OptionError, "empty"):
+        parse_models(models)
+
+
+def request(model: Answering, file: SampleFile, prompts: dict[str, str], samples: int) -> None:
+    request_missing(model, "post", prompts, file, SETTINGS, samples=samples, progress=Progress())
+
+
+def test_only_missing_samples_are_requested_each_with_its_own_seed(tmp_path: Path) -> None:
+    model = Answering(str.upper)
+    with SampleFile(tmp_path / "samples.jsonl") as file:
+        request(model, file, {"p1": "one"}, 2)
+        request(model, file, {"p1": "one", "p2": "two"}, 3)
+        request(model, file, {"p2": "two"}, 1)
+        assert [(*each.key[1:], each.prompt) for each in model.requests] == [
+            ("p1", 0, "one"), ("p1", 1, "one"), ("p1", 2, "one"), ("p2", 0, "two"), ("p2", 1, "two"), ("p2", 2, "two"),
+        ]  # fmt: skip
+        expected = [seed_of(3, each.key.prompt, each.key.sample) for each in model.requests]
+        assert [each.seed for each in model.requests] == expected
+        assert {answer.text for each in model.requests if (answer := file.answer(each.key))} == {"ONE", "TWO"}
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:abc/v1", "http://[::1/v1", "http://localhost:99999/v1", "http://:80"]
+)
+def test_an_invalid_url_is_refused(url: str) -> None:
+    with refused(OptionError, "invalid-url") as caught:
+        parse_model(f"post=m@{url}")
+    assert caught.value.problems[0].where == url

@@ -1,0 +1,119 @@
+"""The page of samples and the charts; a text never becomes markup of the page."""
+
+from dataclasses import replace
+from html.parser import HTMLParser
+from math import nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slrmerge.evaluation import charts
+from slrmerge.evaluation.page import PROMPTS_SHOWN, TEXTS_SHOWN, page
+from slrmerge.evaluation.result import EvaluationResult, summarise
+from slrmerge.evaluation.tasks.base import Metric, ModelResponses, Score
+from slrmerge.evaluation.tasks.reasoning import KS
+from slrmerge.io.figures import save_figure
+from tests.evaluation.test_result import result
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def saying(*texts: str | None, mark: str = "") -> EvaluationResult:
+    """A result with one prompt and one model with these responses."""
+    found = result(post=[1.0])
+    question = found.responses[0].question
+    return replace(
+        found,
+        responses=[ModelResponses("post", question, texts)],
+        scores=[Score({"m": 1.0, "none": nan}, [mark] * len(texts))],
+    )
+
+
+def test_the_page_has_table_prompts_and_responses() -> None:
+    text = Tags(page(result(post=[1.0, 2.0], slr=[3.0, 4.0]))).text
+    assert text.count("Prompt 0, “quoted”") == 1
+    for shown in ("creative", "m: what it means", "first line\nsecond line", "2.000 (", "from post"):
+        assert shown in text
+    assert [text.count(f"m {value:.3f}") for value in (1, 2, 3, 4)] == [1, 1, 1, 1]
+
+
+def test_a_frequent_text_is_shown_once_and_first() -> None:
+    text = Tags(page(saying("rare", "often", "often", None, "", mark="✓"))).text
+    assert "2 × often ✓" in text
+    assert text.index("often") < text.index("rare")
+    assert "(not readable)" in text
+    assert "(empty)" in text
+
+
+def test_further_texts_are_counted() -> None:
+    assert "and 3 more texts" in Tags(page(saying(*map(str, range(TEXTS_SHOWN + 3))))).text
+
+
+@given(
+    st.lists(st.text(), min_size=1, max_size=3).map(lambda texts: [*texts, "</li></ol><script>alert(1)</script>&amp;"])
+)
+def test_no_text_becomes_markup(texts: list[str]) -> None:
+    plain = Tags(page(saying(*(f"text {number}" for number, _ in enumerate(dict.fromkeys(texts))))))
+    assert Tags(page(saying(*dict.fromkeys(texts)))).tags == plain.tags
+
+
+@pytest.mark.parametrize("values", [{"post": [1.0, 2.0], "slr": [0.5, nan]}, {"post": [1.0]}])
+def test_bars_are_drawn_where_there_are_values(tmp_path: Path, values: dict[str, list[float]]) -> None:
+    found = result(**values)
+    save_figure(charts.draw(found), tmp_path / "metrics")
+    drawn = (tmp_path / "metrics.svg").read_text()
+    assert all(f">{name}</text>" in drawn for name in ("m", *values))
+    assert ">none</text>" not in drawn
+    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pass_at_k_is_drawn_as_a_curve_for_each_model() -> None:
+    metrics = tuple(Metric(f"pass@{k}", "") for k in KS)
+    values = {metric.name: [place / 6, place / 7] for place, metric in enumerate(metrics)} | {"pass@64": [nan, nan]}
+    models = ("post", "slr")
+    found = replace(
+        result(post=[1.0, 1.0], slr=[1.0, 1.0]),
+        metrics=metrics,
+        cells=summarise({model: {name: np.array(numbers) for name, numbers in values.items()} for model in models}),
+        plot="curves",
+    )
+    (axes,) = charts.draw(found).axes
+    assert [line.get_label() for line in axes.lines] == list(models)
+    assert axes.lines[0].get_xdata().tolist() == [1, 4, 8, 16, 32]  # no model has 64 samples
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([sum(values[f"pass@{k}"]) / 2 for k in KS[:-1]])
+
+
+def test_further_prompts_are_counted() -> None:
+    text = Tags(page(result(post=[1.0] * (PROMPTS_SHOWN + 2)))).text
+    assert f"Prompt {PROMPTS_SHOWN - 1}," in text
+    assert f"Prompt {PROMPTS_SHOWN}," not in text
+    assert "and 2 more prompts in samples.jsonl" in text
+
+
+def test_bars_of_values_that_are_all_equal_are_drawn_whatever_their_rounding(tmp_path: Path) -> None:
+    save_figure(charts.draw(result(post=[0.3] * 37)), tmp_path / "metrics")
+    assert (tmp_path / "metrics.png").exists()
+
+
+def test_a_result_without_values_is_shown(tmp_path: Path) -> None:
+    found = result(post=[nan], slr=[nan])
+    assert "<table>" in page(found)
+    save_figure(charts.draw(found), tmp_path / "metrics")
+    assert (tmp_path / "metrics.png").exists()

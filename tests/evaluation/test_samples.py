@@ -1,0 +1,139 @@
+"""A file of samples: whole lines, in any order, never for other settings."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slrmerge.errors import NoSpaceError, OutputError
+from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings, seed_of
+from tests.problems import refused
+
+SETTINGS = Settings("a-model", 1.0, 0.1, 64, seed=5)
+KEY, ANSWER = SampleKey("post", "p1", 0), Answer("Ohio\n“Utah”", "stop")
+
+
+def append(file: SampleFile, key: SampleKey = KEY, answer: Answer = ANSWER, settings: Settings = SETTINGS) -> None:
+    file.append(key, answer, settings)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "samples.jsonl"
+
+
+def test_a_line_holds_everything_that_a_sample_depends_on(path: Path) -> None:
+    with SampleFile(path) as file:
+        append(file)
+    settings = {
+        "model_id": "a-model",
+        "temperature": 1.0,
+        "min_p": 0.1,
+        "max_tokens": 64,
+        "seed": 5,
+        "verbalized": None,
+    }
+    assert json.loads(path.read_text()) == {
+        "model": "post", "prompt": "p1", "sample": 0, "seed": seed_of(5, "p1", 0), "settings": settings,
+        "text": "Ohio\n“Utah”", "finish_reason": "stop",
+    }  # fmt: skip
+
+
+def test_samples_are_read_when_the_file_is_opened_again(path: Path) -> None:
+    with SampleFile(path) as file:
+        append(file)
+    with SampleFile(path) as file:
+        other = KEY._replace(sample=1)
+        assert file.missing([KEY, other]) == [other]
+        assert file.answer(KEY) == ANSWER
+        assert file.answer(other) is None
+        assert len(file) == 1
+
+
+@given(st.text(), st.integers(0, 400))
+def test_cut_off_anywhere_it_holds_the_whole_lines_and_takes_the_rest_again(text: str, cut: int) -> None:
+    with TemporaryDirectory() as folder:
+        _cut_off(Path(folder) / "samples.jsonl", text, cut)
+
+
+def _cut_off(path: Path, text: str, cut: int) -> None:
+    keys = [KEY._replace(sample=number) for number in range(3)]
+    with SampleFile(path) as file:
+        for key in keys:
+            append(file, key, Answer(text, "stop"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut])
+    with SampleFile(path) as file:
+        for key in file.missing(keys):
+            append(file, key, Answer(text, "stop"))
+    with SampleFile(path) as file:
+        assert not file.missing(keys)
+    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("change", "described"),
+    [
+        ({"temperature": 1.5}, "temperature 1.0, now 1.5"),
+        ({"min_p": 0.0, "max_tokens": 32}, "min_p 0.1, now 0.0, max_tokens 64, now 32"),
+        ({"model_id": "another"}, "model_id a-model, now another"),
+        ({"verbalized": 4}, "verbalized None, now 4"),
+        ({"seed": 6}, "seed 5, now 6"),
+    ],
+)
+def test_samples_with_other_settings_are_refused(path: Path, change: dict[str, Any], described: str) -> None:
+    with SampleFile(path) as file:
+        append(file)
+        file.require_same([KEY, KEY._replace(model="slr")], SETTINGS)
+        with refused(OutputError, "settings-changed") as caught:
+            file.require_same([KEY._replace(sample=7), KEY], SETTINGS._replace(**change))
+    (problem,) = caught.value.problems
+    assert problem.where == str(path)
+    assert f"({described})" in problem.what
+
+
+@pytest.mark.parametrize(
+    "line", ["", "3", "{}", "[1]", '{"model": "post"}', "nonsense", '{"settings": {"more": 1}}', "\x00"]
+)
+def test_an_invalid_line_is_named(path: Path, line: str) -> None:
+    with SampleFile(path) as file:
+        append(file)
+    path.write_text(path.read_text() + line + "\n")
+    with refused(OutputError, "not-a-sample") as caught:
+        SampleFile(path)
+    assert caught.value.problems[0].where == f"{path}:2"
+
+
+def fill(file: SampleFile) -> None:
+    for number in range(1000):
+        append(file, KEY._replace(sample=number), Answer("x" * 1000, "length"))
+
+
+def test_a_full_disk_leaves_whole_lines_only(small_disk: Path) -> None:
+    path = small_disk / "samples.jsonl"
+    with SampleFile(path) as file:
+        with refused(NoSpaceError, "no-space") as caught:
+            fill(file)
+        kept = len(file)
+    assert caught.value.problems[0].where == str(path)
+    assert kept > 10
+    assert path.read_bytes().endswith(b"}\n")
+    with SampleFile(path) as file:
+        assert len(file) == kept
+
+
+def test_a_folder_instead_of_a_file_is_refused(path: Path) -> None:
+    path.mkdir()
+    with refused(OutputError, "io-error"):
+        SampleFile(path)
+
+
+@given(st.integers(0, 2**40), st.text(), st.integers(0, 10**6))
+def test_a_seed_has_31_bits_and_depends_on_all_three(seed: int, prompt: str, sample: int) -> None:
+    found = seed_of(seed, prompt, sample)
+    assert 0 <= found < 2**31
+    assert len({found, seed_of(seed + 1, prompt, sample), seed_of(seed, prompt, sample + 1)}) == 3

@@ -1,0 +1,72 @@
+"""Small files, folders and exchanges of names on the disk."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from slrmerge.io import files
+
+
+def test_two_names_are_exchanged_in_one_step_where_the_system_can(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    if not files.exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this system cannot")
+    assert [(tmp_path / name / "file").read_text() for name in "ab"] == ["b", "a"]
+
+
+def test_an_exchange_with_a_missing_name_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert not files.exchange(tmp_path / "a", tmp_path / "b")
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_small_file_is_written_whole_and_synced_when_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    files.write_file(tmp_path / "file", b"12345", durable=durable)
+    assert (tmp_path / "file").read_bytes() == b"12345"
+    assert sizes == ([5] if durable else [])  # everything had left the buffer by then
+
+
+def test_a_small_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old and longer")
+    files.replace_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_a_folder_is_created_with_its_parents_and_may_exist(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        files.create_folder(tmp_path / "a" / "b", durable=False)
+        files.create_folder(tmp_path / "a" / "b", durable=False)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o750
+
+
+def test_every_new_folder_is_synced_when_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    files.create_folder(tmp_path / "a" / "b", durable=True)
+    files.create_folder(tmp_path / "a" / "b", durable=True)
+    assert sorted(synced) == [tmp_path, tmp_path / "a"]
+
+
+def test_syncing_a_folder_closes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr(os, "fsync", opened.append)
+    files.sync_folder(tmp_path)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
+
+
+def test_free_bytes_are_those_of_the_nearest_existing_folder(tmp_path: Path) -> None:
+    assert files.free_bytes(tmp_path / "a" / "b" / "c") > 0

@@ -1,0 +1,107 @@
+"""YAML files that are read, and everything that is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slrmerge.errors import RecipeError
+from slrmerge.io.strict_yaml import MAX_BYTES, read_mapping, write_yaml
+from tests.problems import refused
+
+
+def written(folder: Path, text: str | bytes) -> Path:
+    path = folder / "file.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("\ufeff# comment\na: 1  # α\n", {"a": 1}),
+        ("{}", {}),
+        ("a: &x [1, 2]\nb: *x\n", {"a": [1, 2], "b": [1, 2]}),
+        ("a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}\n", {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}),
+        ("a: {b: 1}\nc: {b: 1}\n", {"a": {"b": 1}, "c": {"b": 1}}),
+        ("1: a\nnull: b\n", {1: "a", None: "b"}),
+    ],
+)
+def test_ordinary_yaml_is_read(tmp_path: Path, text: str, content: dict[Any, Any]) -> None:
+    assert read_mapping(written(tmp_path, text)) == content
+
+
+def test_a_file_of_the_maximum_size_is_read(tmp_path: Path) -> None:
+    assert read_mapping(written(tmp_path, "a: 1\n".ljust(MAX_BYTES, "#"))) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("", "wrong-type"),
+        ("# nothing\n", "wrong-type"),
+        ("- a: 1\n", "wrong-type"),
+        ("llama", "wrong-type"),
+        ("a: 1\na: 0\n", "invalid-yaml"),
+        ("a: [{b: 0, c: 1, b: 0}]", "invalid-yaml"),
+        ("1: a\n'1': b\n", "invalid-yaml"),
+        ("? [a]\n: 1\n", "invalid-yaml"),
+        ("a:\n\t- 1\n", "invalid-yaml"),
+        ("a: [1\n", "invalid-yaml"),
+        ("a: *b\n", "invalid-yaml"),
+        ("a: 1\n---\na: 0\n", "invalid-yaml"),
+        ("a: !!python/object:os.system {}\n", "invalid-yaml"),
+        ("a: \x01\n", "invalid-yaml"),
+        ("a: &a [*a]\n", "invalid-yaml"),
+        ("a: &a {b: {c: *a}}\n", "invalid-yaml"),
+        ("a: &a {<<: *a}\n", "invalid-yaml"),
+        (b"a: \xe9\n", "not-utf8"),
+        ("a: 1\n".encode("utf-16"), "not-utf8"),
+        ("a: " + "[" * 1500 + "]" * 1500, "invalid-yaml"),
+        ("a: " + "{a: " * 1500 + "}" * 1500, "invalid-yaml"),
+        (b"#" * (MAX_BYTES + 1), "recipe-too-large"),
+        *((f"a: {value}", "invalid-yaml") for value in ("2020-13-45", "!!int ''", "!!float abc", "!!timestamp soon")),
+        ("a: !!bool maybe", "invalid-yaml"),
+        ("a: " + "9" * 5000, "invalid-yaml"),
+    ],
+    ids=lambda value: repr(value[:40]),
+)
+def test_a_file_that_is_not_a_strict_mapping_is_refused(tmp_path: Path, text: str | bytes, code: str) -> None:
+    path = written(tmp_path, text)
+    with refused(RecipeError, code) as caught:
+        read_mapping(path)
+    assert caught.value.problems[0].where == str(path)
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_the_place_of_a_duplicate_key_is_named(tmp_path: Path) -> None:
+    with refused(RecipeError, "invalid-yaml") as caught:
+        read_mapping(written(tmp_path, "a: 1\nb: {c: 1,\n  c: 2}\n"))
+    assert "line 3, column 3" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", ".", "null\0byte", "x" * 300])
+def test_a_path_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
+    with refused(RecipeError, "recipe-unreadable"):
+        read_mapping(tmp_path / name)
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")))
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
+CONTENT = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=10)
+
+
+@given(content=st.dictionaries(TEXT, CONTENT))
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> None:
+    text = write_yaml(content)
+    assert yaml.safe_load(text) == content
+    path = written(tmp_path_factory.getbasetemp(), text)
+    if "<<" not in text:
+        assert read_mapping(path) == content
+
+
+def test_short_lists_are_written_on_one_line_in_the_order_given() -> None:
+    assert write_yaml({"b": [1, 2], "a": "é"}) == "b: [1, 2]\na: é\n"

@@ -1,0 +1,158 @@
+"""The files beside the weights: which are copied, which are left out, and the dtype in the config."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slrmerge.checkpoint.side_files import INDEX_NAME
+from slrmerge.merging.plan.model import MergePlan
+from slrmerge.merging.stream import file_chunks
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
+from tests.merging.plan import plan_of
+
+COPIED = [
+    "LICENSE",
+    "LICENSE.md",
+    "NOTICE.rst",
+    "Notice",
+    "USE_POLICY.md",
+    "added_tokens.json",
+    "additional_chat_templates/tool_use.jinja",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "spm.spm",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.tiktoken",
+    "tokenizer_config.json",
+    "vocab.bpe",
+    "vocab.json",
+]
+LEFT = [
+    ".gitattributes",
+    ".hidden.json",
+    "README.md",
+    "consolidated.00.pth",
+    "extra.safetensors",
+    "flax_model.msgpack",
+    "logo.png",
+    "onnx/model.onnx",
+    "original/params.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "slrmerge.json",
+    "slrmerge.yaml",
+    "training_args.bin",
+    "trainer_state.json",
+]
+
+
+def plan_with(folder: Path, files: list[str], *, allow_code: bool = False, **recipe: object) -> MergePlan:
+    write_checkpoint(folder / "pre", llama_tensors("pre"), side_files={"vocab.json": "pre", "only_pre.json": "pre"})
+    write_checkpoint(folder / "post", llama_tensors("post"), side_files={name: f"of {name}" for name in files})
+    return plan_of(folder, allow_code=allow_code, **({"restore": [1, 2]} | recipe))
+
+
+def contents(plan: MergePlan) -> dict[str, bytes]:
+    return {file.name: b"".join(file_chunks(file)) for file in plan.files}
+
+
+def test_config_tokenizer_templates_and_licences_are_copied_and_nothing_else(tmp_path: Path) -> None:
+    plan = plan_with(tmp_path, COPIED + LEFT)
+    config = (tmp_path / "post/config.json").read_bytes()
+    assert contents(plan) == {"config.json": config} | {name: f"of {name}".encode() for name in COPIED}
+    assert [file.name for file in plan.files] == sorted(["config.json", *COPIED])
+    assert all(file.file_bytes == len(contents(plan)[file.name]) for file in plan.files)
+    assert plan.notes == ()
+
+
+def test_python_files_are_left_out_with_a_note(tmp_path: Path) -> None:
+    plan = plan_with(tmp_path, ["modeling_x.py", "tokenization_x.py"])
+    assert contents(plan).keys() == {"config.json"}
+    (note,) = plan.notes
+    assert "modeling_x.py, tokenization_x.py" in note
+
+
+def test_the_note_reports_python_files_that_the_config_needs(tmp_path: Path) -> None:
+    config = llama_config(auto_map={"AutoModel": "modeling_x.Model"})
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre"), config)
+    write_checkpoint(tmp_path / "post", llama_tensors("post"), config, side_files={"modeling_x.py": "x"})
+    (note,) = plan_of(tmp_path, restore=[1, 2]).notes
+    assert "modeling_x.py" in note
+    assert "auto_map" in note
+
+
+def test_python_files_are_copied_where_allowed_with_a_note(tmp_path: Path) -> None:
+    plan = plan_with(tmp_path, ["modeling_x.py", "tokenizer.json"], allow_code=True)
+    assert contents(plan)["modeling_x.py"] == b"of modeling_x.py"
+    assert [file.name for file in plan.files] == ["config.json", "modeling_x.py", "tokenizer.json"]
+    (note,) = plan.notes
+    assert "modeling_x.py" in note
+
+
+def test_the_config_is_copied_byte_for_byte_without_a_dtype(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre"))
+    write_checkpoint(tmp_path / "post", llama_tensors("post"))
+    text = '{ "num_hidden_layers":6,"dtype" : "bfloat16",\r\n "eps": 1e-05, "x": "\\u00e9" }'
+    (tmp_path / "post/config.json").write_bytes(text.encode())
+    assert contents(plan_of(tmp_path, restore=[1, 2]))["config.json"] == text.encode()
+
+
+def test_the_dtype_of_a_recipe_replaces_every_dtype_in_the_config(tmp_path: Path) -> None:
+    config = {
+        "num_hidden_layers": 6,
+        "torch_dtype": "bfloat16",
+        "text_config": {"dtype": "bfloat16", "rope": {"type": "yarn", "dtype": None}},
+        "vision_config": {"torch_dtype": "float32"},
+        "eps": 1e-05,
+        "names": ["é", {"dtype_of": "bfloat16"}],
+    }
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre"))
+    write_checkpoint(tmp_path / "post", llama_tensors("post"), config)
+    written = contents(plan_of(tmp_path, restore=[1, 2], dtype="float16"))["config.json"]
+    assert json.loads(written) == config | {
+        "torch_dtype": "float16",
+        "text_config": {"dtype": "float16", "rope": {"type": "yarn", "dtype": None}},
+        "vision_config": {"torch_dtype": "float16"},
+    }
+    assert list(json.loads(written)) == list(config)
+    assert "é" in written.decode()
+
+
+@pytest.mark.parametrize(("size", "sharded"), [("5GB", False), ("1KB", True)])
+def test_an_index_is_written_for_several_shards_only(tmp_path: Path, size: str, sharded: bool) -> None:
+    plan = plan_with(tmp_path, [], max_shard_size=size)
+    assert (INDEX_NAME in contents(plan)) is (len(plan.shards) > 1) is sharded
+    if sharded:
+        post = llama_tensors("post")
+        index = json.loads(contents(plan)[INDEX_NAME])
+        assert index["metadata"] == {"total_size": sum(len(tensor.data) for tensor in post.values())}
+        assert index["weight_map"] == {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
+        assert index["weight_map"].keys() == post.keys()
+
+
+def test_the_index_of_the_post_trained_shards_is_not_copied(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre"))
+    write_checkpoint(tmp_path / "post", llama_tensors("post"), shards=3)
+    assert contents(plan_of(tmp_path, restore=[1, 2])).keys() == {"config.json", "tokenizer.json"}
+
+
+def test_files_of_the_hubs_cache_are_followed_through_their_links(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre"))
+    write_checkpoint(tmp_path / "post", llama_tensors("post"), side_files={})
+    (tmp_path / "blob").write_text("tokens")
+    (tmp_path / "post/tokenizer.json").symlink_to("../blob")
+    assert contents(plan_of(tmp_path, restore=[1, 2]))["tokenizer.json"] == b"tokens"
+
+
+def test_tokenizer_files_of_the_pretrained_side_replace_all_of_the_other(tmp_path: Path) -> None:
+    names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"]
+    found = contents(plan_with(tmp_path, names, tokenizer="pretrained"))
+    assert found.keys() == {"config.json", "generation_config.json", "LICENSE", "vocab.json"}
+    assert found["vocab.json"] == b"pre"

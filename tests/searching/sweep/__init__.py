@@ -1,0 +1,1 @@
+"""Tests of `slrmerge.searching.sweep`, module by module."""

@@ -1,0 +1,143 @@
+"""Figures are drawn, name what they show, and have the same bytes every time."""
+
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import pytest
+
+from slrmerge.io.figures import save_figure
+from slrmerge.recipe.rules import Rules
+from slrmerge.searching.candidates import CandidateInfo
+from slrmerge.searching.plots import draw_result, heatmaps_figure, tradeoff_figure
+from slrmerge.searching.results import FIGURES, SearchResult
+from slrmerge.searching.selection import ScoredCandidate
+from tests.searching.pairs import POST, PRE, interval, made_result, made_rows, row
+
+SPANS = list(combinations_with_replacement(range(4), 2))
+SCORES = {(i, j): (0.95 - 0.07 * (j - i), 1.0 + 0.1 * (j - i) + 0.03 * i) for i, j in SPANS}
+OTHERS = [
+    row(replace(interval(0, 1), space="attention", label="layers 0–1, self_attn only", modules="self_attn"), 0.9, 1.2),
+    row(replace(interval(0, 1), space="mlp", label="layers 0–1, mlp only", modules="mlp"), 0.8, 1.3),
+    row(CandidateInfo(space="recipe", label="mine", rules=Rules(alpha=0.3)), 0.7, 1.4),
+]
+
+
+FILLED = made_result(made_rows(SCORES) + OTHERS)
+
+
+def draw(folder: Path, result: SearchResult) -> dict[str, bytes]:
+    draw_result(folder, result.rows, result.choice, result.layers)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The figures of a result with candidates of every kind."""
+    return draw(tmp_path_factory.mktemp("pictures"), FILLED)
+
+
+def words(svg: bytes) -> list[str]:
+    """The texts of a figure."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg.decode())
+
+
+def test_both_figures_are_drawn_as_png_and_svg(drawn: dict[str, bytes]) -> None:
+    assert sorted(drawn) == sorted(FIGURES)
+    for name in ("tradeoff.png", "heatmaps.png"):
+        assert drawn[name].startswith(b"\x89PNG\r\n\x1a\n")
+        width, height = struct.unpack(">II", drawn[name][16:24])
+        assert width > 1000
+        assert height > 700
+
+
+def test_the_tradeoff_names_its_axes_its_marks_and_the_selection(drawn: dict[str, bytes]) -> None:
+    assert FILLED.choice.slr is not None
+    expected = {
+        "quality Q: probability of a valid answer", "diversity D: entropy of the valid answers (nats)", "intervals",
+        "attention only", "MLPs only", "their front, with layers restored", "soups", "recipes", "post-trained",
+        f"selected: {FILLED.choice.slr.info.label}", "0.9 · Q(post)",
+    }  # fmt: skip
+    assert expected <= set(words(drawn["tradeoff.svg"]))
+
+
+def test_the_front_is_labelled_with_its_numbers_of_restored_layers(drawn: dict[str, bytes]) -> None:
+    front = [each for each in FILLED.rows if each.info.space == "interval" and each.pareto]
+    assert len(front) > 1
+    lengths = [word for word in words(drawn["tradeoff.svg"]) if word in {"1", "2", "3", "4"}]
+    assert sorted(lengths) == sorted(str(each.info.layers_restored) for each in front)
+
+
+def test_the_heatmaps_name_both_scores_and_both_ends(drawn: dict[str, bytes]) -> None:
+    texts = words(drawn["heatmaps.svg"])
+    assert {"quality Q", "diversity D (nats)"} <= set(texts)
+    assert texts.count("first restored layer") == texts.count("last restored layer") == 2
+
+
+def test_the_heatmaps_have_every_interval_in_its_place_and_the_selection_framed() -> None:
+    assert FILLED.choice.slr is not None
+    choice = FILLED.choice.slr.info
+    assert choice.start is not None
+    assert choice.end is not None
+    for number, axes in enumerate(
+        axes for axes in heatmaps_figure(FILLED.rows, FILLED.choice, FILLED.layers).axes if axes.get_images()
+    ):
+        shown = axes.get_images()[0].get_array()
+        assert shown is not None
+        assert {span: shown[span] for span in SPANS} == {span: SCORES[span][number] for span in SPANS}
+        assert shown.mask.sum() == 16 - len(SPANS)
+        (frame,) = axes.patches
+        assert (frame.get_x(), frame.get_y()) == (choice.end - 0.5, choice.start - 0.5)
+
+
+def test_the_same_results_give_the_same_bytes(drawn: dict[str, bytes], tmp_path: Path) -> None:
+    assert draw(tmp_path, FILLED) == drawn
+    assert b"<dc:date>" not in drawn["tradeoff.svg"]
+    assert b"Software" not in drawn["tradeoff.png"]
+
+
+def test_the_settings_of_matplotlib_are_not_changed(tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    save_figure(tradeoff_figure(FILLED.rows, FILLED.choice), tmp_path / "x")
+    assert dict(mpl.rcParams) == before
+
+
+PLAIN: dict[str, tuple[Sequence[ScoredCandidate], float]] = {
+    "nothing is feasible": ([row(POST, 1, 1), *made_rows(SCORES)[1:]], 1),
+    "no soups": ([each for each in made_rows(SCORES) if each.info.space != "soup"], 0.9),
+    "no intervals": (made_rows({}), 0.9),
+    "only the parents": ([row(POST, 0.9, 1), row(PRE, 0.5, 2)], 0.9),
+    "attention only": ([row(POST, 0.9, 1), row(PRE, 0.5, 2), OTHERS[0]], 0.9),
+    "one layer": ([row(POST, 0.9, 1), row(PRE, 0.5, 2), row(interval(0, 0), 0.9, 1.5)], 0.9),
+    "all the same": ([row(POST, 0.9, 1), row(PRE, 0.9, 1), row(interval(0, 0), 0.9, 1)], 0.9),
+    "no quality and no diversity": ([row(POST, 0, 0), row(PRE, 0, 0), row(interval(0, 0), 0, 0)], 0.9),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_any_candidates_can_be_drawn(case: str) -> None:
+    rows, min_quality = PLAIN[case]
+    result = made_result(rows, min_quality=min_quality)
+    for figure in (
+        figures := [
+            tradeoff_figure(result.rows, result.choice),
+            heatmaps_figure(result.rows, result.choice, result.layers),
+        ]
+    ):
+        figure.draw_without_rendering()
+    legend = figures[0].axes[0].get_legend()
+    assert legend is not None
+    names = [text.get_text() for text in legend.get_texts()]
+    assert "post-trained" in names
+    assert ("soups" in names) == any(each.info.space == "soup" for each in rows)
+    assert any(word.startswith("selected: ") for word in names) == (result.choice.slr is not None)
+    assert ("their front, with layers restored" in names) == any(
+        each.info.space in ("interval", "attention") for each in rows
+    )
+    frames = [patch for axes in figures[1].axes if axes.get_images() for patch in axes.patches]
+    assert bool(frames) == (result.choice.slr is not None)

@@ -1,0 +1,245 @@
+"""Questions become the right tokens, or are refused, with templates and tokenizers that have traps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from slrmerge.errors import Problem, UnsupportedModelError
+from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
+from slrmerge.searching.proxy_tasks import Question
+from slrmerge.searching.sweep.contexts import Context
+
+ASK = "Pick A or B."
+MARKS = ("<s>", "</s>", "<user>", "<bot>", "<think>", "</think>", "[INST]", "[/INST]")
+
+PLAIN = "{% for m in messages %}<{{ 'bot' if m.role == 'assistant' else 'user' }}>{{ m.content }}</s>{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}<bot>{% endif %}"
+
+
+def save(
+    folder: Path, template: str | None, *, words: tuple[str, ...] = (), spaced: bool = False, bos: bool = False
+) -> Path:
+    """A tokenizer of single characters, `words` and MARKS; with `spaced`, " A" is one token, "▁A"."""
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = ["<unk>", *characters, *("▁" + character for character in characters), "▁", *words]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    pattern = "|".join([*words, *(["▁[^▁]"] if spaced else []), "[\\s\\S]"])
+    splitter = pre_tokenizers.Split(Regex(pattern), "isolated")
+    if spaced:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    else:
+        tokenizer.decoder = decoders.Fuse()
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    if bos:
+        tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return folder
+
+
+def ask(folder: Path, *answers: str, text: str = ASK) -> tuple[list[str], list[str]]:
+    """The tokens of the prompt and of its valid answers."""
+    from transformers import AutoTokenizer
+
+    (prompt,) = tokenize([Question(text, answers)], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (context,) = prompt.contexts
+    assert prompt.answers == tuple(((0, number),) for number in range(len(answers)))
+    prompt_tokens, answer_tokens = map(tokenizer.convert_ids_to_tokens, (list(context.ids), list(context.targets)))
+    return prompt_tokens, answer_tokens
+
+
+def refusals(folder: Path, *answers: str) -> list[Problem]:
+    """The problems of a question with these answers; all are of the model's folder."""
+    with pytest.raises(UnsupportedModelError) as caught:
+        tokenize([Question(ASK, answers)], folder)
+    assert {problem.where for problem in caught.value.problems} == {str(folder)}
+    return list(caught.value.problems)
+
+
+def refused_answers(folder: Path, *answers: str) -> list[str]:
+    """The answers that are refused because they are not one token."""
+    problems = refusals(folder, *answers)
+    assert {problem.code for problem in problems} == {"answer-not-a-token"}
+    return [problem.what.split("'")[1] for problem in problems]
+
+
+def refusal_code(folder: Path) -> str:
+    (problem,) = refusals(folder, "A")
+    return problem.code
+
+
+def test_a_prompt_is_the_question_and_the_start_of_the_answer(tmp_path: Path) -> None:
+    assert ask(save(tmp_path, PLAIN), "A", "B") == (["<user>", *ASK, "</s>", "<bot>"], ["A", "B"])
+
+
+def test_prompts_are_in_the_order_of_the_questions(tmp_path: Path) -> None:
+    save(tmp_path, PLAIN)
+    questions = [Question("1?", ("1", "2")), Question("A?", ("A", "B", "C"))]
+    prompts = tokenize(questions, tmp_path)
+    contexts = contexts_of(prompts)
+    assert [len(context.ids) for context in contexts] == [5, 5]
+    assert [len(context.targets) for context in contexts] == [2, 3]
+    assert contexts[0].ids != contexts[1].ids
+    assert prompts == [tokenize([question], tmp_path)[0] for question in questions]
+
+
+def test_nothing_is_added_before_the_template(tmp_path: Path) -> None:
+    """Also by a tokenizer that starts every text with <s>: the template has it already."""
+    prompt, _ = ask(save(tmp_path, "<s>" + PLAIN, bos=True), "A")
+    assert prompt == ["<s>", "<user>", *ASK, "</s>", "<bot>"]
+
+
+SPACED = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+def test_a_space_before_the_answer_belongs_to_its_token(tmp_path: Path) -> None:
+    prompt, valid = ask(save(tmp_path, SPACED, spaced=True), "A", "B")
+    assert prompt[-1] == "[/INST]"
+    assert valid == ["▁A", "▁B"]
+
+
+def test_without_a_space_in_the_template_the_answer_has_none(tmp_path: Path) -> None:
+    _, valid = ask(save(tmp_path, SPACED.replace("%} {{", "%}{{"), spaced=True), "A", "B")
+    assert valid == ["A", "B"]
+
+
+def test_a_space_that_is_a_token_of_its_own_is_refused(tmp_path: Path) -> None:
+    assert refused_answers(save(tmp_path, SPACED), "A", "B") == ["A", "B"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", ": "])
+def test_the_end_of_the_generation_prompt_is_kept(tmp_path: Path, end: str) -> None:
+    template = PLAIN.replace("{{ m.content }}", "{{ end }}{{ m.content }}").replace("<bot>{%", "<bot>{{ end }}{%")
+    prompt, valid = ask(save(tmp_path, f"{{% set end = {end!r} %}}{template}"), "A", "B")
+    assert prompt == ["<user>", *end, *ASK, "</s>", "<bot>", *end]
+    assert valid == ["A", "B"]
+
+
+THINKING = PLAIN.replace(
+    "<bot>{% endif %}",
+    "<bot>{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}",
+)
+
+
+def test_thinking_is_switched_off_where_there_is_a_switch(tmp_path: Path) -> None:
+    prompt, valid = ask(save(tmp_path, THINKING), "A", "B")
+    assert prompt[-3:] == ["<bot>", "<think>", "</think>"]
+    assert valid == ["A", "B"]
+
+
+def test_a_template_that_renders_past_turns_differently_is_supported(tmp_path: Path) -> None:
+    assert ask(save(tmp_path, "{{ '<s>' if messages|length == 2 }}" + PLAIN), "A", "B") == (
+        ["<user>", *ASK, "</s>", "<bot>"],
+        ["A", "B"],
+    )
+
+
+def test_a_model_that_always_thinks_first_is_refused(tmp_path: Path) -> None:
+    template = PLAIN.replace("{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}")
+    assert refused_answers(save(tmp_path, template), "A") == ["A"]
+
+
+def test_answers_of_several_tokens_are_refused(tmp_path: Path) -> None:
+    assert refused_answers(save(tmp_path, PLAIN), "1", "10") == ["10"]
+
+
+def test_answers_of_several_characters_and_one_token_are_supported(tmp_path: Path) -> None:
+    assert ask(save(tmp_path, PLAIN, words=("10",)), "1", "10")[1] == ["1", "10"]
+
+
+def test_an_answer_that_merges_with_the_prompt_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, PLAIN.replace("<bot>{%", "<bot>:{%").replace("{{ m.content }}", ":{{ m.content }}"), words=(":A",))
+    assert ask(tmp_path, "B")[1] == ["B"]
+    assert refused_answers(tmp_path, "A", "B") == ["A"]
+
+
+def test_an_answer_that_merges_with_what_follows_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, PLAIN.replace("{{ m.content }}</s>", "{{ m.content }}.</s>"), words=("A.",))
+    assert refused_answers(tmp_path, "A", "B") == ["A"]
+
+
+def test_an_unknown_token_is_refused(tmp_path: Path) -> None:
+    assert refused_answers(save(tmp_path, PLAIN), "é") == ["é"]
+
+
+def test_three_refused_answers_are_reported(tmp_path: Path) -> None:
+    assert refused_answers(save(tmp_path, PLAIN), "10", "11", "12", "13", "1") == ["10", "11", "12"]
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    assert refusal_code(save(tmp_path, None)) == "no-chat-template"
+
+
+def test_a_chat_template_that_raises_is_reported_with_its_reason(tmp_path: Path) -> None:
+    save(tmp_path, "{{ raise_exception('a system turn is needed') }}")
+    (problem,) = refusals(tmp_path, "A")
+    assert problem.code == "chat-template-fails"
+    assert "a system turn is needed" in problem.what  # the template's own words
+
+
+def test_a_chat_template_that_is_wrong_is_reported(tmp_path: Path) -> None:
+    assert refusal_code(save(tmp_path, "{{ messages + 1 }}")) == "chat-template-fails"
+
+
+UNKNOWN_KIND = '{"version": "1.0", "added_tokens": [], "model": {"type": "Rumour"}}'
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", UNKNOWN_KIND])
+def test_a_folder_without_a_valid_tokenizer_is_refused(tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    (problem,) = refusals(tmp_path, "A")
+    assert problem.code == "no-tokenizer"
+    assert "()" not in problem.what  # it has a reason, on one line
+    assert "\n" not in problem.what
+
+
+# answers of several tokens
+
+
+def prompt_of(*contexts: Context, answers: tuple[tuple[tuple[int, int], ...], ...]) -> Prompt:
+    return Prompt(contexts, answers)
+
+
+def test_log_probs_of_single_token_answers_are_those_of_their_tokens(tmp_path: Path) -> None:
+    save(tmp_path, PLAIN)
+    prompts = tokenize([Question("1?", ("1", "2")), Question("A?", ("A", "B", "C"))], tmp_path)
+    log_probs = np.log(np.random.default_rng(0).random((4, 2, 3)))
+    log_probs[:, 0, 2] = np.nan
+    assert np.array_equal(answer_log_probs(prompts, log_probs), log_probs, equal_nan=True)
+
+
+def test_log_probs_of_an_answer_of_several_tokens_are_summed_along_its_path() -> None:
+    """Answers 1, 10 and 12 after the prompt 7: the tokens 1; 1, 0; 1, 2. The second prompt has one context."""
+    several = prompt_of(
+        Context((7,), (1,)), Context((7, 1), (0, 2)), answers=(((0, 0),), ((0, 0), (1, 0)), ((0, 0), (1, 1)))
+    )
+    single = prompt_of(Context((8,), (1, 2)), answers=(((0, 0),), ((0, 1),)))
+    assert [context.ids for context in contexts_of([several, single])] == [(7,), (7, 1), (8,)]
+    probabilities = np.array([[[0.5, np.nan], [0.25, 0.5], [0.1, 0.2]], [[0.8, np.nan], [0.5, 0.1], [0.3, 0.4]]])
+    found = np.exp(answer_log_probs([several, single], np.log(probabilities)))
+    expected = [[[0.5, 0.125, 0.25], [0.1, 0.2, np.nan]], [[0.8, 0.4, 0.08], [0.3, 0.4, np.nan]]]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_log_probs_of_prompts_in_another_order_are_in_that_order() -> None:
+    first = prompt_of(Context((1,), (1,)), Context((1, 1), (2,)), answers=(((0, 0), (1, 0)),))
+    second = prompt_of(Context((3,), (4,)), answers=(((0, 0),),))
+    log_probs = np.array([[[-1.0], [-2.0], [-4.0]]])
+    assert answer_log_probs([first, second], log_probs).tolist() == [[[-3.0], [-4.0]]]
+    assert answer_log_probs([second, first], log_probs).tolist() == [[[-1.0], [-6.0]]]

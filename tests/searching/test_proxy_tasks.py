@@ -1,0 +1,124 @@
+"""Proxy tasks: the forty questions of CRC, word for word; its scores, compared with sums worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from slrmerge.io.options import options_of
+from slrmerge.searching.options import SearchOptions
+from slrmerge.searching.proxy_tasks import TASKS, ConstrainedRandomCharacter
+
+NAN = math.nan
+TASK = ConstrainedRandomCharacter()
+
+DIGITS = "0-4 0-5 0-7 0-9 1-5 1-6 1-8 1-9 2-5 2-7 2-8 3-6 3-7 3-8 4-7 4-8 4-9 5-8 5-9 6-9"
+LETTERS = "A-K B-M B-S C-H C-K C-L D-P E-Z G-T I-N I-Q I-Y J-W L-U N-R N-V P-T P-W T-W U-Z"
+
+
+def score(*prompts: list[float]) -> tuple[list[float], list[float]]:
+    """Q and D of one candidate whose valid answers have these probabilities."""
+    with np.errstate(divide="ignore"):
+        scores = TASK.score(np.log(np.array([prompts])))
+    assert scores.quality.dtype == scores.diversity.dtype == np.float64
+    assert scores.quality.shape == scores.diversity.shape == (1, len(prompts))
+    return scores.quality[0].tolist(), scores.diversity[0].tolist()
+
+
+def test_the_questions_are_the_same_forty_in_every_run() -> None:
+    digits = [
+        f"Generate a random integer in the range [{low}, {high}]. Do not include anything else in your reply."
+        for low, high in (ends.split("-") for ends in DIGITS.split())
+    ]
+    letters = [
+        f"Generate a random letter from {low} to {high} (inclusive). Do not include anything else in your reply."
+        for low, high in (ends.split("-") for ends in LETTERS.split())
+    ]
+    assert [question.text for question in TASK.questions()] == digits + letters
+    assert len(digits) == len(letters) == 20
+    assert TASKS["crc"]().questions() == TASK.questions()
+
+
+def test_the_answers_are_every_character_of_the_range() -> None:
+    for question, ends in zip(TASK.questions(), f"{DIGITS} {LETTERS}".split(), strict=True):
+        low, high = ends.split("-")
+        assert list(question.answers) == [chr(code) for code in range(ord(low), ord(high) + 1)]
+        assert len(question.answers) >= 4
+
+
+def test_questions_are_distinct() -> None:
+    texts = [question.text for question in TASK.questions()]
+    assert len(set(texts)) == len(texts) == 40
+
+
+def test_quality_is_the_probability_of_valid_answers_and_diversity_their_entropy() -> None:
+    quality, diversity = score([0.25, 0.25, 0.25, 0.25], [0.3, 0.1, 0.0, 0.0], [0.0, 0.9, 0.0, 0.0])
+    assert quality == pytest.approx([1.0, 0.4, 0.9], abs=1e-12)
+    assert diversity == pytest.approx([math.log(4), -0.75 * math.log(0.75) - 0.25 * math.log(0.25), 0.0], abs=1e-12)
+
+
+def test_diversity_depends_on_shares_not_on_the_total_probability() -> None:
+    _, diversity = score([0.4, 0.2, 0.2], [0.004, 0.002, 0.002], [4e-200, 2e-200, 2e-200])
+    assert diversity == pytest.approx([1.5 * math.log(2)] * 3, abs=1e-12)
+
+
+def test_nan_past_a_prompts_own_answers_is_ignored() -> None:
+    padded, alone = score([0.25, 0.5, NAN, NAN], [0.1, 0.2, 0.3, 0.4]), score([0.25, 0.5])
+    assert (padded[0][0], padded[1][0]) == (alone[0][0], alone[1][0])
+    assert padded[0][0] == pytest.approx(0.75, abs=1e-12)
+    assert padded[1][0] == pytest.approx(math.log(3) - 2 / 3 * math.log(2), abs=1e-12)
+    assert padded[0][1] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_no_probability_on_valid_answers_is_zero_quality_and_zero_diversity() -> None:
+    assert score([0.0, 0.0, 0.0], [0.0, 0.0, NAN]) == ([0.0, 0.0], [0.0, 0.0])
+
+
+def test_a_certain_answer_has_zero_diversity() -> None:
+    assert score([1.0, 0.0, 0.0]) == ([1.0], [0.0])
+
+
+def test_candidates_and_prompts_are_scored_independently() -> None:
+    rng = np.random.default_rng(0)
+    log_probs: NDArray[np.float64] = np.log(rng.dirichlet(np.ones(6), size=(3, 4))[..., :5])
+    together = TASK.score(log_probs)
+    for candidate in range(3):
+        for prompt in range(4):
+            alone = TASK.score(log_probs[candidate : candidate + 1, prompt : prompt + 1])
+            assert alone.quality.item() == together.quality[candidate, prompt]
+            assert alone.diversity.item() == together.diversity[candidate, prompt]
+
+
+# every task
+
+
+def test_every_task_is_a_choice_of_the_option() -> None:
+    assert set(options_of(SearchOptions)["task"].choices) == set(TASKS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_questions_of_a_task_are_reproducible_distinct_and_have_several_answers(name: str) -> None:
+    questions = TASKS[name]().questions()
+    assert questions == TASKS[name]().questions()
+    assert len({question.text for question in questions}) == len(questions) > 0
+    for question in questions:
+        assert len(set(question.answers)) == len(question.answers) > 1
+        assert all(answer.strip() == answer != "" for answer in question.answers)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_scores_of_a_task_are_finite_and_a_uniform_distribution_is_at_least_as_diverse(name: str) -> None:
+    task = TASKS[name]()
+    answers = [len(question.answers) for question in task.questions()]
+    log_probs = np.full((3, len(answers), max(answers)), np.nan)
+    for prompt, count in enumerate(answers):
+        log_probs[0, prompt, :count] = math.log(0.9 / count)
+        log_probs[1, prompt, :count] = np.log(0.9 * np.random.default_rng(prompt).dirichlet(np.ones(count)))
+        log_probs[2, prompt, :count] = -np.inf
+    scores = task.score(log_probs)
+    assert scores.quality.shape == scores.diversity.shape == (3, len(answers))
+    assert np.isfinite(scores.quality).all()
+    assert (scores.diversity[0] >= scores.diversity[1]).all()
+    assert (scores.diversity >= 0).all()
+    assert (scores.quality[2] == 0).all()

@@ -1,1 +1,0 @@
-"""Tests of `slrmerge.sweep`, module by module."""
