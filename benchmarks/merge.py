@@ -7,6 +7,7 @@ an editable one may be compiled anew at every start (PYTHONDONTWRITEBYTECODE), w
     python benchmarks/merge.py --size 4GB --runs 5                    # a restoration and a soup against cp
     python benchmarks/merge.py --mergekit venv/bin/mergekit-yaml      # and against mergekit 0.1.5
     python benchmarks/merge.py --full-scale                           # one run on a sparse pair of 9B geometry
+    python benchmarks/merge.py --many-tensors                         # memory with 100,000 tensors
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,14 +89,14 @@ def write_side(folder: Path, geometry: Geometry, data: bytes | None) -> None:
         if shards[-1] and offset + size > geometry.shard_bytes:
             shards.append([])
             offset = 0
-        shards[-1].append((name, TensorInfo("BF16", shape, (offset, offset + size))))
+        shards[-1].append((name, TensorInfo("BF16", shape, size, offset)))
         offset += size
     weight_map: dict[str, str] = {}
     for number, entries in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with open(folder / file, "wb") as output:
             output.write(header_bytes(entries))
-            left = entries[-1][1].data_offsets[1]
+            left = entries[-1][1].end
             if data is None:
                 output.truncate(output.tell() + left)
                 left = 0
@@ -218,6 +220,32 @@ def small_things(work: Path, runs: int) -> list[list[str]]:
     return rows
 
 
+def many_tensors(work: Path) -> list[list[str]]:
+    """Memory with 100,000 small tensors: what a plan holds for each, and the peak of a restoration and of a soup."""
+    many = work / "100k"
+    geometry = Geometry(layers=11111, hidden=8, intermediate=16, vocabulary=32)
+    count = sum(1 for _ in geometry.tensors())
+    for seed, side in enumerate(("pre", "post")):
+        write_side(many / side, geometry, random_weights(seed))
+    write_recipe(many / "restoration.yaml", restore=[3000, 6000])
+    write_recipe(many / "soup.yaml", alpha=0.85)
+    rows: list[list[str]] = []
+    for kind in ("restoration", "soup"):
+        run = timed(f"{SLRMERGE} {many}/{kind}.yaml --out {many}/out --quiet --no-fsync", many / "out")
+        rows.append([f"{kind}, {count:,} tensors", "", f"{run.wall_s:.2f} s", "", f"{run.peak_bytes / 1e6:.0f} MB", ""])
+    # Planned here only now: the kernel counts this process's peak as that of the processes that it starts afterwards.
+    slrmerge.plan(many / "restoration.yaml")  # imports are not counted
+    tracemalloc.start()
+    plan = slrmerge.plan(many / "restoration.yaml")
+    held, peak = (size / count for size in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    title = f"plan of {len(plan.pair.posttrained):,} tensors, bytes per tensor"
+    rows.append([title, "", f"{held:.0f} held", "", f"{peak:.0f} peak", ""])
+    for row in rows:
+        print("  ".join(row), file=sys.stderr)
+    return rows
+
+
 def full_scale(work: Path) -> list[list[str]]:
     """One restoration and one soup of 9B geometry; the sources are sparse, the output is written in full."""
     geometry = Geometry(layers=42, hidden=3584, intermediate=14336, vocabulary=256000)
@@ -247,6 +275,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each command (default 5)")
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="path of mergekit-yaml")
     parser.add_argument("--full-scale", action="store_true", help="only one run on a sparse 9B pair")
+    parser.add_argument("--many-tensors", action="store_true", help="only memory with 100,000 tensors")
     parser.add_argument("--work", type=Path, default=None, help="where to work (default: a temporary folder)")
     chosen = parser.parse_args()
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(Path(slrmerge.__file__).parent)], check=True)
@@ -254,9 +283,11 @@ def main() -> None:
         work = Path(folder)
         if chosen.full_scale:
             print_table(full_scale(work))
+        elif chosen.many_tensors:
+            print_table(many_tensors(work))
         else:
             rivals = against_rivals(work, chosen.size, chosen.runs, chosen.mergekit)
-            print_table([*rivals, *small_things(work, chosen.runs)])
+            print_table([*rivals, *small_things(work, chosen.runs), *many_tensors(work)])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Every error that a caller can cause is a `SlrmergeError`: a list of `Problem`s and an exit code.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,12 +16,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: where, what, and what to do. `code` is stable across releases; the words are not."""
+    """One thing that is wrong: where, what, and what to do. `code` is stable across releases; the words are not.
+
+    The credentials of URLs are hidden.
+    """
 
     code: str
     where: str
     what: str
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("where", "what", "remedy"):
+            object.__setattr__(self, name, without_credentials(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" + (f"; {self.remedy}" if self.remedy else "")
@@ -170,3 +178,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+_URL = re.compile(r"(\w\w:/+)(\S+)")  # one slash where the URL was taken for a path
+_PARAMETER = re.compile(r"([?&;#][\w.-]+=)([^\s&;#'\"]+)")
+_SECRET_NAME = re.compile(r"key|token|secret|sig|passw|pwd|auth|cred", re.IGNORECASE)
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the user, the password and the query of every URL in it replaced by `***`."""
+    text = _URL.sub(_without_user_and_query, text)
+    return _PARAMETER.sub(lambda match: f"{match[1]}***" if _SECRET_NAME.search(match[1]) else match[0], text)
+
+
+def _without_user_and_query(match: "re.Match[str]") -> str:
+    """A URL. A password may contain what it should not, such as a slash; a path may contain an @."""
+    scheme, rest = match.groups()
+    before, _, after = rest.rpartition("@")
+    authority = re.split(r"[/?#]", before, maxsplit=1)[0]
+    has_user = authority == before or "@" in authority or (":" in authority and not authority.split(":")[-1].isdigit())
+    place, has_query, query = (f"***@{after}" if before and has_user else rest).partition("?")
+    hidden = query if query.startswith("***") else "***"  # hidden already, with what follows it
+    return f"{scheme}{place}?{hidden}" if has_query else f"{scheme}{place}"

@@ -29,7 +29,6 @@ def tensor_bytes(plan: MergePlan) -> dict[str, bytes]:
     """Every output tensor of a plan, by name."""
     data: dict[str, bytes] = {}
     for shard, whole in zip(plan.shards, shard_bytes(plan), strict=True):
-        for tensor in shard.tensors:
-            begin, end = tensor.info.data_offsets
+        for tensor, begin, end in shard.spans():
             data[tensor.name] = whole[len(shard.header) + begin : len(shard.header) + end]
     return data

@@ -70,4 +70,4 @@ def test_the_exit_codes_are_those_of_the_errors() -> None:
         if isinstance(kind, type) and issubclass(kind, errors.SlrmergeError)
     }
     listed = README.read_text().split("Exit codes: ")[1].split(".")[0]
-    assert codes | {0, 2, 130} == {int(number) for number in re.findall(r"(\d+) ", listed)}
+    assert codes | {0, 2, 130, 141} == {int(number) for number in re.findall(r"(\d+) ", listed)}

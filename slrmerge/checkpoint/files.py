@@ -5,8 +5,10 @@ this process's memory.
 """
 
 import os
+import re
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -14,8 +16,13 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 from slrmerge.errors import CheckpointError, Problem, SlrmergeError, SourceChangedError
 
-_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 """No newline translation on Windows, and no waiting for a FIFO that took a file's place."""
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+_MAX_REFERENCE = 1000
+_SHARED_BLOB = re.compile("([0-9a-f]{2})/\\1[0-9a-f]{62}")
 
 
 class ByteStream(Protocol):
@@ -66,15 +73,19 @@ class SourceFile(Protocol):
 
 
 class FileStatus(NamedTuple):
-    """What a local file was when it was listed; any difference later means that it was changed or replaced."""
+    """What a local file was when it was listed; any difference later means that it was changed or replaced.
+
+    `ctime_ns` tells where the mtime was put back.
+    """
 
     inode: int
     file_bytes: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> "FileStatus":
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,12 @@ class LocalFile:
     @classmethod
     def at(cls, path: Path) -> "LocalFile":
         return cls(path, FileStatus.of(path.stat()))
+
+    @classmethod
+    def within(cls, folder: Path, name: str) -> "LocalFile":
+        """A checkpoint's own file; see `open_within`. What is read later is the file that was checked here."""
+        with open_within(folder, name) as file:
+            return cls(folder / name, FileStatus.of(os.fstat(file.fileno())))
 
     def __str__(self) -> str:
         return str(self.path)
@@ -106,7 +123,7 @@ class LocalFile:
     def open(self, cancelled: Event | None = None) -> "OpenLocalFile":  # noqa: ARG002 (local reads do not wait)
         """See `SourceFile`. Raises SourceChangedError where the file is no longer what it was."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | _FLAGS)
+            fd = os.open(self.path, _FLAGS)
         except OSError as error:
             raise _changed(self.path, f"can no longer be opened ({error.strerror})") from error
         opened = OpenLocalFile(self, fd)
@@ -122,7 +139,10 @@ class LocalFile:
 
 
 class OpenLocalFile:
-    """An OpenFile on this disk. One that is replaced by a rename keeps its old bytes here."""
+    """An OpenFile on this disk, closed at the latest when nothing refers to it.
+
+    One that is replaced by a rename keeps its old bytes here.
+    """
 
     def __init__(self, file: LocalFile, fd: int) -> None:
         self.file, self.fd = file, fd
@@ -132,15 +152,21 @@ class OpenLocalFile:
 
     def check_unchanged(self) -> None:
         try:
-            status = FileStatus.of(os.fstat(self.fd))
+            now = os.fstat(self.fd)
         except OSError as error:
             raise unreadable(self.file.path, error) from error
+        status = FileStatus.of(now)
+        if now.st_nlink == 0:  # replaced or deleted, which changes the ctime and nothing else
+            status = status._replace(ctime_ns=self.file.status.ctime_ns)
         if status != self.file.status:
             raise _changed(self.file.path, "changed while it was being read")
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1  # later reads fail, and do not read another file that got the same number
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
 
 
 class _LocalStream:
@@ -162,9 +188,83 @@ class _LocalStream:
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Raises CheckpointError for anything else (a FIFO would block), and OSError."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise CheckpointError(Problem("not-a-file", str(path), "is not a regular file"))
-    return open(path, "rb")
+    _require_regular(path, path.stat())
+    return _opened(os.open(path, _FLAGS), path)
+
+
+def open_within(folder: Path, name: str) -> BinaryIO:
+    """Open a regular file of the checkpoint in `folder` for reading.
+
+    Links are followed within the folder, and within its repository where it is in the Hub's cache. Raises
+    CheckpointError for all others, which could publish any file of this disk, and for what is not a file; OSError.
+    """
+    path = folder / name
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+    except FileNotFoundError:
+        if not path.is_symlink():
+            raise
+        raise CheckpointError(Problem("broken-link", str(path), "is a broken link", "complete the download")) from None
+    root = _root_of(Path(os.path.realpath(folder)), real)
+    # Hidden files belong to other tools: .git/config may contain a token.
+    if root is None or any(part.startswith(".") for part in real.relative_to(root).parts):
+        what, remedy = (
+            f"is a link to {real}, not to a file of the checkpoint",
+            "replace the link by the file if it belongs here",
+        )
+        raise CheckpointError(Problem("link-outside", str(path), what, remedy))
+    _require_regular(path, real.lstat())
+    return _opened(_open_beneath(root, real.relative_to(root)), path)
+
+
+def _root_of(folder: Path, real: Path) -> Path | None:
+    """The folder that a checkpoint's file must be in, all links resolved; None where it is not the checkpoint's."""
+    if real.is_relative_to(folder):
+        return folder
+    repository = folder.parent.parent
+    if folder.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return None
+    if any(real.is_relative_to(repository / inner) for inner in ("blobs", "snapshots")):
+        return repository
+    # The Hub's client moves blobs that repositories share to `blobs` in the cache, and lists there who refers to them.
+    shared = repository.parent / "blobs"
+    if real.is_relative_to(shared) and _SHARED_BLOB.fullmatch(real.relative_to(shared).as_posix()):
+        with suppress(OSError, ValueError, CheckpointError), open_regular(real.with_name(f"{real.name}.refs")) as file:
+            references = [repository.parent / line.strip().decode() for line in file if len(line) < _MAX_REFERENCE]
+            blobs = (blob for blob in references if blob.parent == repository / "blobs")
+            if any(os.path.realpath(blob) == str(real) for blob in blobs):
+                return shared
+    return None
+
+
+def _open_beneath(root: Path, path: Path) -> int:
+    """Open a file below `root` through no link at all: what was resolved may have been replaced meanwhile."""
+    if os.open not in os.supports_dir_fd:  # Windows
+        return os.open(root / path, _FLAGS)
+    fd = os.open(root, _FLAGS | os.O_DIRECTORY)
+    for part in path.parts:
+        parent = fd
+        try:
+            fd = os.open(part, _FLAGS | _NO_FOLLOW, dir_fd=parent)
+        finally:
+            os.close(parent)
+    return fd
+
+
+def _opened(fd: int, path: Path) -> BinaryIO:
+    """A file object for a descriptor, which must be of a regular file."""
+    try:
+        _require_regular(path, os.fstat(fd))
+    except CheckpointError:
+        os.close(fd)
+        raise
+    return os.fdopen(fd, "rb")
+
+
+def _require_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        remedy = "replace it by the file, or move it away"
+        raise CheckpointError(Problem("not-a-file", str(path), "is not a regular file", remedy))
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

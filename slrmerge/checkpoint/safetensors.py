@@ -1,8 +1,8 @@
 """Checkpoints in safetensors files with Hugging Face's layout: read as one model, or refused with every problem."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -12,15 +12,22 @@ from typing import Any, TypeVar
 import xxhash
 
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
-from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, unreadable
-from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard, unique_keys
+from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
+from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard
 from slrmerge.checkpoint.layers import layer_count, longest_stack
 from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, local_side_files
 from slrmerge.errors import CheckpointError, Problem, raise_all
 from slrmerge.io.pieces import DIGEST_NAME
+from slrmerge.io.sizes import shorten
+from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
 T = TypeVar("T")
 D = TypeVar("D")
+
+_MAX_OPEN = 8
+"""Files of a checkpoint that a reader holds open, besides those that are being read: systems limit their number."""
+_MAX_JSON_BYTES = 50_000_000
+"""More than the index of any model: DeepSeek-V3's has 9 MB."""
 
 _NAME_A_FOLDER = "name a folder with config.json and safetensors files"
 
@@ -88,28 +95,29 @@ class SafetensorsFolder(SafetensorsCheckpoint):
 
 
 class SafetensorsReader(TensorReader):
-    """Reads tensors from safetensors files; each file is opened at its first read and held until the reader closes."""
+    """Reads tensors from safetensors files, of which it holds the most recently used ones open."""
 
     def __init__(self, checkpoint: SafetensorsCheckpoint) -> None:
         self.checkpoint: SafetensorsCheckpoint = checkpoint
-        self._open: dict[str, OpenFile] = {}
+        self._open: dict[str, OpenFile] = {}  # least recently used first
+        self._read: set[str] = set()
         self._cancelled = Event()
         self._lock = Lock()
-        self._closing = ExitStack()
         self._closed = False
 
     def stream(self, name: str, start: int, stop: int) -> ByteStream:
         file = self.checkpoint.weight_map[name]
         shard = self.checkpoint.shards[file]
-        begin = shard.data_start + shard.tensors[name].data_offsets[0]
-        opened = self._open.get(file) or self._open_file(file)
-        return opened.stream(begin + start, begin + stop)
+        begin = shard.data_start + shard.tensors[name].begin
+        return self._opened(file).stream(begin + start, begin + stop)
 
     def check_unchanged(self) -> None:
         with self._lock:
-            opened = list(self._open.values())
+            opened, closed = list(self._open.values()), self._read - self._open.keys()
         for file in opened:
             file.check_unchanged()
+        for name in closed:
+            self.checkpoint.shards[name].file.open(self._cancelled).close()  # opening it compares it
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -118,18 +126,19 @@ class SafetensorsReader(TensorReader):
         self.cancel()
         with self._lock:
             self._closed = True
-            self._open.clear()
-            self._closing.close()
+            while self._open:
+                self._open.popitem()[1].close()
 
-    def _open_file(self, name: str) -> OpenFile:
+    def _opened(self, name: str) -> OpenFile:
         with self._lock:
             if self._closed:
                 raise ValueError(f"the reader of {self.checkpoint} is closed")
-            if name not in self._open:
-                opened = self.checkpoint.shards[name].file.open(self._cancelled)
-                self._closing.callback(opened.close)
-                self._open[name] = opened
-            return self._open[name]
+            opened = self._open.pop(name, None) or self.checkpoint.shards[name].file.open(self._cancelled)
+            self._open[name] = opened
+            self._read.add(name)
+            if len(self._open) > _MAX_OPEN:
+                del self._open[next(iter(self._open))]  # closed as soon as no stream refers to it
+            return opened
 
 
 def open_folder(folder: Path) -> SafetensorsFolder:
@@ -269,10 +278,14 @@ def _no_model(folder: Path, names: set[str], where: str) -> Problem:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    with open_within(path.parent, path.name) as file:
+        raw = file.read(_MAX_JSON_BYTES + 1)
+    if len(raw) > _MAX_JSON_BYTES:
+        what = f"has more than {_MAX_JSON_BYTES:,} bytes"
+        raise CheckpointError(Problem("invalid-json", str(path), what, "download it again"))
     try:
-        with open_regular(path) as file:
-            value = json.loads(file.read().decode("utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw, allow_nan=True)
+    except InvalidJsonError as error:
         what = f"invalid JSON ({error})"
         raise CheckpointError(Problem("invalid-json", str(path), what, "download it again")) from None
     if not isinstance(value, dict):
@@ -288,12 +301,12 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise CheckpointError(Problem("invalid-index", str(path), "has no weight_map", "download it again"))
     remedy = "only plain *.safetensors names in the same folder are supported"
     problems = [
-        Problem("invalid-index", str(path), f"$.weight_map names {file!r}", remedy)
+        Problem("invalid-index", str(path), f"$.weight_map names {shorten(file)}", remedy)
         for file in sorted({str(file) for file in weight_map.values()})
         if not _is_plain_name(file)
     ]
     raise_all(problems, CheckpointError)
-    return weight_map
+    return {sys.intern(name): sys.intern(file) for name, file in weight_map.items()}
 
 
 def _is_plain_name(file: str) -> bool:

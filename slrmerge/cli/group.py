@@ -1,9 +1,10 @@
 """The click group: a default command, and the one place where errors become messages and exit codes."""
 
-import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import click
 
-from slrmerge.errors import OptionError, SlrmergeError
+from slrmerge.cli.output import echo, open_streams, print_json
+from slrmerge.errors import OptionError, OutputError, SlrmergeError, without_credentials
+from slrmerge.io.text import printable
 
 INTERRUPTED = 130
 """The exit code that shells report for Ctrl-C."""
@@ -22,6 +25,17 @@ class DefaultGroup(click.Group):
 
     default = "merge"
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        open_streams()
+        try:
+            return super().main(*args, **extra)
+        except OutputError as error:  # the help could not be printed
+            fail(error, as_json=False)
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _printable_usage():
+            return super().make_context(*args, **extra)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         if args and args[0] not in self.commands and args[0] not in own:
@@ -31,11 +45,13 @@ class DefaultGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_usage():
+                return super().invoke(ctx)
         except SlrmergeError as error:
             fail(error, as_json=bool(ctx.obj.get("as_json")))
         except KeyboardInterrupt as error:
-            click.echo("\ninterrupted: " + "; ".join(getattr(error, "__notes__", ["nothing was written"])), err=True)
+            echo(err=True)
+            echo("interrupted: " + "; ".join(getattr(error, "__notes__", ["nothing was written"])), err=True)
             ctx.exit(INTERRUPTED)
 
     def _refuse_typo(self, ctx: click.Context, word: str) -> None:
@@ -45,6 +61,16 @@ class DefaultGroup(click.Group):
         near = get_close_matches(word, self.commands, n=1)
         hint = f"did you mean {near[0]}?" if near else "a recipe is a .yaml file; see slrmerge --help"
         raise click.UsageError(f"no command or recipe {word!r}; {hint}", ctx)
+
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    """click's errors repeat the words of the command, which may be names of files."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = printable(without_credentials(error.message))  # type: ignore[misc]  # what show prints
+        raise
 
 
 class Command(click.Command):
@@ -89,14 +115,16 @@ def as_typed(message: str) -> str:
 
 
 def fail(error: SlrmergeError, *, as_json: bool) -> None:
-    """Print an error, on stderr in words and with --json on stdout as a value, and exit with its code."""
-    notes = getattr(error, "__notes__", [])
+    """Print an error, in words on stderr and with --json as a value on stdout, and exit with its code."""
+    notes = [without_credentials(note) for note in getattr(error, "__notes__", [])]
+    for problem in error.problems:
+        echo(f"error: {problem}", err=True)
+    for note in notes:
+        echo(f"note: {note}", err=True)
     if as_json:
         problems = [asdict(problem) for problem in error.problems]
-        value = {"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems, "notes": notes}
-        click.echo(json.dumps(value, ensure_ascii=False, indent=2))
-    for problem in error.problems:
-        click.echo(f"error: {problem}", err=True)
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
+        with suppress(OutputError, SystemExit):  # the error's own code matters more than a stdout that is closed
+            print_json(
+                {"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems, "notes": notes}
+            )
     sys.exit(error.exit_code)

@@ -1,7 +1,5 @@
 """The command line's entry point and the commands about merges. Heavy imports are made when a command runs."""
 
-import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +22,7 @@ from slrmerge.cli.options import (
     recipe_overrides,
     threads_option,
 )
+from slrmerge.cli.output import echo_text
 from slrmerge.cli.push import push, push_folder
 from slrmerge.cli.search import diff, search, select
 from slrmerge.errors import SlrmergeError
@@ -38,6 +37,7 @@ Exit codes:
   6 output   7 disk space   8 output in use   9 source changed   10 verification failed
   11 result does not fit the output dtype   12 unsupported model   13 missing package
   14 Hub   15 questions of an evaluation   16 model server   130 interrupted by Ctrl-C
+  141 the reader of stdout has left
 """
 
 _merge_options = all_of(
@@ -62,9 +62,6 @@ def main(ctx: click.Context) -> None:
     slrmerge push ./hybrid me/hybrid               push to the Hub, as one commit
     """
     ctx.obj = {}
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show – and × shows ? instead
-            stream.reconfigure(errors="replace")
 
 
 @main.command(cls=Command)
@@ -218,7 +215,7 @@ def export(recipe: Path) -> None:
     """
     from slrmerge.merging.export import export_mergekit
 
-    click.echo(export_mergekit(_plan(recipe)), nl=False)
+    echo_text(export_mergekit(_plan(recipe)))
 
 
 @main.command(cls=Command)
@@ -230,7 +227,7 @@ def schema() -> None:
     """
     from importlib.resources import files
 
-    click.echo(files("slrmerge.recipe").joinpath("recipe.schema.json").read_text("utf-8"), nl=False)
+    echo_text(files("slrmerge.recipe").joinpath("recipe.schema.json").read_text("utf-8"))
 
 
 for _command in (diff, evaluate, push, search, select):

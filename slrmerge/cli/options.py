@@ -12,8 +12,20 @@ from slrmerge.io.options import Option, options_of
 Decorator = Callable[[Any], Any]
 
 
-PATH = click.Path(path_type=Path)
-"""A path; whether it exists is checked by the code that opens it."""
+PATH = click.Path(path_type=Path, readable=False)
+"""A path; whether it exists and is readable is checked by the code that opens it."""
+
+
+class FolderType(click.Path):
+    """A folder, as `PATH`; an empty word, which a shell makes of an unset variable, is not the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("is empty; write . for the current folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = FolderType(path_type=Path, readable=False)
 
 
 def options_from(kind: type[Any], *only: str) -> Decorator:
@@ -73,7 +85,7 @@ threads_option = click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", show_default="one per core", help="Number of threads."
 )
 recipe_argument = click.argument("recipe", type=PATH)
-folder_argument = click.argument("folder", type=PATH)
+folder_argument = click.argument("folder", type=FOLDER)
 recipe_overrides = all_of(
     click.option("--max-shard-size", metavar="SIZE", help="Maximum size of one file, such as 5GB."),
     click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Output dtype."),
@@ -83,5 +95,5 @@ recipe_overrides = all_of(
 def out_option(what: str, *, required: bool = False) -> Decorator:
     """`--out`, the folder for `what`."""
     return click.option(
-        "--out", type=PATH, required=required, help=f"Folder for {what}; it appears complete or not at all."
+        "--out", type=FOLDER, required=required, help=f"Folder for {what}; it appears complete or not at all."
     )

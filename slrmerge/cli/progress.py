@@ -4,9 +4,10 @@ import sys
 from time import monotonic
 from typing import TYPE_CHECKING, Never, Self
 
-import click
-
+from slrmerge.cli.output import echo
+from slrmerge.errors import without_credentials
 from slrmerge.io.progress import Progress
+from slrmerge.io.text import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -38,7 +39,7 @@ class TerminalProgress(Progress):
 
         self._bar = tqdm(
             total=total,
-            desc=description,
+            desc=_shown(description),
             unit=unit,
             unit_scale=True,
             file=sys.stderr,
@@ -47,7 +48,7 @@ class TerminalProgress(Progress):
 
     def on_stage(self, description: str) -> None:
         if self._bar is not None:
-            self._bar.set_description(description)
+            self._bar.set_description(_shown(description))
         elif monotonic() - self._last_line > _SECONDS_PER_LINE:
             self.on_message(description)
 
@@ -58,9 +59,13 @@ class TerminalProgress(Progress):
     def on_message(self, text: str) -> None:
         self._last_line = monotonic()
         if not self._quiet:
-            click.echo(text, err=True)
+            echo(text, err=True)
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _shown(description: str) -> str:
+    return printable(without_credentials(description))

@@ -7,7 +7,7 @@ import click
 
 from slrmerge.cli.group import Command
 from slrmerge.cli.options import (
-    PATH,
+    FOLDER,
     folder_argument,
     json_option,
     options_from,
@@ -90,7 +90,7 @@ def select(folder: Path, *, min_quality: float, as_json: bool) -> None:
 
 @click.command(cls=Command)
 @click.argument("sources", nargs=-1, required=True, metavar="RECIPE | PRETRAINED POSTTRAINED")
-@click.option("--out", type=PATH, help="Folder for diff.csv and the heat map, as PNG and SVG.")
+@click.option("--out", type=FOLDER, help="Folder for diff.csv and the heat map, as PNG and SVG.")
 @threads_option
 @json_option
 @quiet_option

@@ -1,25 +1,20 @@
 """Results on stdout: tables and sentences, or the same as JSON."""
 
-import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.cli.group import as_typed
+from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.io.sizes import format_bytes
 from slrmerge.merging.executor import MergeResult
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.summary import describe_layers, describe_plan, summarise_parts
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from slrmerge.merging.push import PushResult
     from slrmerge.merging.verify import VerifyResult
 
@@ -29,28 +24,28 @@ def print_plan(plan: MergePlan, out: Path | None, free_bytes: int | None, *, as_
     if as_json:
         target = {"out": str(out), "free_bytes": free_bytes} if out else {}
         return print_json({**target, **plan.to_dict()})
-    sources = table("", "checkpoint", ">tensors", ">size", ">files")
+    sources = Table("", "checkpoint", ">tensors", ">size", ">files")
     for side, checkpoint in (("pre-trained", plan.pair.pretrained), ("post-trained", plan.pair.posttrained)):
         files = str(len(checkpoint.weight_files))
         sources.add_row(side, str(checkpoint), f"{len(checkpoint):,}", format_bytes(checkpoint.total_bytes), files)
-    print_table(sources)
-    parts = table("part", "from", ">tensors", ">size")
+    sources.print()
+    parts = Table("part", "from", ">tensors", ">size")
     for part in summarise_parts(plan):
         parts.add_row(part.where, part.source, f"{part.tensors:,}", format_bytes(part.output_bytes))
-    print_table(parts)
+    parts.print()
     done = {"copy": "copied", "cast": "cast"}
     kinds = (f"{count:,} {done.get(kind, f'blended ({kind})')}" for kind, count in sorted(plan.kinds.items()))
-    click.echo(f"tensors    {', '.join(kinds)}")
-    click.echo(f"reads      {format_bytes(plan.read_bytes)}")
+    echo(f"tensors    {', '.join(kinds)}")
+    echo(f"reads      {format_bytes(plan.read_bytes)}")
     if download_bytes := plan.download_bytes:
         full = f"; both full checkpoints are {format_bytes(plan.full_download_bytes)}"
-        click.echo(f"downloads  {format_bytes(download_bytes)} from the Hub{full}")
+        echo(f"downloads  {format_bytes(download_bytes)} from the Hub{full}")
     shards, others = _count(len(plan.shards), "shard"), _count(len(plan.files), "other file")
-    click.echo(f"writes     {format_bytes(plan.output_bytes)} in {shards} and {others}")
+    echo(f"writes     {format_bytes(plan.output_bytes)} in {shards} and {others}")
     if free_bytes is not None:
-        click.echo(f"disk       {format_bytes(free_bytes)} free")
+        echo(f"disk       {format_bytes(free_bytes)} free")
     for note in plan.notes:
-        click.echo(f"note: {as_typed(note)}")
+        echo(f"note: {as_typed(note)}")
     return None
 
 
@@ -72,14 +67,14 @@ def print_merged(
             }
         )
     for line in describe_plan(plan):
-        click.echo(line)
+        echo(line)
     for note in result.notes:
-        click.echo(f"note: {as_typed(note)}")
+        echo(f"note: {as_typed(note)}")
     rate = result.output_bytes / max(result.elapsed_s, 1e-3)
     size = format_bytes(result.output_bytes)
-    click.echo(f"{out}: {size} in {result.elapsed_s:.1f} s ({format_bytes(rate)}/s)")
+    echo(f"{out}: {size} in {result.elapsed_s:.1f} s ({format_bytes(rate)}/s)")
     if pushed is None:
-        click.echo(f"verify it: slrmerge verify {shlex.quote(str(out))}")
+        echo(f"verify it: slrmerge verify {shlex.quote(str(out))}")
         return None
     return print_pushed(pushed, as_json=False)
 
@@ -89,10 +84,10 @@ def print_pushed(pushed: "PushResult", *, as_json: bool) -> None:
     if as_json:
         return print_json(asdict(pushed))
     if pushed.unchanged:
-        click.echo(f"nothing to push: {pushed.url} is up to date")
+        echo(f"nothing to push: {pushed.url} is up to date")
         return None
     removed = f", removed {_count(len(pushed.removed), 'older file')}" if pushed.removed else ""
-    click.echo(f"pushed {_count(len(pushed.files), 'file')}{removed}: {pushed.url}")
+    echo(f"pushed {_count(len(pushed.files), 'file')}{removed}: {pushed.url}")
     return None
 
 
@@ -100,8 +95,8 @@ def print_verified(result: "VerifyResult", *, as_json: bool) -> None:
     """What was verified."""
     if as_json:
         return print_json({**asdict(result), "folder": str(result.folder), "verified": True})
-    click.echo(f"{result.folder}: {result.files} files, {format_bytes(result.checked_bytes)}, all unaltered")
-    click.echo(f"sources: {as_typed(result.sources)}")
+    echo(f"{result.folder}: {result.files} files, {format_bytes(result.checked_bytes)}, all unaltered")
+    echo(f"sources: {as_typed(result.sources)}")
     return None
 
 
@@ -110,23 +105,23 @@ def print_checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) ->
     described = _describe(checkpoint)
     if as_json:
         return print_json(described)
-    click.echo(f"{checkpoint}: {described['architecture'] or 'unknown architecture'}")
+    echo(f"{checkpoint}: {described['architecture'] or 'unknown architecture'}")
     stack = checkpoint.stack
     layers = f"{stack.count} ({stack.prefix}.0–{stack.count - 1})" if stack else "not identified"
     dtypes = ", ".join(f"{dtype} {format_bytes(count)}" for dtype, count in described["bytes_by_dtype"].items())
     size, files = format_bytes(checkpoint.total_bytes), _count(len(checkpoint.weight_files), "file")
-    click.echo(f"layers      {layers}")
-    click.echo(f"parameters  {described['parameters']:,} in {len(checkpoint):,} tensors")
-    click.echo(f"size        {size} in {files} ({dtypes})")
+    echo(f"layers      {layers}")
+    echo(f"parameters  {described['parameters']:,} in {len(checkpoint):,} tensors")
+    echo(f"size        {size} in {files} ({dtypes})")
     if tensors:
-        rows = table("tensor", "dtype", "shape", ">size", "file")
+        rows = Table("tensor", "dtype", "shape", ">size", "file")
         for name, info in checkpoint.items():
             rows.add_row(name, info.dtype, _shape(info.shape), format_bytes(info.nbytes), checkpoint.weight_map[name])
     else:
-        rows = table("tensor", "layers", "dtype", "shape", ">size")
+        rows = Table("tensor", "layers", "dtype", "shape", ">size")
         for (name, dtype, shape), (places, nbytes) in _groups(checkpoint).items():
             rows.add_row(name, places, dtype, shape, format_bytes(nbytes))
-    print_table(rows)
+    rows.print()
     return None
 
 
@@ -178,27 +173,3 @@ def _count(number: int, noun: str) -> str:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape)) or "scalar"
-
-
-def table(*columns: str) -> "Table":
-    """A table with these columns; those that start with > are aligned right."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column[:1] == ">" else "left", no_wrap=True)
-    return table
-
-
-def print_table(table: "Table") -> None:
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 10_000
-    console.print(table)
-    click.echo()
-
-
-def print_json(value: Mapping[str, Any]) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))

@@ -2,9 +2,7 @@
 
 from math import isfinite
 
-import click
-
-from slrmerge.cli.show import print_json, print_table, table
+from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.merging.diff import OUTSIDE, DiffResult, Distance
 
 
@@ -15,7 +13,7 @@ def print_result(result: DiffResult, *, as_json: bool) -> None:
         print_json({"modules": rows, "notes": list(result.notes)})
         return
     parts = list(dict.fromkeys(name.partition(".")[0] for name in result.modules()))
-    shown = table("layer", ">parameters", ">relative change", ">cosine", *(f">{part}" for part in parts))
+    shown = Table("layer", ">parameters", ">relative change", ">cosine", *(f">{part}" for part in parts))
     for layer in range(result.layers):
         inside = (result.of_layer(layer, part) for part in parts)
         shown.add_row(
@@ -24,10 +22,10 @@ def print_result(result: DiffResult, *, as_json: bool) -> None:
     for (layer, name), found in result.by_module.items():
         if layer == OUTSIDE:
             shown.add_row(name, *_cells(found), *("" for _ in parts))
-    print_table(shown)
+    shown.print()
     for note in result.notes:
-        click.echo(f"note: {note}")
-    click.echo("relative change: |post − pre| / |pre|, of a whole layer and of its modules")
+        echo(f"note: {note}")
+    echo("relative change: |post − pre| / |pre|, of a whole layer and of its modules")
 
 
 def _finite(value: object) -> object:

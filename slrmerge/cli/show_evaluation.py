@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from slrmerge.cli.show import print_json, print_table, table
+from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.evaluation.output import MARKDOWN, PAGE, summary
 
 if TYPE_CHECKING:
@@ -17,15 +15,15 @@ def print_result(result: "EvaluationResult", out: Path, *, as_json: bool) -> Non
     if as_json:
         return print_json({"out": str(out), **summary(result)})
     header, *rows = result.table_rows()
-    shown = table(*header)
+    shown = Table(*header)
     for row in rows:
         shown.add_row(*row)
-    print_table(shown)
-    click.echo(result.caption)
+    shown.print()
+    echo(result.caption)
     for metric in result.shown:
-        click.echo(f"{metric.name}: {metric.meaning}")
+        echo(f"{metric.name}: {metric.meaning}")
     for note in result.notes:
         first, _, more = note.partition("\n")
-        click.echo(f"note: {first}" + (f" see {out / MARKDOWN}" if more else ""))
-    click.echo(f"samples: {out / PAGE}")
+        echo(f"note: {first}" + (f" see {out / MARKDOWN}" if more else ""))
+    echo(f"samples: {out / PAGE}")
     return None

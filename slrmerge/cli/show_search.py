@@ -4,10 +4,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import click
-
 from slrmerge.cli.group import as_typed
-from slrmerge.cli.show import print_json, print_table, table
+from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.io.sizes import format_bytes
 from slrmerge.searching.results import RECIPES, SearchResult
 from slrmerge.searching.selection import ScoredCandidate, ten_best
@@ -33,28 +31,28 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
         print_json({"out": str(folder), **summary, "ten_best": [_plain(row) for row in best]})
         return
     choice = result.choice
-    compared = table("", "hybrid", ">layers", ">Q", ">D", ">gain in Q", ">gain in D")
+    compared = Table("", "hybrid", ">layers", ">Q", ">D", ">gain in Q", ">gain in D")
     for name, row in choice.named().items():
         gains = (_gain(choice.slr, row, "quality"), _gain(choice.slr, row, "diversity"))
         layers = str(row.info.layers_restored or "")
         compared.add_row(_NAMES[name], row.info.full_label, layers, *_scores(row), *gains)
-    print_table(compared)
-    ranked = table(">rank", "hybrid", ">layers", ">Q", ">D")
+    compared.print()
+    ranked = Table(">rank", "hybrid", ">layers", ">Q", ">D")
     for rank, row in enumerate(best, 1):
         label = row.info.full_label + ("" if row.exact else " (roughly)")
         ranked.add_row(str(rank), label, str(row.info.layers_restored), *_scores(row))
-    print_table(ranked)
+    ranked.print()
     for line in (*result.notes, *result.doubts):
-        click.echo(f"note: {as_typed(line)}")
+        echo(f"note: {as_typed(line)}")
     kept = f"quality ≥ {choice.min_quality:.0%} of the post-trained model"
     if choice.slr is None:
         if result.intervals:
             again = f"slrmerge select {_quoted(folder)} --min-quality …"
-            click.echo(f"no interval has {kept}; select again with a lower minimum: {again}")
+            echo(f"no interval has {kept}; select again with a lower minimum: {again}")
         return
     label, count = choice.slr.info.label, len(result.rows)
-    click.echo(f"selected {label}: the highest diversity of {count:,} candidates with {kept}")
-    click.echo(f"merge it: slrmerge {_quoted(folder / RECIPES['slr'])} --out ./hybrid")
+    echo(f"selected {label}: the highest diversity of {count:,} candidates with {kept}")
+    echo(f"merge it: slrmerge {_quoted(folder / RECIPES['slr'])} --out ./hybrid")
 
 
 def print_estimate(estimate: "Estimate", *, as_json: bool) -> None:
@@ -63,15 +61,15 @@ def print_estimate(estimate: "Estimate", *, as_json: bool) -> None:
         print_json(estimate.to_dict())
         return
     tokens = f"{estimate.prompt_tokens:,} tokens, packed into {estimate.packed_tokens:,}"
-    click.echo(f"{estimate.prompts} prompts, {tokens}")
-    rows = table("search of", ">candidates", ">arithmetic", ">states", "dtype", ">rate here", ">time here")
+    echo(f"{estimate.prompts} prompts, {tokens}")
+    rows = Table("search of", ">candidates", ">arithmetic", ">states", "dtype", ">rate here", ">time here")
     for row in estimate.rows:
         cost = (f"{row.cost.flop / 1e12:,.3g} TFLOP", format_bytes(row.cost.states_bytes))
         rate = f"{row.flop_per_s / 1e9:,.0f} GFLOP/s"
         rows.add_row(row.name, f"{row.candidates:,}", *cost, row.dtype, rate, format_duration(row.seconds))
-    print_table(rows)
-    click.echo("time: the matrix products of a first pass at the rate measured here, without reading weights;")
-    click.echo("after a pass in bfloat16 the finalists are re-scored in float32")
+    rows.print()
+    echo("time: the matrix products of a first pass at the rate measured here, without reading weights;")
+    echo("after a pass in bfloat16 the finalists are re-scored in float32")
 
 
 def format_duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from slrmerge.evaluation.result import EvaluationResult
+from slrmerge.io.figures import figure_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,15 +21,16 @@ def bars(result: EvaluationResult) -> "Figure":
     from matplotlib.figure import Figure
 
     metrics, models = result.shown, list(result.models)
+    names = list(map(figure_text, models))
     figure = Figure(figsize=(1.2 + max(2.4, 0.7 * len(models)) * len(metrics), 3.6), layout="constrained")
     for number, metric in enumerate(metrics, 1):
         axes = figure.add_subplot(1, len(metrics), number)
         cells = [result.cell(model, metric.name) for model in models]
         colours = [_COLOURS[place % len(_COLOURS)] for place in range(len(models))]
-        axes.bar(models, [cell.mean for cell in cells], color=colours, width=0.7)
+        axes.bar(names, [cell.mean for cell in cells], color=colours, width=0.7)
         low = [max(cell.mean - cell.low, 0.0) for cell in cells]  # by rounding the mean may be outside
         high = [max(cell.high - cell.mean, 0.0) for cell in cells]
-        axes.errorbar(models, [c.mean for c in cells], yerr=[low, high], fmt="none", ecolor="black", capsize=3, lw=1)
+        axes.errorbar(names, [c.mean for c in cells], yerr=[low, high], fmt="none", ecolor="black", capsize=3, lw=1)
         axes.set_title(metric.name)
         axes.tick_params(axis="x", labelrotation=30)
         axes.set_ylim(bottom=0)
@@ -46,7 +48,7 @@ def curves(result: EvaluationResult) -> "Figure":
     for place, model in enumerate(result.models):
         cells = [result.cell(model, metric.name) for metric in result.shown]
         colour = _COLOURS[place % len(_COLOURS)]
-        axes.plot(ks, [cell.mean for cell in cells], "o-", color=colour, label=model, markersize=4)
+        axes.plot(ks, [cell.mean for cell in cells], "o-", color=colour, label=figure_text(model), markersize=4)
         axes.fill_between(ks, [c.low for c in cells], [c.high for c in cells], color=colour, alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])

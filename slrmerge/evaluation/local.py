@@ -1,19 +1,23 @@
 """A model in this process, run by transformers in batches."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import xxhash
 
+from slrmerge.checkpoint.files import open_within
 from slrmerge.checkpoint.location import Repository, Source
 from slrmerge.checkpoint.pair import open_checkpoint
 from slrmerge.checkpoint.side_files import MANIFEST_NAME, fetch_side_files
 from slrmerge.errors import Problem, UnsupportedModelError, first_line
 from slrmerge.evaluation.models import SampleRequest
 from slrmerge.evaluation.samples import Answer, Settings
+from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.io.progress import Progress
+from slrmerge.io.text import printable
 from slrmerge.searching.prompts import load_tokenizer, render
 
 
@@ -36,16 +40,18 @@ class LocalModel:
         if isinstance(self._at, Repository):
             return checkpoint.reference
         manifest = checkpoint.folder / MANIFEST_NAME
+        digest = xxhash.xxh3_64()
         if manifest.exists():
-            state = manifest.read_bytes()
+            with open_within(checkpoint.folder, MANIFEST_NAME) as file:
+                _update(digest, file)
         else:
             changed_ns = [file.fetch().stat().st_mtime_ns for file in checkpoint.weight_files.values()]
-            state = repr((checkpoint.fingerprint(), changed_ns)).encode()
-        digest = xxhash.xxh3_64(state)
-        for name, file in checkpoint.side_files.items():
-            digest.update(name.encode())
-            digest.update(file.fetch().read_bytes())
-        return f"{checkpoint.folder.name} {digest.hexdigest()}"
+            digest.update(repr((checkpoint.fingerprint(), changed_ns)).encode())
+        for name, side_file in checkpoint.side_files.items():
+            digest.update(os.fsencode(name))
+            with open(side_file.fetch(), "rb") as file:
+                _update(digest, file)
+        return f"{printable(checkpoint.folder.name)} {digest.hexdigest()}"
 
     def close(self) -> None:
         """See `ChatModel`."""
@@ -97,7 +103,7 @@ class LocalModel:
         dtype = torch.float32 if self._device.type == "cpu" else "auto"
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, local_files_only=True
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
             )
         except Exception as error:  # a model's files may raise anything while they are loaded
             what = f"transformers cannot load it ({type(error).__name__}: {first_line(error)})"
@@ -114,6 +120,12 @@ class LocalModel:
             eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
         )
         return model.eval(), tokenizer
+
+
+def _update(digest: xxhash.xxh3_64, file: BinaryIO) -> None:
+    """Add a file's content to a digest, in chunks."""
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
 
 
 def _sampling(settings: Settings, seeds: Sequence[int]) -> list[Any]:

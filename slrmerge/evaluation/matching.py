@@ -10,7 +10,12 @@ SYMBOL_LENGTH = 2
 LONGEST_NAME = 20
 """Maximum number of words in a name."""
 
-_SUFFIX = re.compile(r"\s*\([^()]*\)\W*$")
+END = 1000
+"""Number of characters at the end of a response in which a stated answer is searched: regular expressions take time."""
+
+_WORD = re.compile(r"\b\w++(?:['’.-]++\w++)*+")
+
+_SUFFIX = re.compile(r"\([^()]*+\)\W*+\Z")
 """What may follow an answer: another name in brackets, and punctuation."""
 
 _PREFIX = re.compile(
@@ -21,7 +26,9 @@ _PREFIX = re.compile(
 
 def normalise(text: str) -> str:
     """Words of letters and digits, one space between; no accents, no leading article, lower case but for symbols."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    # Character by character: sorting thousands of accents on one letter takes quadratic time.
+    decomposed = (c for char in text for c in unicodedata.normalize("NFKD", char))
+    plain = text if text.isascii() else "".join(c for c in decomposed if not unicodedata.combining(c))
     words = "".join(c if c.isalnum() else " " for c in plain).split()
     if len(words) > 1 and words[0].casefold() in ("the", "a", "an") and len("".join(words[1:])) > 1:
         words = words[1:]
@@ -48,10 +55,13 @@ def match_stated(response: str, names: Mapping[str, int]) -> int | None:
 
     Ignores brackets after it. A name elsewhere in the response does not match: `Kansas City` is not Kansas.
     """
-    text = _SUFFIX.sub("", response.strip())
-    words = list(re.finditer(r"[\w'’.-]*\w", text))
+    text = response.strip()
+    start = max(0, len(text) - END)
+    suffix = _SUFFIX.search(text, start)
+    end = suffix.start() if suffix else len(text)
+    words = list(_WORD.finditer(text, start, end))
     for place in words[-LONGEST_NAME:]:  # the longest ending first: West Virginia before Virginia
-        answer = names.get(normalise(text[place.start() :]))
+        answer = names.get(normalise(text[place.start() : end]))
         if answer is not None:
-            return answer if _PREFIX.search(text[: place.start()]) else None
+            return answer if _PREFIX.search(text, start, place.start()) else None
     return None

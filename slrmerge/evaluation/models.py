@@ -3,26 +3,47 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from slrmerge.checkpoint.location import Source, parse_source
-from slrmerge.errors import OptionError, Problem
+from slrmerge.errors import OptionError, Problem, without_credentials
 from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings, seed_of
 from slrmerge.io.progress import Progress
+from slrmerge.io.text import printable
 
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """A model behind an OpenAI-compatible server; `model` may be None where the server has only one."""
+    """A model behind an OpenAI-compatible server; `model` may be None where the server has only one.
+
+    `url` may have a user, a password and a query, which `str` and `repr` hide.
+    """
 
     model: str | None
-    url: str
+    url: str = field(repr=False)
+
+    @property
+    def place(self) -> str:
+        """Host, port and path."""
+        parts = urlsplit(self.url)
+        return parts.netloc.rpartition("@")[2] + parts.path
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(urlsplit(self.url).query, keep_blank_values=True))
+
+    @property
+    def secrets(self) -> set[str]:
+        """What the messages of a server must not repeat."""
+        parts = urlsplit(self.url)
+        return {value for value in (parts.password, *self.query.values()) if value}
 
     def __str__(self) -> str:
-        return f"{self.model}@{self.url}" if self.model else self.url
+        url = without_credentials(self.url)
+        return f"{self.model}@{url}" if self.model else url
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +90,7 @@ class ChatModel(Protocol):
 
 
 _LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.+)", re.DOTALL)
-_SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://[^\s@]+)")
+_SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://\S+)")
 
 
 def parse_location(text: str | os.PathLike[str]) -> Source | ServerAddress:
@@ -102,7 +123,7 @@ def parse_model(text: str | os.PathLike[str]) -> NamedModel:
         return NamedModel(match["label"], at)
     if isinstance(at, Path):
         return NamedModel(at.resolve().name, at)
-    name = (at.model or at.url.partition("://")[2]) if isinstance(at, ServerAddress) else at.name
+    name = (at.model or at.place) if isinstance(at, ServerAddress) else at.name
     return NamedModel(name.rstrip("/").rpartition("/")[2] or name, at)
 
 
@@ -113,6 +134,7 @@ def parse_models(models: ModelNames) -> list[NamedModel]:
     else:
         listed = [models] if isinstance(models, str | os.PathLike) else models
         named = [model if isinstance(model, NamedModel) else parse_model(model) for model in listed]
+    named = [replace(model, label=printable(model.label)) for model in named]
     labels = [model.label for model in named]
     if not labels:
         raise OptionError(Problem("empty", "models", "there is no model to evaluate", "give at least one"))

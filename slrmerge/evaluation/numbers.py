@@ -1,6 +1,7 @@
 """The final number of a worked solution."""
 
 import re
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
 MOST_DIGITS = 50
@@ -27,23 +28,25 @@ def final_number(solution: str) -> Fraction | None:
     text = _FRACTION.sub(r"\1/\2", _BETWEEN_THOUSANDS.sub("", solution.replace("\\$", "$")))
     if _MARKED.search(text):
         return _after_last(_MARKED, text)
-    boxed = [numbers[-1] for content in _BOXED.findall(text) if (numbers := _numbers(content))]
-    if boxed:
-        return boxed[-1]
-    stated = _after_last(_STATED, text)
-    return stated if stated is not None else next(reversed(_numbers(text)), None)
+    boxed = (_last(content) for content in reversed(_BOXED.findall(text)))
+    found = next((number for number in boxed if number is not None), None)
+    if found is None:
+        found = _after_last(_STATED, text)
+    return _last(text) if found is None else found
 
 
 def _after_last(pattern: re.Pattern[str], text: str) -> Fraction | None:
     ends = [match.end() for match in pattern.finditer(text)]
-    return next(iter(_numbers(text[ends[-1] :])), None) if ends else None
+    return next(_numbers(_NUMBER.finditer(text[ends[-1] :])), None) if ends else None
 
 
-def _numbers(text: str) -> list[Fraction]:
-    found = []
-    for match in _NUMBER.finditer(text):
+def _last(text: str) -> Fraction | None:
+    return next(_numbers(reversed(list(_NUMBER.finditer(text)))), None)
+
+
+def _numbers(matches: Iterable[re.Match[str]]) -> Iterator[Fraction]:
+    for match in matches:
         value, divisor = match["whole"].replace(",", "") + (match["decimals"] or ""), match["divisor"] or "1"
         if len(value) <= MOST_DIGITS and len(divisor) <= MOST_DIGITS and int(divisor):
             number = Fraction(value if value[0] != "." else f"0{value}") / int(divisor)
-            found.append(-number if match["minus"] else number)
-    return found
+            yield -number if match["minus"] else number

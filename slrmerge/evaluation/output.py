@@ -1,10 +1,7 @@
 """The files that an evaluation writes beside the samples: tables, chart, page, summary."""
 
-import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from io import StringIO
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,13 @@ from slrmerge.evaluation.page import page
 from slrmerge.evaluation.result import Cell, EvaluationResult
 from slrmerge.io import files
 from slrmerge.io.figures import save_figure
+from slrmerge.io.strict_json import parse_json
+from slrmerge.io.text import IN_PROSE, markdown, printable, to_csv, to_json
 
 SUMMARY, TABLE, MARKDOWN, PROMPTS = "evaluation.json", "results.csv", "results.md", "prompts.csv"
 PAGE, CHART = "samples.html", "metrics"
+
+MAX_SUMMARY_BYTES = 1 << 24
 
 
 def claim(folder: Path, task: str) -> None:
@@ -27,7 +28,7 @@ def claim(folder: Path, task: str) -> None:
     mark, remedy = folder / SUMMARY, "choose another output folder"
     if mark.exists():
         try:
-            found = json.loads(mark.read_bytes())["task"]
+            found = parse_json(files.read_file(mark, MAX_SUMMARY_BYTES))["task"]
         except (ValueError, LookupError, TypeError) as error:
             what = "is not the summary of an evaluation"
             raise OutputError(Problem("not-an-evaluation", str(mark), what, remedy)) from error
@@ -44,12 +45,12 @@ def write_results(folder: Path, result: EvaluationResult) -> None:
     """Write tables, chart and page, then the summary; each file is replaced atomically."""
     contents = {
         TABLE: as_csv(result),
-        MARKDOWN: as_markdown(result),
+        MARKDOWN: printable(as_markdown(result), keep=IN_PROSE),
         PROMPTS: prompts_as_csv(result),
         PAGE: page(result),
     }
     for name, content in contents.items():
-        files.replace_file(folder / name, content.encode("utf-8", "replace"))
+        files.replace_file(folder / name, content.encode())
     save_figure(charts.draw(result), folder / CHART)
     files.replace_file(folder / SUMMARY, _json(summary(result)))
 
@@ -75,10 +76,10 @@ def as_markdown(result: EvaluationResult) -> str:
     """Caption, table, definitions of the metrics, and notes."""
     header, *rows = result.table_rows()
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-    lines += [f"| {' | '.join(cell.replace(chr(10), '<br>') for cell in row)} |" for row in rows]
+    lines += [f"| {' | '.join('<br>'.join(map(markdown, cell.split(chr(10)))) for cell in row)} |" for row in rows]
     meanings = [f"- **{metric.name}**: {metric.meaning}" for metric in result.shown]
-    notes = [f"- {note.replace(chr(10), chr(10) + '  ')}" for note in result.notes]
-    parts = [result.caption, "\n".join(lines), "\n".join(meanings), *(["\n".join(notes)] if notes else [])]
+    notes = [f"- {(chr(10) + '  ').join(map(markdown, note.split(chr(10))))}" for note in result.notes]
+    parts = [markdown(result.caption), "\n".join(lines), "\n".join(meanings), *(["\n".join(notes)] if notes else [])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -101,13 +102,9 @@ def prompts_as_csv(result: EvaluationResult) -> str:
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        writer.writerow(["" if isinstance(value, float) and isnan(value) else value for value in row])
-    return text.getvalue()
+    defined = (["" if isinstance(value, float) and isnan(value) else value for value in row] for row in rows)
+    return to_csv(header, defined)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    return to_json(value, indent=2).encode() + b"\n"

@@ -10,6 +10,7 @@ from typing import Any
 
 from slrmerge.evaluation.result import EvaluationResult
 from slrmerge.evaluation.tasks.base import ModelResponses, Score
+from slrmerge.io.text import IN_PROSE, printable
 
 PROMPTS_SHOWN = 100
 TEXTS_SHOWN = 12
@@ -47,9 +48,10 @@ def page(result: EvaluationResult) -> str:
         (group[0][0].question.text, [_column(responses, score) for responses, score in group])
         for group in islice(by_prompt, PROMPTS_SHOWN)
     ]
-    return template.render(
+    text = template.render(
         result=result, table=result.table_rows(), prompts=prompts, more=result.prompts - len(prompts)
     )
+    return printable(text, keep=IN_PROSE)
 
 
 def _column(responses: ModelResponses[Any], score: Score) -> Column:

@@ -1,7 +1,6 @@
 """The questions of an evaluation: rows of a file, or of a dataset on the Hub."""
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +9,29 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import xxhash
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from slrmerge.checkpoint.location import Repository, parse_source
 from slrmerge.errors import DataError, Problem, require_extra
-from slrmerge.io.model import Model, validate_as
+from slrmerge.io.files import read_file
+from slrmerge.io.model import InvalidValue, Model, validate_as
+from slrmerge.io.sizes import shorten
+from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
 PROBLEMS_SHOWN = 10
 
 Q = TypeVar("Q", bound="Question")
 
-Text = Annotated[str, Field(min_length=1)]
+MAX_DATA_BYTES = 1 << 28
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise InvalidValue("empty", "is blank", "write a question, or remove the row")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_not_blank)]
 
 _FORMATS = ".json, .jsonl, .csv or .txt"
 
@@ -100,7 +111,7 @@ def _read_file(path: Path) -> QuestionData:
     suffix = path.suffix.lower()
     read = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".txt": _lines}.get(suffix)
     try:
-        raw = path.read_bytes()
+        raw = read_file(path, MAX_DATA_BYTES)
     except OSError as error:
         remedy = f"name a {_FORMATS} file, or a dataset on the Hub"
         raise DataError(Problem("unreadable", str(path), f"cannot be read ({error.strerror})", remedy)) from error
@@ -137,6 +148,11 @@ def _jsonl(path: Path, text: str) -> Iterator[QuestionRow]:
 def _csv(path: Path, text: str) -> Iterator[QuestionRow]:
     reader = csv.DictReader(StringIO(text, newline=""), strict=True)
     try:
+        names = reader.fieldnames or []
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise DataError(
+                Problem("duplicate-key", str(path), f"has two columns {shorten(repeated[0])}", "rename one")
+            )
         for values in reader:
             named = {name: value for name, value in values.items() if name is not None and value is not None}
             yield QuestionRow(f"{path}:{reader.line_num}", named)
@@ -153,8 +169,8 @@ def _lines(path: Path, text: str) -> Iterator[QuestionRow]:
 
 def _parse_json(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except InvalidJsonError as error:
         raise DataError(Problem("invalid-json", where, f"invalid JSON ({error})")) from None
 
 

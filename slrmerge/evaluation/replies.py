@@ -1,18 +1,24 @@
 """JSON in a model's reply, wherever it is."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
+
+MOST_INVALID = 10_000
+"""Maximum number of brackets that are not JSON: each takes time that grows with the text."""
+
+_BRACKET = re.compile(r"[\[{]")
 
 
 def json_values(text: str) -> Iterator[Any]:
     """The JSON objects and lists in a text, in order; without those nested in another."""
-    decoder, at = json.JSONDecoder(), 0
-    while starts := [place for place in (text.find("{", at), text.find("[", at)) if place >= 0]:
+    decoder, at, invalid = json.JSONDecoder(), 0, 0
+    while (bracket := _BRACKET.search(text, at)) and invalid < MOST_INVALID:
         try:
-            value, at = decoder.raw_decode(text, min(starts))
+            value, at = decoder.raw_decode(text, bracket.start())
         except ValueError:
-            at = min(starts) + 1
+            at, invalid = bracket.end(), invalid + 1
         except RecursionError:  # the next bracket would recurse as deeply
             return
         else:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from slrmerge.errors import require_extra
 from slrmerge.evaluation.tasks.base import Metric, ModelResponses, Plot, Score
+from slrmerge.io.text import IN_PROSE, printable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -75,7 +76,8 @@ class EvaluationResult:
         lines += [
             f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>".replace("\n", "<br>") for row in rows
         ]
-        return f"<table><caption>{escape(self.caption)}</caption>{''.join(lines)}</table>"
+        table = f"<table><caption>{escape(self.caption)}</caption>{''.join(lines)}</table>"
+        return printable(table, keep=IN_PROSE)
 
     def to_pandas(self) -> "DataFrame":
         """One row for each model and metric, with the fields of `Cell` as columns."""

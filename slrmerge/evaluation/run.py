@@ -154,7 +154,8 @@ class Evaluation:
         return self._server(at) if isinstance(at, ServerAddress) else LocalEmbeddings(at, device=self.options.device)
 
     def _server(self, at: ServerAddress) -> ServerModel:
-        return ServerModel(at, concurrency=self.options.concurrency, timeout_s=self.options.timeout_s)
+        options = self.options
+        return ServerModel(at, concurrency=options.concurrency, timeout_s=options.timeout_s, progress=self._progress)
 
 
 @dataclass(frozen=True)

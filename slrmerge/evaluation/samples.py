@@ -1,16 +1,22 @@
 """Samples on disk: one line of JSON each, appended as they arrive, never requested again."""
 
-import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import xxhash
 
-from slrmerge.errors import OutputError, Problem
+from slrmerge.errors import OutputError, Problem, raise_all
 from slrmerge.io.pieces import output_error
+from slrmerge.io.strict_json import parse_json
+from slrmerge.io.text import to_json
+
+MAX_LINE_BYTES = 1 << 28
+
+PROBLEMS_SHOWN = 10
 
 
 class Settings(NamedTuple):
@@ -54,7 +60,7 @@ class SampleFile:
     """A JSONL file of samples, which continues where an earlier run stopped. Use it in a `with`.
 
     Each line holds model, prompt id, sample index, seed, settings, text and finish reason. Drops an incomplete last
-    line, which a kill leaves. Raises OutputError for a file with other contents.
+    line, which a kill leaves. Raises OutputError with the lines that are not samples, at most 10.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,6 +73,10 @@ class SampleFile:
         except OSError as error:
             raise output_error(path, error) from error
         try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise OutputError(
+                    Problem("not-a-file", str(path), "is not a regular file", "choose another output folder")
+                )
             self._bytes = self._read()
         except BaseException:
             self._file.close()
@@ -99,10 +109,14 @@ class SampleFile:
         return self._answers.get(key)
 
     def append(self, key: SampleKey, answer: Answer, settings: Settings) -> None:
-        """Write a sample, completely or not at all. Raises NoSpaceError and OutputError."""
+        """Write a sample, completely or not at all. Raises NoSpaceError and OutputError.
+
+        Lone surrogates, which UTF-8 cannot encode, become question marks.
+        """
+        answer = Answer(*(text.encode("utf-8", "replace").decode() for text in astuple(answer)))
         seed = seed_of(settings.seed, key.prompt, key.sample)
         line = {**key._asdict(), "seed": seed, "settings": settings._asdict(), **asdict(answer)}
-        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        data = to_json(line).encode() + b"\n"
         try:
             left = memoryview(data)
             while left:  # a full disk accepts a part first, and fails at the next write
@@ -120,21 +134,29 @@ class SampleFile:
     def _read(self) -> int:
         """Read the samples of earlier runs; returns the bytes of the complete lines."""
         complete = 0
+        problems: list[Problem] = []
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    os.ftruncate(self._file.fileno(), complete)
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
                     break
                 try:
-                    self._keep(*_sample(json.loads(line)))
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    where, remedy = f"{self.path}:{number}", "choose another output folder"
-                    raise OutputError(Problem("not-a-sample", where, "is not a sample", remedy)) from error
+                    self._keep(*_sample(parse_json(line)))
+                except (ValueError, KeyError, TypeError):
+                    remedy = "delete this line: its sample is then requested again; or choose another output folder"
+                    problems.append(Problem("not-a-sample", f"{self.path}:{number}", "is not a sample", remedy))
+                    if len(problems) == PROBLEMS_SHOWN:
+                        break
                 complete += len(line)
+        raise_all(problems, OutputError)
+        if complete < os.fstat(self._file.fileno()).st_size:
+            os.ftruncate(self._file.fileno(), complete)
         return complete
 
 
 def _sample(line: Mapping[str, Any]) -> tuple[SampleKey, Answer, Settings]:
-    key = SampleKey(str(line["model"]), str(line["prompt"]), int(line["sample"]))
-    answer = Answer(str(line["text"]), str(line["finish_reason"]))
-    return key, answer, Settings(**line["settings"])
+    """A line of the file. Raises ValueError, KeyError and TypeError."""
+    model, prompt, sample = line["model"], line["prompt"], line["sample"]
+    text, finish_reason = line["text"], line["finish_reason"]
+    if type(sample) is not int or not all(isinstance(word, str) for word in (model, prompt, text, finish_reason)):
+        raise TypeError("a value has another type")
+    return SampleKey(model, prompt, sample), Answer(text, finish_reason), Settings(**line["settings"])

@@ -15,6 +15,7 @@ from slrmerge.errors import OptionError, Problem, ServerError
 from slrmerge.evaluation.models import SampleRequest, ServerAddress
 from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.evaluation.server_errors import INVALID_JSON, InvalidResponseError, translate_server_errors
+from slrmerge.io.progress import Progress
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -28,6 +29,9 @@ MAX_RETRIES = 24
 
 RETRYING_S = 300.0
 """One request and its retries may take as long as one answer, and this."""
+
+INVALID_RESPONSES = 3
+"""So many invalid responses in a row are an error: one in thousands is not."""
 
 EMBEDDINGS_PER_REQUEST = 64
 
@@ -69,13 +73,21 @@ class ServerModel:
     """A ChatModel and Embedder behind a server, with at most `concurrency` requests at a time, each for one sample.
 
     The client retries connection errors, timeouts, 408, 409, 429 and 5xx, and honours Retry-After. Each attempt has
-    `timeout_s`.
+    `timeout_s`. An invalid response is requested again, and an error the third time.
     """
 
     def __init__(
-        self, at: ServerAddress, *, concurrency: int, timeout_s: float, max_retries: int = MAX_RETRIES
+        self,
+        at: ServerAddress,
+        *,
+        concurrency: int,
+        timeout_s: float,
+        max_retries: int = MAX_RETRIES,
+        progress: Progress | None = None,
     ) -> None:
         self._at, self._concurrency, self._timeout_s, self._max_retries = at, concurrency, timeout_s, max_retries
+        self._progress = progress or Progress()
+        self._reported = False
         self._dialect: Dialect | None = None
 
     @cached_property
@@ -86,7 +98,7 @@ class ServerModel:
         served = self._served()
         if len(served) != 1:
             what = f"serves {', '.join(served)}" if served else "does not name the models that it serves"
-            raise ServerError(Problem("model-not-named", self._at.url, what, f"name one: LABEL=MODEL@{self._at.url}"))
+            raise ServerError(Problem("model-not-named", str(self._at), what, f"name one: LABEL=MODEL@{self._at}"))
         return served[0]
 
     def check(self) -> None:
@@ -103,7 +115,7 @@ class ServerModel:
         model = self.model_id
 
         async def one(client: "AsyncOpenAI", request: SampleRequest) -> None:
-            keep(request, await self._bounded(self._complete(client, model, request, settings)))
+            keep(request, await self._bounded(_valid(lambda: self._complete(client, model, request, settings))))
 
         self._run_all(requests, one)
 
@@ -114,7 +126,8 @@ class ServerModel:
         found: dict[int, NDArray[np.float32]] = {}
 
         async def one(client: "AsyncOpenAI", start: int) -> None:
-            found[start] = await self._bounded(_embed(client, model, texts[start : start + EMBEDDINGS_PER_REQUEST]))
+            part = texts[start : start + EMBEDDINGS_PER_REQUEST]
+            found[start] = await self._bounded(_valid(lambda: _embed(client, model, part)))
 
         self._run_all(starts, one)
         if len({part.shape[1] for part in found.values()}) > 1:
@@ -146,19 +159,35 @@ class ServerModel:
 
     async def _bounded(self, call: Awaitable[T]) -> T:
         """The result of a request, with a limit on all its attempts: an attempt's own only limits each read."""
-        with translate_server_errors(str(self._at), self._timeout_s):
+        with translate_server_errors(str(self._at), self._timeout_s, {*self._at.secrets, _api_key()}):
             async with asyncio.timeout(self._timeout_s + RETRYING_S):
                 return await call
 
     def _client(self) -> "AsyncOpenAI":
         from openai import AsyncOpenAI, Timeout
 
-        key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
+        key = _api_key()
         if not (key.isascii() and key.isprintable()):
             what = "has characters that an HTTP header cannot contain"
             raise OptionError(Problem("invalid-key", "OPENAI_API_KEY", what, "set it again"))
+        from slrmerge.evaluation.server_client import LimitedClient
+
         timeout = Timeout(self._timeout_s, connect=min(CONNECT_TIMEOUT_S, self._timeout_s))
-        return AsyncOpenAI(base_url=self._at.url, api_key=key, timeout=timeout, max_retries=self._max_retries)
+        return AsyncOpenAI(
+            base_url=self._at.url.partition("?")[0],
+            default_query=self._at.query,
+            api_key=key,
+            timeout=timeout,
+            max_retries=self._max_retries,
+            http_client=LimitedClient(self._report_retries, timeout=timeout),
+        )
+
+    def _report_retries(self, failure: str) -> None:
+        """Report once that requests are retried for long."""
+        if not self._reported:
+            self._reported = True
+            limit = f"retrying for up to {self._timeout_s + RETRYING_S:g} s"
+            self._progress.message(f"{self._at} does not answer ({failure}); {limit}")
 
     def _served(self) -> list[str]:
         """The models that the server lists; none where it lists none, unless it has to name the model."""
@@ -191,8 +220,7 @@ class ServerModel:
             raise InvalidResponseError("no message") from error
         if not isinstance(text, str | None):
             raise InvalidResponseError("a message that is not text")
-        valid = (text or "").encode("utf-8", "replace").decode()  # without surrogates, which UTF-8 cannot hold
-        return Answer(valid, str(finish_reason or "stop"))
+        return Answer(text or "", str(finish_reason or "stop"))
 
     async def _chat_completion(
         self, client: "AsyncOpenAI", model: str, request: SampleRequest, settings: Settings
@@ -224,6 +252,10 @@ class ServerModel:
         raise rejection
 
 
+def _api_key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
+
+
 def _run(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, also where this thread already runs an event loop, as in a notebook."""
     try:
@@ -232,6 +264,16 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()
+
+
+async def _valid(request: Callable[[], Awaitable[T]]) -> T:
+    """The result of `request`, which is repeated where the response is invalid."""
+    for _ in range(INVALID_RESPONSES - 1):
+        try:
+            return await request()
+        except INVALID_JSON:
+            continue
+    return await request()
 
 
 async def _list(client: "AsyncOpenAI") -> list[str]:

@@ -1,7 +1,8 @@
 """Errors of the client of model servers, as ServerErrors."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from slrmerge.errors import Problem, ServerError, first_line
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
 INVALID_JSON = (ValueError, RecursionError)
 """What the client raises for a response that is not JSON."""
 
+MAX_DETAIL = 1000
+"""Maximum number of characters of a server's own message."""
+
+SHORTEST_SECRET = 5
+"""A shorter word is part of other words."""
+
 RUN_AGAIN = "check the server, then run the same command again"
 
 
@@ -20,14 +27,18 @@ class InvalidResponseError(ValueError):
 
 
 @contextmanager
-def translate_server_errors(where: str, timeout_s: float) -> Iterator[None]:
-    """Raise ServerError about `where` for an error of the client in the block."""
+def translate_server_errors(where: str, timeout_s: float, secrets: Collection[str] = ()) -> Iterator[None]:
+    """Raise ServerError about `where`, without `secrets`, for an error of the client in the block."""
     from openai import OpenAIError
 
     try:
         yield
     except (OpenAIError, TimeoutError, *INVALID_JSON) as error:
-        raise ServerError(describe_error(error, where, timeout_s)) from error
+        problem = describe_error(error, where, timeout_s)
+        for secret in secrets:
+            if len(secret) >= SHORTEST_SECRET:
+                problem = replace(problem, what=problem.what.replace(secret, "***"))
+        raise ServerError(problem) from error
 
 
 def describe_error(error: BaseException, where: str, timeout_s: float) -> Problem:
@@ -62,4 +73,5 @@ def _detail(error: "APIStatusError") -> str:
     body = error.body if isinstance(error.body, dict) else {"error": error.body}
     own = next((str(body[key]) for key in ("detail", "error", "message") if isinstance(body.get(key), str)), "")
     message = first_line(error)
-    return f"{message}: {' '.join(own.split())}" if own and own not in message else message
+    detail = f"{message}: {' '.join(own.split())}" if own and own not in message else message
+    return detail if len(detail) <= MAX_DETAIL else f"{detail[:MAX_DETAIL]}…"

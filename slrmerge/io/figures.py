@@ -5,9 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slrmerge.io.files import replace_file
+from slrmerge.io.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def figure_text(text: str) -> str:
+    """`text` as matplotlib shows it literally: no formula between dollars, not hidden from a legend."""
+    text = printable(text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -4,9 +4,12 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 from typing import Any
+
+from slrmerge.io.sizes import format_bytes
 
 
 def create_folder(path: Path, *, durable: bool) -> None:
@@ -15,6 +18,11 @@ def create_folder(path: Path, *, durable: bool) -> None:
     path.mkdir(mode=0o777, parents=True, exist_ok=True)
     for folder in missing if durable else ():
         sync_folder(folder.parent)
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """An opener that follows no link: whatever is written to a folder goes into that folder."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def free_bytes(path: Path) -> int:
@@ -29,7 +37,7 @@ def reserve(path: Path, file_bytes: int) -> None:
     system cannot reserve space.
     """
     fallocate = _libc_function("fallocate")
-    with open(path, "ab") as file:
+    with open(path, "ab", opener=open_no_link) as file:
         if fallocate and file_bytes and fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(file_bytes)):
             number = ctypes.get_errno()
             if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
@@ -42,9 +50,20 @@ def allocated_bytes(path: Path) -> int:
     return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
 
 
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """A regular file, whole. Raises OSError also for anything else (a FIFO would block), and for a larger file."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"larger than {format_bytes(max_bytes)}", str(path))
+    return data
+
+
 def write_file(path: Path, data: bytes, *, durable: bool) -> None:
     """Write a small file, with the mode that the umask gives."""
-    with open(path, "wb") as file:
+    with open(path, "wb", opener=open_no_link) as file:
         file.write(data)
         file.flush()
         if durable:
@@ -54,7 +73,7 @@ def write_file(path: Path, data: bytes, *, durable: bool) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a small file atomically: its name refers to the old content or to the new."""
     beside = path.with_name(f"{path.name}.new")
-    beside.write_bytes(data)
+    write_file(beside, data, durable=False)
     os.replace(beside, path)
 
 
@@ -70,7 +89,7 @@ def sync_file(fd: int) -> None:
 
 def sync_path(path: Path) -> None:
     """Flush a closed file to the disk."""
-    with open(path, "r+b") as file:
+    with open(path, "r+b", opener=open_no_link) as file:
         sync_file(file.fileno())
 
 

@@ -5,6 +5,7 @@ Killed at any moment, the target is absent or as it was, and the next run resume
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,7 @@ class OutputFolder:
         self.path = resolve_target(out)
         self.staging = staging_folder(self.path)
         self.durable = durable
+        self._staged: os.stat_result | None = None
         self._complete: os.stat_result | None = None
         self._sources = tuple(sources)
         self._overwrite = overwrite
@@ -82,10 +84,22 @@ class OutputFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             what = "is not a writable folder"
             yield Problem("output-not-writable", str(parent), what, "choose another output folder")
+        if _is_too_long(self.staging, parent):
+            what = "has a name or a path that is too long to be staged beside it"
+            yield Problem("invalid-output", str(target), what, "choose a shorter one")
+        else:
+            yield from self._unsafe_folders()
+
+    def _unsafe_folders(self) -> Iterator[Problem]:
+        for folder in (self.staging, set_aside_folder(self.path)):
+            yield from _unsafe(folder, "folder", stat.S_ISDIR)
 
     def require_space(self, needed_bytes: int, *, what: str = "the output", remedy: str = "") -> None:
         """Raise NoSpaceError unless the disk has `needed_bytes` free."""
         free = files.free_bytes(self.path)
+        if needed_bytes > free and hasattr(os, "sync"):
+            os.sync()  # btrfs frees the space of deleted files when it next writes to the disk
+            free = files.free_bytes(self.path)
         if needed_bytes > free:
             short = f"{what} needs {needed_bytes / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free"
             remedy = remedy or f"free {(needed_bytes - free) / 1e9:,.2f} GB, or choose an output folder on another disk"
@@ -99,15 +113,28 @@ class OutputFolder:
         """
         with translate_os_errors(self.path):
             files.create_folder(self.path.parent, durable=self.durable)
+            raise_all(self._unsafe_folders(), OutputError)
             with _lock(self.path):
                 if self._recover():
                     progress.message(f"restored {self.path}, which an interrupted run had moved aside")
                 self.check()
                 yield
 
+    def create_staging(self) -> None:
+        """Create the staging folder, which only this user can enter, or take up that of an earlier run.
+
+        Raises OutputError for one that someone else made or can write to.
+        """
+        with translate_os_errors(self.path):
+            try:
+                self.staging.mkdir(mode=0o700)
+            except FileExistsError:
+                raise_all(self._unsafe_folders(), OutputError)
+            self._staged = self.staging.lstat()
+
     @contextmanager
     def staged(self, what_is_kept: Callable[[BaseException], str | None]) -> Iterator[Path]:
-        """The staging folder, which the caller creates or resumes from.
+        """The staging folder, which the caller creates or resumes from; see `create_staging`.
 
         After a failure it is kept where `what_is_kept` gives the error a note about that, and otherwise removed.
         """
@@ -125,10 +152,16 @@ class OutputFolder:
 
     def publish(self, progress: Progress) -> None:
         """Give the complete staging folder the target's name, and remove what it replaces."""
+        if self._staged and not os.path.samestat(self._staged, self.staging.lstat()):
+            raise OutputError(_unsafe_problem(self.staging, "was replaced by another program"))
+        _give_usual_mode(self.staging)
         if self.durable:
             files.sync_folder(self.staging)
         self._complete = self.staging.stat()
         leftover = self._replace()
+        if leftover is not None:
+            with suppress(OSError):
+                leftover.chmod(0o700)  # so that the next run removes what a kill leaves of it
         if self.durable:
             files.sync_folder(self.path.parent)
         if leftover is not None:
@@ -197,9 +230,12 @@ class OutputFolder:
 def resolve_target(out: str | os.PathLike[str]) -> Path:
     """Where the output really goes, links resolved. Raises OutputError for a path that no folder can have."""
     try:
+        if not os.fspath(out):
+            raise ValueError("its name is empty")
         target = Path(os.path.realpath(out))
-        with suppress(FileNotFoundError, NotADirectoryError):
-            target.stat()
+        for path in (target, staging_folder(target)):  # the longer name must fit too
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.stat()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         what = f"cannot be a folder ({why})"
@@ -226,13 +262,52 @@ def set_aside_folder(target: Path) -> Path:
     return target.parent.joinpath(f".{target.name}.slrmerge-old")
 
 
+def _is_too_long(staging: Path, parent: Path) -> bool:
+    """Whether a staging folder, or a file in it, would have a longer name than the disk of `parent` takes."""
+    if not hasattr(os, "pathconf"):
+        return False
+    longest = max(len(os.fsencode(part)) for part in staging.relative_to(parent).parts)
+    name_max, path_max = (os.pathconf(parent, name) for name in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    return 0 < name_max < longest or 0 < path_max <= len(os.fsencode(staging)) + name_max
+
+
+def _unsafe(path: Path, kind: str, is_kind: Callable[[int], bool]) -> Iterator[Problem]:
+    """Why what is at `path`, if anything, may be someone else's: the parent may be a folder that many write to."""
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not is_kind(status.st_mode):
+        yield _unsafe_problem(path, "is a link" if stat.S_ISLNK(status.st_mode) else f"is not a {kind}")
+    elif hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        yield _unsafe_problem(path, "belongs to another user")
+    elif os.name != "nt" and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        yield _unsafe_problem(path, "can be written to by other users")
+
+
+def _unsafe_problem(path: Path, what: str) -> Problem:
+    return Problem("unsafe-staging", str(path), what, "remove it, or choose an output folder elsewhere")
+
+
+def _give_usual_mode(folder: Path) -> None:
+    """Give a folder the mode that the umask, or an access control list, gives to a new one."""
+    probe = folder / ".slrmerge-mode"
+    with suppress(FileExistsError):
+        probe.mkdir()
+    mode = stat.S_IMODE(probe.lstat().st_mode)
+    probe.rmdir()
+    if mode != stat.S_IMODE(folder.lstat().st_mode):
+        folder.chmod(mode)
+
+
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
     """Hold `target` against other processes; the lock ends with the process, however it ends."""
     from filelock import FileLock, Timeout
 
     path = target.parent.joinpath(f".{target.name}.slrmerge-lock")
-    lock = FileLock(path, blocking=False)
+    raise_all(_unsafe(path, "file", stat.S_ISREG), OutputError)
+    lock = FileLock(path, mode=0o600, blocking=False)
     try:
         lock.acquire()
     except Timeout:

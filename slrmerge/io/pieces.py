@@ -56,7 +56,7 @@ def write_piece(
     Calls `on_bytes(n)` after each chunk. Raises NoSpaceError when the disk is full, OutputError for other failures.
     """
     hasher = xxhash.xxh3_128()
-    with translate_os_errors(path), open(path, "r+b", buffering=0) as file:
+    with translate_os_errors(path), open(path, "r+b", buffering=0, opener=files.open_no_link) as file:
         file.seek(start)
         for chunk in chunks:
             hasher.update(chunk)
@@ -71,7 +71,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, durable: boo
     """Write a whole file from `chunks`. Raises NoSpaceError and OutputError."""
     digests: list[bytes] = []
     hasher, filled, file_bytes = xxhash.xxh3_128(), 0, 0
-    with translate_os_errors(path), open(path, "wb") as file:
+    with translate_os_errors(path), open(path, "wb", opener=files.open_no_link) as file:
         for chunk in chunks:
             left = memoryview(chunk)
             file.write(left)

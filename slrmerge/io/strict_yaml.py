@@ -1,16 +1,34 @@
-"""YAML read strictly: UTF-8, of limited size, no key twice."""
+"""YAML read strictly: UTF-8, of limited size and depth, no key twice, and scalars as in YAML 1.2.
+
+PyYAML follows YAML 1.1, where 1:30 is 90, 010 is 8, `no` is false and 1e-3 is a string.
+"""
 
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from slrmerge.errors import Problem, RecipeError
+from slrmerge.errors import Problem, RecipeError, first_line
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 1_000_000
 """More than any file of that size contains by itself: only aliases lead there."""
+
+MAX_DEPTH = 128
+_TOO_DEEP = "nested too deeply"
+
+_SCALARS = {
+    "null": ("~ n N", r"~|null|Null|NULL|"),
+    "bool": ("t T f F", r"true|True|TRUE|false|False|FALSE"),
+    "int": ("- + 0 1 2 3 4 5 6 7 8 9", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": (
+        "- + . 0 1 2 3 4 5 6 7 8 9",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    ),
+}
+"""The core schema of YAML 1.2 (10.3.2): tag, first characters, pattern of the whole."""
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
@@ -34,36 +52,67 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 
 
 def write_yaml(content: Any) -> str:
-    """Plain values as YAML, in their order; short lists on one line."""
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
-    return text
+    """Plain values as YAML, in their order; short lists on one line; what does not print is escaped."""
+
+    def dump(*, allow_unicode: bool) -> str:
+        text: str = yaml.dump(
+            content, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, default_flow_style=None
+        )
+        return text
+
+    text = dump(allow_unicode=True)
+    return text if text.replace("\n", "").isprintable() else dump(allow_unicode=False)
 
 
 def _parse(path: Path, raw: bytes) -> Any:
     try:
-        return yaml.load(raw.decode("utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(raw.decode("utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except UnicodeDecodeError as error:
         raise RecipeError(Problem("not-utf8", str(path), f"is not UTF-8 text (byte {error.start})")) from None
     except yaml.YAMLError as error:
         raise RecipeError(Problem("invalid-yaml", str(path), f"invalid YAML: {_one_line(error)}")) from None
-    except RecursionError:
-        raise RecipeError(Problem("invalid-yaml", str(path), "is nested too deeply")) from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but duplicate keys and aliases without end are errors."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but with YAML 1.2's scalars; duplicate keys, depth and aliases without end are errors."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML copies it before it adds to it)
+        "<": [("tag:yaml.org,2002:merge", re.compile("<<"))]
+    }
+    _depth = 0
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
-        if node is not None and _count_values(node, {}) > MAX_VALUES:
-            raise yaml.MarkedYAMLError(problem="its aliases stand for too many values", problem_mark=node.start_mark)
+        if node is not None:
+            extent = _extent(node, {})
+            if extent.values > MAX_VALUES or extent.depth > MAX_DEPTH:
+                what = "its aliases stand for too many values" if extent.values > MAX_VALUES else _TOO_DEEP
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
+        return node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # missing in types-PyYAML
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError) as error:  # what PyYAML's constructors let through
-            raise yaml.MarkedYAMLError(problem=f"invalid value: {error}", problem_mark=node.start_mark) from None
+            what = f"invalid value: {first_line(error)}"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+    def construct_float(self, node: yaml.ScalarNode) -> float:
+        text = self.construct_scalar(node)
+        return float(text.replace(".", "") if text[-1:].isalpha() else text)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -76,18 +125,40 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
-    """The number of values below `node` with aliases written out; raises YAMLError where an alias contains itself."""
-    if node in counts:
-        known = counts[node]
-        if known is None:
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, but strings are quoted where YAML 1.1 or 1.2 reads something else."""
+
+
+for _tag, (_first, _pattern) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _starts = [*_first.split(), *([""] if _tag == "null" else [])]
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _starts)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
+
+
+class _Extent(NamedTuple):
+    """Of a node with its aliases written out."""
+
+    values: int
+    depth: int
+
+
+def _extent(node: yaml.Node, known: dict[yaml.Node, _Extent | None]) -> _Extent:
+    """The extent of `node`; raises YAMLError where an alias contains itself."""
+    if node in known:
+        extent = known[node]
+        if extent is None:
             raise yaml.MarkedYAMLError(problem="an alias refers to what contains it", problem_mark=node.start_mark)
-        return known
-    counts[node] = None
+        return extent
+    known[node] = None
     inner = node.value if isinstance(node, yaml.CollectionNode) else []
     values = [value for pair in inner for value in pair] if isinstance(node, yaml.MappingNode) else inner
-    total = counts[node] = 1 + sum(_count_values(value, counts) for value in values)
-    return total
+    extents = [_extent(value, known) for value in values]
+    known[node] = extent = _Extent(
+        1 + sum(each.values for each in extents), 1 + max((each.depth for each in extents), default=0)
+    )
+    return extent
 
 
 def _one_line(error: yaml.YAMLError) -> str:

@@ -1,10 +1,12 @@
-"""Threads: how many, and a pool whose work can be cancelled."""
+"""Threads: how many, a pool whose work can be cancelled, and a time limit."""
 
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Event
+from threading import Event, current_thread, main_thread
+from types import FrameType
 
 from slrmerge.errors import OptionError, Problem
 from slrmerge.io.sizes import shorten
@@ -36,3 +38,25 @@ def cancellable_pool(threads: int) -> Iterator[tuple[ThreadPoolExecutor, Event]]
             cancelled.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a block of Python code that runs longer; no limit outside the main thread, or on Windows.
+
+    An earlier timer of the same signal is paused meanwhile.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 (signal's interface)
+        raise TimeoutError(f"not finished within {seconds:g} s")
+
+    if not hasattr(signal, "setitimer") or current_thread() is not main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, stop)
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, delay, interval)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)

@@ -1,16 +1,16 @@
 """The hybrid's model card (README.md), as the Hub reads it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from slrmerge.checkpoint.files import open_regular
+from slrmerge.checkpoint.files import open_within
 from slrmerge.checkpoint.side_files import CARD_NAME
 from slrmerge.errors import CheckpointError
 from slrmerge.io.strict_yaml import write_yaml
+from slrmerge.io.text import markdown, markdown_block, markdown_code, to_json
 from slrmerge.merging.finding import TRADEOFF_NAME, Finding
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.summary import describe_plan
@@ -39,15 +39,15 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
         write_yaml(front).rstrip(),
         "---",
         "",
-        f"# {post.rpartition('/')[2]} merged with {pre.rpartition('/')[2]}",
+        f"# {markdown(post.rpartition('/')[2])} merged with {markdown(pre.rpartition('/')[2])}",
         "",
-        f"A merge of `{pre}` (pre-trained) and `{post}` (post-trained), made with slrmerge.",
+        f"A merge of {markdown_code(pre)} (pre-trained) and {markdown_code(post)} (post-trained), made with slrmerge.",
         f"Resetting layers to their pre-trained weights is [Selective Layer Restoration]({_PAPER}).",
         "",
         "## Merge",
         "",
-        *(f"- {sentence}" for sentence in describe_plan(plan)),
-        *(f"- note: {note}" for note in plan.notes),
+        *(f"- {markdown(sentence)}" for sentence in describe_plan(plan)),
+        *(f"- note: {markdown(note)}" for note in plan.notes),
         "",
         _side_files_sentence(plan),
         "",
@@ -58,16 +58,14 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
         "from transformers import pipeline",
         "",
         *([] if "/" in name else ["# this folder, or its repository on the Hub"]),
-        f'chat = pipeline("text-generation", model={json.dumps(name, ensure_ascii=False)})',
+        f'chat = pipeline("text-generation", model={to_json(name)})',
         'messages = [{"role": "user", "content": "Write a short poem."}]',
         'print(chat(messages, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])',
         "```",
         "",
         "## Recipe",
         "",
-        "```yaml",
-        recipe.decode().rstrip(),
-        "```",
+        markdown_block("yaml", recipe.decode().rstrip()),
         "",
     ]
     return "\n".join(lines).encode()
@@ -90,13 +88,14 @@ def _base_models(*names: str) -> dict[str, Any]:
 def _search_section(finding: Finding) -> Iterator[str]:
     yield "## Search"
     yield ""
-    yield f"`slrmerge search` scored {finding.candidates:,} candidates on the proxy task `{finding.task}`:"
+    yield f"`slrmerge search` scored {finding.candidates:,} candidates on the proxy task {markdown_code(finding.task)}:"
     yield "quality Q is the probability of a valid answer, diversity D the entropy of the valid answers."
     yield ""
     yield "| | Q | D (nats) |"
     yield "|---|---|---|"
     for found in (finding.own, *finding.others):
-        label = f"**{found.label}** (this model)" if found is finding.own else found.label
+        label = markdown(found.label)
+        label = f"**{label}** (this model)" if found is finding.own else label
         yield f"| {label} | {found.quality:.4f} | {found.diversity:.4f} |"
     yield ""
     if finding.figure:
@@ -106,7 +105,7 @@ def _search_section(finding: Finding) -> Iterator[str]:
 
 def _inherited_front_matter(folder: Path) -> dict[str, Any]:
     try:
-        with open_regular(folder / CARD_NAME) as file:
+        with open_within(folder, CARD_NAME) as file:
             text = file.read(_MAX_CARD_BYTES).decode("utf-8-sig")
         before, front, _ = text.replace("\r\n", "\n").split("---\n", 2)
         content = None if before else yaml.load(front, Loader=yaml.BaseLoader)  # noqa: S506 (strings only)

@@ -1,11 +1,9 @@
 """How far post-training moved the weights, by layer and module; streamed, like a merge."""
 
-import csv
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from io import StringIO
 from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +11,11 @@ from typing import TYPE_CHECKING
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
 from slrmerge.errors import PlanError, Problem, raise_all, require_extra
+from slrmerge.io.figures import figure_text, save_figure
 from slrmerge.io.files import write_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
+from slrmerge.io.text import to_csv
 from slrmerge.io.threads import thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
 from slrmerge.merging.executor import default_threads
@@ -98,13 +98,8 @@ class DiffResult:
 
     def to_csv(self) -> str:
         """`to_rows` as CSV."""
-        text = StringIO()
-        writer = csv.DictWriter(
-            text, ["layer", "module", "parameters", "relative_change", "cosine"], lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows(self.to_rows())
-        return text.getvalue()
+        header = ["layer", "module", "parameters", "relative_change", "cosine"]
+        return to_csv(header, ([row[name] for name in header] for row in self.to_rows()))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `diff.csv` and, where there are layers, the heat map `diff.png` and `diff.svg` to `folder`.
@@ -112,8 +107,6 @@ class DiffResult:
         Raises OutputError, and MissingExtraError without matplotlib.
         """
         require_extra("search", "matplotlib")
-        from slrmerge.io.figures import save_figure
-
         folder = Path(folder)
         with translate_os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +177,7 @@ def diff_figure(result: DiffResult) -> "Figure":
         axes = figure.add_subplot(2, 1, number)
         image = axes.imshow(grid, cmap=colours, aspect="auto")
         figure.colorbar(image, ax=axes, label=label)
-        axes.set_yticks(range(len(modules)), modules)
+        axes.set_yticks(range(len(modules)), list(map(figure_text, modules)))
         axes.set_xlabel("layer")
     figure.suptitle("how far post-training moved the weights")
     return figure

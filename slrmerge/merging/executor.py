@@ -12,8 +12,14 @@ from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.pair import ModelPair
-from slrmerge.checkpoint.side_files import CARD_NAME, CHAT_TEMPLATE_FOLDERS, CONFIG_NAME, MANIFEST_NAME
-from slrmerge.errors import CheckpointError, Problem, raise_all
+from slrmerge.checkpoint.side_files import (
+    CARD_NAME,
+    CHAT_TEMPLATE_FOLDERS,
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    is_common_file,
+)
+from slrmerge.errors import CheckpointError, Problem, VerificationError, raise_all
 from slrmerge.io import files
 from slrmerge.io.options import make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder
@@ -24,7 +30,7 @@ from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.io.threads import available_cores
 from slrmerge.merging.card import model_card
 from slrmerge.merging.journal import Journal, pieces_of
-from slrmerge.merging.manifest import build_manifest
+from slrmerge.merging.manifest import build_manifest, read_manifest
 from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan
@@ -34,9 +40,6 @@ from slrmerge.recipe.load import RecipeLike
 
 _REMOTE_THREADS = 8
 """Pieces written at a time when their bytes come from the Hub, where most of the time is spent waiting."""
-
-_MODEL_FOLDERS = frozenset({*CHAT_TEMPLATE_FOLDERS, ".cache"})
-"""Folders inside a checkpoint: its templates, and what `hf download` leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +114,30 @@ def output_folder(plan: MergePlan, out: str | os.PathLike[str], options: MergeOp
 
 
 def why_not_a_checkpoint(folder: Path) -> str | None:
-    """Why a folder is not exactly one model: nothing else is replaced by a merge."""
+    """Why a folder is not exactly one model: nothing else is replaced by a merge.
+
+    A merge may contain what its manifest names, any other checkpoint what checkpoints commonly do.
+    """
     if not (folder / CONFIG_NAME).exists() or not any(folder.glob("*.safetensors")):
         return "is not a checkpoint"
-    others = [path.name for path in folder.iterdir() if path.is_dir() and path.name not in _MODEL_FOLDERS]
-    return f"contains more than a checkpoint ({', '.join(sorted(others))})" if others else None
+    try:
+        written = {*read_manifest(folder).files, MANIFEST_NAME}
+    except VerificationError:
+        written = {MANIFEST_NAME}
+    others = sorted(name for name in _entries(folder) if name not in written and not is_common_file(name))
+    shown = ", ".join(others[:5]) + (", …" if len(others) > 5 else "")
+    return f"contains more than a checkpoint ({shown})" if others else None
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    """What a folder contains: its files, those in the folders that a checkpoint has, and other folders as `name/`."""
+    for path in folder.iterdir():
+        if not path.is_dir() or path.is_symlink():
+            yield path.name
+        elif path.name in (*CHAT_TEMPLATE_FOLDERS, ".cache"):
+            yield from (f"{path.name}/{inner.name}" for inner in path.iterdir())
+        else:
+            yield f"{path.name}/"
 
 
 def default_threads(*checkpoints: Checkpoint) -> int:
@@ -130,6 +152,7 @@ def _write(
     with plan.pair.open() as readers:
         reader = HybridReader(readers)
         _check_bools(plan, reader)
+        output.create_staging()
         journal = Journal.open(output.staging, plan.fingerprint(), durable=output.durable)
         total = sum(1 for shard in plan.shards for _ in pieces_of(shard))
         with output.staged(lambda error: journal.what_is_kept(error, total)):
@@ -144,7 +167,7 @@ def _write(
                 for shard in plan.shards
             }
             manifest = build_manifest(plan, written)
-            written[MANIFEST_NAME] = write_file(output.staging / MANIFEST_NAME, [manifest], durable=output.durable)
+            written[MANIFEST_NAME] = write_file(output.staging / MANIFEST_NAME, manifest, durable=output.durable)
             with journal.removed(lambda: output.published):
                 output.publish(progress)
     return written, resumed

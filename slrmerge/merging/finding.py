@@ -1,13 +1,16 @@
 """The result of the search that wrote a recipe, for the model card."""
 
+import json
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
-from slrmerge.checkpoint.files import LocalFile
+from slrmerge.checkpoint.files import LocalFile, open_within
+from slrmerge.errors import CheckpointError
 from slrmerge.io.model import Model
 from slrmerge.recipe.load import AnyRecipe
+from slrmerge.recipe.model import CheckpointName
 from slrmerge.recipe.rules import Rules
+
+_MAX_SUMMARY_BYTES = 1 << 26
 
 SUMMARY_NAME = "summary.json"
 TRADEOFF_NAME = "tradeoff.png"
@@ -27,8 +30,8 @@ class SearchSummary(Model):
 
     slrmerge: str
     task: str
-    pretrained: str
-    posttrained: str
+    pretrained: CheckpointName
+    posttrained: CheckpointName
     dtype: str | None = None
     layers: int
     candidates: int
@@ -39,6 +42,14 @@ class SearchSummary(Model):
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     elapsed_s: float
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> "SearchSummary":
+        """Raises ValueError. pydantic's own parser refuses the names of folders that are not UTF-8."""
+        try:
+            return cls.model_validate(json.loads(raw))
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +64,17 @@ class Finding:
 
 
 def find_search_result(recipe: AnyRecipe) -> Finding | None:
-    """The result of the search that wrote `recipe`, or None where its folder has none for these rules."""
+    """The result of the search that wrote `recipe`, or None where its folder has none for these rules.
+
+    Raises CheckpointError for a figure that a link leads out of the folder to: it would be published.
+    """
     if recipe.file is None:
         return None
     folder = recipe.file.parent
     try:
-        summary = SearchSummary.model_validate_json((folder / SUMMARY_NAME).read_bytes())
-    except (OSError, ValidationError):
+        with open_within(folder, SUMMARY_NAME) as file:
+            summary = SearchSummary.from_json(file.read(_MAX_SUMMARY_BYTES))
+    except (OSError, ValueError, CheckpointError):
         return None
     if (summary.pretrained, summary.posttrained) != (recipe.pretrained, recipe.posttrained):
         return None
@@ -67,11 +82,10 @@ def find_search_result(recipe: AnyRecipe) -> Finding | None:
     if own is None:
         return None
     others = tuple(found for name, found in summary.selected.items() if name != own)
-    figure = folder / TRADEOFF_NAME
     return Finding(
         summary.task,
         summary.candidates,
         summary.selected[own],
         others,
-        LocalFile.at(figure) if figure.is_file() else None,
+        LocalFile.within(folder, TRADEOFF_NAME) if (folder / TRADEOFF_NAME).is_file() else None,
     )

@@ -34,17 +34,17 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path, fingerprint: str, *, durable: bool) -> "Journal":
-        """Continue the journal in `folder` if it belongs to the same plan; otherwise start with an empty folder."""
+        """Continue the journal in `folder` if it belongs to the same plan; otherwise empty it."""
         path = folder / JOURNAL_NAME
         lines = path.read_bytes().splitlines() if path.exists() else []
         finished: dict[Piece, bytes] = {}
         if lines and lines[0] == fingerprint.encode():
             finished = dict(filter(None, map(_parse, lines[1:])))
         else:
-            if folder.exists():
-                shutil.rmtree(folder)
             files.create_folder(folder, durable=durable)
         journal = cls(folder, finished, fingerprint, durable=durable)
+        if not finished:
+            journal.discard_unfinished()
         journal._rewrite()
         return journal
 
@@ -76,7 +76,8 @@ class Journal:
 
     def record(self, piece: Piece, digest: bytes) -> None:
         """Add a finished piece."""
-        with self._lock, open(self.folder / JOURNAL_NAME, "ab", buffering=0) as file:
+        path = self.folder / JOURNAL_NAME
+        with self._lock, open(path, "ab", buffering=0, opener=files.open_no_link) as file:
             file.write(_line(piece, digest))
             self.finished[piece] = digest
 
@@ -96,7 +97,7 @@ class Journal:
         kept = {JOURNAL_NAME, *self._begun()}
         for path in self.folder.iterdir():
             if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def what_is_kept(self, error: BaseException, total: int) -> str | None:
         """After a failure: discard unfinished pieces and describe what the next run resumes from; None if nothing."""

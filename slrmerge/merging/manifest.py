@@ -5,24 +5,29 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import xxhash
 from pydantic import Field, ValidationError
 
 from slrmerge._version import __version__
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.files import LocalFile
+from slrmerge.checkpoint.files import LocalFile, open_within
 from slrmerge.checkpoint.pair import Side
 from slrmerge.checkpoint.side_files import MANIFEST_NAME
-from slrmerge.errors import Problem, VerificationError
-from slrmerge.io.model import Model
+from slrmerge.errors import CheckpointError, Problem, VerificationError
+from slrmerge.io.model import InvalidValue, Model
+from slrmerge.io.names import is_inside
 from slrmerge.io.pieces import DIGEST_NAME, FileDigest
+from slrmerge.io.sizes import shorten
 from slrmerge.merging.plan.model import MergePlan
 
 FORMAT = 2
+
+_MAX_BYTES = 1 << 27
+"""A model of 300,000 tensors has a manifest of about this size."""
 
 
 class FileEntry(Model):
@@ -65,9 +70,15 @@ class Manifest(Model):
     files: dict[str, FileEntry]
     tensors: dict[str, dict[str, Any]]
 
+    def model_post_init(self, _: Any) -> None:
+        places = [*self.files, *(origin.get("file") for origin in self.tensors.values())]
+        is_valid = all(isinstance(place, str) and is_inside(place) for place in places)
+        if not is_valid or self.sources.keys() != {*get_args(Side)}:
+            raise InvalidValue("manifest-altered", "names files or sources that no merge has")
 
-def build_manifest(plan: MergePlan, written: Mapping[str, FileDigest]) -> bytes:
-    """The manifest of a merge whose other files are all written."""
+
+def build_manifest(plan: MergePlan, written: Mapping[str, FileDigest]) -> Iterator[bytes]:
+    """The manifest of a merge whose other files are all written, a tensor at a time: it is larger than the plan."""
     read = plan.read_files()
     read["posttrained"] |= {file.name for file in plan.files if isinstance(file.source, LocalFile)}
     manifest = Manifest(
@@ -80,21 +91,41 @@ def build_manifest(plan: MergePlan, written: Mapping[str, FileDigest]) -> bytes:
             for side, source in plan.pair.items()
         },
         files={name: {"bytes": file.file_bytes, "digest": file.digest} for name, file in sorted(written.items())},
-        tensors=plan.origins(),
+        tensors={},
     )
     content = manifest.model_dump(exclude_unset=True)
-    return _canonical({"digest": _digest(content), **content})
+    digest = xxhash.xxh3_128()
+    for part in _with_tensors(content, plan):
+        digest.update(part)
+    yield from _with_tensors({"digest": f"{DIGEST_NAME}:{digest.hexdigest()}", **content}, plan)
+
+
+def _with_tensors(content: Mapping[str, Any], plan: MergePlan) -> Iterator[bytes]:
+    """What `_canonical` makes of `content`, whose last entry is `"tensors": {}`, with the tensors of `plan`."""
+    before, separator = _canonical(content).removesuffix(b"}\n}\n"), ""
+    yield before
+    for name, origin in plan.origins():
+        entry = json.dumps({name: origin}, indent=1, ensure_ascii=False)[1:-2]
+        yield (separator + entry.replace("\n", "\n ")).encode("utf-8", "surrogatepass")
+        separator = ","
+    yield b"\n }\n}\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in `folder`. Raises VerificationError where it is missing or was altered."""
+    """The manifest in `folder`. Raises VerificationError where it is missing, is not a file, or was altered."""
     path = folder / MANIFEST_NAME
     try:
-        raw = path.read_bytes()
+        with open_within(folder, MANIFEST_NAME) as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except CheckpointError as error:
+        raise VerificationError(*error.problems) from None
     except OSError:
         exists = os.path.exists(folder)  # noqa: PTH110 (a name that is too long is not an error here)
         what = "was not written by slrmerge: it has no manifest" if exists else "no such folder"
         raise VerificationError(Problem("no-manifest", str(folder), what, "name the folder of a merge")) from None
+    if len(raw) > _MAX_BYTES:
+        what = f"is larger than any manifest ({_MAX_BYTES:,} bytes)"
+        raise VerificationError(Problem("manifest-altered", str(path), what, "merge again"))
     try:
         content = json.loads(raw)
         is_intact = (
@@ -107,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
             Problem("manifest-altered", str(path), "was altered after it was written", "merge again")
         )
     if content.get("format") != FORMAT:
-        what = f"has format {content.get('format')}, this version reads format {FORMAT}"
+        what = f"has format {shorten(content.get('format'))}, this version reads format {FORMAT}"
         raise VerificationError(
             Problem("manifest-format", str(path), what, "verify it with the slrmerge that wrote it")
         )

@@ -5,15 +5,24 @@ Killed at any moment before the commit, the branch has not moved: large files ar
 
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slrmerge.checkpoint.files import open_within, unreadable
 from slrmerge.checkpoint.location import Repository
-from slrmerge.checkpoint.side_files import CARD_NAME, MANIFEST_NAME
-from slrmerge.errors import HubError, OptionError, Problem, VerificationError
+from slrmerge.checkpoint.side_files import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    RECIPE_NAME,
+    is_tokenizer_file,
+    select_side_files,
+)
+from slrmerge.errors import CheckpointError, HubError, OptionError, Problem, VerificationError, raise_all
 from slrmerge.io.progress import Progress
+from slrmerge.merging.finding import TRADEOFF_NAME
 from slrmerge.merging.manifest import read_manifest
 from slrmerge.merging.verify import verify
 
@@ -23,6 +32,11 @@ if TYPE_CHECKING:
     from slrmerge.checkpoint.hub.repository import Snapshot
 
 _REMEDY = "push again: uploaded files are kept, and files that are there already are not uploaded again"
+
+_SMALL_BYTES = 1 << 24
+
+_WRITTEN = (RECIPE_NAME, "mergekit_config.yml", CARD_NAME, TRADEOFF_NAME)
+"""What merges write beside weights and tokenizer."""
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
@@ -55,16 +69,17 @@ def push(
 ) -> PushResult:
     """Verify the merge in `folder` and push it to `repository`, as one commit on the branch `revision`.
 
-    Creates a missing repository, `private` or not, and a missing branch. The commit removes the files of an older merge
-    and other shards of a model; everything else in the repository stays. Raises VerificationError; HubError where the
-    repository is not writable or was changed meanwhile.
+    Creates a missing repository, `private` or not, and a missing branch. The commit removes other shards of a model and
+    tokenizer files of an older merge; everything else in the repository stays. Raises VerificationError, also where a
+    link leads out of `folder`; HubError where the repository is not writable or was changed meanwhile.
     """
     folder, progress = Path(folder), progress or Progress()
     target = parse_target(repository, revision)
-    require_access(target)
-    verify(folder, threads=threads, progress=progress)
     manifest = read_manifest(folder)
     files = (*manifest.files, MANIFEST_NAME)
+    _require_own_files(folder, files)
+    require_access(target)
+    verify(folder, threads=threads, progress=progress)
     pre, post = manifest.sources["pretrained"], manifest.sources["posttrained"]
 
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -86,7 +101,7 @@ def push(
     before = pin(target)
     removed = tuple(sorted(_stale_files(before) - {*files}))
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=_upload(folder, name)) for name in files
     ]
     operations += [CommitOperationDelete(path_in_repo=name) for name in removed]
     progress.message(f"pushing {len(files)} files to {target}")
@@ -133,6 +148,26 @@ def require_access(repository: Repository) -> None:
             raise
 
 
+def _require_own_files(folder: Path, names: Iterable[str]) -> None:
+    """Raise VerificationError for links that lead out of the folder, and for what is not a file."""
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            open_within(folder, name).close()
+        except CheckpointError as error:
+            problems += error.problems
+        except OSError as error:
+            problems += unreadable(folder / name, error).problems
+    raise_all(problems, VerificationError)
+
+
+def _upload(folder: Path, name: str) -> Path | bytes:
+    """What to upload: the bytes of a small file, so that nothing can take its place; the path of a large one."""
+    with open_within(folder, name) as file:
+        content = file.read(_SMALL_BYTES + 1)
+    return content if len(content) <= _SMALL_BYTES else folder / name
+
+
 def _require_valid_card(folder: Path) -> None:
     """Raise HubError where the Hub would refuse the model card, before anything is uploaded."""
     from huggingface_hub import ModelCard
@@ -156,10 +191,18 @@ def _require_valid_card(folder: Path) -> None:
 
 
 def _stale_files(snapshot: "Snapshot") -> set[str]:
-    """What an older merge left in a repository, and what a loader would read as weights of this one."""
+    """What an older merge left in a repository, and what a loader would read as weights of this one.
+
+    Its manifest is the repository's: it is believed about files that a merge can have, of the size that it gives.
+    """
     names = {name for name in snapshot.files if _SHARD.fullmatch(name)}
     if MANIFEST_NAME in snapshot.files:
         with suppress(VerificationError):
-            older = read_manifest(snapshot.files[MANIFEST_NAME].fetch().parent)
-            names |= older.files.keys() & snapshot.files.keys()
+            older = read_manifest(snapshot.files[MANIFEST_NAME].fetch().parent).files
+            possible = {*_WRITTEN, *filter(is_tokenizer_file, select_side_files(older))}
+            names |= {
+                name
+                for name, entry in older.items()
+                if name in possible and name in snapshot.files and snapshot.files[name].file_bytes == entry.bytes
+            }
     return names

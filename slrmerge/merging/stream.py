@@ -1,17 +1,16 @@
 """The bytes of planned files, any range of them: what a merge writes and a verification compares with."""
 
-import os
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from threading import Lock
 
 from slrmerge.checkpoint.base import TensorReader
-from slrmerge.checkpoint.files import FileStatus, LocalFile, unreadable
+from slrmerge.checkpoint.files import LocalFile, unreadable
 from slrmerge.checkpoint.header import DTYPE_BITS
 from slrmerge.checkpoint.pair import PairReader
-from slrmerge.errors import Problem, SourceChangedError
 from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.merging.blend import CHUNK_ELEMENTS, Blender
 from slrmerge.merging.plan.model import MergePlan, PlannedFile, PlannedShard, PlannedTensor
@@ -115,8 +114,9 @@ class ShardStream:
         if start < len(header):
             yield memoryview(header)[start:stop]
         begin, end = max(start - len(header), 0), stop - len(header)
-        for run in self._runs[bisect_right(self._run_ends, begin) :]:
-            first, run_begin, run_end = run[0], run[0].info.data_offsets[0], run[-1].info.data_offsets[1]
+        firsts, ends = self._runs
+        for place in range(bisect_right(ends, begin), len(ends)):
+            first, run_begin, run_end = firsts[place], ends[place - 1] if place else 0, ends[place]
             if run_begin >= end:
                 return
             part = max(begin, run_begin) - run_begin, min(end, run_end) - run_begin
@@ -126,26 +126,26 @@ class ShardStream:
                 yield from self._reader.computed(first, *part, blender)
 
     @cached_property
-    def _runs(self) -> list[list[PlannedTensor]]:
-        """The tensors, with copies that are also adjacent in their source gathered into one run."""
-        runs: list[list[PlannedTensor]] = []
-        for tensor in self.shard.tensors:
-            if runs and self._are_adjacent(runs[-1][-1], tensor):
-                runs[-1].append(tensor)
+    def _runs(self) -> tuple[list[PlannedTensor], Sequence[int]]:
+        """The first tensor and the end of each run: copies that are also adjacent in their source, or one tensor."""
+        firsts: list[PlannedTensor] = []
+        ends = array("Q")
+        last: PlannedTensor | None = None
+        for tensor, _, end in self.shard.spans():
+            if last and self._are_adjacent(last, tensor):
+                ends[-1] = end
             else:
-                runs.append([tensor])
-        return runs
-
-    @cached_property
-    def _run_ends(self) -> list[int]:
-        return [run[-1].info.data_offsets[1] for run in self._runs]
+                firsts.append(tensor)
+                ends.append(end)
+            last = tensor
+        return firsts, ends
 
     def _are_adjacent(self, first: PlannedTensor, second: PlannedTensor) -> bool:
         if not first.kind == second.kind == "copy" or (first.pretrained is None) != (second.pretrained is None):
             return False
         side = self._plan.pair.posttrained if first.pretrained is None else self._plan.pair.pretrained
         one, two = (tensor.pretrained or tensor.posttrained or "" for tensor in (first, second))
-        return side.weight_map[one] == side.weight_map[two] and side[one].data_offsets[1] == side[two].data_offsets[0]
+        return side.weight_map[one] == side.weight_map[two] and side[one].end == side[two].begin
 
 
 def file_chunks(file: PlannedFile) -> Iterator[bytes]:
@@ -158,13 +158,16 @@ def file_chunks(file: PlannedFile) -> Iterator[bytes]:
         return
     path = file.source.fetch()
     try:
-        with open(path, "rb") as opened:
-            while chunk := opened.read(CHUNK_BYTES):
-                yield chunk
-            status = FileStatus.of(os.fstat(opened.fileno()))
-    except FileNotFoundError:
-        status = None
+        source = file.source if isinstance(file.source, LocalFile) else LocalFile.at(path)
     except OSError as error:
         raise unreadable(path, error) from error
-    if status is None or (isinstance(file.source, LocalFile) and status != file.source.status):
-        raise SourceChangedError(Problem("source-changed", str(path), "changed while it was being read", "run again"))
+    opened = source.open()
+    try:
+        stream = opened.stream(0, source.file_bytes)
+        for start in range(0, source.file_bytes, CHUNK_BYTES):
+            chunk = bytearray(min(CHUNK_BYTES, source.file_bytes - start))
+            stream.readinto(memoryview(chunk))
+            yield bytes(chunk)
+        opened.check_unchanged()
+    finally:
+        opened.close()

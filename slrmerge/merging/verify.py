@@ -6,7 +6,7 @@ Without the sources a digest shows that a file changed; with them the tensor tha
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import local
@@ -129,11 +129,10 @@ def _unreadable(folder: Path, manifest: Manifest) -> Iterator[Problem]:
     for name, origin in manifest.tensors.items():
         names.setdefault(origin["file"], set()).add(name)
     for file, expected in names.items():
-        try:
-            with safe_open(folder / file, framework="numpy") as opened:
+        is_valid = False
+        if file in manifest.files:
+            with suppress(SafetensorError), safe_open(folder / file, framework="numpy") as opened:
                 is_valid = set(opened.keys()) == expected
-        except SafetensorError:
-            is_valid = False
         if not is_valid:
             what = "is not read by the safetensors library as it was written"
             yield Problem("unreadable-shard", str(folder / file), what, "please report this")
@@ -189,7 +188,7 @@ def _plan_again(
         if named:
             raise
         return _NotComparable(f"{error.problems[0].where}: {error.problems[0].what}")
-    if plan.origins() != manifest.tensors:
+    if dict(plan.origins()) != manifest.tensors:
         return _NotComparable(f"slrmerge {__version__} plans this merge differently")
     return _Comparable(plan)
 
@@ -254,12 +253,14 @@ def _altered_files(
         progress.advance(stop - start)
         return found
 
-    jobs = [(name, *piece) for name in names for piece in pieces(expected[name].file_bytes)]
-    digests: dict[str, list[bytes]] = {name: [] for name in names}
+    same_size = [name for name in names if (folder / name).stat().st_size == expected[name].file_bytes]
+    yield from set(names).difference(same_size)
+    jobs = [(name, *piece) for name in same_size for piece in pieces(expected[name].file_bytes)]
+    digests: dict[str, list[bytes]] = {name: [] for name in same_size}
     for (name, _, _), piece_digest in zip(jobs, pool.map(digest, jobs), strict=True):
         digests[name].append(piece_digest)
     for name, found in digests.items():
-        if FileDigest((folder / name).stat().st_size, combine(found)) != expected[name]:
+        if combine(found) != expected[name].digest:
             yield name
 
 
@@ -273,6 +274,4 @@ def _place_in(shard: PlannedShard, position: int) -> str:
     offset = position - len(shard.header)
     if offset < 0:
         return "in its header"
-    return next(
-        (f"in {tensor.name}" for tensor in shard.tensors if offset < tensor.info.data_offsets[1]), "past its end"
-    )
+    return next((f"in {tensor.name}" for tensor, _, end in shard.spans() if offset < end), "past its end")

@@ -2,12 +2,22 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+)
 
 from slrmerge.checkpoint.location import Source, parse_source
 from slrmerge.checkpoint.pair import ModelPair, Side, open_pair
@@ -51,7 +61,17 @@ Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 """Floating dtypes, as torch names them."""
 
 
-CheckpointName = Annotated[Text, BeforeValidator(_as_text, json_schema_input_type=Text)]
+def _with_any_bytes(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+    """A folder's name may have bytes that are not UTF-8 (surrogates in Python), which pydantic's str refuses."""
+    return value if isinstance(value, str) and re.search("[\udc80-\udcff]", value) else validate(value)
+
+
+CheckpointName = Annotated[
+    Text,
+    WrapValidator(_with_any_bytes, json_schema_input_type=Text),
+    PlainSerializer(lambda name: name, return_type=Any, when_used="json"),
+    BeforeValidator(_as_text, json_schema_input_type=Text),
+]
 
 
 class Recipe(Rules):

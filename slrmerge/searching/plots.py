@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slrmerge.io.figures import save_figure
+from slrmerge.io.figures import figure_text, save_figure
 from slrmerge.searching.selection import ScoredCandidate, Selection, interval_space
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
         axes.scatter(*_points(others), marker="^", s=50, color="black", label="recipes")
     axes.scatter(*_points([choice.post]), marker="D", s=60, color=_POST, zorder=3, label="post-trained")
     if choice.slr is not None:
-        label = f"selected: {choice.slr.info.label}"
+        label = figure_text(f"selected: {choice.slr.info.label}")
         axes.scatter(*_points([choice.slr]), marker="*", s=220, color=_CHOICE, zorder=4, label=label)
     floor = choice.min_quality * choice.post.quality
     axes.axvline(floor, color="grey", linewidth=0.8, linestyle=":")

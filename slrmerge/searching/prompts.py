@@ -10,8 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_all
+from slrmerge.io.threads import time_limit
 from slrmerge.searching.proxy_tasks import Question
 from slrmerge.searching.sweep.contexts import Context
+
+RENDERING_S = 20
+"""Maximum time for a chat template to render one question."""
+
+MAX_RENDERED = 10_000_000
+"""Maximum number of characters that a chat template renders to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +122,10 @@ def _answer_token(tokenizer: Any, question: Question, answer: str, text: str, id
 
 def _apply_template(tokenizer: Any, turns: list[dict[str, str]], **switches: object) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, **switches)
+        with time_limit(RENDERING_S):
+            text: str = tokenizer.apply_chat_template(turns, tokenize=False, **switches)
+        if len(text) > MAX_RENDERED:
+            raise ValueError(f"it makes {len(text):,} characters of one question")
     except Exception as error:  # a template is a program: it may raise anything
         what = f"the chat template fails ({first_line(error)})"
         raise UnsupportedModelError(Problem("chat-template-fails", str(tokenizer.name_or_path), what)) from error

@@ -1,7 +1,6 @@
 """The result of a search, and its folder: a table, the values of each prompt, a summary, recipes and figures."""
 
 import csv
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Json, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Json
 
 from slrmerge._version import __version__
-from slrmerge.errors import OutputError, Problem, RecipeError, require_extra
+from slrmerge.checkpoint.files import open_regular
+from slrmerge.errors import CheckpointError, OutputError, Problem, RecipeError, require_extra
 from slrmerge.io.files import replace_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.strict_yaml import write_yaml
+from slrmerge.io.text import from_csv, printable, to_csv, to_json
 from slrmerge.merging.finding import SUMMARY_NAME, SearchSummary, SelectedCandidate
 from slrmerge.recipe.model import Recipe
 from slrmerge.recipe.rules import Rules
@@ -145,7 +146,7 @@ class SearchResult:
     def _repr_html_(self) -> str:
         ranked = [(f"#{rank}", row) for rank, row in enumerate(ten_best(self.rows), 1)]
         lines = "".join(
-            f"<tr><th>{name}</th><td>{escape(row.info.full_label)}</td>"
+            f"<tr><th>{name}</th><td>{escape(printable(row.info.full_label))}</td>"
             f"<td>{row.quality:.4f}</td><td>{row.diversity:.4f}</td></tr>"
             for name, row in [*self.choice.named().items(), *ranked]
         )
@@ -176,7 +177,7 @@ def write_result(folder: Path, result: SearchResult) -> None:
         for file, text in files.items():
             replace_file(folder / file, text.encode())
         draw_result(folder, result.rows, result.choice, result.layers)
-        replace_file(folder / SUMMARY_NAME, json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
+        replace_file(folder / SUMMARY_NAME, to_json(summary, indent=2).encode() + b"\n")
 
 
 def write_prompts(path: Path, rows: Sequence[ScoredCandidate], questions: Sequence[str], scores: Scores) -> None:
@@ -194,19 +195,19 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
     """Read a search's folder, with its selection as it was. Raises OutputError where it is missing or damaged."""
     folder = Path(folder)
     try:
-        raw, table = ((folder / name).read_bytes() for name in (SUMMARY_NAME, TABLE))
-    except OSError as error:
+        raw, table = map(_read_regular, (folder / SUMMARY_NAME, folder / TABLE))
+    except (OSError, CheckpointError) as error:
         what, remedy = "does not contain the results of a search", "name the folder that a search wrote"
         raise OutputError(Problem("no-results", str(folder), what, remedy)) from error
     damaged = OutputError(
         Problem("results-damaged", str(folder), "contains damaged results of a search", "search again")
     )
     try:
-        summary = SearchSummary.model_validate_json(raw)
+        summary = SearchSummary.from_json(raw)
         lines = csv.DictReader(StringIO(table.decode(), newline=""))
         rows = tuple(_Line.model_validate(line).to_candidate() for line in lines)
         base = Recipe(pretrained=summary.pretrained, posttrained=summary.posttrained, dtype=summary.dtype)
-    except (ValidationError, UnicodeDecodeError, csv.Error, RecipeError) as error:
+    except (ValueError, csv.Error, RecipeError) as error:
         raise damaged from error
     parents = sorted(row.info.space for row in rows if row.exact and row.info.space in ("post", "pre"))
     if parents != ["post", "pre"] or not {row.conditions for row in rows} <= summary.post_quality.keys():
@@ -222,6 +223,11 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
     )
 
 
+def _read_regular(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
+
+
 def why_not_results(folder: Path) -> str | None:
     """Why a folder is not exactly the results of a search, which is all that a search replaces; None where it is."""
     names = {path.name for path in folder.iterdir()}
@@ -233,12 +239,9 @@ def why_not_results(folder: Path) -> str | None:
 
 
 def _table(result: SearchResult) -> str:
-    rows, text = result.to_rows(), StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: str(value).lower() if isinstance(value, bool) else value for name, value in row.items()})
-    return text.getvalue()
+    rows = result.to_rows()
+    values = ([str(value).lower() if isinstance(value, bool) else value for value in row.values()] for row in rows)
+    return to_csv(list(rows[0]), values)
 
 
 def _none_if_empty(cell: object) -> object:
@@ -246,6 +249,7 @@ def _none_if_empty(cell: object) -> object:
 
 
 _Cell = BeforeValidator(_none_if_empty)
+_Text = Annotated[str, BeforeValidator(lambda cell: from_csv(cell) if isinstance(cell, str) else cell)]
 
 
 class _Line(BaseModel):
@@ -253,13 +257,13 @@ class _Line(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    space: str
-    label: str
+    space: _Text
+    label: _Text
     also_named: Annotated[Json[tuple[str, ...]] | None, _Cell]
     start: Annotated[int | None, _Cell]
     end: Annotated[int | None, _Cell]
     alpha: Annotated[float | None, _Cell]
-    modules: Annotated[str | None, _Cell]
+    modules: Annotated[_Text | None, _Cell]
     layers_restored: int
     quality: float
     diversity: float
@@ -267,7 +271,7 @@ class _Line(BaseModel):
     pareto: bool
     exact: bool
     prompts: int
-    dtype: str
+    dtype: _Text
     rules: Json[Rules]
 
     def to_candidate(self) -> ScoredCandidate:
@@ -288,7 +292,7 @@ class _Line(BaseModel):
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return to_json(value)
 
 
 _WHY = {
@@ -302,7 +306,7 @@ _WHY = {
 def _recipe(result: SearchResult, name: str, row: ScoredCandidate) -> str:
     post = result.choice.post
     return (
-        f"# {row.info.label}: {_WHY[name].format(ratio=result.choice.min_quality)}.\n"
+        f"# {printable(row.info.label)}: {_WHY[name].format(ratio=result.choice.min_quality)}.\n"
         f"# Selected by `slrmerge search` ({result.task}, {row.conditions}) from {len(result.rows)} candidates:\n"
         f"# Q {row.quality:.4f}, D {row.diversity:.4f} nats; the post-trained model: Q {post.quality:.4f}, "
         f"D {post.diversity:.4f}.\n" + write_yaml(result.choice.recipe_for(row).to_dict())

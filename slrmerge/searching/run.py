@@ -167,7 +167,7 @@ class Search:
         started, progress = monotonic(), progress or Progress()
         output = self.output_folder(out, overwrite=overwrite)
         with output.locked(progress), _torch_threads(self.options.threads):
-            output.staging.mkdir(exist_ok=True)
+            output.create_staging()
             remove(path for path in output.staging.iterdir() if path.name not in _PASSES)
             with output.staged(lambda _: self._what_is_kept(output.staging)):
                 pair = self.prepared.pair.download(progress)

@@ -127,3 +127,29 @@ def test_a_local_file_is_a_value(file: LocalFile) -> None:
 def test_a_file_without_permission_can_no_longer_be_opened(file: LocalFile) -> None:
     with locked(file.path), refused(SourceChangedError, "source-changed"):
         file.open()
+
+
+@pytest.mark.skipif("os.name == 'nt'")
+def test_an_edit_is_noticed_where_the_mtime_was_put_back(file: LocalFile) -> None:
+    opened = file.open()
+    file.path.write_bytes(CONTENT[::-1])
+    put_back = file.status.mtime_ns, file.status.mtime_ns
+    os.utime(file.path, ns=put_back)
+    while file.path.stat().st_ctime_ns == file.status.ctime_ns:  # the clock of file times is coarse
+        os.utime(file.path, ns=put_back)
+    with refused(SourceChangedError, "source-changed"):
+        opened.check_unchanged()
+    with refused(SourceChangedError, "source-changed"):
+        file.open()
+    opened.close()
+
+
+@pytest.mark.skipif("not os.path.isdir('/dev/fd')")
+def test_a_file_that_nothing_refers_to_is_closed(file: LocalFile) -> None:
+    before = len(list(Path("/dev/fd").iterdir()))
+    stream = file.open().stream(0, 7)
+    buffer = bytearray(7)
+    stream.readinto(memoryview(buffer))  # the stream keeps it open
+    assert bytes(buffer) == CONTENT
+    del stream
+    assert len(list(Path("/dev/fd").iterdir())) == before

@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, dict[str, str]]] = {
 
 
 def infos(dtypes: Mapping[str, str]) -> list[tuple[str, TensorInfo]]:
-    return [(name, TensorInfo(dtype, (8,), (0, DTYPE_BITS[dtype]))) for name, dtype in dtypes.items()]
+    return [(name, TensorInfo(dtype, (8,), DTYPE_BITS[dtype], 0)) for name, dtype in dtypes.items()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

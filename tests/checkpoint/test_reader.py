@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slrmerge.checkpoint.files import LocalFile
-from slrmerge.checkpoint.safetensors import SafetensorsFolder, SafetensorsReader, open_folder
+from slrmerge.checkpoint.safetensors import _MAX_OPEN, SafetensorsFolder, SafetensorsReader, open_folder
 from slrmerge.errors import SourceChangedError
 from tests.checkpoint import locked, read
 from tests.checkpoints import Tensor, llama_tensors, random_tensor, write_checkpoint
@@ -94,7 +94,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SafetensorsRead
 def test_any_range_of_a_file_is_read(shared: SafetensorsReader, name: str, data: st.DataObject) -> None:
     shard = shared.checkpoint.shards[shared.checkpoint.weight_map[name]]
     content = Path(str(shard.file)).read_bytes()[shard.data_start :]
-    begin, end = shard.tensors[name].data_offsets
+    begin, end = shard.tensors[name].begin, shard.tensors[name].end
     offset = data.draw(st.integers(0, end - begin), label="offset")
     length = data.draw(st.integers(0, len(content) - begin - offset), label="length")  # may run into the neighbours
     assert read(shared, name, offset, length) == content[begin + offset :][:length]
@@ -203,7 +203,7 @@ def test_a_remote_file_reads_like_a_local_one(tmp_path: Path) -> None:
         assert len(remote.requested) == len(TENSORS)
         remote.requested.clear()
         assert read(reader, NAME, 6, 5) == TENSORS[NAME].data[6:11]
-        begin = checkpoint.shards["model.safetensors"].data_start + checkpoint[NAME].data_offsets[0]
+        begin = checkpoint.shards["model.safetensors"].data_start + checkpoint[NAME].begin
         assert remote.requested == [(begin + 6, begin + 11)]
         reader.check_unchanged()
     assert remote.closed == 1
@@ -212,7 +212,7 @@ def test_a_remote_file_reads_like_a_local_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [1, 5, 100])
 def test_elements_of_a_remote_file_are_requested_once(tmp_path: Path, step: int) -> None:
     checkpoint, remote = moved_away(open_folder(write_checkpoint(tmp_path / "m", TENSORS)))
-    begin = checkpoint.shards["model.safetensors"].data_start + checkpoint[NAME].data_offsets[0]
+    begin = checkpoint.shards["model.safetensors"].data_start + checkpoint[NAME].begin
     buffer = bytearray(2 * step)
     with checkpoint.open() as reader:
         steps = reader.read_elements(NAME, range(2, 40, step), memoryview(buffer))
@@ -327,7 +327,7 @@ def test_a_file_truncate_after_its_first_read_is_reported_at_the_next_read(
     assert reader.checkpoint.weight_map[first] == reader.checkpoint.weight_map[last] == FIRST
     assert read(reader, first) == TENSORS[first].data
     shard = reader.checkpoint.shards[FIRST]
-    for size in (shard.data_start + shard.tensors[last].data_offsets[1] - 1, shard.data_start, 0):
+    for size in (shard.data_start + shard.tensors[last].end - 1, shard.data_start, 0):
         os.truncate(folder / FIRST, size)
         changed(folder / FIRST, lambda: read(reader, last))
 
@@ -364,3 +364,44 @@ def test_a_closed_reader_refuses_to_read(folder: Path) -> None:
         assert read(reader, NAME) == TENSORS[NAME].data
     with pytest.raises(ValueError):  # its descriptors may belong to other files by now
         read(reader, NAME)
+
+
+# few descriptors
+
+
+def many_shards(folder: Path, count: int) -> Path:
+    return aged(write_checkpoint(folder, TENSORS, shards=count))
+
+
+@pytest.mark.skipif("not os.path.isdir('/dev/fd')")
+def test_a_reader_holds_few_of_many_files_open(tmp_path: Path) -> None:
+    checkpoint = open_folder(many_shards(tmp_path / "m", len(TENSORS)))
+    before = len(list(Path("/dev/fd").iterdir()))
+    with checkpoint.open() as reader:
+        for _ in range(2):
+            assert {name: read(reader, name) for name in TENSORS} == {name: t.data for name, t in TENSORS.items()}
+            assert len(list(Path("/dev/fd").iterdir())) - before <= _MAX_OPEN
+        reader.check_unchanged()
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def test_a_stream_outlives_that_its_file_is_no_longer_held(tmp_path: Path) -> None:
+    first, *others = TENSORS
+    with open_folder(many_shards(tmp_path / "m", len(TENSORS))).open() as reader:
+        stream = reader.stream(first, 0, len(TENSORS[first].data))
+        for name in others:
+            read(reader, name)
+        buffer = bytearray(len(TENSORS[first].data))
+        stream.readinto(memoryview(buffer))
+    assert bytes(buffer) == TENSORS[first].data
+
+
+@pytest.mark.parametrize("change", [edit_in_place, replace_by_rename, truncate])
+def test_a_change_of_a_file_that_is_no_longer_held_is_noticed(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    checkpoint = open_folder(many_shards(tmp_path / "m", len(TENSORS)))
+    file = tmp_path / "m" / checkpoint.weight_map[next(iter(TENSORS))]
+    with checkpoint.open() as reader:
+        for name in TENSORS:
+            read(reader, name)
+        change(file)
+        changed(file, reader.check_unchanged)

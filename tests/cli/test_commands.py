@@ -86,7 +86,7 @@ def test_every_option_has_a_help_text(command: str) -> None:
 
 def test_the_help_lists_every_exit_code() -> None:
     epilog = run("--help").stdout.partition("Exit codes:")[2].split()
-    codes = {str(error.exit_code) for error in ERRORS} | {"0", "2", "130"}
+    codes = {str(error.exit_code) for error in ERRORS} | {"0", "2", "130", "141"}
     assert {word for word in epilog if word.isdecimal()} == codes
 
 

@@ -97,3 +97,27 @@ def test_an_invalid_url_is_refused(url: str) -> None:
     with refused(OptionError, "invalid-url") as caught:
         parse_model(f"post=m@{url}")
     assert caught.value.problems[0].where == url
+
+
+@pytest.mark.parametrize(
+    ("written", "label", "shown"),
+    [
+        ("http://user:sekret@host/v1", "v1", "http://***@host/v1"),
+        ("http://user:sekret@host", "host", "http://***@host"),
+        ("http://host?api_key=sekret", "host", "http://host?***"),
+        ("m@http://user:sekret@host/v1?api_key=sekret", "m", "m@http://***@host/v1?***"),
+        ("post=http://user:sekret@host/v1", "post", "http://***@host/v1"),
+    ],
+)
+def test_the_credentials_of_an_address_are_used_and_not_shown(written: str, label: str, shown: str) -> None:
+    found = parse_model(written)
+    assert isinstance(found.at, ServerAddress)
+    assert (found.label, str(found.at)) == (label, shown)
+    assert "sekret" in found.at.url
+    assert found.at.secrets == {"sekret"}
+    assert "sekret" not in repr(found)
+
+
+def test_labels_are_printable() -> None:
+    assert [model.label for model in parse_models([Path("a\n\x1b")])] == [r"a\n\x1b"]
+    assert [model.label for model in parse_models({"a\n": "org/name"})] == [r"a\n"]

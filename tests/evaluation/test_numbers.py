@@ -66,6 +66,17 @@ def test_decimals_are_exact(number: object) -> None:
     assert final_number(f"It is {number}.") == Fraction(str(number))
 
 
+@pytest.mark.parametrize(
+    "unit",
+    ["-", "1 ", "1,111", "1/", "{}", "\\boxed{", "\\boxed{}", "\\boxed{1}", "\\frac{1", "####", "#### ", "answer: "],
+)
+@pytest.mark.parametrize("before", ["", "\\boxed{"])
+def test_a_solution_of_a_million_characters_is_read_in_linear_time(unit: str, before: str) -> None:
+    solution = before + unit * (1_000_000 // len(unit))
+    assert isinstance(final_number(solution), Fraction | None)
+    assert final_number(f"{solution} #### 5") == 5
+
+
 @given(st.text(alphabet="0123456789.,-−$/#\\boxed{}frac ", max_size=400))
 def test_nothing_breaks_it(text: str) -> None:
     assert isinstance(final_number(text), Fraction | None)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrmerge.evaluation import charts
+from slrmerge.evaluation.output import as_markdown
 from slrmerge.evaluation.page import PROMPTS_SHOWN, TEXTS_SHOWN, page
 from slrmerge.evaluation.result import EvaluationResult, summarise
 from slrmerge.evaluation.tasks.base import Metric, ModelResponses, Score
@@ -117,3 +118,20 @@ def test_a_result_without_values_is_shown(tmp_path: Path) -> None:
     assert "<table>" in page(found)
     save_figure(charts.draw(found), tmp_path / "metrics")
     assert (tmp_path / "metrics.png").exists()
+
+
+def test_what_does_not_print_is_escaped_everywhere() -> None:
+    bad = "x\x1b[31m\x9b\u202e\ud800"
+    found = replace(saying(bad, "two\nlines", "👩\u200d🚀"), settings={"data": bad}, notes=(bad,))
+    for text in (page(found), as_markdown(found), found._repr_html_()):
+        assert text.encode()
+        assert not set(text) & set(bad.removeprefix("x").replace("[31m", ""))
+        assert r"x\x1b[31m" in text.replace("\\\\", "\\")
+    assert "👩\u200d🚀" in page(found)
+
+
+@pytest.mark.parametrize("label", ["$x^$", "_hidden", "a$b$c", "x\n\x1b"])
+def test_charts_show_any_label(tmp_path: Path, label: str) -> None:
+    found = result(**{label: [1.0, 2.0], "post": [1.0, 3.0]})
+    save_figure(charts.bars(found), tmp_path / "bars")
+    assert (tmp_path / "bars.svg").stat().st_size > 0

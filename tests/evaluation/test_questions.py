@@ -1,13 +1,18 @@
 """Rows of files of every form, and rows that a task cannot use."""
 
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slrmerge.errors import DataError
+from slrmerge.evaluation import questions
 from slrmerge.evaluation.matching import match_stated, match_whole, names_of, normalise
 from slrmerge.evaluation.numbers import final_number
 from slrmerge.evaluation.questions import Question, QuestionRow, parse_questions, prompt_id, read_data
@@ -141,6 +146,11 @@ def test_a_file_without_questions_is_refused(tmp_path: Path, name: str) -> None:
         ("a.json", "[", "", "invalid-json"),
         ("a.json", "[" * 100_000, "", "invalid-json"),
         ("a.csv", 'question\n"open\n', ", after line 1", "invalid-csv"),
+        ("a.csv", "question,answers,question\na,b,c\n", "", "duplicate-key"),
+        ("a.json", '{"a": ["b"], "a": ["c"]}', "", "invalid-json"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', ":2", "invalid-json"),
+        ("a.json", '[{"question": "\\ud800"}]', "", "invalid-json"),
+        ("a.json", '[{"answer": 1e400}]', "", "invalid-json"),
     ],
 )  # fmt: skip
 def test_the_place_of_an_unreadable_row_is_named(
@@ -152,9 +162,58 @@ def test_the_place_of_an_unreadable_row_is_named(
     assert caught.value.problems[0].where == path + where
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device", "large"])
+def test_a_file_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    path = tmp_path / "a.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        monkeypatch.setattr(questions, "MAX_DATA_BYTES", 10)
+        path.write_text('{"a": ["b"], "c": ["d"]}')
+    with refused(DataError, "unreadable"):
+        read_data(path)
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["question", "prompt", "answer", "answers", ""]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+_contents = st.one_of(
+    st.binary(max_size=50),
+    st.text('question,answers"|[]{}:\n\r\t 1', max_size=50).map(str.encode),
+    _json.map(lambda value: json.dumps(value).encode()),
+    st.lists(_json, max_size=3).map(lambda values: "\n".join(map(json.dumps, values)).encode()),
+)
+
+
+@given(_contents, st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.txt"]), st.sampled_from(sorted(TASKS)))
+def test_any_file_is_questions_or_refused(content: bytes, name: str, task: str) -> None:
+    """Fuzz: bytes, text of the formats' own characters, and JSON of every shape."""
+    with TemporaryDirectory() as folder:
+        try:
+            found = parse_questions(TASKS[task].question, read_data(written(Path(folder), name, content)).rows)
+        except DataError:
+            return
+        for question in found:
+            assert question.text.strip()
+            assert question.text.encode()
+
+
 BAD_ROWS: list[tuple[type[Question], dict[str, Any], str, str]] = [
     (OpenQuestion, {"answers": ["a"]}, "question", "missing-key"),
     (OpenQuestion, {"question": "", "answers": ["a"]}, "question", "empty"),
+    (OpenQuestion, {"question": " \n", "answers": ["a"]}, "question", "empty"),
+    (OpenQuestion, {"question": "a\ud800", "answers": ["a"]}, "question", "invalid-value"),
+    (OpenQuestion, {"question": STATE, "answers": "[" * 100_000}, "answers", "invalid-json"),
+    (WordProblem, {"question": "How many?", "answer": 10**400}, "answer", "no-number"),
+    (WordProblem, {"question": "How many?", "answer": -(10**400)}, "answer", "no-number"),
+    (WordProblem, {"question": "How many?", "answer": float("-inf")}, "answer", "no-number"),
     (OpenQuestion, {"question": STATE}, "answers", "missing-key"),
     (OpenQuestion, {"question": STATE, "answers": []}, "answers", "empty"),
     (OpenQuestion, {"question": STATE, "answers": 3}, "answers", "wrong-type"),

@@ -1,6 +1,7 @@
 """Results: cells by hand and by their properties, and their forms as table, Markdown, CSV, HTML and data frame."""
 
 import csv
+from dataclasses import replace
 from io import StringIO
 from math import isnan, nan
 
@@ -174,3 +175,13 @@ def test_the_data_frame_has_a_row_for_each_cell() -> None:
     assert list(frame.columns) == list(Cell.__dataclass_fields__)
     assert frame.set_index(["model", "metric"]).loc[("slr", "m"), "mean"] == 3.5
     assert len(frame) == len(found.cells)
+
+
+def test_no_cell_of_a_table_is_a_formula() -> None:
+    found = result(post=[1.0, -1.0])
+    question = WritingPrompt(prompt='=HYPERLINK("http://x")')
+    found = replace(found, responses=[ModelResponses("=post", question, each.texts) for each in found.responses])
+    rows = list(csv.reader(StringIO(prompts_as_csv(found))))
+    assert [row[1] for row in rows[1:]] == ["'=post"] * 2
+    assert [row[-1] for row in rows[1:]] == [f"'{question.text}"] * 2
+    assert [float(row[2]) for row in rows[1:]] == [1.0, -1.0]

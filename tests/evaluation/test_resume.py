@@ -1,6 +1,7 @@
 """An interrupted evaluation continues when it is run again, and requests no sample twice."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from slrmerge.evaluation.run import evaluate
 from slrmerge.evaluation.samples import SampleKey, seed_of
 from slrmerge.io.output_folder import OutputFolder
 from slrmerge.io.progress import Progress
+from tests.evaluation.helpers import Messages
 from tests.evaluation.openai_server import MODELS, PATIENCE_S, OpenAIServer, repeat
 from tests.problems import refused
 
@@ -54,17 +56,6 @@ def held(out: Path, name: str = "samples.jsonl") -> set[SampleKey]:
     found = [SampleKey(line["model"], line["prompt"], line["sample"]) for line in lines(out / name)]
     assert len(set(found)) == len(found)
     return set(found)
-
-
-class Messages(Progress):
-    """Records messages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def on_message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 @dataclass
@@ -161,8 +152,9 @@ def test_answers_are_kept_when_the_server_dies(work: Work) -> None:
     ]  # fmt: skip
     work.server.behave()
     assert sent(work.asked()) == seeds(*keys("post") - there)
-    (message,) = work.progress.messages
-    assert f"5 of {ALL} samples" in message
+    retrying, reusing = work.progress.messages
+    assert "retrying" in retrying
+    assert f"5 of {ALL} samples" in reusing
     assert held(work.out) == keys("post")
     assert all((work.out / name).stat().st_size for name in RESULTS)
 
@@ -387,12 +379,21 @@ def test_a_folder_of_another_task_is_refused(work: Work) -> None:
     refuses_folder(work, work.out, "other-task")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "5", '"task"'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", "5", '"task"', "[" * 10_000, '{"task": 1e400}', '{"task": NaN}']
+)
 def test_a_folder_with_an_invalid_summary_is_refused(work: Work, content: str) -> None:
     work.out.mkdir()
     (work.out / "evaluation.json").write_text(content)
     refuses_folder(work, work.out / "evaluation.json", "not-an-evaluation")
     assert (work.out / "evaluation.json").read_text() == content
+
+
+def test_a_summary_that_is_a_fifo_is_refused(work: Work) -> None:
+    work.out.mkdir()
+    os.mkfifo(work.out / "evaluation.json")
+    with refused(OutputError, "io-error"):
+        work.evaluate()
 
 
 def test_a_folder_with_other_files_is_refused(work: Work) -> None:
@@ -423,6 +424,19 @@ def test_a_file_of_other_lines_is_refused(work: Work) -> None:
         work.evaluate()
     assert caught.value.problems[0].where == f"{file}:1"
     assert file.read_bytes() == before
+
+
+def test_a_deleted_line_is_requested_again(work: Work) -> None:
+    work.evaluate()
+    file = work.out / "samples.jsonl"
+    written = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*written[:3], b"\x00 garbage\n", *written[4:]]))
+    with refused(OutputError, "not-a-sample") as caught:
+        work.evaluate()
+    assert caught.value.problems[0].where == f"{file}:4"
+    file.write_bytes(b"".join(written[:3] + written[4:]))
+    assert len(work.asked()) == 1
+    assert sorted(file.read_bytes().splitlines(keepends=True)) == sorted(written)
 
 
 def test_a_second_run_at_the_same_time_is_refused(work: Work) -> None:

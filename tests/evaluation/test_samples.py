@@ -1,6 +1,7 @@
 """A file of samples: whole lines, in any order, never for other settings."""
 
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,10 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrmerge.errors import NoSpaceError, OutputError
+from slrmerge.evaluation import samples
 from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings, seed_of
 from tests.problems import refused
 
 SETTINGS = Settings("a-model", 1.0, 0.1, 64, seed=5)
+VALID = json.dumps(
+    {
+        "model": "a",
+        "prompt": "p",
+        "sample": 0,
+        "seed": 1,
+        "settings": SETTINGS._asdict(),
+        "text": "x",
+        "finish_reason": "stop",
+    }
+)
 KEY, ANSWER = SampleKey("post", "p1", 0), Answer("Ohio\n“Utah”", "stop")
 
 
@@ -97,7 +110,28 @@ def test_samples_with_other_settings_are_refused(path: Path, change: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "line", ["", "3", "{}", "[1]", '{"model": "post"}', "nonsense", '{"settings": {"more": 1}}', "\x00"]
+    "line",
+    [
+        "",
+        "3",
+        "{}",
+        "[1]",
+        '{"model": "post"}',
+        "nonsense",
+        '{"settings": {"more": 1}}',
+        "\x00",
+        "[" * 100_000,
+        VALID.replace('"sample": 0', '"sample": 1e400'),
+        VALID.replace('"sample": 0', '"sample": 1.5'),
+        VALID.replace('"sample": 0', '"sample": NaN'),
+        VALID.replace('"sample": 0', '"sample": true'),
+        VALID.replace('"text": "x"', '"text": null'),
+        VALID.replace('"text": "x"', '"text": "\\ud800"'),
+        VALID.replace('"temperature": 1.0', '"temperature": [1]'),
+        VALID.replace('"min_p": 0.1, ', ""),
+        VALID.replace('"text"', '"model"'),
+    ],
+    ids=lambda line: repr(line[:200]),
 )
 def test_an_invalid_line_is_named(path: Path, line: str) -> None:
     with SampleFile(path) as file:
@@ -106,6 +140,76 @@ def test_an_invalid_line_is_named(path: Path, line: str) -> None:
     with refused(OutputError, "not-a-sample") as caught:
         SampleFile(path)
     assert caught.value.problems[0].where == f"{path}:2"
+
+
+def test_all_invalid_lines_are_named_up_to_ten(path: Path) -> None:
+    path.write_text(f"{VALID}\nx\n{VALID}\n" + "y\n" * 20 + "an incomplete line")
+    before = path.read_bytes()
+    with refused(OutputError, "not-a-sample") as caught:
+        SampleFile(path)
+    assert [problem.where for problem in caught.value.problems] == [f"{path}:{line}" for line in (2, *range(4, 13))]
+    assert path.read_bytes() == before
+
+
+def test_a_line_without_end_is_not_read_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "MAX_LINE_BYTES", 1000)
+    path.write_text(f"{VALID}\n" + "x" * 5000)
+    with refused(OutputError, "not-a-sample") as caught:
+        SampleFile(path)
+    assert caught.value.problems[0].where == f"{path}:2"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_regular_file_is_refused(path: Path, kind: str) -> None:
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with refused(OutputError, "not-a-file"):
+        SampleFile(path)
+
+
+def test_half_a_letter_is_kept_as_a_question_mark_and_read_again(path: Path) -> None:
+    with SampleFile(path) as file:
+        append(file, KEY, Answer("a\ud83d", "b\udc00"))
+        assert file.answer(KEY) == Answer("a?", "b?")
+    with SampleFile(path) as file:
+        assert file.answer(KEY) == Answer("a?", "b?")
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_any_lines_are_samples_or_refused(data: st.DataObject) -> None:
+    """Fuzz: valid lines with a value replaced, removed or added, bytes changed, or other bytes instead."""
+    line = json.loads(VALID)
+    place = data.draw(st.sampled_from([line, line["settings"]]))
+    name = data.draw(st.sampled_from(sorted(place)) | st.text(max_size=5))
+    if data.draw(st.booleans()):
+        place[name] = data.draw(_json)
+    else:
+        place.pop(name, None)
+    raw = bytearray(json.dumps(line).encode())
+    for _ in range(data.draw(st.integers(0, 2))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    raw += data.draw(st.sampled_from([b"", b"\n"]) | st.binary(max_size=20))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.jsonl"
+        path.write_bytes(bytes(raw))
+        try:
+            with SampleFile(path) as file:
+                append(file, SampleKey("new", "p", 0))
+                kept = len(file)
+        except OutputError:
+            assert path.read_bytes() == raw
+        else:
+            with SampleFile(path) as file:
+                assert len(file) == kept
 
 
 def fill(file: SampleFile) -> None:

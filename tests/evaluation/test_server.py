@@ -1,8 +1,11 @@
 """Requests to a model server, and what becomes of its responses."""
 
+import gzip
 import json
+import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,11 @@ from slrmerge.evaluation import server as server_module
 from slrmerge.evaluation.models import SampleRequest, ServerAddress
 from slrmerge.evaluation.samples import Answer, SampleKey, Settings
 from slrmerge.evaluation.server import EMBEDDINGS_PER_REQUEST, MAX_RETRIES, ServerModel
+from slrmerge.evaluation.server_client import MAX_RESPONSE_BYTES
 from tests import problems
 from tests.checkpoint.hub.transport import Answer as Reply
 from tests.evaluation import openai_server
+from tests.evaluation.helpers import Messages
 from tests.evaluation.openai_server import (
     CHAT,
     EMBEDDINGS,
@@ -227,13 +232,15 @@ def test_a_request_and_its_retries_end_in_time(server: OpenAIServer, monkeypatch
     ],
     ids=str,
 )
-def test_a_response_without_an_answer_is_an_error_at_once(server: OpenAIServer, how: How) -> None:
+def test_a_response_without_an_answer_is_requested_again_twice(server: OpenAIServer, how: How) -> None:
     wanted = requests(5)
-    server.misbehave(how, skip=2)
+    server.misbehave(how, skip=1, times=2)
+    assert answers(model_at(server), wanted) == right(wanted)
+    server.misbehave(how, skip=2, times=3)
     problem, kept = refused(model_at(server), wanted)
     assert problem.code == "invalid-response"
     assert kept == wanted[:2]
-    assert len(server.asked) == 2 + 1
+    assert len(server.asked) == 5 + 2 + 2 + 3
 
 
 @pytest.mark.parametrize(
@@ -391,11 +398,10 @@ def test_a_server_that_fails_is_not_taken_for_one_of_another_dialect(server: Ope
 STRANGE = ["", " \n", "line\r\nline\u2028line", "\0", '"}]}', "<html>", "é👩‍👩‍👧ß", "\ud83d", "x" * 100_000]
 
 
-def test_whatever_text_is_said_is_the_answer_but_for_half_a_letter(server: OpenAIServer) -> None:
+def test_whatever_text_is_said_is_the_answer(server: OpenAIServer) -> None:
     server.say = lambda prompt, seed, body: STRANGE[seed - 100]
     found = answers(model_at(server, concurrency=4), requests(len(STRANGE)))
-    whole = [text.replace("\ud83d", "?") for text in STRANGE]
-    assert [found[request].text for request in requests(len(STRANGE))] == whole
+    assert [found[request].text for request in requests(len(STRANGE))] == STRANGE
 
 
 @pytest.mark.parametrize(
@@ -453,10 +459,10 @@ INVALID_EMBEDDINGS: dict[str, How] = {
 
 @pytest.mark.parametrize("kind", INVALID_EMBEDDINGS)
 def test_invalid_embeddings_are_refused(server: OpenAIServer, kind: str) -> None:
-    server.misbehave(INVALID_EMBEDDINGS[kind], path=EMBEDDINGS)
+    server.misbehave(INVALID_EMBEDDINGS[kind], path=EMBEDDINGS, times=4)
     with problems.refused(ServerError, "invalid-response"):
         model_at(server).embed(["a", "b"])
-    assert len(server.asked) == 1
+    assert len(server.asked) == 3
     assert model_at(server).embed(["a", "b"]).tolist() == [vector("a"), vector("b")]
 
 
@@ -489,6 +495,115 @@ def test_json_that_is_too_deep_is_no_json(server: OpenAIServer, monkeypatch: pyt
     assert problem.code == "invalid-response"
 
 
+@pytest.mark.parametrize("path", [CHAT, MODELS])
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_gzip_bomb_is_not_unpacked(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, path: str, status: int
+) -> None:
+    packed = gzip.compress(bytes(MAX_RESPONSE_BYTES + 1), 1)
+    bomb = Reply(packed, status, {"Content-Type": "application/json", "Content-Encoding": "gzip"})
+    monkeypatch.setattr(openai_server, "_damage", lambda fault: bomb)
+    server.misbehave("malformed", path=path, times=None)
+    if path == CHAT:
+        problem, _ = refused(model_at(server), requests(1))
+        assert problem.code == "invalid-response"
+    else:
+        with problems.refused(ServerError, "invalid-response"):
+            _ = unnamed(server.url).model_id
+
+
+def test_a_compressed_response_is_read(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(json.dumps(reply("packed")).encode())
+    answer = Reply(packed, 200, {"Content-Type": "application/json", "Content-Encoding": "gzip"})
+    monkeypatch.setattr(openai_server, "_damage", lambda fault: answer)
+    server.misbehave("malformed")
+    assert answers(model_at(server), requests(1)) == {requests(1)[0]: Answer("packed", "stop")}
+
+
+@pytest.fixture
+def endless(alone: None) -> Iterator[Callable[..., str]]:
+    """Starts a server that sends `piece` every `pause_s` for ever, after a head; returns its URL."""
+    stopped = threading.Event()
+
+    def serve(listener: socket.socket, piece: bytes, pause_s: float, head: str) -> None:
+        with listener:
+            while not stopped.is_set():
+                connection, _ = listener.accept()
+                with connection, suppress(OSError):
+                    connection.recv(1 << 16)
+                    connection.sendall(f"HTTP/1.1 {head}\r\n\r\n".encode())
+                    while not stopped.wait(pause_s):
+                        connection.sendall(piece)
+
+    threads: list[tuple[threading.Thread, int]] = []
+
+    def start(piece: bytes, pause_s: float, head: str = "200 OK\r\nContent-Type: application/json") -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        thread = threading.Thread(target=serve, args=(listener, piece, pause_s, head))
+        thread.start()
+        threads.append((thread, port))
+        return f"http://127.0.0.1:{port}/v1"
+
+    yield start
+    stopped.set()
+    for thread, port in threads:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", port)).close()
+        thread.join()
+
+
+def test_a_redirect_without_end_is_followed_without_being_read(
+    server: OpenAIServer, endless: Callable[..., str]
+) -> None:
+    url = endless(b"x" * 100_000, 0, f"307 Away\r\nLocation: {server.url}/chat/completions")
+    model = ServerModel(ServerAddress("m", url), concurrency=1, timeout_s=PATIENCE_S)
+    assert answers(model, requests(1)) == right(requests(1))
+
+
+def test_redirects_in_a_circle_are_an_error(server: OpenAIServer) -> None:
+    server.misbehave(307, times=None, headers={"Location": f"{server.url}/chat/completions"})
+    problem, _ = refused(model_at(server), requests(1))
+    assert problem.code == "invalid-response"
+
+
+def test_a_response_without_end_is_cut_off(endless: Callable[..., str]) -> None:
+    model = ServerModel(ServerAddress("m", endless(b"x" * 100_000, 0)), concurrency=1, timeout_s=PATIENCE_S)
+    problem, _ = refused(model, requests(1))
+    assert problem.code == "invalid-response"
+
+
+def test_a_response_byte_by_byte_is_cut_off_in_time(
+    endless: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "RETRYING_S", 0.3)
+    model = ServerModel(ServerAddress("m", endless(b"x", 0.02)), concurrency=1, timeout_s=0.3)
+    problem, _ = refused(model, requests(1))
+    assert problem.code == "server-timeout"
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(("how", "why"), [(503, "503"), ("close", "RemoteProtocolError")])
+def test_long_retries_are_reported_once(server: OpenAIServer, how: How, why: str) -> None:
+    progress = Messages()
+    model = ServerModel(
+        ServerAddress("m", server.url), concurrency=3, timeout_s=PATIENCE_S, max_retries=9, progress=progress
+    )
+    server.misbehave(how, times=2)
+    answers(model, requests(6))
+    assert progress.messages == []
+    server.misbehave(how, times=None)
+    refused(model, requests(6))
+    (message,) = progress.messages
+    assert f"({why})" in message
+
+
+def test_a_long_message_of_a_server_is_shortened(server: OpenAIServer) -> None:
+    server.misbehave(400, times=None, message="no " * 100_000)
+    problem, _ = refused(model_at(server), requests(1))
+    assert len(problem.what) < 2000
+
+
 @pytest.mark.parametrize("body", [{"detail": "no min_p"}, {"error": "no min_p"}, {"message": "no  min_p"}], ids=str)
 def test_the_servers_own_words_are_passed_on(
     server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, body: dict[str, str]
@@ -512,3 +627,16 @@ def test_a_key_that_cannot_be_sent_is_said_and_not_shown(
 def test_a_server_that_is_loading_its_model_is_waited_for(server: OpenAIServer, hurried: None) -> None:
     server.misbehave(503, path=MODELS, times=5, message="Loading model")
     assert unnamed(server.url).model_id == "m"
+
+
+def test_credentials_are_sent_and_not_repeated(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sekret-key")
+    at = ServerAddress("m", server.url.replace("://", "://user:sekret-word@") + "?api_key=sekret-query")
+    model = ServerModel(at, concurrency=1, timeout_s=PATIENCE_S)
+    assert answers(model, requests(1)) == right(requests(1))
+    assert server.requests[-1].path == CHAT
+    server.misbehave(401, message="not sekret-key, sekret-word or sekret-query")
+    with problems.refused(ServerError, "key-rejected") as caught:
+        answers(model, requests(1))
+    assert "sekret" not in str(caught.value)
+    assert "not ***, *** or ***" in str(caught.value)

@@ -44,6 +44,11 @@ def test_what_counts_of_a_reply(reply: str, answers: list[str | None]) -> None:
     assert parse_verbalized(reply, 2) == answers
 
 
+@pytest.mark.parametrize("unit", ["[x", "{", '["', '{"a": [', "{}"])
+def test_a_reply_of_a_million_characters_is_parsed_in_linear_time(unit: str) -> None:
+    assert parse_verbalized(unit * (1_000_000 // len(unit)), 2) == [None, None]
+
+
 @given(st.text(), st.integers(1, 6))
 def test_there_are_always_as_many_as_were_asked_for(reply: str, count: int) -> None:
     assert len(parse_verbalized(reply, count)) == count

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -364,6 +365,138 @@ def test_a_relative_path_counts_from_the_current_folder(tmp_path: Path, monkeypa
     assert repr(output) == f"OutputFolder({str(tmp_path / 'out')!r})"
 
 
+# what other users of the parent folder may have put there
+
+posix = pytest.mark.skipif("os.name == 'nt'")
+
+UNSAFE: dict[str, Callable[[Path], object]] = {
+    "a link": lambda path: path.symlink_to(write(path.parent / "elsewhere", OLD)),
+    "a broken link": lambda path: path.symlink_to("missing"),
+    "a file": lambda path: path.write_text("mine"),
+    "a FIFO": os.mkfifo if hasattr(os, "mkfifo") else Path.mkdir,
+    "writable by the group": lambda path: made(path, 0o770),
+    "writable by everyone": lambda path: made(path, 0o1777),
+}
+
+
+def made(path: Path, mode: int) -> None:
+    write(path, OLD)
+    path.chmod(mode)
+
+
+def assert_unsafe(output: OutputFolder, path: Path) -> None:
+    """Nothing is written, and what is at `path` is neither used nor removed."""
+    before = names(path.parent)
+    with refused(OutputError, "unsafe-staging") as caught:
+        output.check()
+    assert caught.value.problems[0].where == str(path)
+    with refused(OutputError, "unsafe-staging"):
+        fill(output)
+    assert names(path.parent) == before
+    assert not output.path.exists()
+
+
+@posix
+@pytest.mark.parametrize("workplace", [staging_folder, set_aside_folder])
+@pytest.mark.parametrize("case", UNSAFE)
+def test_a_staging_folder_that_may_be_someone_elses_is_refused(
+    tmp_path: Path, case: str, workplace: Callable[[Path], Path]
+) -> None:
+    path = workplace(tmp_path / "out")
+    UNSAFE[case](path)
+    assert_unsafe(OutputFolder(tmp_path / "out", overwrite=True), path)
+
+
+@posix
+@pytest.mark.parametrize("workplace", [staging_folder, set_aside_folder])
+def test_a_staging_folder_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workplace: Callable[[Path], Path]
+) -> None:
+    path = workplace(tmp_path / "out")
+    made(path, 0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert_unsafe(OutputFolder(tmp_path / "out"), path)
+
+
+@posix
+@pytest.mark.parametrize("case", ["a link", "writable by the group", "another user's"])
+def test_a_lock_file_that_may_be_someone_elses_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    path, private = tmp_path / ".out.slrmerge-lock", tmp_path / "private"
+    private.write_text("mine")
+    if case == "a link":
+        path.symlink_to(private)
+    else:
+        path.write_text("")
+        path.chmod(0o664 if "group" in case else 0o644)
+    if "user" in case:
+        monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with refused(OutputError, "unsafe-staging"):
+        fill(OutputFolder(tmp_path / "out"))
+    assert private.read_text() == "mine"
+
+
+@posix
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o775), (0o027, 0o750), (0o077, 0o700)])
+def test_only_this_user_can_enter_the_staging_folder_and_the_target_has_the_usual_mode(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    output, before = OutputFolder(tmp_path / "out"), os.umask(umask)
+    try:
+        with output.locked(Progress()):
+            output.create_staging()
+        with output.locked(Progress()), output.staged(lambda _: None):
+            output.create_staging()  # it is there already
+            assert stat.S_IMODE(output.staging.stat().st_mode) == 0o700
+            output.publish(Progress())
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(output.path.stat().st_mode) == mode
+    assert names(output.path) == []
+
+
+@posix
+def test_a_staging_folder_that_was_replaced_is_not_published(tmp_path: Path) -> None:
+    output = OutputFolder(tmp_path / "out")
+    with (
+        refused(OutputError, "unsafe-staging"),
+        output.locked(Progress()),
+        output.staged(lambda _: "kept") as staging,
+    ):
+        output.create_staging()
+        staging.rename(tmp_path / "before")
+        write(staging, OLD)
+        output.publish(Progress())
+    assert not output.path.exists()
+
+
+@posix
+def test_a_staging_folder_that_appears_after_the_check_is_refused(tmp_path: Path) -> None:
+    output = OutputFolder(tmp_path / "out")
+    with refused(OutputError, "unsafe-staging"), output.locked(Progress()):
+        output.staging.symlink_to(tmp_path)
+        output.create_staging()
+
+
+@posix
+@pytest.mark.parametrize("length", [238, 255])
+@pytest.mark.parametrize("parents", ["", "a/b/"])
+def test_a_name_that_is_too_long_to_be_staged_is_refused_by_the_check(
+    tmp_path: Path, length: int, parents: str
+) -> None:
+    with refused(OutputError, "invalid-output"):
+        OutputFolder(tmp_path / f"{parents}{length * 'x'}").check()
+    OutputFolder(tmp_path / f"{parents}{237 * 'x'}").check()
+
+
+@posix
+def test_a_path_that_is_too_long_for_the_files_in_it_is_refused_by_the_check(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*(200 * "x" for _ in range(19)))
+    with refused(OutputError, "invalid-output"):
+        OutputFolder(deep).check()
+
+
 # space
 
 
@@ -375,3 +508,13 @@ def test_too_little_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         output.require_space(1001, what="the merge", remedy="use a larger disk")
     (problem,) = caught.value.problems
     assert (problem.where, problem.remedy) == (str(output.path), "use a larger disk")
+
+
+@pytest.mark.skipif("not hasattr(os, 'sync')")
+def test_space_that_the_disk_has_not_freed_yet_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [1000]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(os, "sync", lambda: free.__setitem__(0, 2000))
+    OutputFolder(tmp_path / "out").require_space(2000)
+    with refused(NoSpaceError, "no-space"):
+        OutputFolder(tmp_path / "out").require_space(2001)

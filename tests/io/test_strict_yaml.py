@@ -1,11 +1,12 @@
 """YAML files that are read, and everything that is refused."""
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from slrmerge.errors import RecipeError
@@ -28,6 +29,13 @@ def written(folder: Path, text: str | bytes) -> Path:
         ("a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}\n", {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}),
         ("a: {b: 1}\nc: {b: 1}\n", {"a": {"b": 1}, "c": {"b": 1}}),
         ("1: a\nnull: b\n", {1: "a", None: "b"}),
+        ("a: [1e-1, -2E+3, 1., .5, 0x1F, 0o17]\n", {"a": [0.1, -2000.0, 1.0, 0.5, 31, 15]}),
+        ("a: [.inf, -.Inf, +.INF, 1e400]\n", {"a": [inf, -inf, inf, inf]}),
+        ("a: [010, 1:30, 1:30.5, 0b1, 1_000]\n", {"a": [10, "1:30", "1:30.5", "0b1", "1_000"]}),
+        ("a: [yes, No, on, OFF, y, true, FALSE]\n", {"a": ["yes", "No", "on", "OFF", "y", True, False]}),
+        ("a: [2020-13-45, 2020-01-01, =, ~, Null, '', ]\n", {"a": ["2020-13-45", "2020-01-01", "=", None, None, ""]}),
+        ("a:\n", {"a": None}),
+        ("a: " + ":".join("9" * 300_000) + "\n", {"a": ":".join("9" * 300_000)}),
     ],
 )
 def test_ordinary_yaml_is_read(tmp_path: Path, text: str, content: dict[Any, Any]) -> None:
@@ -62,8 +70,11 @@ def test_a_file_of_the_maximum_size_is_read(tmp_path: Path) -> None:
         ("a: 1\n".encode("utf-16"), "not-utf8"),
         ("a: " + "[" * 1500 + "]" * 1500, "invalid-yaml"),
         ("a: " + "{a: " * 1500 + "}" * 1500, "invalid-yaml"),
+        ("a: " + "[" * 900_000, "invalid-yaml"),
+        ("- " * 400_000, "invalid-yaml"),
+        ("\n".join(f"a{i}: &a{i} {'[' * 120}{f'*a{i - 1}' if i else 1}{']' * 120}" for i in range(20)), "invalid-yaml"),
         (b"#" * (MAX_BYTES + 1), "recipe-too-large"),
-        *((f"a: {value}", "invalid-yaml") for value in ("2020-13-45", "!!int ''", "!!float abc", "!!timestamp soon")),
+        *((f"a: {value}", "invalid-yaml") for value in ("!!int 9:9:9", "!!int ''", "!!float abc", "!!timestamp soon")),
         ("a: !!bool maybe", "invalid-yaml"),
         ("a: " + "9" * 5000, "invalid-yaml"),
     ],
@@ -95,6 +106,7 @@ CONTENT = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(
 
 
 @given(content=st.dictionaries(TEXT, CONTENT))
+@example(content={"1e-1": ["1e-1", "0o17", "010", "1:30", "yes", "2020-01-01", "0b1", "="]})
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> None:
     text = write_yaml(content)
     assert yaml.safe_load(text) == content

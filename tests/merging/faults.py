@@ -235,6 +235,7 @@ def interrupt(at: int, recipe: str, out: str) -> None:
         shutdown(self, **options)
 
     def press() -> None:
+        noticed.clear()  # other pools, such as that of the plan, have shut down
         os.kill(os.getpid(), signal.SIGINT)
         noticed.wait(60)
 

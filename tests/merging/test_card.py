@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.io.strict_yaml import write_yaml
@@ -235,3 +236,24 @@ def test_the_card_is_the_same_each_time(pair: Pair) -> None:
 def test_front_matter_is_inherited_as_text(pair: Pair) -> None:
     (pair.folder / "post/README.md").write_text("---\nlicense: mit\nlanguage: [no, !!int '', 2020-13-45]\n---\n")
     assert front_of(card_of(pair.plan(restore=[1, 2]), pair.out))["language"] == ["no", "", "2020-13-45"]
+
+
+def test_no_name_changes_the_structure_of_the_card(tmp_path: Path) -> None:
+    name = "x\n# y\n```\n---\n](z) <b>|`\x1b[31m\u202e\udce9"
+    more = {"](x)|<b>`": llama_tensors("more")["lm_head.weight"]}
+    pre, post = llama_tensors("pre") | more, llama_tensors("post") | more
+    cards = []
+    for folder in (tmp_path / "plain", tmp_path / name):
+        write_checkpoint(folder / "pre", pre)
+        write_checkpoint(folder / f"post {folder.name}", post, llama_config(**{folder.name.replace("\udce9", ""): 1}))
+        pair = Pair(folder, pre, post)
+        plan = pair.plan(posttrained=f"./post {folder.name}", tensors=[{"match": "model.*", "alpha": 1}], layers=[])
+        finding = Finding("crc", 1, OWN.model_copy(update={"label": folder.name}), (OTHER,), None)
+        card = model_card(replace(plan, finding=finding), recipe_of(plan, tmp_path), name=folder.name).decode()
+        assert card.replace("\n", "").isprintable()
+        front_of(card)
+        cards.append(MarkdownIt().enable("table").parse(card.split("---\n", 2)[2]))
+    plain, hostile = ([(token.type, token.tag, token.info) for token in card] for card in cards)
+    assert plain == hostile
+    (_, recipe) = (token.content for token in cards[1] if token.type == "fence")
+    assert yaml.safe_load(recipe)["posttrained"].endswith(f"post {name}")

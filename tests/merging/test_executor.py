@@ -28,7 +28,7 @@ from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.verify import verify
 from slrmerge.recipe.load import load_recipe
 from slrmerge.recipe.model import Recipe
-from tests.checkpoints import Tensor, llama_config, random_tensor, read_back, write_checkpoint
+from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, read_back, write_checkpoint
 from tests.conftest import Pair
 from tests.merging.faults import Recorder, leftovers, snapshot, write_files
 from tests.problems import refused
@@ -387,3 +387,21 @@ def test_a_merge_leaves_its_sources_alone(pair: Pair) -> None:
     execute(pair.plan(restore=[2, 3]), pair.out)
     shutil.rmtree(pair.out)
     assert [snapshot(pair.folder / side) for side in ("pre", "post")] == before
+
+
+@pytest.mark.skipif("os.name == 'nt'")
+def test_a_merge_of_many_shards_needs_few_descriptors(tmp_path: Path) -> None:
+    import resource
+
+    pair = Pair(tmp_path, llama_tensors("pre"), llama_tensors("post"))
+    write_checkpoint(tmp_path / "pre", pair.pre, shards=len(pair.pre))
+    write_checkpoint(tmp_path / "post", pair.post, shards=len(pair.post))
+    recipe = pair.recipe_file(alpha=0.5, max_shard_size="2KB")
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE, str(recipe), str(pair.out)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert verify(pair.out).against_sources

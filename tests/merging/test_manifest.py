@@ -1,6 +1,8 @@
 """The manifest of a merge, and that any change to it is detected."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import xxhash
 import slrmerge
 from slrmerge.errors import VerificationError
 from slrmerge.io.pieces import FileDigest
+from slrmerge.merging import manifest
 from slrmerge.merging.manifest import FORMAT, build_manifest, read_manifest
 from slrmerge.merging.verify import verify
 from tests.checkpoints import llama_config
@@ -21,7 +24,7 @@ from tests.problems import refused
 def content(pair: Pair) -> dict[str, Any]:
     """The manifest of a merge of the pair, as plain values."""
     written = {"b": FileDigest(2, "xxh3_128:bb"), "a": FileDigest(1, "xxh3_128:aa")}
-    value: dict[str, Any] = json.loads(build_manifest(pair.plan(restore=[2, 3]), written))
+    value: dict[str, Any] = json.loads(b"".join(build_manifest(pair.plan(restore=[2, 3]), written)))
     return value
 
 
@@ -131,4 +134,39 @@ def test_a_manifest_with_the_same_values_in_other_bytes_is_refused(
 def test_a_manifest_of_another_format_is_refused(tmp_path: Path, content: dict[str, Any], number: object) -> None:
     (tmp_path / "slrmerge.json").write_bytes(signed(content | {"format": number}))
     with refused(VerificationError, "manifest-format"):
+        read_manifest(tmp_path)
+
+
+NOT_MANIFESTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an endless device": (lambda path: path.symlink_to("/dev/zero"), "link-outside"),
+    "the environment": (lambda path: path.symlink_to("/proc/self/environ"), "link-outside"),
+    "a FIFO": (lambda path: os.mkfifo(path), "not-a-file"),
+    "a folder": (Path.mkdir, "not-a-file"),
+    "a broken link": (lambda path: path.symlink_to("missing"), "broken-link"),
+}
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.skipif("os.name == 'nt'")
+@pytest.mark.parametrize("case", NOT_MANIFESTS)
+def test_a_manifest_that_is_not_a_file_is_refused_at_once(tmp_path: Path, case: str) -> None:
+    make, code = NOT_MANIFESTS[case]
+    make(tmp_path / "slrmerge.json")
+    with refused(VerificationError, code):
+        verify(tmp_path)
+
+
+def test_a_manifest_that_is_too_large_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slrmerge.json").touch()
+    os.truncate(tmp_path / "slrmerge.json", 1 << 40)
+    monkeypatch.setattr(manifest, "_MAX_BYTES", 1 << 20)
+    with refused(VerificationError, "manifest-altered"):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../id_rsa", "/etc/passwd", "chat_templates/../../id_rsa"])
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, content: dict[str, Any], name: str) -> None:
+    content["files"][name] = content["files"]["a"]
+    (tmp_path / "slrmerge.json").write_bytes(signed(content))
+    with refused(VerificationError, "manifest-altered"):
         read_manifest(tmp_path)

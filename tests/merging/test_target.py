@@ -232,9 +232,62 @@ def test_overwrite_does_not_replace_a_folder_that_contains_more_than_a_checkpoin
     assert tree(pair.out) == before
 
 
-def test_a_target_that_a_side_file_of_a_source_links_into_is_refused(pair: Pair) -> None:
-    write_files(pair.out, OLD | {"vocab.txt": b"words"})
-    (pair.folder / "post" / "vocab.txt").symlink_to(pair.out / "vocab.txt")
+MINE = [
+    "my_notes.txt",
+    "notes",
+    "optimizer.pt",
+    "training_args.bin",
+    "results.csv",
+    "my_data.json",
+    "config.json.bak",
+    "model.safetensors.bak",
+    "lora.safetensors",
+    ".env",
+    "train.py",
+    "chat_templates/notes.md",
+    ".cache/thesis.tex",
+]
+
+
+@pytest.mark.parametrize("name", MINE)
+@pytest.mark.parametrize("is_merge", [False, True])
+def test_overwrite_does_not_replace_a_folder_with_other_files(pair: Pair, name: str, is_merge: bool) -> None:
+    recipe = pair.recipe(restore=[2, 3])
+    if is_merge:
+        merge(recipe, pair.out)
+    write_files(pair.out, ({} if is_merge else OLD) | {name: b"precious"})
+    before = tree(pair.out)
+    with refused(OutputError, "output-not-replaceable") as caught:
+        merge(recipe, pair.out, overwrite=True)
+    assert name in caught.value.problems[0].what
+    assert tree(pair.out) == before
+
+
+@pytest.mark.parametrize("name", ["vocabulary.json", "extra.txt", "modeling_x.py", "chat_templates/tools.jinja"])
+def test_overwrite_replaces_every_file_that_a_merge_wrote(pair: Pair, name: str) -> None:
+    write_files(pair.folder / "post", {name: b"x", "LICENSE.txt": b"free"})
+    recipe = pair.recipe(restore=[2, 3], max_shard_size="2KB")
+    merge(recipe, pair.out, allow_code=True)
+    merge(pair.recipe(restore=[1, 2]), pair.out, overwrite=True)
+    assert (pair.out / name).exists() == (name != "modeling_x.py")
+
+
+def test_overwrite_replaces_what_checkpoints_have(pair: Pair) -> None:
+    names = (
+        "generation_config.json tokenizer_config.json special_tokens_map.json vocab.json merges.txt README.md LICENSE"
+    )
+    names += " model-00001-of-00002.safetensors model.safetensors.index.json pytorch_model-00001-of-00002.bin"
+    names += " preprocessor_config.json tokenizer.model modeling_llama.py .gitattributes .cache/huggingface/x.lock"
+    write_files(pair.out, OLD | dict.fromkeys(names.split(), b"x"))
+    merge(pair.recipe(restore=[2, 3]), pair.out, overwrite=True)
+    assert read_back(pair.out).keys() == pair.post.keys()
+
+
+def test_a_target_that_a_shard_of_a_source_links_into_is_refused(pair: Pair) -> None:
+    shard = "model-00001-of-00002.safetensors"
+    write_files(pair.out, OLD)
+    (pair.folder / "post" / shard).rename(pair.out / shard)
+    (pair.folder / "post" / shard).symlink_to(pair.out / shard)
     with refused(OutputError, "output-overlaps"):
         merge(pair.recipe(restore=[2, 3]), pair.out, overwrite=True)
 

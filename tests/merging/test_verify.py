@@ -112,8 +112,8 @@ def test_a_flipped_bit_in_the_weights_names_its_tensor(hybrid: Pair) -> None:
     plan = hybrid.plan(restore=[2, 3], max_shard_size="2KB")
     for shard in plan.shards:
         places = {0: "in its header", len(shard.header) - 1: "in its header"}
-        for tensor in shard.tensors:
-            first, last = (len(shard.header) + offset for offset in tensor.info.data_offsets)
+        for tensor, *offsets in shard.spans():
+            first, last = (len(shard.header) + offset for offset in offsets)
             places |= dict.fromkeys((first, last - 1), f"in {tensor.name}")
         for position, place in places.items():
             flip(hybrid.out / shard.name, position, 6)

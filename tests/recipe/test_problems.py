@@ -34,7 +34,7 @@ FILES: dict[str, str | bytes] = {
     "an alias inside itself": S + "layers: &all [*all]\n",
     "a key that is a list": "[1, 2]: 3\n",
     "a Python object": S + "alpha: !!python/object:os.system {}\n",
-    "an impossible date": S + "alpha: 2020-13-45\n",
+    "a time": S + "alpha: 0:30\n",
     "not UTF-8": b"pretrained: caf\xe9\n",
     "a control character": S + "alpha: \x01\n",
     "too large": b"#" * (MAX_BYTES + 1),

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 
 from slrmerge.errors import Problem, UnsupportedModelError
+from slrmerge.searching import prompts
 from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
 from slrmerge.searching.proxy_tasks import Question
 from slrmerge.searching.sweep.contexts import Context
@@ -189,6 +190,17 @@ def test_a_chat_template_that_raises_is_reported_with_its_reason(tmp_path: Path)
     (problem,) = refusals(tmp_path, "A")
     assert problem.code == "chat-template-fails"
     assert "a system turn is needed" in problem.what  # the template's own words
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [LOOPS, "{{ 'x' * 20000000 }}"])
+def test_a_chat_template_that_takes_too_long_or_is_too_long_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(prompts, "RENDERING_S", 0.2)
+    assert refusal_code(save(tmp_path, template)) == "chat-template-fails"
 
 
 def test_a_chat_template_that_is_wrong_is_reported(tmp_path: Path) -> None:

@@ -102,6 +102,17 @@ def test_scores_are_read_back_exactly(
     assert read_result(folder) == result
 
 
+def test_a_label_is_no_formula_and_no_line_of_a_recipe(tmp_path: Path) -> None:
+    label = "=1+1\nalpha: 1"
+    candidate = replace(OWN, label=label, also_named=("\u202e",))
+    result = write(tmp_path, made_result([*made_rows(SCORES), row(candidate, 0.9, 2.9)]))
+    assert read_result(tmp_path) == result
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert [line["label"] for line in csv.DictReader(file)][-1] == f"'{label}"
+    for name in ("slr", "soup", "early", "late"):
+        assert yaml.safe_load((tmp_path / f"{name}.yaml").read_text()).keys() >= {"pretrained", "posttrained"}
+
+
 labels = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1)
 
 

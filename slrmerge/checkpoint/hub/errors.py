@@ -12,6 +12,7 @@ from dataclasses import replace
 from threading import Event
 from typing import Any, TypeVar
 
+from httpx2 import InvalidURL, TooManyRedirects, UnsupportedProtocol
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -37,8 +38,14 @@ MAX_ATTEMPTS = 6
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
 _REPORTED_WAIT_S = 10.0
+_MAX_SLOW, _FORGIVING_BYTES = 3, 1_000_000
+"""So many slow responses, with fewer bytes than that after each, and a request is given up."""
 
 CONNECTION_ERRORS = (HTTPError, ConnectionError, TimeoutError)
+
+_PERMANENT = (OfflineModeIsEnabled, TooManyRedirects, UnsupportedProtocol)
+
+_GONE = (404, 410)
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _RUN_AGAIN = "run the same command again later: it resumes"
@@ -49,6 +56,14 @@ _log = logging.getLogger("slrmerge")
 class InvalidResponseError(HTTPError):
     """A response whose status or body is not what the request asked for."""
 
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class SlowResponseError(HTTPError):
+    """A response whose body arrives too slowly to wait for its end."""
+
 
 class Backoff:
     """Waits between attempts: twice as long each time, or as long as the Hub asks; `cancelled` ends the waiting."""
@@ -56,10 +71,14 @@ class Backoff:
     def __init__(self, cancelled: Event | None = None, *, attempts: int = MAX_ATTEMPTS) -> None:
         self._cancelled = cancelled or Event()
         self._failures, self._attempts = 0, attempts
+        self._slow, self._arrived = 0, 0
 
-    def reset(self) -> None:
-        """Forget earlier failures, since data arrived."""
-        self._failures = 0
+    def progress(self, count: int) -> None:
+        """Forget earlier failures, since bytes arrived; slow responses only after many bytes."""
+        self._arrived += count
+        if self._arrived >= _FORGIVING_BYTES:
+            self._slow = 0
+        self._failures = self._slow
 
     def wait(self, error: Exception) -> None:
         """Wait until the next attempt after `error`.
@@ -67,7 +86,10 @@ class Backoff:
         Raises `error` itself where another attempt cannot help, after the last attempt, and when cancelled.
         """
         self._failures += 1
-        if self._failures >= self._attempts or not _is_transient(error):
+        if isinstance(error, SlowResponseError):
+            self._slow, self._arrived = self._slow + 1, 0
+        given_up = self._failures >= self._attempts or self._slow >= _MAX_SLOW
+        if given_up or not _is_transient(error):
             raise error
         seconds = max(FIRST_WAIT_S * 2 ** (self._failures - 1), min(_requested_wait_s(error), LONGEST_WAIT_S))
         if seconds > _REPORTED_WAIT_S:
@@ -134,7 +156,7 @@ def translate_parse_errors(where: str) -> Iterator[None]:
         yield
     except (HTTPError, HFValidationError):
         raise
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, InvalidURL) as error:
         what = f"the response is not what the Hub sends ({type(error).__name__}: {first_line(error)})"
         remedy = f"check that {constants.ENDPOINT} is a Hugging Face Hub"
         raise HubError(Problem("unexpected-response", where, what, remedy)) from error
@@ -162,11 +184,14 @@ def describe_error(error: Exception, where: str) -> Problem:
     if isinstance(error, HFValidationError):
         what = f"is not the name of a repository ({first_line(error)})"
         return Problem("invalid-repository", where, what, "use organisation/name")
+    if isinstance(error, EntryNotFoundError) or (isinstance(error, InvalidResponseError) and error.status in _GONE):
+        return Problem("file-not-found", where, "has no such file or folder", f"see {page}")
     if isinstance(error, InvalidResponseError):
         remedy = 'try again later, or download whole files with download="full"'
         return Problem("invalid-response", where, str(error), remedy)
-    if isinstance(error, EntryNotFoundError):
-        return Problem("file-not-found", where, "has no such file or folder", f"see {page}")
+    if isinstance(error, SlowResponseError):
+        what = f"{constants.ENDPOINT} responds too slowly ({error})"
+        return Problem("hub-timeout", where, what, _RUN_AGAIN)
     if isinstance(error, HfHubHTTPError):
         return _describe_status(error, where, page, logged_in=logged_in)
     if isinstance(error, RuntimeError):
@@ -196,6 +221,8 @@ def _describe_status(error: HfHubHTTPError, where: str, page: str, *, logged_in:
     if status == 429:
         remedy = f"wait some minutes, or {_LOG_IN} for a higher limit"
         return Problem("rate-limited", where, "too many requests (429)", remedy)
+    if status in _GONE and "/api/" not in error.response.url.path:
+        return Problem("file-not-found", where, "has no such file or folder", f"see {page}")
     remedy = _RUN_AGAIN if is_transient_status(status) else f"see {page}"
     return Problem("hub-error", where, f"the Hub request failed ({status}{reason})", remedy)
 
@@ -209,7 +236,7 @@ def _is_transient(error: Exception) -> bool:
     status = _status(error)
     if status:
         return is_transient_status(status)
-    return isinstance(error, (*CONNECTION_ERRORS, RuntimeError)) and not isinstance(error, OfflineModeIsEnabled)
+    return isinstance(error, (*CONNECTION_ERRORS, RuntimeError)) and not isinstance(error, _PERMANENT)
 
 
 def _underlying(error: Exception) -> Exception:

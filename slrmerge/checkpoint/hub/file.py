@@ -12,13 +12,22 @@ from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
 from slrmerge._version import __version__
-from slrmerge.checkpoint.hub.errors import CONNECTION_ERRORS, Backoff, translate_hub_errors, with_retries
-from slrmerge.checkpoint.hub.ranges import Ranges, session
+from slrmerge.checkpoint.hub.errors import (
+    CONNECTION_ERRORS,
+    Backoff,
+    translate_hub_errors,
+    translate_parse_errors,
+    with_retries,
+)
+from slrmerge.checkpoint.hub.ranges import Ranges
+from slrmerge.checkpoint.hub.session import session
 from slrmerge.checkpoint.location import Repository
 from slrmerge.errors import HubError, Problem, first_line
 
 RESPONSE_TIMEOUT_S = 60.0
 """How long the Hub may take to answer a request that is not a download."""
+
+_SPARE_BYTES = 50_000_000
 
 
 def client() -> HfApi:
@@ -101,7 +110,7 @@ class HubFile:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
     def _download(self, on_bytes: Callable[[int], None], cancelled: Event, *, force: bool) -> Path:
-        where = str(self)
+        where, most = str(self), 2 * self.file_bytes + _SPARE_BYTES
 
         class Reporter(tqdm):  # type: ignore[type-arg]  # generic for mypy only
             """Shows nothing; passes on what the Hub's client reports."""
@@ -110,10 +119,14 @@ class HubFile:
 
             def __init__(self, *_: object, **__: object) -> None:
                 super().__init__(disable=True)
+                self.received = 0
 
             def update(self, n: float | None = 1) -> None:
                 if cancelled.is_set():
                     raise HubError(Problem("cancelled", where, "the download was cancelled"))
+                self.received += int(n or 0)
+                if self.received > most:  # once more than the file, since the client may start over
+                    raise HubError(Problem("invalid-response", where, "the response does not end", "try again later"))
                 on_bytes(int(n or 0))
 
             def update_transfer(self, n: float | None = 1) -> None:
@@ -160,12 +173,13 @@ class OpenHubFile:
     def _chunks(self, position: int, stop: int) -> Iterator[bytes]:
         """The bytes from `position` to `stop`, requested again from where a response broke off."""
         backoff = Backoff(self._cancelled)
-        with translate_hub_errors(str(self._file)):
+        where = str(self._file)
+        with translate_hub_errors(where), translate_parse_errors(where):
             while position < stop:
                 try:
                     for chunk in self._ranges.chunks(position, stop):
                         position += len(chunk)
-                        backoff.reset()
+                        backoff.progress(len(chunk))
                         yield chunk
                 except CONNECTION_ERRORS as error:
                     backoff.wait(error)

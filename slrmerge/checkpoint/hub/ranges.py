@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants, get_session
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub import constants
+from huggingface_hub.utils import hf_raise_for_status
 
-from slrmerge._version import __version__
 from slrmerge.checkpoint.hub.errors import InvalidResponseError, is_transient_status
-from slrmerge.errors import HubError, Problem, first_line
+from slrmerge.checkpoint.hub.session import headers, session
 
 
 class Ranges:
@@ -46,18 +45,19 @@ class Ranges:
     @contextmanager
     def _response(self, start: int, stop: int) -> Iterator[Any]:
         """A response that is the range, from the storage host where its address is known and still valid."""
-        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        options: dict[str, Any] = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
         storage_url = self._storage_url  # read once: other threads change it
         if storage_url:
-            with session().stream("GET", storage_url, **options) as response:
+            anonymous = headers(with_token=False) | wanted
+            with session().stream("GET", storage_url, headers=anonymous, timeout=timeout_s) as response:
                 if response.status_code == 206 or is_transient_status(response.status_code):
                     self._require_range(response, start, stop)
                     yield response
                     return
             self._storage_url = None
-        headers |= build_hf_headers(library_name="slrmerge", library_version=__version__)
-        with session().stream("GET", self._url, **options) as response:
+        identified = headers(with_token=True) | wanted
+        with session().stream("GET", self._url, headers=identified, timeout=timeout_s) as response:
             self._require_range(response, start, stop)
             address = str(response.url)
             self._storage_url = None if _is_at_the_hub(address) else address
@@ -67,9 +67,9 @@ class Ranges:
         """Raise HTTPError unless a response is the range."""
         status = response.status_code
         if status != 206:
-            if is_transient_status(status) or _is_at_the_hub(str(response.url)):
+            if is_transient_status(status) or (status != 416 and _is_at_the_hub(str(response.url))):
                 hf_raise_for_status(response)
-            raise InvalidResponseError(f"a range of the file was requested, the response is {status}")
+            raise InvalidResponseError(f"a range of the file was requested, the response is {status}", status)
         wanted, found = (
             f"bytes {start}-{stop - 1}/{self._file_bytes}",
             response.headers.get("Content-Range", "no range"),
@@ -78,15 +78,6 @@ class Ranges:
         if found != wanted or encoding != "identity":
             in_encoding = "" if encoding == "identity" else f" in {encoding}"
             raise InvalidResponseError(f"{wanted} was requested, the response is {found}{in_encoding}")
-
-
-def session() -> Any:
-    """The HTTP session of the Hub's client. Raises HubError where the proxy settings cannot be used."""
-    try:
-        return get_session()
-    except (ImportError, ValueError) as error:
-        where = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
-        raise HubError(Problem("invalid-proxy", where, f"cannot be used ({first_line(error)})")) from error
 
 
 def _is_at_the_hub(address: str) -> bool:

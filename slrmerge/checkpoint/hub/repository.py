@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -33,11 +34,15 @@ from slrmerge.checkpoint.side_files import (
 )
 from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem
 from slrmerge.io.files import free_bytes
+from slrmerge.io.names import is_inside
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import cancellable_pool
 
 _HEADERS_AT_A_TIME = 8
 _FILES_AT_A_TIME = 4
+
+_MAX_ENTRIES = 100_000
+_DIGEST = re.compile("sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
 
 _READ_TO_OPEN = frozenset({CONFIG_NAME, INDEX_NAME, CARD_NAME, "adapter_config.json"})
 
@@ -174,13 +179,14 @@ def pin(repository: Repository) -> Snapshot:
         lambda: client().model_info(repository.name, revision=repository.revision, timeout=timeout_s), where=where
     )
     pinned = Repository(repository.name, info.sha)
-    if not re.fullmatch("[0-9a-f]{40}", info.sha or ""):
+    if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
         raise HubError(Problem("empty-repository", where, "has no commits yet", "push to it, or name another"))
     entries = _list_files(pinned, None)
     for entry in list(entries):
         if isinstance(entry, RepoFolder) and entry.path in CHAT_TEMPLATE_FOLDERS:
             entries += _list_files(pinned, entry.path)
-    files = {entry.path: _hub_file(pinned, entry) for entry in entries if isinstance(entry, RepoFile)}
+    listed = [entry for entry in entries if isinstance(entry, RepoFile) and _is_usable(entry.path)]
+    files = {entry.path: _hub_file(pinned, entry) for entry in listed}
     return Snapshot(repository, pinned.revision or "", files)
 
 
@@ -200,12 +206,24 @@ def _with_cache_state(file: HubFile) -> HubFile:
 def _list_files(repository: Repository, folder: str | None) -> list[RepoFile | RepoFolder]:
     where = str(repository)
     with translate_hub_errors(where), translate_parse_errors(where):  # the client retries
-        return list(client().list_repo_tree(repository.name, folder, revision=repository.revision))
+        tree = client().list_repo_tree(repository.name, folder, revision=repository.revision)
+        entries = list(islice(tree, _MAX_ENTRIES + 1))
+    if len(entries) > _MAX_ENTRIES:
+        raise HubError(Problem("too-many-files", where, f"lists more than {_MAX_ENTRIES:,} files"))
+    return entries
+
+
+def _is_usable(path: object) -> bool:
+    """Whether a file can be one of a model's; files with other names are ignored."""
+    return isinstance(path, str) and path.isprintable() and is_inside(path)
 
 
 def _hub_file(repository: Repository, entry: RepoFile) -> HubFile:
     digest = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-sha1:{entry.blob_id}"
-    return HubFile(repository, entry.path, int(entry.size), digest)
+    if not (type(entry.size) is int and 0 <= entry.size < 2**63 and _DIGEST.fullmatch(digest)):
+        what, remedy = f"the Hub lists {entry.path} without a valid size and digest", "try again later"
+        raise HubError(Problem("unexpected-response", str(repository), what, remedy))
+    return HubFile(repository, entry.path, entry.size, digest)
 
 
 def _write_ref(snapshot: Snapshot) -> None:

@@ -1,6 +1,5 @@
 """Open-ended questions with many correct answers: how many of them does a model give? (the form of CoverageQA)"""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ from slrmerge.evaluation.questions import Question, Text
 from slrmerge.evaluation.replies import whole_number
 from slrmerge.evaluation.tasks.base import Helpers, Metric, ModelResponses, Score, Task, TaskScores
 from slrmerge.io.model import InvalidValue
+from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
 JUDGED = """\
 Somebody was asked a question that has many right answers. Decide which of the accepted answers, numbered below, the \
@@ -38,8 +38,8 @@ def _as_lists(value: Any) -> list[Any]:
     """Single names as lists of one; the text of a CSV cell is a JSON list, or names separated by |."""
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.lstrip().startswith("[") else value.split("|")
-        except ValueError:
+            value = parse_json(value) if value.lstrip().startswith("[") else value.split("|")
+        except InvalidJsonError:
             what, remedy = "is not a JSON list of answers", "separate answers by |, or write a JSON list"
             raise InvalidValue("invalid-json", what, remedy) from None
     if not isinstance(value, list | tuple):

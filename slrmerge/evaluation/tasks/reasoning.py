@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from math import isfinite
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AliasChoices, Field, PlainSerializer, PlainValidator
 
 from slrmerge.errors import DataError, Problem
 from slrmerge.evaluation.metrics import pass_at_k
-from slrmerge.evaluation.numbers import final_number
+from slrmerge.evaluation.numbers import MOST_DIGITS, final_number
 from slrmerge.evaluation.questions import Question, Text
 from slrmerge.evaluation.tasks.base import ChosenQuestions, Helpers, Metric, ModelResponses, Score, Task, TaskScores
 from slrmerge.io.model import InvalidValue
@@ -21,7 +20,8 @@ QUESTIONS_PER_ROUND = 64
 
 
 def _number(value: Any) -> Fraction:
-    if isinstance(value, int | float | Fraction) and not isinstance(value, bool) and isfinite(value):
+    is_number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
+    if is_number and abs(value) < 10**MOST_DIGITS:  # which NaN is not
         return Fraction(str(value))
     found = final_number(value) if isinstance(value, str) else None
     if found is None:

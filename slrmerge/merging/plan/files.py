@@ -1,6 +1,7 @@
 """The files beside the weights: the post-trained side's config, tokenizer, chat template and licence, and the index."""
 
 import json
+from io import BytesIO
 from typing import Any
 
 from slrmerge.checkpoint.pair import ModelPair
@@ -31,12 +32,23 @@ def plan_files(
     if finding and finding.figure:
         files.append(PlannedFile(TRADEOFF_NAME, finding.figure))
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
-            "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
-        }
-        files.append(PlannedFile(INDEX_NAME, content=_dump(index)))
+        files.append(PlannedFile(INDEX_NAME, content=_index(shards)))
     return sorted(files, key=lambda file: file.name), _code_notes(code, pair, allow_code=allow_code)
+
+
+def _index(shards: tuple[PlannedShard, ...]) -> bytes:
+    """The index, an entry at a time: `_dump` would take four times its size."""
+    total = sum(shard.data_bytes for shard in shards)
+    before, _, after = _dump({"metadata": {"total_size": total}, "weight_map": {}}).rpartition(b"{}")
+    index, separator = BytesIO(), "{"
+    index.write(before)
+    for shard in shards:
+        for tensor in shard.tensors:
+            name = json.dumps(tensor.name, ensure_ascii=False)
+            index.write(f'{separator}\n    {name}: "{shard.name}"'.encode())
+            separator = ","
+    index.write(b"\n  }" + after)
+    return index.getvalue()
 
 
 def _code_notes(code: list[str], pair: ModelPair, *, allow_code: bool) -> list[str]:

@@ -1,6 +1,5 @@
 """The plan of a merge: every output tensor and file, and where it comes from."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from slrmerge.recipe.load import AnyRecipe
 
 
 class PlannedTensor(NamedTuple):
-    """One output tensor; `info` places it in its shard.
+    """One output tensor, with its dtype, shape and size; its shard knows where it begins.
 
     `kind` is "copy" (one side's bytes), "cast" (one side's values in another dtype), or the blend rule's name.
     `pretrained` and `posttrained` name the tensors that are read: one of them, or both for a blend.
     """
 
     name: str
-    info: TensorInfo
+    info: TensorInfo  # shared with the source where it can be, so that a plan is small
     alpha: float
     kind: str
     pretrained: str | None
@@ -58,9 +57,16 @@ class PlannedShard:
     def header(self) -> bytes:
         return header_bytes((tensor.name, tensor.info) for tensor in self.tensors)
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
-        return self.tensors[-1].info.data_offsets[1] if self.tensors else 0
+        return sum(tensor.info.nbytes for tensor in self.tensors)
+
+    def spans(self) -> Iterator[tuple[PlannedTensor, int, int]]:
+        """Each tensor with its first byte and the one after its last, from the start of the data."""
+        end = 0
+        for tensor in self.tensors:
+            begin, end = end, end + tensor.info.nbytes
+            yield tensor, begin, end
 
     @property
     def file_bytes(self) -> int:
@@ -169,21 +175,22 @@ class MergePlan:
         """Whether any tensor is blended or cast; otherwise the merge copies bytes and never imports torch."""
         return any(tensor.kind != "copy" for tensor in self.tensors())
 
-    def origins(self) -> dict[str, dict[str, Any]]:
-        """Where every output tensor comes from, as plain values for the manifest and for `--json`."""
-        return {
-            tensor.name: {
-                "file": shard.name,
-                "dtype": tensor.info.dtype,
-                "shape": list(tensor.info.shape),
-                "alpha": tensor.alpha,
-                "kind": tensor.kind,
-                "pretrained": tensor.pretrained,
-                "posttrained": tensor.posttrained,
-            }
-            for shard in self.shards
-            for tensor in shard.tensors
-        }
+    def origins(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every output tensor and where it comes from, as plain values for the manifest and for `--json`."""
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                yield (
+                    tensor.name,
+                    {
+                        "file": shard.name,
+                        "dtype": tensor.info.dtype,
+                        "shape": list(tensor.info.shape),
+                        "alpha": tensor.alpha,
+                        "kind": tensor.kind,
+                        "pretrained": tensor.pretrained,
+                        "posttrained": tensor.posttrained,
+                    },
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The whole plan as plain values, for `--json`."""
@@ -198,11 +205,17 @@ class MergePlan:
             "shards": {shard.name: shard.file_bytes for shard in self.shards},
             "files": {file.name: file.file_bytes for file in self.files},
             "notes": list(self.notes),
-            "tensors": self.origins(),
+            "tensors": dict(self.origins()),
         }
 
     def fingerprint(self) -> str:
         """A digest of everything that decides the output's bytes, the identity of the source files included."""
-        identities = [repr(checkpoint.identity) for _, checkpoint in self.pair.items()]
-        parts = [__version__, json.dumps(self.origins()), *identities]
-        return xxhash.xxh3_128_hexdigest("\n".join(parts).encode("utf-8", "surrogatepass"))
+        identities = [checkpoint.identity for _, checkpoint in self.pair.items()]
+        digest = xxhash.xxh3_128(repr((__version__, identities)).encode())
+        for shard in self.shards:
+            digest.update(shard.name.encode())
+            digest.update(shard.header)  # names, dtypes, shapes and offsets
+            for tensor in shard.tensors:
+                origin = tensor.alpha, tensor.kind, tensor.pretrained, tensor.posttrained
+                digest.update(repr(origin).encode())
+        return digest.hexdigest()

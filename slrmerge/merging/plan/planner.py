@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from slrmerge.checkpoint.pair import ModelPair, require_pair, require_same_depth
 from slrmerge.errors import PlanError, raise_all
+from slrmerge.io.garbage import collector_paused
 from slrmerge.merging.finding import Finding, find_search_result
 from slrmerge.merging.plan.files import plan_files
 from slrmerge.merging.plan.model import MergePlan
@@ -14,6 +15,7 @@ from slrmerge.recipe.load import RecipeLike, as_recipe, require_rules
 _INCIDENTAL_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
 
+@collector_paused()
 def plan_merge(
     recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False, finding: Finding | None = None
 ) -> MergePlan:

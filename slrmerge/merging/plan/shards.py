@@ -6,7 +6,7 @@ not fit; a tensor that is larger than a file gets one of its own.
 
 from collections.abc import Iterable
 
-from slrmerge.checkpoint.header import DTYPE_BITS, TensorInfo
+from slrmerge.checkpoint.header import DTYPE_BITS
 from slrmerge.checkpoint.side_files import SINGLE_NAME
 from slrmerge.merging.plan.model import PlannedShard, PlannedTensor
 
@@ -31,11 +31,11 @@ def split_by_size(sizes: Iterable[int], *, limit_bytes: int) -> list[list[int]]:
 
 
 def lay_out(tensors: Iterable[PlannedTensor], *, limit_bytes: int) -> tuple[PlannedShard, ...]:
-    """Assign tensors to files and offsets: wide dtypes first, so that all tensors are aligned."""
+    """Assign tensors to files and order them there: wide dtypes first, so that all tensors are aligned."""
     tensors = list(tensors)
     groups = split_by_size((tensor.info.nbytes for tensor in tensors), limit_bytes=limit_bytes)
     return tuple(
-        PlannedShard(_shard_name(number, len(groups)), _place([tensors[position] for position in group]))
+        PlannedShard(_shard_name(number, len(groups)), _widest_first(tensors[position] for position in group))
         for number, group in enumerate(groups, start=1)
     )
 
@@ -44,12 +44,5 @@ def _shard_name(number: int, count: int) -> str:
     return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _place(tensors: list[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-    placed: list[PlannedTensor] = []
-    offset = 0
-    for tensor in sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.info.dtype]):
-        end = offset + tensor.info.nbytes
-        info = TensorInfo(tensor.info.dtype, tensor.info.shape, (offset, end))
-        placed.append(PlannedTensor(tensor.name, info, *tensor[2:]))
-        offset = end
-    return tuple(placed)
+def _widest_first(tensors: Iterable[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    return tuple(sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.info.dtype]))

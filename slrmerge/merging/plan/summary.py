@@ -30,30 +30,26 @@ class Part:
 def summarise_parts(plan: MergePlan) -> list[Part]:
     """The layers in order, neighbours with the same alphas as one part, then everything outside the layers."""
     stack = plan.pair.stack
-    by_layer: dict[int, list[tuple[str, PlannedTensor]]] = {}
-    outside: list[tuple[str, PlannedTensor]] = []
+    by_layer: dict[int, list[PlannedTensor]] = {}
+    outside: list[PlannedTensor] = []
     for tensor in plan.tensors():
         place = stack.locate(tensor.name) if stack else None
-        if place:
-            by_layer.setdefault(place[0], []).append((place[1], tensor))
-        else:
-            outside.append((tensor.name, tensor))
+        (by_layer.setdefault(place[0], []) if place else outside).append(tensor)
     parts: list[Part] = []
-    treated = [
-        (layer, by_module({inner: tensor.alpha for inner, tensor in members}))
-        for layer, members in sorted(by_layer.items())
-    ]
+    treated = []
+    for layer, members in sorted(by_layer.items()):
+        alphas = {place[1]: tensor.alpha for tensor in members if stack and (place := stack.locate(tensor.name))}
+        treated.append((layer, by_module(alphas)))
     for treatment, run in groupby(treated, key=itemgetter(1)):
         layers = [layer for layer, _ in run]
         words = f"{describe_layers(layers)}, {len(layers)} of {stack.count if stack else 0}"
-        members = [tensor for layer in layers for _, tensor in by_layer[layer]]
+        members = [tensor for layer in layers for tensor in by_layer[layer]]
         for alpha, modules in treatment:
             inside = f": {_listed(modules)}" if len(treatment) > 1 else ""
             parts.append(_part(words + inside, alpha, members))
-    members = [tensor for _, tensor in outside]
     return parts + [
-        _part(_listed(sorted(name for name, tensor in outside if tensor.alpha == alpha)), alpha, members)
-        for alpha in sorted({tensor.alpha for tensor in members})
+        _part(_listed(sorted(tensor.name for tensor in outside if tensor.alpha == alpha)), alpha, outside)
+        for alpha in sorted({tensor.alpha for tensor in outside})
     ]
 
 

@@ -129,7 +129,7 @@ class TensorPlanner:
         """The output tensor: post-trained shape, output dtype; its offsets are not known yet."""
         if self._dtype is None or post.dtype not in FLOATING:
             return post
-        return TensorInfo(self._dtype, post.shape, (0, prod(post.shape) * DTYPE_BITS[self._dtype] // 8))
+        return TensorInfo(self._dtype, post.shape, prod(post.shape) * DTYPE_BITS[self._dtype] // 8, 0)
 
     def _twin(self, name: str) -> str | None:
         """The pre-trained tensor that corresponds to `name`: its namesake, or what a tied head is stored as."""

@@ -170,7 +170,7 @@ def _evaluate(setting: object, name: str, position: float) -> float | None:
 
 
 def _number(value: bool | float | str) -> float:
-    """A number; YAML reads 1e-3 as a string."""
+    """A number, or a string that is one: YAML 1.1 reads 1e-3 as a string."""
     try:
         return float(value)
     except (ValueError, OverflowError):

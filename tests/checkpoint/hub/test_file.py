@@ -156,7 +156,7 @@ def test_a_server_that_hangs_is_given_up(hub: HubServer, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("status", "code"),
-    [(401, "not-logged-in"), (403, "forbidden"), (404, "hub-error"), (412, "changed-meanwhile")],
+    [(401, "not-logged-in"), (403, "forbidden"), (404, "file-not-found"), (412, "changed-meanwhile")],
 )
 def test_a_failure_that_retries_cannot_help_is_not_retried(hub: HubServer, status: int, code: str) -> None:
     file = publish(hub)
@@ -342,7 +342,7 @@ def test_a_download_is_retried(hub: HubServer, kind: Any, match: str, times: int
 
 
 @pytest.mark.parametrize(
-    ("status", "code"), [(404, "hub-error"), (503, "hub-error"), (429, "rate-limited"), (403, "forbidden")]
+    ("status", "code"), [(404, "file-not-found"), (503, "hub-error"), (429, "rate-limited"), (403, "forbidden")]
 )
 def test_a_download_that_keeps_failing_ends_in_an_error(hub: HubServer, status: int, code: str) -> None:
     file = publish(hub)
@@ -356,7 +356,7 @@ def test_a_file_that_the_commit_does_not_have_is_refused(hub: HubServer) -> None
     file = replace(publish(hub), name="other.bin")
     with refused(HubError, "file-not-found"):
         file.fetch()
-    with refused(HubError, "hub-error"):
+    with refused(HubError, "file-not-found"):
         read(replace(file, name="../other.bin"))
 
 

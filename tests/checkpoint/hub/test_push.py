@@ -16,6 +16,7 @@ from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair, files_of
 from tests.checkpoint.hub.server import HubServer, environment, use
 from tests.checkpoints import read_back
 from tests.cli import run
+from tests.merging.test_manifest import signed
 from tests.problems import refused
 
 MINE = "ann/hybrid"
@@ -78,6 +79,40 @@ def test_a_push_removes_shards_of_an_older_merge_and_nothing_else(pair: HubPair,
     assert pushed.removed == (*shards, "model.safetensors.index.json")
     assert there(pair) == files_of(merged) | others
     assert len(pair.hub.log(MINE)) == 5
+
+
+def test_a_push_removes_only_what_a_merge_can_have_written(pair: HubPair, merged: Path) -> None:
+    mine = dict.fromkeys((ATTRIBUTES, "thesis.pdf", "notes.txt", "data.json", "train.py", "LICENSE.mine"), b"mine")
+    older = {"vocab.json": b"old", "chat_templates/old.jinja": b"old", "slrmerge.yaml": b"old", "merges.txt": b"edited"}
+    content = json.loads((merged / "slrmerge.json").read_bytes())
+    content["files"] |= {name: {"bytes": len(data), "digest": "x"} for name, data in (mine | older).items()}
+    content["files"]["merges.txt"]["bytes"] = 5
+    push(merged, MINE)
+    pair.hub.commit(MINE, mine | older | {"slrmerge.json": signed(content)})
+    assert push(merged, MINE).removed == ("chat_templates/old.jinja", "vocab.json")
+    expected = files_of(merged) | mine | {"merges.txt": b"edited"}
+    assert pair.hub.files(MINE) == expected
+
+
+def test_the_folder_is_checked_before_a_token_is_needed(
+    pair: HubPair, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, pair.hub, pair.folder / "cache", None)
+    (merged / "slrmerge.json").unlink()
+    pair.hub.requests.clear()
+    with refused(VerificationError, "no-manifest"):
+        push(merged, MINE)
+    assert pair.hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "model.safetensors", "slrmerge.json"])
+def test_a_link_that_leads_out_of_the_folder_is_not_pushed(pair: HubPair, merged: Path, name: str) -> None:
+    (merged / name).rename(pair.folder / "elsewhere")  # the same bytes: verify has nothing to object
+    (merged / name).symlink_to(pair.folder / "elsewhere")
+    pair.hub.requests.clear()
+    with refused(VerificationError, "link-outside"):
+        push(merged, MINE)
+    assert pair.hub.requests == []
 
 
 def test_a_repeated_push_uploads_nothing_and_makes_no_commit(pair: HubPair, merged: Path) -> None:

@@ -72,13 +72,14 @@ class Asked:
 
 @dataclass
 class Answer:
-    """A response; `whole` is the file that `body` is a range of, from `start` on."""
+    """A response; `whole` is the file that `body` is a range of, from `start` on; `pace_s` is the wait after a byte."""
 
     body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     whole: bytes = b""
     start: int = 0
+    pace_s: float = 0.0
 
     @classmethod
     def of(cls, value: object, status: int = 200) -> Self:
@@ -217,7 +218,9 @@ class Handler(BaseHTTPRequestHandler):
         body = memoryview(b"" if self.command == "HEAD" else answer.body)
         self.close_connection |= self.command != "HEAD" and len(body) != length
         while body:
-            sent, body = body[:65536], body[65536:]
+            size = 1 if answer.pace_s else 65536
+            sent, body = body[:size], body[size:]
+            self.server.site.closing.wait(answer.pace_s)
             record.served_bytes += len(sent)
             try:
                 self.wfile.write(sent)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from slrmerge.checkpoint.files import LocalFile
+from slrmerge.errors import CheckpointError
 from slrmerge.merging.executor import execute, merge
 from slrmerge.merging.finding import SUMMARY_NAME, TRADEOFF_NAME, Finding, SelectedCandidate, find_search_result
 from slrmerge.merging.plan.model import MergePlan
@@ -18,6 +19,7 @@ from slrmerge.merging.plan.planner import plan
 from slrmerge.merging.verify import verify
 from slrmerge.recipe.load import as_recipe, load_recipe
 from tests.conftest import Pair
+from tests.problems import refused
 
 SELECTED: dict[str, dict[str, Any]] = {
     "post": {"label": "post-trained", "alpha": 0.0, "quality": 1, "diversity": 0.5, "exact": True},
@@ -130,6 +132,7 @@ def badly_selected(**more: Any) -> Callable[[Path], object]:
     [
         Path.unlink,
         lambda path: (path.unlink(), path.mkdir()),
+        lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"\xff\xfe\x00"),
         lambda path: path.write_bytes(b"null"),
@@ -162,6 +165,15 @@ def test_results_without_a_figure_are_found(searched: Pair, spoil: Callable[[Pat
     made = planned(searched, restore=[2, 3])
     assert made.finding == expected
     assert TRADEOFF_NAME not in {file.name for file in made.files}
+
+
+def test_a_figure_that_is_a_link_to_another_file_is_refused(searched: Pair) -> None:
+    figure, private = searched.folder / TRADEOFF_NAME, searched.folder.parent / "private"
+    private.write_text("mine")
+    figure.unlink()
+    figure.symlink_to(private)
+    with refused(CheckpointError, "link-outside"):
+        planned(searched, restore=[2, 3])
 
 
 def test_the_figure_is_copied_into_the_merge(searched: Pair) -> None:

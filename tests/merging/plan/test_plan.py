@@ -165,7 +165,7 @@ def test_a_merge_reads_as_many_bytes_as_planned(pair: Pair, monkeypatch: pytest.
 
     monkeypatch.setattr(files, "_read_at", counting)
     execute(planned, pair.out, options=MergeOptions(fsync=False, threads=1))
-    assert read == planned.read_bytes
+    assert read == planned.read_bytes + sum(file.file_bytes for file in planned.files if file.source)
 
 
 def test_the_passes_of_a_merge_are_those_of_its_rules() -> None:

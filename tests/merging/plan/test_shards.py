@@ -17,7 +17,7 @@ from tests.streams import shard_chunks
 
 
 def planned(name: str, dtype: str, count: int) -> PlannedTensor:
-    info = TensorInfo(dtype, (count,), (0, count * DTYPE_BITS[dtype] // 8))
+    info = TensorInfo(dtype, (count,), count * DTYPE_BITS[dtype] // 8, 0)
     return PlannedTensor(name, info, 0.0, "copy", None, name)
 
 
@@ -79,8 +79,7 @@ def test_every_tensor_is_placed_once_without_gaps_and_aligned(entries: list[tupl
         assert len(shard.header) % 8 == 0
         assert len(shard.tensors) == 1 or shard.data_bytes <= limit_bytes
         expected = 0
-        for tensor in shard.tensors:
-            begin, end = tensor.info.data_offsets
+        for tensor, begin, end in shard.spans():
             assert begin == expected
             assert begin % max(1, DTYPE_BITS[tensor.info.dtype] // 8) == 0
             expected = end
@@ -91,10 +90,10 @@ def test_every_tensor_is_placed_once_without_gaps_and_aligned(entries: list[tupl
 
 def test_tensors_of_one_dtype_keep_their_order_within_a_file() -> None:
     (shard,) = lay_out([planned("a", "U8", 3), planned("b", "F32", 1), planned("c", "U8", 2)], limit_bytes=99)
-    assert [(tensor.name, tensor.info.data_offsets) for tensor in shard.tensors] == [
-        ("b", (0, 4)),
-        ("a", (4, 7)),
-        ("c", (7, 9)),
+    assert [(tensor.name, begin, end) for tensor, begin, end in shard.spans()] == [
+        ("b", 0, 4),
+        ("a", 4, 7),
+        ("c", 7, 9),
     ]
 
 

@@ -135,6 +135,7 @@ def test_an_index_is_written_for_several_shards_only(tmp_path: Path, size: str, 
         assert index["metadata"] == {"total_size": sum(len(tensor.data) for tensor in post.values())}
         assert index["weight_map"] == {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
         assert index["weight_map"].keys() == post.keys()
+        assert contents(plan)[INDEX_NAME].decode() == json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
 
 def test_the_index_of_the_post_trained_shards_is_not_copied(tmp_path: Path) -> None:
@@ -145,9 +146,12 @@ def test_the_index_of_the_post_trained_shards_is_not_copied(tmp_path: Path) -> N
 
 def test_files_of_the_hubs_cache_are_followed_through_their_links(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "pre", llama_tensors("pre"))
-    write_checkpoint(tmp_path / "post", llama_tensors("post"), side_files={})
-    (tmp_path / "blob").write_text("tokens")
-    (tmp_path / "post/tokenizer.json").symlink_to("../blob")
+    repository = tmp_path / "models--org--post"
+    write_checkpoint(repository / "snapshots/1234", llama_tensors("post"), side_files={})
+    (tmp_path / "post").symlink_to(repository / "snapshots/1234")
+    (repository / "blobs").mkdir()
+    (repository / "blobs/5678").write_text("tokens")
+    (repository / "snapshots/1234/tokenizer.json").symlink_to("../../blobs/5678")
     assert contents(plan_of(tmp_path, restore=[1, 2]))["tokenizer.json"] == b"tokens"
 
 

@@ -1,0 +1,121 @@
+"""The HTTP session of the Hub's client, with limits on what a server may answer to slrmerge's requests."""
+
+import re
+from collections.abc import Iterator
+from time import monotonic
+from urllib.parse import urlsplit
+
+import httpx2
+from huggingface_hub import constants, get_session
+from huggingface_hub.utils import build_hf_headers
+
+from slrmerge._version import __version__
+from slrmerge.checkpoint.hub.errors import InvalidResponseError, SlowResponseError
+from slrmerge.errors import HubError, Problem, first_line
+
+LEAST_BYTES_PER_S = 1000
+"""The least rate of a response, over each period of waiting as long as the client's download timeout."""
+
+MAX_ANSWER_BYTES = 100_000_000
+"""The most bytes in a response that is not a file, since the client holds it in memory."""
+
+
+def session() -> httpx2.Client:
+    """The session. Raises HubError where the proxy settings cannot be used."""
+    try:
+        http = get_session()
+    except (ImportError, ValueError) as error:
+        where = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+        raise HubError(Problem("invalid-proxy", where, f"cannot be used ({first_line(error)})")) from error
+    hooks = http.event_hooks
+    if _check_request not in hooks["request"]:
+        hooks["request"].append(_check_request)
+        hooks["response"].append(_check_response)
+    return http
+
+
+def headers(*, with_token: bool) -> dict[str, str]:
+    """The headers of a request of slrmerge's; the token is for the Hub only."""
+    token = None if with_token else False
+    sent: dict[str, str] = build_hf_headers(token=token, library_name="slrmerge", library_version=__version__)
+    return sent
+
+
+def _is_ours(request: httpx2.Request) -> bool:
+    """Other users of the client's session are left alone."""
+    return "slrmerge/" in request.headers.get("User-Agent", "")
+
+
+def _check_request(request: httpx2.Request) -> None:
+    if _is_ours(request):
+        _require_web_address(str(request.url), request)
+        request.headers["Accept-Encoding"] = "identity"  # what is compressed can be of any size
+
+
+def _check_response(response: httpx2.Response) -> None:
+    request = response.request
+    if not _is_ours(request):
+        return
+    if response.has_redirect_location:
+        _require_web_address(response.headers["Location"], request, relative=True)
+    if request.method == "HEAD":
+        _require_names(response)
+        return
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        raise InvalidResponseError(f"the response is in {encoding}, which was not requested")
+    is_file = response.status_code in (200, 206) and "/api/" not in request.url.path
+    assert isinstance(response.stream, httpx2.SyncByteStream)
+    response.stream = _LimitedStream(response.stream, None if is_file else MAX_ANSWER_BYTES)
+
+
+def _require_web_address(address: str, request: httpx2.Request, *, relative: bool = False) -> None:
+    try:
+        parts = urlsplit(address)
+        parts.port  # noqa: B018 (raises ValueError where it is no number)
+        httpx2.URL(address)
+        is_valid = (parts.scheme in ("http", "https") and bool(parts.hostname)) or (relative and not parts.scheme)
+    except (ValueError, httpx2.InvalidURL):
+        is_valid = False
+    if not is_valid:
+        what = f"{request.url.host} refers to an address that is not on the web"
+        raise HubError(Problem("invalid-redirect", constants.ENDPOINT, what, "check that this is a Hugging Face Hub"))
+
+
+def _require_names(response: httpx2.Response) -> None:
+    """Raise HubError unless what the client makes names of files in its cache from are names."""
+    for name in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
+        value = response.headers.get(name, "")
+        if not re.fullmatch(r'(W/)?"?[\w-]*"?', value, re.ASCII):
+            what, remedy = f"the response has an invalid {name}", "check that this is a Hugging Face Hub"
+            raise HubError(Problem("unexpected-response", constants.ENDPOINT, what, remedy))
+
+
+class _LimitedStream(httpx2.SyncByteStream):
+    """The body of a response; raises HTTPError where it is too long or too slow."""
+
+    def __init__(self, stream: httpx2.SyncByteStream, max_bytes: int | None) -> None:
+        self._stream, self._max_bytes = stream, max_bytes
+
+    def __iter__(self) -> Iterator[bytes]:
+        chunks = iter(self._stream)
+        total = arrived = 0
+        waited_s = 0.0  # without what the reader of the chunks takes
+        while True:
+            begin = monotonic()
+            chunk = next(chunks, None)
+            if chunk is None:
+                return
+            waited_s += monotonic() - begin
+            arrived += len(chunk)
+            total += len(chunk)
+            if self._max_bytes is not None and total > self._max_bytes:
+                raise InvalidResponseError(f"the response has more than {self._max_bytes:,} bytes")
+            if waited_s > constants.HF_HUB_DOWNLOAD_TIMEOUT:
+                if arrived < LEAST_BYTES_PER_S * waited_s:
+                    raise SlowResponseError(f"{arrived:,} bytes in {waited_s:.0f} s")
+                waited_s, arrived = 0.0, 0
+            yield chunk
+
+    def close(self) -> None:
+        self._stream.close()

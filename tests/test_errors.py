@@ -1,0 +1,41 @@
+"""The credentials of URLs in messages."""
+
+import pytest
+
+from slrmerge.errors import Problem, without_credentials
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://user:sekret@host/v1", "http://***@host/v1"),
+        ("http://user:se@kret@host:80/v1", "http://***@host:80/v1"),
+        ("http://user:se/kret@host", "http://***@host"),
+        ("http://user:se?kret@host", "http://***@host"),
+        ("https://sekret@host", "https://***@host"),
+        ("https://:sekret@[::1]:80/v1", "https://***@[::1]:80/v1"),
+        ("ftp://user:sekret@host", "ftp://***@host"),
+        ("http:/user:sekret@host", "http:/***@host"),  # taken for a path
+        ("m@http://user:sekret@host/v1?api_key=sekret: failed", "m@http://***@host/v1?***: failed".replace(": ", " ")),
+        ("http://host/v1?anything=sekret", "http://host/v1?***"),
+        ("no path /v1/chat?api_key=sekret&n=3", "no path /v1/chat?api_key=***&n=3"),
+        ("&Access-Token=sekret", "&Access-Token=***"),
+    ],
+)
+def test_credentials_are_hidden(text: str, shown: str) -> None:
+    assert without_credentials(text) == without_credentials(shown) == shown
+    problem = Problem("x", text, text, text)
+    assert "sekret" not in str(problem) + repr(problem)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://localhost:8000/v1", "https://huggingface.co/org/model@main", "org/model@main", "https://h:80/m@x", "a=b"],
+)
+def test_other_addresses_are_unchanged(text: str) -> None:
+    assert without_credentials(text) == text
+
+
+def test_hiding_takes_linear_time() -> None:
+    for text in ("://" * 100_000, "aa://" + ":@/?" * 100_000, "?key" * 100_000):
+        without_credentials(text)
