@@ -15,7 +15,7 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from merge import SLRMERGE, Geometry, compare, print_table, random_weights, write_recipe, write_side
+from merge import SLRMERGE, Geometry, compare, print_table, write_pair, write_recipe
 
 import slrmerge
 from slrmerge.io.sizes import parse_bytes
@@ -45,9 +45,8 @@ def served(pipe: Connection) -> int:
 
 
 def run(work: Path, size_bytes: int, runs: int) -> None:
-    geometry = Geometry(max(4, round(size_bytes / 102_770_688)), shard_bytes=size_bytes // 3)
-    for seed, side in enumerate(("pre", "post")):
-        write_side(work / side, geometry, random_weights(seed))
+    geometry = Geometry.of_size(size_bytes)
+    write_pair(work, geometry)
     ours, theirs = multiprocessing.Pipe()
     spawn = multiprocessing.get_context("spawn")
     server = spawn.Process(target=serve, args=(work, theirs), daemon=True)

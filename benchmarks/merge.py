@@ -51,6 +51,13 @@ class Geometry:
     vocabulary: int = VOCABULARY
     shard_bytes: int = 5_000_000_000
 
+    @classmethod
+    def of_size(cls, size_bytes: int) -> "Geometry":
+        """Of about this many bytes, but of at least four layers, in about three files."""
+        layer_bytes = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
+        layers = round((size_bytes - 4 * HIDDEN * VOCABULARY) / layer_bytes)
+        return cls(max(4, layers), shard_bytes=size_bytes // 3)
+
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
         for k in range(self.layers):
@@ -104,6 +111,12 @@ def write_side(folder: Path, geometry: Geometry, data: bytes | None) -> None:
                 left -= output.write(data[:left])
         weight_map |= {name: file for name, _ in entries}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_pair(folder: Path, geometry: Geometry) -> None:
+    """Two sides of random weights, `pre` and `post`."""
+    for seed, side in enumerate(("pre", "post")):
+        write_side(folder / side, geometry, random_weights(seed))
 
 
 def random_weights(seed: int) -> bytes:
@@ -175,12 +188,8 @@ def mergekit_config(work: Path, geometry: Geometry, interval: tuple[int, int]) -
 
 
 def against_rivals(work: Path, size_bytes: int, runs: int, mergekit: str | None) -> list[list[str]]:
-    layer_bytes = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
-    geometry = Geometry(
-        max(4, round((size_bytes - 4 * HIDDEN * VOCABULARY) / layer_bytes)), shard_bytes=size_bytes // 3
-    )
-    for seed, side in enumerate(("pre", "post")):
-        write_side(work / side, geometry, random_weights(seed))
+    geometry = Geometry.of_size(size_bytes)
+    write_pair(work, geometry)
     interval = (geometry.layers // 3, geometry.layers // 2)
     shard = geometry.shard_bytes
     write_recipe(work / "restoration.yaml", restore=list(interval), max_shard_size=shard)
@@ -225,8 +234,7 @@ def many_tensors(work: Path) -> list[list[str]]:
     many = work / "100k"
     geometry = Geometry(layers=11111, hidden=8, intermediate=16, vocabulary=32)
     count = sum(1 for _ in geometry.tensors())
-    for seed, side in enumerate(("pre", "post")):
-        write_side(many / side, geometry, random_weights(seed))
+    write_pair(many, geometry)
     write_recipe(many / "restoration.yaml", restore=[3000, 6000])
     write_recipe(many / "soup.yaml", alpha=0.85)
     rows: list[list[str]] = []
