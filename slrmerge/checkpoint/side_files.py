@@ -103,7 +103,7 @@ def _is_side_file(name: str) -> bool:
     path = PurePosixPath(name)
     if str(path.parent) not in (".", *CHAT_TEMPLATE_FOLDERS):
         return False
-    if path.suffix == ".py":
+    if is_code(name):
         return True
     if path.name in _NOT_COPIED or path.name.startswith(".") or path.name.endswith(".index.json"):
         return False

@@ -12,9 +12,8 @@ from typing import Any
 
 import click
 
-from slrmerge.cli.output import echo, open_streams, print_json
+from slrmerge.cli.output import echo, open_streams, print_json, shown
 from slrmerge.errors import OptionError, OutputError, SlrmergeError, without_credentials
-from slrmerge.io.text import printable
 
 INTERRUPTED = 130
 """The exit code that shells report for Ctrl-C."""
@@ -69,7 +68,7 @@ def _printable_usage() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        error.message = printable(without_credentials(error.message))  # type: ignore[misc]  # what show prints
+        error.message = shown(error.message)  # type: ignore[misc]  # what show prints
         raise
 
 

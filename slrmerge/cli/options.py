@@ -34,7 +34,7 @@ def options_from(kind: type[Any], *only: str) -> Decorator:
     decorators = [
         _click_option(name, known, hints[name], kind.__dataclass_fields__[name].default)
         for name, known in options_of(kind).items()
-        if known.flag != "" and (not only or name in only)
+        if not only or name in only
     ]
     return all_of(*decorators)
 
@@ -52,7 +52,6 @@ def all_of(*decorators: Decorator) -> Decorator:
 
 def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorator:
     flag = known.flag or f"--{name.replace('_', '-')}"
-    flag = flag if flag.startswith("-") else f"--{flag}"
     kinds = [kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not NoneType]
     if bool in kinds:
         return click.option(flag, name, default=default, help=known.help, is_flag=True, show_default="/" in flag)

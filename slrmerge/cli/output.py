@@ -20,16 +20,21 @@ READER_LEFT = 141
 
 def echo(line: str = "", *, err: bool = False) -> None:
     """Print one line on stdout or stderr."""
-    click.echo(printable(without_credentials(line)), err=err)
+    click.echo(shown(line), err=err)
+
+
+def shown(text: str, *, keep: str = "") -> str:
+    """What may be shown of a text; see `printable` for `keep`."""
+    return printable(without_credentials(text), keep=keep)
 
 
 def echo_text(text: str) -> None:
-    """Print lines on stdout that are printable already: YAML and JSON that slrmerge made."""
+    """Print lines on stdout that are printable already: YAML, and the schema."""
     click.echo(printable(text, keep="\n"), nl=False)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    echo_text(to_json(value, indent=2) + "\n")
+    click.echo(to_json(value, indent=2, keep=""))
 
 
 class Table:
@@ -45,22 +50,18 @@ class Table:
         from rich.console import Console
         from rich.table import Table as RichTable
 
-        shown = RichTable(box=None, pad_edge=False, header_style="bold")
+        table = RichTable(box=None, pad_edge=False, header_style="bold")
         for column in self._columns:
             name, justify = column.removeprefix(">"), "right" if column[:1] == ">" else "left"
-            shown.add_column(_cell(name), justify=justify, no_wrap=True)  # type: ignore[arg-type]  # a literal type
+            table.add_column(shown(name, keep="\n"), justify=justify, no_wrap=True)  # type: ignore[arg-type]  # a literal type
         for row in self._rows:
-            shown.add_row(*map(_cell, row))
+            table.add_row(*(shown(cell, keep="\n") for cell in row))
         console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         if not console.is_terminal:
             console.width = 10_000
         with console.capture() as captured:
-            console.print(shown)
+            console.print(table)
         click.echo(captured.get())
-
-
-def _cell(text: str) -> str:
-    return printable(without_credentials(text), keep="\n")
 
 
 def open_streams() -> None:

@@ -4,10 +4,8 @@ import sys
 from time import monotonic
 from typing import TYPE_CHECKING, Never, Self
 
-from slrmerge.cli.output import echo
-from slrmerge.errors import without_credentials
+from slrmerge.cli.output import echo, shown
 from slrmerge.io.progress import Progress
-from slrmerge.io.text import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -39,7 +37,7 @@ class TerminalProgress(Progress):
 
         self._bar = tqdm(
             total=total,
-            desc=_shown(description),
+            desc=shown(description),
             unit=unit,
             unit_scale=True,
             file=sys.stderr,
@@ -48,7 +46,7 @@ class TerminalProgress(Progress):
 
     def on_stage(self, description: str) -> None:
         if self._bar is not None:
-            self._bar.set_description(_shown(description))
+            self._bar.set_description(shown(description))
         elif monotonic() - self._last_line > _SECONDS_PER_LINE:
             self.on_message(description)
 
@@ -65,7 +63,3 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _shown(description: str) -> str:
-    return printable(without_credentials(description))

@@ -15,8 +15,8 @@ from slrmerge.cli.options import (
     overwrite_option,
     quiet_option,
     recipe_argument,
-    threads_option,
 )
+from slrmerge.merging.options import MergeOptions
 from slrmerge.searching.options import SearchOptions
 
 
@@ -91,7 +91,7 @@ def select(folder: Path, *, min_quality: float, as_json: bool) -> None:
 @click.command(cls=Command)
 @click.argument("sources", nargs=-1, required=True, metavar="RECIPE | PRETRAINED POSTTRAINED")
 @click.option("--out", type=FOLDER, help="Folder for diff.csv and the heat map, as PNG and SVG.")
-@threads_option
+@options_from(MergeOptions, "threads")
 @json_option
 @quiet_option
 @click.pass_context

@@ -37,6 +37,6 @@ class EvaluationOptions(Options):
         None, "Model for diversity (creative): a sentence-transformers model, or MODEL@URL.", metavar="MODEL"
     )
     concurrency: int = option(16, "Maximum concurrent requests per server.", minimum=1, maximum=1000)
-    timeout_s: float = option(600.0, "Seconds that a server has to answer.", above=0, flag="timeout")
+    timeout_s: float = option(600.0, "Seconds that a server has to answer.", above=0, flag="--timeout")
     batch: int = option(32, "Batch size of models in this process.", minimum=1)
     device: str = option("cpu", "Torch device of models in this process; cuda is not tested yet.")

@@ -64,10 +64,7 @@ def summary(result: EvaluationResult) -> dict[str, Any]:
         "prompts": result.prompts,
         "settings": dict(result.settings),
         "metrics": {metric.name: metric.meaning for metric in result.metrics},
-        "results": [
-            {name: None if isinstance(value, float) and isnan(value) else value for name, value in asdict(cell).items()}
-            for cell in result.cells
-        ],
+        "results": [{name: _defined(value) for name, value in asdict(cell).items()} for cell in result.cells],
         "notes": list(result.notes),
     }
 
@@ -102,8 +99,12 @@ def prompts_as_csv(result: EvaluationResult) -> str:
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    defined = (["" if isinstance(value, float) and isnan(value) else value for value in row] for row in rows)
-    return to_csv(header, defined)
+    return to_csv(header, (list(map(_defined, row)) for row in rows))
+
+
+def _defined(value: object) -> object:
+    """None, which is empty in a CSV, for a metric without a value."""
+    return None if isinstance(value, float) and isnan(value) else value
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Option:
     """What is known of an option besides its type and default.
 
-    `flag` is its name on the command line where that is not the field's; an empty one keeps it off the command line.
+    `flag` is its name on the command line where that is not the field's.
     `above` is an open lower bound. `is_size` marks a number of bytes, which may be given as text such as 4GB.
     `default_help` describes a default of None.
     """

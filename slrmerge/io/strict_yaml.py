@@ -35,8 +35,8 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     """The mapping in a YAML file. Raises RecipeError."""
     try:
         with open(path, "rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            raw = file.read(MAX_BYTES)
+            raw = file.read(MAX_BYTES + 1)
+            file_bytes = max(len(raw), os.fstat(file.fileno()).st_size)  # a pipe has no size
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         why = error.strerror if isinstance(error, OSError) else error
         what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({why})"

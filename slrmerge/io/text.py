@@ -23,12 +23,12 @@ def printable(text: str, *, keep: str = "") -> str:
     )
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON in which everything that does not print, or that UTF-8 cannot encode, is escaped."""
+def to_json(value: Any, *, indent: int | None = None, keep: str = IN_PROSE) -> str:
+    """JSON; what does not print, or UTF-8 cannot encode, is escaped, except its line breaks and what is in `keep`."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     if text.replace("\n", "").isprintable():
         return text
-    return "".join(char if char.isprintable() or char in IN_PROSE else json.dumps(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() or char in f"\n{keep}" else json.dumps(char)[1:-1] for char in text)
 
 
 def markdown(text: str) -> str:

@@ -1,5 +1,6 @@
 """The hybrid's model card (README.md), as the Hub reads it."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _search_section(finding: Finding) -> Iterator[str]:
 def _inherited_front_matter(folder: Path) -> dict[str, Any]:
     try:
         with open_within(folder, CARD_NAME) as file:
-            text = file.read(_MAX_CARD_BYTES).decode("utf-8-sig")
+            text = getincrementaldecoder("utf-8-sig")().decode(file.read(_MAX_CARD_BYTES))  # it may end in a character
         before, front, _ = text.replace("\r\n", "\n").split("---\n", 2)
         content = None if before else yaml.load(front, Loader=yaml.BaseLoader)  # noqa: S506 (strings only)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, CheckpointError):

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import takewhile
 from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from slrmerge.io.files import write_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.io.text import to_csv
-from slrmerge.io.threads import thread_count
+from slrmerge.io.threads import cancellable_pool, thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
 from slrmerge.merging.executor import default_threads
 
@@ -68,9 +68,10 @@ class DiffResult:
     notes: tuple[str, ...] = ()
 
     def of_layer(self, layer: int, prefix: str = "") -> Distance:
-        """The distance of a layer, or of its modules whose name starts with `prefix`."""
-        own = (distance for (k, name), distance in self.by_module.items() if k == layer and name.startswith(prefix))
-        return sum(own, Distance())
+        """The distance of a layer, or of its modules at or below `prefix`, such as `mlp` or `self_attn.q_proj`."""
+        start = prefix and f"{prefix}."
+        inside = ((f"{name}.", distance) for (k, name), distance in self.by_module.items() if k == layer)
+        return sum((distance for name, distance in inside if name.startswith(start)), Distance())
 
     def modules(self) -> list[str]:
         """The modules inside layers, in the order of the checkpoint."""
@@ -128,7 +129,7 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
     Raises PlanError for models of different depth, SourceChangedError where a file changes meanwhile.
     """
     require_pair(pair)
-    threads = thread_count(threads, default_threads(pair.pretrained, pair.posttrained))
+    threads = thread_count(threads, default_threads(pair))
     raise_all(require_same_depth(pair), PlanError)
     progress = progress or Progress()
     names, notes = _comparable(pair)
@@ -141,15 +142,19 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
     with (
         pair.open() as reader,
         one_core_per_chunk(),
-        ThreadPoolExecutor(threads) as pool,
+        cancellable_pool(threads) as (pool, cancelled),
     ):
 
         def measure(name: str) -> Distance:
-            distance = sum(_chunks(reader, name), Distance())
+            distance = sum(takewhile(lambda _: not cancelled.is_set(), _chunks(reader, name)), Distance())
             progress.advance(pair.pretrained[name].nbytes + pair.posttrained[name].nbytes)
             return distance
 
-        distances = dict(zip(names, pool.map(measure, names), strict=True))
+        try:
+            distances = dict(zip(names, pool.map(measure, names), strict=True))
+        except BaseException:
+            reader.cancel()
+            raise
         reader.check_unchanged()
     by_module: dict[tuple[int, str], Distance] = {}
     for name, distance in distances.items():

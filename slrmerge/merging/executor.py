@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.side_files import (
     CARD_NAME,
@@ -97,7 +96,7 @@ def execute(
         if options.download == "full":
             output.require_space(plan.output_bytes)
             plan = replace(plan, pair=plan.pair.download(progress, plan.read_files()))
-        threads = options.threads or default_threads(plan.pair.pretrained, plan.pair.posttrained)
+        threads = options.threads or default_threads(plan.pair)
         written, resumed = _write(plan, output, threads, name=name or output.path.name, progress=progress)
     return MergeResult(output.path, written, plan.notes, resumed, time.monotonic() - started)
 
@@ -140,9 +139,9 @@ def _entries(folder: Path) -> Iterator[str]:
             yield f"{path.name}/"
 
 
-def default_threads(*checkpoints: Checkpoint) -> int:
+def default_threads(pair: ModelPair) -> int:
     """One thread per core, more where checkpoints are read from the Hub."""
-    return _REMOTE_THREADS if any(checkpoint.is_remote for checkpoint in checkpoints) else available_cores()
+    return _REMOTE_THREADS if pair.is_remote else available_cores()
 
 
 def _write(

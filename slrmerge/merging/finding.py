@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from slrmerge.checkpoint.files import LocalFile, open_within
+from slrmerge.checkpoint.files import LocalFile, open_within, unreadable
 from slrmerge.errors import CheckpointError
 from slrmerge.io.model import Model
 from slrmerge.recipe.load import AnyRecipe
@@ -81,11 +81,15 @@ def find_search_result(recipe: AnyRecipe) -> Finding | None:
     own = next((name for name, found in summary.selected.items() if found.rules() == recipe.rules()), None)
     if own is None:
         return None
+    try:
+        figure = LocalFile.within(folder, TRADEOFF_NAME) if (folder / TRADEOFF_NAME).is_file() else None
+    except OSError as error:
+        raise unreadable(folder / TRADEOFF_NAME, error) from error
     others = tuple(found for name, found in summary.selected.items() if name != own)
     return Finding(
         summary.task,
         summary.candidates,
         summary.selected[own],
         others,
-        LocalFile.within(folder, TRADEOFF_NAME) if (folder / TRADEOFF_NAME).is_file() else None,
+        figure,
     )

@@ -34,14 +34,12 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path, fingerprint: str, *, durable: bool) -> "Journal":
-        """Continue the journal in `folder` if it belongs to the same plan; otherwise empty it."""
+        """Continue the journal in `folder` if it belongs to the same plan; otherwise begin one."""
         path = folder / JOURNAL_NAME
         lines = path.read_bytes().splitlines() if path.exists() else []
         finished: dict[Piece, bytes] = {}
         if lines and lines[0] == fingerprint.encode():
             finished = dict(filter(None, map(_parse, lines[1:])))
-        else:
-            files.create_folder(folder, durable=durable)
         journal = cls(folder, finished, fingerprint, durable=durable)
         if not finished:
             journal.discard_unfinished()

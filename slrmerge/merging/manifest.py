@@ -80,7 +80,9 @@ class Manifest(Model):
 def build_manifest(plan: MergePlan, written: Mapping[str, FileDigest]) -> Iterator[bytes]:
     """The manifest of a merge whose other files are all written, a tensor at a time: it is larger than the plan."""
     read = plan.read_files()
-    read["posttrained"] |= {file.name for file in plan.files if isinstance(file.source, LocalFile)}
+    for side, source in plan.pair.items():  # files that this disk had already
+        is_own = ((file, source.side_files.get(file.name)) for file in plan.files)
+        read[side] |= {file.name for file, own in is_own if isinstance(own, LocalFile) and file.source == own}
     manifest = Manifest(
         format=FORMAT,
         slrmerge=__version__,

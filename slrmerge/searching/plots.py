@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slrmerge.io.figures import figure_text, save_figure
-from slrmerge.searching.selection import ScoredCandidate, Selection, interval_space
+from slrmerge.searching.selection import ScoredCandidate, Selection, intervals_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
         own = [row for row in rows if row.info.space == space]
         if own:
             axes.scatter(*_points(own), s=10, color=colour, alpha=0.5, linewidths=0, label=label)
-    front = sorted((row for row in _intervals(rows) if row.pareto), key=lambda row: row.quality)
+    front = sorted((row for row in intervals_of(rows) if row.pareto), key=lambda row: row.quality)
     if front:
         label = "their front, with layers restored"
         axes.plot(*_points(front), "o-", color=_INTERVAL, markersize=4, linewidth=1, label=label)
@@ -77,7 +77,7 @@ def heatmaps_figure(rows: Sequence[ScoredCandidate], choice: Selection, layers: 
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     quality, diversity = np.full((2, layers, layers), np.nan)
-    for row in _intervals(rows):
+    for row in intervals_of(rows):
         if row.info.start is not None and row.info.end is not None:
             place = row.info.start, row.info.end
             quality[place], diversity[place] = row.quality, row.diversity
@@ -91,11 +91,6 @@ def heatmaps_figure(rows: Sequence[ScoredCandidate], choice: Selection, layers: 
         figure.colorbar(image, ax=axes, shrink=0.85)
         axes.set(title=title, xlabel="last restored layer", ylabel="first restored layer")
     return figure
-
-
-def _intervals(rows: Sequence[ScoredCandidate]) -> list[ScoredCandidate]:
-    space = interval_space(rows)
-    return [row for row in rows if row.info.space == space]
 
 
 def _points(rows: Sequence[ScoredCandidate]) -> tuple[list[float], list[float]]:

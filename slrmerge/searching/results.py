@@ -13,9 +13,8 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Json
 
 from slrmerge._version import __version__
-from slrmerge.checkpoint.files import open_regular
-from slrmerge.errors import CheckpointError, OutputError, Problem, RecipeError, require_extra
-from slrmerge.io.files import replace_file
+from slrmerge.errors import OutputError, Problem, RecipeError, require_extra
+from slrmerge.io.files import read_file, replace_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.io.text import from_csv, printable, to_csv, to_json
@@ -27,7 +26,7 @@ from slrmerge.searching.proxy_tasks import Scores
 from slrmerge.searching.selection import (
     ScoredCandidate,
     Selection,
-    interval_space,
+    intervals_of,
     possibly_better,
     select_from,
     ten_best,
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 
 TABLE, PROMPTS = "results.csv", "prompts.npz"
 RECIPES = {"slr": "slr.yaml", "soup": "soup.yaml", "early": "early.yaml", "late": "late.yaml"}
+_MAX_BYTES = 1 << 28
+
 FIGURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg")
 
 
@@ -60,7 +61,7 @@ class SearchResult:
     @property
     def intervals(self) -> list[ScoredCandidate]:
         """The candidates of the space in which the selection is made."""
-        return [row for row in self.rows if row.info.space == interval_space(self.rows)]
+        return intervals_of(self.rows)
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -108,7 +109,7 @@ class SearchResult:
             {
                 "space": row.info.space,
                 "label": row.info.label,
-                "also_named": _json(row.info.also_named) if row.info.also_named else None,
+                "also_named": to_json(row.info.also_named) if row.info.also_named else None,
                 "start": row.info.start,
                 "end": row.info.end,
                 "alpha": row.info.alpha,
@@ -121,7 +122,7 @@ class SearchResult:
                 "exact": row.exact,
                 "prompts": row.prompts,
                 "dtype": row.dtype,
-                "rules": _json(row.info.rules.rules()),
+                "rules": to_json(row.info.rules.rules()),
             }
             for row in self.rows
         ]
@@ -166,16 +167,14 @@ def write_result(folder: Path, result: SearchResult) -> None:
     from slrmerge.searching.plots import draw_result
 
     files = {TABLE: _table(result)}
-    for name, file in RECIPES.items():
-        row = result.choice.named().get(name)
-        if row is None:
-            (folder / file).unlink(missing_ok=True)
-        else:
-            files[file] = _recipe(result, name, row)
+    named = result.choice.named()
+    files |= {file: _recipe(result, name, named[name]) for name, file in RECIPES.items() if name in named}
     summary = result.summary().model_dump(mode="json", exclude_defaults=True)
     with translate_os_errors(folder):
         for file, text in files.items():
             replace_file(folder / file, text.encode())
+        for file in set(RECIPES.values()) - files.keys():
+            (folder / file).unlink(missing_ok=True)
         draw_result(folder, result.rows, result.choice, result.layers)
         replace_file(folder / SUMMARY_NAME, to_json(summary, indent=2).encode() + b"\n")
 
@@ -195,8 +194,8 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
     """Read a search's folder, with its selection as it was. Raises OutputError where it is missing or damaged."""
     folder = Path(folder)
     try:
-        raw, table = map(_read_regular, (folder / SUMMARY_NAME, folder / TABLE))
-    except (OSError, CheckpointError) as error:
+        raw, table = (read_file(folder / name, _MAX_BYTES) for name in (SUMMARY_NAME, TABLE))
+    except OSError as error:
         what, remedy = "does not contain the results of a search", "name the folder that a search wrote"
         raise OutputError(Problem("no-results", str(folder), what, remedy)) from error
     damaged = OutputError(
@@ -221,11 +220,6 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
         notes=summary.notes,
         elapsed_s=summary.elapsed_s,
     )
-
-
-def _read_regular(path: Path) -> bytes:
-    with open_regular(path) as file:
-        return file.read()
 
 
 def why_not_results(folder: Path) -> str | None:
@@ -289,10 +283,6 @@ class _Line(BaseModel):
         return ScoredCandidate(
             info, self.quality, self.diversity, self.prompts, self.dtype, self.exact, self.feasible, self.pareto
         )
-
-
-def _json(value: object) -> str:
-    return to_json(value)
 
 
 _WHY = {

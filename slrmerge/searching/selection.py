@@ -145,6 +145,12 @@ def interval_space(rows: Sequence[ScoredCandidate]) -> str:
     return next((space for space in INTERVAL_SPACES if space in tried), INTERVAL_SPACES[0])
 
 
+def intervals_of(rows: Sequence[ScoredCandidate]) -> list[ScoredCandidate]:
+    """The candidates of the space in which the selection is made."""
+    space = interval_space(rows)
+    return [row for row in rows if row.info.space == space]
+
+
 def ten_best(rows: Sequence[ScoredCandidate], count: int = 10) -> list[ScoredCandidate]:
     """The feasible candidates with the highest diversity, without soups and parents."""
     tried = [row for row in rows if row.feasible and row.info.space not in ("soup", "post", "pre")]

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ from tests.evaluation.helpers import Answering, Embeddings
 
 STATES = {"Name a state.": ["Ohio", "Utah", "Iowa", "Maine"], "Name a metal.": [["Iron", "Fe"], "Gold"]}
 SAMPLES = 8
-
-Replies = Mapping[str, Callable[[str, int], str]]
 
 
 class Seeded(Answering):

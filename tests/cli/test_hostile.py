@@ -175,6 +175,11 @@ def test_a_lone_surrogate_in_a_config_is_refused_before_anything_is_written(pair
     assert not pair.out.exists()
 
 
+def test_json_stays_json_with_a_space_that_does_not_print(pair: Pair) -> None:
+    folder = (pair.folder / "post").rename(pair.folder / "no\u00a0break")
+    assert json.loads(run("inspect", folder, "--json").stdout)["checkpoint"].endswith("no\u00a0break")
+
+
 # streams
 
 

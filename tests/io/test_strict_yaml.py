@@ -1,7 +1,10 @@
 """YAML files that are read, and everything that is refused."""
 
+import os
+from contextlib import suppress
 from math import inf
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -117,3 +120,23 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
 
 def test_short_lists_are_written_on_one_line_in_the_order_given() -> None:
     assert write_yaml({"b": [1, 2], "a": "é"}) == "b: [1, 2]\na: é\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_a_pipe_is_read_whole_or_refused(tmp_path: Path) -> None:
+    for text, is_read in ((b"a: 1\n", True), (b"#" * MAX_BYTES + b"\na: 1\n", False)):
+        pipe = tmp_path / f"pipe-{is_read}"
+        os.mkfifo(pipe)
+        writer = Thread(target=_write_to_pipe, args=(pipe, text))
+        writer.start()
+        if is_read:
+            assert read_mapping(pipe) == {"a": 1}
+        else:
+            with refused(RecipeError, "recipe-too-large"):
+                read_mapping(pipe)
+        writer.join()
+
+
+def _write_to_pipe(pipe: Path, text: bytes) -> None:
+    with suppress(BrokenPipeError):  # the reader may have seen enough
+        pipe.write_bytes(text)

@@ -54,6 +54,12 @@ OWN = SelectedCandidate(label="layers 2–3", quality=0.95014, diversity=2.0, ex
 OTHER = SelectedCandidate(label="post-trained", quality=1.0, diversity=0.5, exact=True, alpha=0)
 
 
+def test_a_long_card_is_inherited_from_wherever_its_text_is_cut(pair: Pair) -> None:
+    for shift in ("", "x"):
+        (pair.folder / "post/README.md").write_text(f"---\nlicense: mit\n---\n{shift}{'é' * 600_000}", "utf-8")
+        assert front_of(card_of(pair.plan(restore=[1, 2]), pair.out))["license"] == "mit"
+
+
 def test_the_card_is_the_golden_one(tmp_path: Path) -> None:
     """A change of the card's wording is a change of tests/golden/card.md, to be reviewed."""
     pre, post = llama_tensors("pre", dtype="F32"), llama_tensors("post")

@@ -65,6 +65,14 @@ def floats(dtype: str, *numbers: float) -> Tensor:
 # the numbers
 
 
+def test_a_module_is_no_part_of_another_whose_name_it_begins_with() -> None:
+    attention, norm = Distance(100, 4.0, 5.0, 1.0, 4.0), Distance(5, 1.0, 1.0, 0.0, 1.0)
+    found = DiffResult(1, {(0, "self_attn.q_proj"): attention, (0, "self_attn_layer_norm"): norm})
+    assert found.of_layer(0, "self_attn") == attention
+    assert found.of_layer(0, "self_attn_layer_norm") == norm
+    assert found.of_layer(0).parameters == 105
+
+
 def test_every_module_has_the_distance_that_numpy_computes(pair: Pair) -> None:
     found = differences(pair)
     assert found.layers == 6
@@ -84,7 +92,7 @@ def test_every_module_has_the_distance_that_numpy_computes(pair: Pair) -> None:
 def test_the_distance_of_a_layer_is_that_of_all_its_tensors_as_one_vector(pair: Pair) -> None:
     found = differences(pair)
     for layer in range(6):
-        for prefix in ("", "mlp", "self_attn", "self_attn.q"):
+        for prefix in ("", "mlp", "self_attn", "self_attn.q_proj"):
             names = [name for name in pair.post if name.startswith(f"model.layers.{layer}.{prefix}")]
             parameters, change, cosine = expected(pair.pre, pair.post, names)
             distance = found.of_layer(layer, prefix)

@@ -29,7 +29,7 @@ def content(pair: Pair) -> dict[str, Any]:
 
 
 def canonical(content: object) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def signed(content: dict[str, Any]) -> bytes:

@@ -276,6 +276,15 @@ def test_recipes_without_a_selection_are_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.yaml")] == ["soup.yaml"]
 
 
+@pytest.mark.parametrize("scores", [SCORES, {(0, 0): (0.1, 1.4)}], ids=["written", "removed"])
+def test_a_recipe_that_cannot_be_replaced_is_an_output_error(
+    tmp_path: Path, scores: dict[tuple[int, int], tuple[float, float]]
+) -> None:
+    (tmp_path / "slr.yaml").mkdir()
+    with refused(OutputError, "io-error"):
+        write_result(tmp_path, made_result(made_rows(scores)))
+
+
 def folders(recipe: AnyRecipe) -> list[Path]:
     """Where a recipe's checkpoints are."""
     sources = [recipe.source("pretrained"), recipe.source("posttrained")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,9 +42,16 @@ def client() -> HfApi:
     return HfApi(library_name="slrmerge", library_version=__version__)
 
 
-def cache_folder(repository: Repository) -> Path:
+def cache_folder(repository: Repository, *, repo_type: str = "model") -> Path:
     """Where the Hub's cache has, or would have, a repository: `blobs` by digest, `snapshots` by commit, `refs`."""
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository.name, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository.name, repo_type=repo_type)
+
+
+def commit_of(commit: object, *, where: str) -> str:
+    """The commit that the Hub names for a repository. Raises HubError where it is none."""
+    if not re.fullmatch("[0-9a-f]{40}", str(commit)):
+        raise HubError(Problem("empty-repository", where, "has no commits yet", "push to it, or name another"))
+    return str(commit)
 
 
 @dataclass(frozen=True, slots=True)

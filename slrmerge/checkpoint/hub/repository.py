@@ -14,7 +14,7 @@ from huggingface_hub import RepoFile, RepoFolder, constants, try_to_load_from_ca
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.hub.errors import translate_hub_errors, translate_parse_errors, with_retries
-from slrmerge.checkpoint.hub.file import HubFile, cache_folder, client
+from slrmerge.checkpoint.hub.file import HubFile, cache_folder, client, commit_of
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.safetensors import (
     SafetensorsCheckpoint,
@@ -178,9 +178,7 @@ def pin(repository: Repository) -> Snapshot:
     info = with_retries(
         lambda: client().model_info(repository.name, revision=repository.revision, timeout=timeout_s), where=where
     )
-    pinned = Repository(repository.name, info.sha)
-    if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
-        raise HubError(Problem("empty-repository", where, "has no commits yet", "push to it, or name another"))
+    pinned = Repository(repository.name, commit_of(info.sha, where=where))
     entries = _list_files(pinned, None)
     for entry in list(entries):
         if isinstance(entry, RepoFolder) and entry.path in CHAT_TEMPLATE_FOLDERS:

@@ -99,7 +99,7 @@ def _alpha(config: MergekitConfig, other: str, part: Slice, name: str, position:
             )
         alpha = float(sources[0].model == other)
     elif method in INTERPOLATIONS:
-        base = config.model_names[0]
+        base = config.base_model
         if {source.model for source in sources} | {base} != {base, other} or len(sources) > 2:
             what = f"{method} goes from the base model to one other"
             raise InvalidWeightError("unsupported-sources", what, "give each slice both models, each once")
@@ -142,7 +142,7 @@ def _value(
         if found is not None:
             return found
     if default is None:
-        what = f"there is no {key}" + (f" for {source.model}" if source else "")
+        what = f"no {key} is given" + (f" for {source.model}" if source else "")
         raise InvalidWeightError("missing-weight", what, "add it to the parameters")
     return default
 

@@ -54,8 +54,12 @@ def is_tied(checkpoint: Checkpoint, model: Any) -> bool:
 
 def head_name(model: Any) -> str:
     """The name of the head's weight in the checkpoint."""
-    head = model.get_output_embeddings()
-    return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+    return weight_name(model, model.get_output_embeddings())
+
+
+def weight_name(model: Any, wanted: Any) -> str:
+    """The name of the weight of one of the model's modules in the checkpoint."""
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
 
 
 def _config_problems(config: Any, where: str) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ import torch
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.errors import Problem, UnsupportedModelError, first_line
-from slrmerge.searching.sweep.architecture import REMEDY, head_name, is_tied, model_without_weights
+from slrmerge.searching.sweep.architecture import REMEDY, head_name, is_tied, model_without_weights, weight_name
 from slrmerge.searching.sweep.attention import (
     ATTENTION_NAME,
     AttentionPattern,
@@ -68,9 +68,7 @@ class StagedModel:
                 setattr(module, name, buffer.to(device))
         embedding = self._model.get_input_embeddings()
         embedding.padding_idx = None  # an index into all rows, and only the rows in use are loaded
-        self.embedding_name = next(
-            f"{name}.weight" for name, module in self._model.named_modules() if module is embedding
-        )
+        self.embedding_name = weight_name(self._model, embedding)
         self._head_name = head_name(self._model)
         self.head_name = self.embedding_name if is_tied(checkpoint, self._model) else self._head_name
         self.vocabulary, self.width = checkpoint[self.head_name].shape

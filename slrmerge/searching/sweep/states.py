@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from slrmerge.io.files import replace_file
-from slrmerge.io.pieces import digest_file, translate_os_errors
+from slrmerge.io.pieces import digest_file, translate_os_errors, write_file
 from slrmerge.merging.blend import as_bytes
 from slrmerge.recipe.model import Dtype
 
@@ -89,8 +89,10 @@ class StateStore:
             return
         file = self._stage_file(stages_done)
         with translate_os_errors(self._new_file):
-            if not self._new_file.exists():
-                self._new_file.write_bytes(as_bytes(states))
+            if self._new_file.exists():
+                written = digest_file(self._new_file)
+            else:
+                written = write_file(self._new_file, [as_bytes(states)], durable=False)
             os.replace(self._new_file, file)
             saved = _SavedProgress(
                 fingerprint=self._fingerprint,
@@ -98,7 +100,7 @@ class StateStore:
                 hybrid_states=tuple(hybrid_states),
                 shape=(states.shape[0], states.shape[1], states.shape[2]),
                 dtype=str(states.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # pydantic checks it
-                digest=digest_file(file).digest,
+                digest=written.digest,
             )
             replace_file(self._folder / _PROGRESS, saved.model_dump_json().encode())
         with suppress(OSError):

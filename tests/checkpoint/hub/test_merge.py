@@ -23,6 +23,7 @@ from tests.checkpoint.hub.server import HubServer, environment, use
 from tests.checkpoints import read_back
 from tests.cli import run
 from tests.merging.faults import Recorder, Stop, leftovers, stop
+from tests.merging.plan.test_findings import FIGURE, SUMMARY
 from tests.problems import refused
 
 BLOBS = "GET /blobs/"
@@ -343,6 +344,16 @@ def test_a_full_verification_detects_a_damaged_side_file(pair: HubPair, monkeypa
     with refused(VerificationError, "sources-differ") as caught:
         verify(pair.out, full=True)
     assert [Path(problem.where).name for problem in caught.value.problems] == ["tokenizer.json"]
+
+
+def test_a_source_is_not_said_to_have_files_of_the_other_or_of_the_search(pair: HubPair) -> None:
+    summary = {**SUMMARY, "pretrained": BASE, "posttrained": CHAT}
+    (pair.folder / "summary.json").write_text(json.dumps(summary))
+    (pair.folder / "tradeoff.png").write_bytes(FIGURE)
+    merge(pair.recipe_file(restore=[2, 3]), pair.out)
+    assert (pair.out / "tradeoff.png").read_bytes() == FIGURE
+    sources = json.loads((pair.out / "slrmerge.json").read_text())["sources"]
+    assert not {"tradeoff.png"} & {*sources["posttrained"]["unchecked"], *sources["pretrained"]["unchecked"]}
 
 
 def test_a_new_commit_with_the_same_weights_uses_the_cache(pair: HubPair) -> None:

@@ -20,7 +20,6 @@ from tests.checkpoints import Tensor, llama_tensors, random_tensor, write_checkp
 from tests.problems import refused
 
 ALPHAS = (0.0, 0.05, 0.3, 0.5, 1.0)
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ODD = {"bias": ("F32", (7,)), "scale": ("BF16", (1, 1)), "long": ("BF16", (301, 5))}
 
 
