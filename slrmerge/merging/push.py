@@ -117,7 +117,7 @@ def push(
     def commit(copies: "Mapping[str, CommitOperationCopy]") -> "CommitInfo":
         return client().create_commit(
             target.name,
-            [*({**additions, **copies}.values()), *deletions],
+            [*(copies.get(name, addition) for name, addition in additions.items()), *deletions],
             commit_message=f"Merge of {pre.model} and {post.model}",
             revision=branch,
             parent_commit=before.commit,
@@ -222,9 +222,10 @@ def _copies(additions: "Mapping[str, CommitOperationAdd]", source: SourceEntry) 
         return {}
     # The Hub copies what is in its Xet storage.
     there = {file.path: file.lfs.sha256 for file in listed if isinstance(file, RepoFile) and file.lfs and file.xet_hash}
-    origin = {"src_repo_id": source.repository, "src_repo_type": "model", "src_revision": source.commit}
     return {
-        name: CommitOperationCopy(name, name, **origin) for name, sha256 in shards.items() if there.get(name) == sha256
+        name: CommitOperationCopy(name, name, source.commit, src_repo_id=source.repository, src_repo_type="model")
+        for name, sha256 in shards.items()
+        if there.get(name) == sha256
     }
 
 

@@ -97,6 +97,10 @@ class HubRepository(SafetensorsCheckpoint):
             },
         }
 
+    def sha256(self, file: str) -> str | None:
+        known = self.snapshot.files.get(file)
+        return known.digest.removeprefix("sha256:") if known and known.digest.startswith("sha256:") else None
+
     def require_digests(self) -> None:
         if not self.snapshot.files:
             what = "is in the Hub's cache, but its digests are not, and HF_HUB_OFFLINE is set"

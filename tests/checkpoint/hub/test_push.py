@@ -57,6 +57,40 @@ def test_a_push_is_one_commit_of_exactly_the_files_of_the_merge(pair: HubPair, m
     assert len(pair.hub.log(MINE)) == 2  # the first is the Hub's own
 
 
+def uploads(pair: HubPair) -> set[str]:
+    """The paths of the large files that were uploaded."""
+    return {request.path for request in pair.hub.requests if request.host == "cdn" and request.method == "PUT"}
+
+
+def test_unchanged_shards_are_copied_on_the_hub(pair: HubPair, other: Path) -> None:
+    """Layers 4 and 5 are in the second of the post-trained side's shards; the first is the same file."""
+    sizes = {path.name: path.stat().st_size for path in other.iterdir()}
+    same = "model-00001-of-00002.safetensors"
+    assert files_of(other)[same] == pair.hub.files(CHAT)[same]
+    pushed = push(other, MINE)
+    assert there(pair) == files_of(other)
+    assert (pushed.copied_bytes, pushed.skipped_bytes) == (sizes[same], 0)
+    assert pushed.uploaded_bytes == sum(sizes.values()) - sizes[same]
+    assert len(uploads(pair)) == 1
+    again = push(other, MINE)
+    assert (again.uploaded_bytes, again.copied_bytes, again.skipped_bytes) == (0, 0, sum(sizes.values()))
+
+
+@pytest.mark.parametrize("refusal", ["by file", "by status", "source is gone"])
+def test_shards_that_the_hub_does_not_copy_are_uploaded(pair: HubPair, other: Path, refusal: str) -> None:
+    if refusal == "by file":
+        pair.hub.copies_refused = True
+    elif refusal == "by status":
+        pair.hub.misbehave("status", "/lfs-files/duplicate", status=403)
+    else:
+        pair.hub.private.add(CHAT)
+    pushed = push(other, MINE)
+    assert there(pair) == files_of(other)
+    assert pushed.copied_bytes == 0
+    assert pushed.uploaded_bytes == sum(path.stat().st_size for path in other.iterdir())
+    assert len(uploads(pair)) == len(list(other.glob("*.safetensors")))
+
+
 def test_a_pushed_merge_verifies_and_merges_again(pair: HubPair, merged: Path) -> None:
     push(merged, MINE)
     fetched = Path(snapshot_download(MINE))
