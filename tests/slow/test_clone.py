@@ -107,6 +107,7 @@ def test_a_merge_fits_where_a_copy_would_not(pair: Pair) -> None:
     free = shutil.disk_usage(pair.folder).free
     with open(filler, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, free - left)
+    os.sync()
     assert shutil.disk_usage(pair.folder).free < plan.output_bytes
     with refused(NoSpaceError, "no-space"):
         execute(pair.plan(alpha=0.5), pair.out, options=FAST)
