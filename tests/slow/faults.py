@@ -137,6 +137,7 @@ def _serve(library: str, folder: Path, *, hurried: bool) -> None:
             for fd, file in zip((1, 2), files, strict=True):
                 os.dup2(file, fd)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.umask(0o002)  # as many systems set it: what others can write to, the next run does not trust
             arm(request["folder"].encode(), request["at"], request["what"], request["again"], log)
             exit_code = _exit_code(main, request["command"])
             if not request["at"]:
