@@ -36,7 +36,12 @@ def pieces(file_bytes: int) -> Iterator[tuple[int, int]]:
 
 def combine(digests: Iterable[bytes]) -> str:
     """The digest of a file from the digests of its pieces."""
-    return f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(b''.join(digests))}"
+    return digest_bytes(b"".join(digests))
+
+
+def digest_bytes(data: bytes) -> str:
+    """The digest of bytes in memory."""
+    return f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(data)}"
 
 
 def reserve(path: Path, file_bytes: int) -> None:

@@ -203,9 +203,11 @@ def _with_checked_sources(plan: MergePlan, progress: Progress) -> MergePlan:
 def _altered_side_files(plan: MergePlan, folder: Path, present: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Copied files beside the weights that differ from their source."""
     for file in plan.files:
-        is_copied = file.source is not None and file.name in present
-        if is_copied and b"".join(file_chunks(file)) != (folder / file.name).read_bytes():
-            yield file.name, "the whole file was compared"
+        if file.source is not None and file.name in present:
+            with open(folder / file.name, "rb", buffering=0) as copy:
+                is_equal = all(copy.read(len(chunk)) == chunk for chunk in file_chunks(file)) and not copy.read(1)
+            if not is_equal:
+                yield file.name, "the whole file was compared"
 
 
 def _compare(

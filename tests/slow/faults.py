@@ -58,8 +58,9 @@ class Outcome(NamedTuple):
 class Job:
     """A command that writes the folder `out`, where `before` was.
 
-    With `hurried`, figures and searches are quick. `normalised` removes what differs between runs, such as the time that they took. With `in_place`, files appear one
-    by one, each of them as before or complete; those in `grows` grow line by line.
+    With `hurried`, figures and searches are quick. `normalised` removes what differs between runs, such as the time
+    that they took. With `in_place`, files appear one by one, each of them as before or complete; those in `grows` grow
+    line by line.
     """
 
     command: list[str]
@@ -156,7 +157,7 @@ def _exit_code(main: Callable[..., object], command: list[str]) -> int:
         main(command, prog_name="slrmerge")
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (whatever it is, the console script prints it)
         traceback.print_exc()
         code = 1
     sys.stdout.flush()

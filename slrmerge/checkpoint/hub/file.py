@@ -15,6 +15,7 @@ from tqdm import tqdm
 from slrmerge._version import __version__
 from slrmerge.checkpoint.hub.errors import (
     CONNECTION_ERRORS,
+    LOG_IN,
     Backoff,
     translate_hub_errors,
     translate_parse_errors,
@@ -37,7 +38,7 @@ def client() -> HfApi:
     if http.timeout.read is None:
         http.timeout = RESPONSE_TIMEOUT_S
     if not (get_token() or "").isascii():
-        what, remedy = "contains characters that no token has", "log in with `hf auth login`, or set HF_TOKEN"
+        what, remedy = "contains characters that no token has", LOG_IN
         raise HubError(Problem("invalid-token", "the Hugging Face token", what, remedy))
     return HfApi(library_name="slrmerge", library_version=__version__)
 
@@ -113,8 +114,8 @@ class HubFile:
     def _digest_of(self, path: Path) -> str:
         with open(path, "rb") as file:
             if self.digest.startswith("git-sha1:"):
-                start = f"blob {os.fstat(file.fileno()).st_size}\0".encode()
-                return f"git-sha1:{hashlib.sha1(start + file.read(), usedforsecurity=False).hexdigest()}"
+                start = hashlib.sha1(f"blob {os.fstat(file.fileno()).st_size}\0".encode(), usedforsecurity=False)
+                return f"git-sha1:{hashlib.file_digest(file, lambda: start).hexdigest()}"
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
     def _download(self, on_bytes: Callable[[int], None], cancelled: Event, *, force: bool) -> Path:

@@ -19,7 +19,6 @@ from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.safetensors import (
     SafetensorsCheckpoint,
     check_shards,
-    collect,
     open_folder,
     read_layout,
     read_local_shard,
@@ -32,7 +31,7 @@ from slrmerge.checkpoint.side_files import (
     INDEX_NAME,
     select_side_files,
 )
-from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem
+from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem, collect
 from slrmerge.io.files import free_bytes
 from slrmerge.io.names import is_inside
 from slrmerge.io.progress import Progress

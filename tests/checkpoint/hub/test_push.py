@@ -12,10 +12,11 @@ from huggingface_hub import ModelCard, close_session, snapshot_download
 
 from slrmerge import Repository, merge, push, verify
 from slrmerge.errors import HubError, OptionError, Problem, VerificationError
-from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair, files_of
+from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
 from tests.checkpoints import read_back
 from tests.cli import run
+from tests.merging.faults import snapshot
 from tests.merging.test_manifest import signed
 from tests.problems import refused
 
@@ -51,8 +52,8 @@ def there(pair: HubPair, revision: str = "main") -> dict[str, bytes]:
 
 def test_a_push_is_one_commit_of_exactly_the_files_of_the_merge(pair: HubPair, merged: Path) -> None:
     pushed = push(merged, MINE)
-    assert there(pair) == files_of(merged)
-    assert sorted(pushed.files) == sorted(files_of(merged))
+    assert there(pair) == snapshot(merged)
+    assert sorted(pushed.files) == sorted(snapshot(merged))
     assert (pushed.commit, pushed.removed, pushed.unchanged) == (pair.hub.head(MINE), (), False)
     assert len(pair.hub.log(MINE)) == 2  # the first is the Hub's own
 
@@ -73,11 +74,11 @@ def test_a_push_removes_shards_of_an_older_merge_and_nothing_else(pair: HubPair,
     pushed = push(pair.folder / "sharded", MINE)
     assert pushed.removed == ("model.safetensors",)
     others = {"notes.md": b"mine", "gguf/model.gguf": b"mine too", "sub/model.safetensors": b"and this"}
-    assert there(pair) == files_of(pair.folder / "sharded") | others
+    assert there(pair) == snapshot(pair.folder / "sharded") | others
     pushed = push(merged, MINE)
     shards = (f"model-0000{number}-of-00004.safetensors" for number in range(1, 5))
     assert pushed.removed == (*shards, "model.safetensors.index.json")
-    assert there(pair) == files_of(merged) | others
+    assert there(pair) == snapshot(merged) | others
     assert len(pair.hub.log(MINE)) == 5
 
 
@@ -90,7 +91,7 @@ def test_a_push_removes_only_what_a_merge_can_have_written(pair: HubPair, merged
     push(merged, MINE)
     pair.hub.commit(MINE, mine | older | {"slrmerge.json": signed(content)})
     assert push(merged, MINE).removed == ("chat_templates/old.jinja", "vocab.json")
-    expected = files_of(merged) | mine | {"merges.txt": b"edited"}
+    expected = snapshot(merged) | mine | {"merges.txt": b"edited"}
     assert pair.hub.files(MINE) == expected
 
 
@@ -130,7 +131,7 @@ def test_a_missing_branch_is_created(
     push(merged, MINE)
     before = pair.hub.head(MINE)
     push(other, target[0], revision=target[1])
-    assert (there(pair, "late"), pair.hub.head(MINE)) == (files_of(other), before)
+    assert (there(pair, "late"), pair.hub.head(MINE)) == (snapshot(other), before)
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -233,7 +234,7 @@ def test_a_failed_push_leaves_the_branch_and_can_be_repeated(
     assert pair.hub.head(MINE) == before
     pair.hub.behave()
     push(other, MINE)
-    assert there(pair) == files_of(other)
+    assert there(pair) == snapshot(other)
 
 
 def test_a_push_killed_before_its_commit_leaves_the_branch(pair: HubPair, merged: Path, other: Path) -> None:
@@ -250,7 +251,7 @@ def test_a_push_killed_before_its_commit_leaves_the_branch(pair: HubPair, merged
     assert pair.hub.head(MINE) == before
     pair.hub.behave()
     push(other, MINE)
-    assert there(pair) == files_of(other)
+    assert there(pair) == snapshot(other)
 
 
 def test_the_hub_and_its_client_accept_the_model_card(pair: HubPair, merged: Path) -> None:
@@ -287,21 +288,21 @@ def test_a_push_removes_files_of_an_older_merge_but_no_other_files(pair: HubPair
     others = {"adapter_model.safetensors": b"theirs", "value_head.safetensors": b"theirs too"}
     pair.hub.commit(MINE, others)
     assert push(merged, MINE).removed == ("chat_template.jinja",)
-    assert there(pair) == files_of(merged) | others
+    assert there(pair) == snapshot(merged) | others
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_commit_that_was_not_made_is_retried(pair: HubPair, merged: Path, status: int) -> None:
     pair.hub.misbehave("status", "POST /api/models/ann/hybrid/commit", status=status, times=2)
     push(merged, MINE)
-    assert there(pair) == files_of(merged)
+    assert there(pair) == snapshot(merged)
 
 
 def test_a_commit_whose_response_was_lost_is_found_by_the_next_push(pair: HubPair, merged: Path) -> None:
     pair.hub.misbehave("cut", "POST /api/models/ann/hybrid/commit")
     assert refusal("hub-unreachable", merged).remedy.startswith("push again")
     assert push(merged, MINE).unchanged
-    assert there(pair) == files_of(merged)
+    assert there(pair) == snapshot(merged)
 
 
 @pytest.mark.parametrize("sides", [("./pre", "./post"), ("./pre", CHAT), (BASE, "./post")])
@@ -319,7 +320,7 @@ def test_one_command_merges_and_pushes(pair: HubPair) -> None:
     assert result.exit_code == 0, result.stderr
     assert f"{pair.hub.url}/{MINE}/commit/{pair.hub.head(MINE)}" in result.stdout
     assert MINE in pair.hub.private
-    assert there(pair) == files_of(pair.out)
+    assert there(pair) == snapshot(pair.out)
     assert f'model="{MINE}"' in (pair.out / "README.md").read_text()
     again = run(recipe, "--out", pair.folder / "again", "--push-to-hub", MINE, "--revision", "two", "--json")
     assert json.loads(again.stdout)["pushed"]["commit"] == pair.hub.head(MINE, "two")
@@ -378,5 +379,5 @@ def test_a_push_uploads_through_xet_by_default(
         push(merged, MINE)
         close_session()
         found = {name: data for name, data in hub.files(MINE).items() if name != ATTRIBUTES}
-        assert found == files_of(merged)
+        assert found == snapshot(merged)
         assert not any(request.method == "PUT" for request in hub.requests)

@@ -26,6 +26,7 @@ from tests.checkpoint import read
 from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
 from tests.checkpoints import Tensor, safetensors_bytes
+from tests.merging.faults import Recorder
 from tests.problems import refused
 
 CONFIG = b'{"num_hidden_layers": 6}'
@@ -53,21 +54,6 @@ def weights(checkpoint: HubRepository) -> dict[str, bytes]:
 
 def data(tensors: dict[str, Tensor]) -> dict[str, bytes]:
     return {name: tensor.data for name, tensor in tensors.items()}
-
-
-class Recorder(Progress):
-    """Remembers the reported progress."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started: list[tuple[str, int]] = []
-        self.count = 0
-
-    def on_start(self, description: str, total: int, unit: str) -> None:
-        self.started.append((description, total))
-
-    def on_advance(self, count: int) -> None:
-        self.count += count
 
 
 def test_a_repository_reads_like_the_folder_it_was_made_from(pair: HubPair) -> None:
@@ -341,7 +327,7 @@ def test_all_weights_are_downloaded_and_verified(pair: HubPair) -> None:
     local = checkpoint.download(progress)
     sizes = [file.file_bytes for file in checkpoint.weight_files.values()]
     assert (local.is_remote, local.verified) == (False, frozenset({FIRST, SECOND}))
-    assert (progress.started, progress.count) == ([(f"downloading {checkpoint}", sum(sizes))], sum(sizes))
+    assert (progress.started, progress.advanced) == ([(f"downloading {checkpoint}", sum(sizes))], sum(sizes))
     assert (local.reference, local.fingerprint()) == (checkpoint.reference, checkpoint.fingerprint())
     pair.hub.requests.clear()
     assert weights(local) == data(pair.post)
