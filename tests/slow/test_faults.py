@@ -171,9 +171,9 @@ def violations_at(trial: Trial, fault: str, number: int) -> Iterator[str]:
         yield f"a traceback: {outcome.stderr[-1500:]}"
     if outcome.exit_code == 0 and job.written() != trial.expected:
         yield f"success, but the target is {state(trial)}"
-    hit = outcome.operations[number - 1].partition(" ")[0] if number <= len(outcome.operations) else ""
-    if outcome.exit_code == 0 and leftovers(job.out) and hit not in ("unlink", "rmdir"):
-        yield f"success ({hit}), but {leftovers(job.out)} is left"
+    place = trial.operations[number - 1].partition(" /")[2]  # a fault may keep what would be removed
+    if left := [name for name in leftovers(job.out) if outcome.exit_code == 0 and not place.startswith(name)]:
+        yield f"success, but {left} is left"
     if not (is_whole_in_place(trial) if job.in_place else state(trial) in ("before", "complete")):
         yield f"the target is {state(trial)}"
     is_replaced = state(trial) == "complete" and not job.before and not job.in_place

@@ -187,6 +187,25 @@ def pin(repository: Repository) -> Snapshot:
     return Snapshot(repository, pinned.revision or "", files)
 
 
+def current_commit(repository: Repository) -> str:
+    """The newest commit of the revision, noted in the Hub's cache; offline the one noted there. Raises HubError."""
+    if not constants.is_offline_mode():
+        snapshot = pin(repository)
+        with translate_hub_errors(str(repository)):
+            _write_ref(snapshot)
+        return snapshot.commit
+    commit = cached_commit(repository)
+    if commit is None:
+        raise HubError(_incomplete(repository))
+    return commit
+
+
+def cached_commit(repository: Repository, *, repo_type: str = "model") -> str | None:
+    """The commit of the revision in the Hub's cache, for use offline; an unknown revision may be a commit itself."""
+    ref = cache_folder(repository, repo_type=repo_type) / "refs" / (repository.revision or constants.DEFAULT_REVISION)
+    return ref.read_text().strip() if ref.is_file() else repository.revision
+
+
 def _read_shard(snapshot: Snapshot, folder: Path, name: str, cancelled: Event) -> Shard:
     """The header of a shard: of a local copy where there is one, else by range."""
     if name not in snapshot.files:

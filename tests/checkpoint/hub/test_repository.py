@@ -17,7 +17,7 @@ from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
 from slrmerge.checkpoint.hub import errors
 from slrmerge.checkpoint.hub.file import HubFile
-from slrmerge.checkpoint.hub.repository import HubRepository, open_cached, open_repository, pin
+from slrmerge.checkpoint.hub.repository import HubRepository, current_commit, open_cached, open_repository, pin
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.pair import open_checkpoint, open_pair
 from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem, SlrmergeError
@@ -427,6 +427,16 @@ def test_a_branch_that_was_opened_is_known_without_a_network(pair: HubPair) -> N
     opened(CHAT).download(Progress())
     snapshot = open_cached(Repository(CHAT)).snapshot
     assert (snapshot.commit, str(snapshot)) == (pair.hub.head(CHAT), f"{CHAT}@{pair.hub.head(CHAT)[:7]}")
+
+
+def test_the_commit_of_a_branch_is_known_without_a_network(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = current_commit(Repository(CHAT))
+    assert online == pair.hub.head(CHAT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pair.hub.requests.clear()
+    assert (current_commit(Repository(CHAT)), pair.hub.requests) == (online, [])
+    with refused(HubError, "not-cached"):
+        current_commit(Repository(BASE))
 
 
 @pytest.mark.parametrize("cached", [(), ("config.json", "*.index.json", "model-00001*")])
