@@ -15,6 +15,7 @@ from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.hub.errors import translate_hub_errors, translate_parse_errors, with_retries
 from slrmerge.checkpoint.hub.file import HubFile, cache_folder, client, commit_of
+from slrmerge.checkpoint.hub.session import limited_pages
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.safetensors import (
     SafetensorsCheckpoint,
@@ -221,7 +222,7 @@ def _with_cache_state(file: HubFile) -> HubFile:
 
 def _list_files(repository: Repository, folder: str | None) -> list[RepoFile | RepoFolder]:
     where = str(repository)
-    with translate_hub_errors(where), translate_parse_errors(where):  # the client retries
+    with translate_hub_errors(where), translate_parse_errors(where), limited_pages():  # the client retries
         tree = client().list_repo_tree(repository.name, folder, revision=repository.revision)
         entries = list(islice(tree, _MAX_ENTRIES + 1))
     if len(entries) > _MAX_ENTRIES:
