@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 EVERY = "default"
 """The file system on which every operation is tried."""
 
-PER_FAULT = 6
+PER_FAULT = 4
 """Operations of each kind of fault that are tried elsewhere."""
 
 ANY = {"merge": 10**6, "soup": 10**6, "overwrite": 10**6}
