@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import TypeVar
 
+D = TypeVar("D")
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -156,6 +157,15 @@ def open_all(open_one: Callable[[S], T], values: Iterable[S], *expected: type[Sl
     if failed:
         raise type(failed[0])(*(problem for error in failed for problem in error.problems))
     return opened
+
+
+def collect(problems: list[Problem], call: Callable[[], T], otherwise: D) -> T | D:
+    """The result of `call`; where it raises CheckpointError, `otherwise`, with its problems added to `problems`."""
+    try:
+        return call()
+    except CheckpointError as error:
+        problems.extend(error.problems)
+        return otherwise
 
 
 def require_extra(extra: str, *packages: str) -> None:

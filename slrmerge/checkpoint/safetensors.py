@@ -1,28 +1,22 @@
 """Checkpoints in safetensors files with Hugging Face's layout: read as one model, or refused with every problem."""
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from threading import Event, Lock
-from typing import Any, TypeVar
-
-import xxhash
+from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
 from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard
 from slrmerge.checkpoint.layers import layer_count, longest_stack
 from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, local_side_files
-from slrmerge.errors import CheckpointError, Problem, raise_all
-from slrmerge.io.pieces import DIGEST_NAME
+from slrmerge.errors import CheckpointError, Problem, collect, raise_all
+from slrmerge.io.pieces import DIGEST_NAME, digest_bytes
 from slrmerge.io.sizes import shorten
-from slrmerge.io.strict_json import InvalidJsonError, parse_json
-
-T = TypeVar("T")
-D = TypeVar("D")
+from slrmerge.io.strict_json import InvalidJsonError, canonical_json, parse_json
 
 _MAX_OPEN = 8
 """Files of a checkpoint that a reader holds open, besides those that are being read: systems limit their number."""
@@ -60,9 +54,8 @@ class SafetensorsCheckpoint(Checkpoint):
         return SafetensorsReader(self)
 
     def fingerprint(self) -> dict[str, Any]:
-        config = json.dumps(self.config, indent=1, ensure_ascii=False) + "\n"
         return {
-            "config": f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(config.encode('utf-8', 'surrogatepass'))}",
+            "config": digest_bytes(canonical_json(self.config)),
             "files": {
                 name: {"bytes": shard.file.file_bytes, "header": f"{DIGEST_NAME}:{shard.header_digest}"}
                 for name, shard in self.shards.items()
@@ -240,15 +233,6 @@ def exists(path: Path) -> bool:
     except (FileNotFoundError, ValueError):  # a ValueError: a name that no file can have
         return False
     return True
-
-
-def collect(problems: list[Problem], read: Callable[[], T], otherwise: D) -> T | D:
-    """The result of `read`; where it raises CheckpointError, `otherwise`, with its problems added to `problems`."""
-    try:
-        return read()
-    except CheckpointError as error:
-        problems.extend(error.problems)
-        return otherwise
 
 
 def _no_model(folder: Path, names: set[str], where: str) -> Problem:

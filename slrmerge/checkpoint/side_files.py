@@ -3,10 +3,11 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from slrmerge.checkpoint.files import LocalFile, SourceFile
-from slrmerge.errors import CheckpointError, Problem, raise_all
+from slrmerge.errors import CheckpointError, Problem, collect, raise_all
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -58,10 +59,8 @@ def local_side_files(folder: Path) -> dict[str, SourceFile]:
             problems.append(Problem("not-a-folder", str(inner), "is not a folder", "replace it, or move it away"))
     files: dict[str, SourceFile] = {}
     for name in (*select_side_files(names), *{CARD_NAME}.intersection(names)):
-        try:
-            files[name] = LocalFile.within(folder, name)
-        except CheckpointError as error:
-            problems += error.problems
+        if file := collect(problems, partial(LocalFile.within, folder, name), None):
+            files[name] = file
     raise_all(problems, CheckpointError)
     files.pop(CARD_NAME, None)
     return files

@@ -43,9 +43,9 @@ class LocalEmbeddings:
         require_extra("eval", "sentence_transformers")
         self._at, self._device = at, device
         if isinstance(at, Repository):
-            from slrmerge.checkpoint.hub.repository import pin
+            from slrmerge.checkpoint.hub.repository import current_commit
 
-            self._at = Repository(at.name, pin(at).commit)
+            self._at = Repository(at.name, current_commit(at))
         elif not at.is_dir():
             what = "is neither a local folder nor a valid name of a repository on the Hub"
             remedy = "name a sentence-transformers model, or MODEL@URL"

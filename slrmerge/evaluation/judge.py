@@ -27,5 +27,4 @@ class Judge:
         prompts = {prompt_id(text): text for text in texts}
         label = self.model_id
         request_missing(self._model, label, prompts, self._file, self._settings, samples=1, progress=self._progress)
-        found = {text: self._file.answer(SampleKey(label, prompt, 0)) for prompt, text in prompts.items()}
-        return {text: answer.text for text, answer in found.items() if answer is not None}
+        return {text: self._file.answer(SampleKey(label, prompt, 0)).text for prompt, text in prompts.items()}

@@ -200,8 +200,7 @@ class _Run:
             prompts = {question.id: question.text for question in asked}
             settings = self._settings(model, greedy=True)
             request_missing(model, label, prompts, file, settings, samples=1, progress=self.progress)
-            answers = [file.answer(SampleKey(label, question.id, 0)) for question in asked]
-            return [answer.text for answer in answers if answer is not None]
+            return [file.answer(SampleKey(label, question.id, 0)).text for question in asked]
 
         chosen = task.choose(shuffled, options.questions, greedy)
         ids = {question.id for question in chosen.questions}
@@ -281,9 +280,8 @@ class _Run:
         texts: list[str | None] = []
         k = self.evaluation.options.verbalized
         for key in sample_keys(label, [prompt], self.evaluation.requests_per_prompt):
-            answer = self.files.samples.answer(key)
-            assert answer is not None  # it was requested
-            texts += parse_verbalized(answer.text, k) if k else [answer.text]
+            text = self.files.samples.answer(key).text
+            texts += parse_verbalized(text, k) if k else [text]
         return texts
 
     def _sample_notes(self, responses: Sequence[ModelResponses[Question]]) -> Iterator[str]:
@@ -293,7 +291,7 @@ class _Run:
         for label in self.models.by_label:
             keys = sample_keys(label, prompts, evaluation.requests_per_prompt)
             answers = [self.files.samples.answer(key) for key in keys]
-            truncated = sum(answer is not None and answer.finish_reason == "length" for answer in answers)
+            truncated = sum(answer.finish_reason == "length" for answer in answers)
             texts = [text for each in responses if each.model == label for text in each.texts]
             counts = {
                 f"of {len(answers):,} answers were truncated at {evaluation.max_tokens} tokens": truncated,

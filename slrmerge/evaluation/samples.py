@@ -105,8 +105,9 @@ class SampleFile:
     def missing(self, keys: Iterable[SampleKey]) -> list[SampleKey]:
         return [key for key in keys if key not in self._answers]
 
-    def answer(self, key: SampleKey) -> Answer | None:
-        return self._answers.get(key)
+    def answer(self, key: SampleKey) -> Answer:
+        """A sample that is not missing."""
+        return self._answers[key]
 
     def append(self, key: SampleKey, answer: Answer, settings: Settings) -> None:
         """Write a sample, completely or not at all. Raises NoSpaceError and OutputError.

@@ -18,6 +18,8 @@ from slrmerge.io.progress import Progress
 WhyNotReplaceable = Callable[[Path], str | None]
 """Why `overwrite` should not replace an existing folder, or None where it may."""
 
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
 
 class OutputFolder:
     """The folder `out`, to be written while `sources` are read.
@@ -147,14 +149,19 @@ class OutputFolder:
         """Give the complete staging folder the target's name, and remove what it replaces."""
         if self._staged and not os.path.samestat(self._staged, self.staging.lstat()):
             raise OutputError(_unsafe_problem(self.staging, "was replaced by another program"))
-        _give_usual_mode(self.staging)
+        mode = _usual_mode(self.staging)
+        self.staging.chmod(mode & ~_OTHERS_WRITE)  # the next run would refuse what a kill leaves if others could write
         if self.durable:
             files.sync_folder(self.staging)
         self._complete = self.staging.stat()
-        leftover = self._replace()
-        if leftover is not None:
+        if self.path.exists():
             with suppress(OSError):
-                leftover.chmod(0o700)  # so that the next run removes what a kill leaves of it
+                self.path.chmod(self.path.stat().st_mode & ~_OTHERS_WRITE)
+        leftover = self._replace()
+        with suppress(OSError):
+            self.path.chmod(mode)
+            if leftover is not None:
+                leftover.chmod(0o700)  # so that the next run can remove what a kill leaves of it
         if self.durable:
             files.sync_folder(self.path.parent)
         if leftover is not None:
@@ -274,7 +281,7 @@ def _unsafe(path: Path, kind: str, is_kind: Callable[[int], bool]) -> Iterator[P
         yield _unsafe_problem(path, "is a link" if stat.S_ISLNK(status.st_mode) else f"is not a {kind}")
     elif hasattr(os, "geteuid") and status.st_uid != os.geteuid():
         yield _unsafe_problem(path, "belongs to another user")
-    elif os.name != "nt" and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    elif os.name != "nt" and status.st_mode & _OTHERS_WRITE:
         yield _unsafe_problem(path, "can be written to by other users")
 
 
@@ -282,15 +289,14 @@ def _unsafe_problem(path: Path, what: str) -> Problem:
     return Problem("unsafe-staging", str(path), what, "remove it, or choose an output folder elsewhere")
 
 
-def _give_usual_mode(folder: Path) -> None:
-    """Give a folder the mode that the umask, or an access control list, gives to a new one."""
+def _usual_mode(folder: Path) -> int:
+    """The mode that the umask, or an access control list, gives to a new folder in `folder`."""
     probe = folder / ".slrmerge-mode"
     with suppress(FileExistsError):
         probe.mkdir()
     mode = stat.S_IMODE(probe.lstat().st_mode)
     probe.rmdir()
-    if mode != stat.S_IMODE(folder.lstat().st_mode):
-        folder.chmod(mode)
+    return mode
 
 
 @contextmanager

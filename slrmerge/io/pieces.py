@@ -44,7 +44,12 @@ def pieces(file_bytes: int) -> Iterator[tuple[int, int]]:
 
 def combine(digests: Iterable[bytes]) -> str:
     """The digest of a file from the digests of its pieces."""
-    return f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(b''.join(digests))}"
+    return digest_bytes(b"".join(digests))
+
+
+def digest_bytes(data: bytes) -> str:
+    """The digest of bytes in memory."""
+    return f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(data)}"
 
 
 def reserve(path: Path, file_bytes: int, *, sparse: bool = False) -> None:
@@ -132,9 +137,8 @@ def digest_file(path: Path) -> FileDigest:
 
 def git_digest(file: BinaryIO) -> str:
     """The digest by which git, and the Hub for small files, names the content of a file."""
-    content = file.read()
-    named = b"blob %d\0" % len(content) + content
-    return f"git-sha1:{hashlib.sha1(named, usedforsecurity=False).hexdigest()}"
+    start = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size, usedforsecurity=False)
+    return f"git-sha1:{hashlib.file_digest(file, lambda: start).hexdigest()}"  # type: ignore[arg-type]
 
 
 def require_free_bytes(path: Path, needed_bytes: int, what: str, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""JSON read strictly: UTF-8, no key twice, limited depth, and nothing that cannot be written back as UTF-8."""
+"""JSON read strictly: UTF-8, no key twice, limited depth, and nothing that cannot be written back; JSON to digest."""
 
 import json
 from collections import Counter
@@ -46,6 +46,11 @@ def parse_json(
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
         raise InvalidJsonError("nested too deeply")
     return value
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value that digests are of."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

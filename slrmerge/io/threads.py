@@ -1,12 +1,12 @@
-"""Threads: how many, a pool whose work can be cancelled, and a time limit."""
+"""Threads: how many, a pool whose work can be cancelled; limits on time and memory."""
 
 import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Event, current_thread, main_thread
-from types import FrameType
+from ctypes import c_ulong, py_object, pythonapi
+from pathlib import Path
+from threading import Event, Lock, Timer, get_ident
 
 from slrmerge.errors import OptionError, Problem
 from slrmerge.io.sizes import shorten
@@ -42,21 +42,45 @@ def cancellable_pool(threads: int) -> Iterator[tuple[ThreadPoolExecutor, Event]]
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in a block of Python code that runs longer; no limit outside the main thread, or on Windows.
+    """Raise TimeoutError in a block of Python code that runs longer, in whatever thread."""
+    thread, lock, is_over = c_ulong(get_ident()), Lock(), False
 
-    An earlier timer of the same signal is paused meanwhile.
+    def stop() -> None:
+        with lock:
+            if not is_over:
+                pythonapi.PyThreadState_SetAsyncExc(thread, py_object(TimeoutError))
+
+    timer = Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except TimeoutError:
+        raise TimeoutError(f"not finished within {seconds:g} s") from None
+    finally:
+        timer.cancel()
+        with lock:
+            is_over = True
+            pythonapi.PyThreadState_SetAsyncExc(thread, None)  # where the block ended at the same moment
+
+
+@contextmanager
+def memory_limit(more_bytes: int) -> Iterator[None]:
+    """Raise MemoryError in a block for which this process needs `more_bytes` more than now; no limit but on Linux.
+
+    The limit is the process's: it applies to other threads too.
     """
-
-    def stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 (signal's interface)
-        raise TimeoutError(f"not finished within {seconds:g} s")
-
-    if not hasattr(signal, "setitimer") or current_thread() is not main_thread():
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
         yield
         return
-    handler = signal.signal(signal.SIGALRM, stop)
-    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(statm.read_text().split()[0]) * resource.getpagesize() + more_bytes
+    limits = [each for each in (limit, soft, hard) if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, delay, interval)
-        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -21,7 +21,7 @@ from slrmerge.checkpoint.side_files import (
     is_tokenizer_file,
     select_side_files,
 )
-from slrmerge.errors import CheckpointError, HubError, OptionError, Problem, VerificationError, raise_all
+from slrmerge.errors import HubError, OptionError, Problem, VerificationError, collect, raise_all
 from slrmerge.io.pieces import git_digest
 from slrmerge.io.progress import Progress
 from slrmerge.merging.finding import TRADEOFF_NAME
@@ -178,13 +178,15 @@ def _require_own_files(folder: Path, names: Iterable[str]) -> None:
     """Raise VerificationError for links that lead out of the folder, and for what is not a file."""
     problems: list[Problem] = []
     for name in names:
-        try:
-            open_within(folder, name).close()
-        except CheckpointError as error:
-            problems += error.problems
-        except OSError as error:
-            problems += unreadable(folder / name, error).problems
+        collect(problems, partial(_require_own_file, folder, name), None)
     raise_all(problems, VerificationError)
+
+
+def _require_own_file(folder: Path, name: str) -> None:
+    try:
+        open_within(folder, name).close()
+    except OSError as error:
+        raise unreadable(folder / name, error) from error
 
 
 def _upload(folder: Path, name: str) -> Path | bytes:

@@ -119,8 +119,8 @@ def verify(
 
 def _describe_sources(sources: _Comparable | _NotComparable, copies: list[str]) -> str:
     if isinstance(sources, _NotComparable):
-        checked = f"; {len(copies)} unchanged shards match the Hub's digests" if copies else ""
-        return f"not compared: {sources.reason}{checked}"
+        matching = f"; {len(copies)} unchanged shards match the Hub's digests" if copies else ""
+        return f"not compared: {sources.reason}{matching}"
     checked = sum(len(checkpoint.verified) for _, checkpoint in sources.plan.pair.items())
     return "the weights are equal bit by bit" + (f"; {checked} source files match the Hub's digests" if checked else "")
 
@@ -220,9 +220,11 @@ def _differing_copies(
 def _altered_side_files(plan: MergePlan, folder: Path, present: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Copied files beside the weights that differ from their source."""
     for file in plan.files:
-        is_copied = file.source is not None and file.name in present
-        if is_copied and b"".join(file_chunks(file)) != (folder / file.name).read_bytes():
-            yield file.name, "the whole file was compared"
+        if file.source is not None and file.name in present:
+            with open(folder / file.name, "rb", buffering=0) as copy:
+                is_equal = all(copy.read(len(chunk)) == chunk for chunk in file_chunks(file)) and not copy.read(1)
+            if not is_equal:
+                yield file.name, "the whole file was compared"
 
 
 def _compare(

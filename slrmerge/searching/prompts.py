@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_all
-from slrmerge.io.threads import time_limit
+from slrmerge.io.threads import memory_limit, time_limit
 from slrmerge.searching.proxy_tasks import Question
 from slrmerge.searching.sweep.contexts import Context
 
 RENDERING_S = 20
 """Maximum time for a chat template to render one question."""
+
+RENDERING_BYTES = 1 << 30
+"""Maximum memory for it."""
 
 MAX_RENDERED = 10_000_000
 """Maximum number of characters that a chat template renders to."""
@@ -122,7 +125,7 @@ def _answer_token(tokenizer: Any, question: Question, answer: str, text: str, id
 
 def _apply_template(tokenizer: Any, turns: list[dict[str, str]], **switches: object) -> str:
     try:
-        with time_limit(RENDERING_S):
+        with time_limit(RENDERING_S), memory_limit(RENDERING_BYTES):
             text: str = tokenizer.apply_chat_template(turns, tokenize=False, **switches)
         if len(text) > MAX_RENDERED:
             raise ValueError(f"it makes {len(text):,} characters of one question")

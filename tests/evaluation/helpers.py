@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from slrmerge.evaluation.models import SampleRequest
 from slrmerge.evaluation.samples import Answer, Settings
-from slrmerge.io.progress import Progress
 
 
 class Answering:
@@ -49,14 +48,3 @@ class Embeddings:
 
     def truncated(self, texts: Sequence[str]) -> int:
         return sum(len(text) > self.reads for text in texts)
-
-
-class Messages(Progress):
-    """Records messages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def on_message(self, text: str) -> None:
-        self.messages.append(text)

@@ -4,12 +4,9 @@ import json
 import os
 from fractions import Fraction
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from slrmerge.errors import DataError
 from slrmerge.evaluation import questions
@@ -174,35 +171,6 @@ def test_a_file_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
         path.write_text('{"a": ["b"], "c": ["d"]}')
     with refused(DataError, "unreadable"):
         read_data(path)
-
-
-_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["question", "prompt", "answer", "answers", ""]), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-_contents = st.one_of(
-    st.binary(max_size=50),
-    st.text('question,answers"|[]{}:\n\r\t 1', max_size=50).map(str.encode),
-    _json.map(lambda value: json.dumps(value).encode()),
-    st.lists(_json, max_size=3).map(lambda values: "\n".join(map(json.dumps, values)).encode()),
-)
-
-
-@given(_contents, st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.txt"]), st.sampled_from(sorted(TASKS)))
-def test_any_file_is_questions_or_refused(content: bytes, name: str, task: str) -> None:
-    """Fuzz: bytes, text of the formats' own characters, and JSON of every shape."""
-    with TemporaryDirectory() as folder:
-        try:
-            found = parse_questions(TASKS[task].question, read_data(written(Path(folder), name, content)).rows)
-        except DataError:
-            return
-        for question in found:
-            assert question.text.strip()
-            assert question.text.encode()
 
 
 BAD_ROWS: list[tuple[type[Question], dict[str, Any], str, str]] = [

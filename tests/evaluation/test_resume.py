@@ -22,8 +22,8 @@ from slrmerge.evaluation.run import evaluate
 from slrmerge.evaluation.samples import SampleKey, seed_of
 from slrmerge.io.output_folder import OutputFolder
 from slrmerge.io.progress import Progress
-from tests.evaluation.helpers import Messages
 from tests.evaluation.openai_server import MODELS, PATIENCE_S, OpenAIServer, repeat
+from tests.merging.faults import Recorder
 from tests.problems import refused
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ class Work:
     server: OpenAIServer
     data: Path
     out: Path
-    progress: Messages = field(default_factory=Messages)
+    progress: Recorder = field(default_factory=Recorder)
 
     def at(self, name: str) -> str:
         return f"{name}@{self.server.url}"
@@ -152,7 +152,7 @@ def test_answers_are_kept_when_the_server_dies(work: Work) -> None:
     ]  # fmt: skip
     work.server.behave()
     assert sent(work.asked()) == seeds(*keys("post") - there)
-    retrying, reusing = work.progress.messages
+    retrying, reusing = work.progress.said
     assert "retrying" in retrying
     assert f"5 of {ALL} samples" in reusing
     assert held(work.out) == keys("post")
@@ -173,7 +173,7 @@ def test_a_complete_evaluation_needs_no_server(work: Work) -> None:
     made = {name: (work.out / name).read_bytes() for name in RESULTS}
     work.server.stop()
     assert work.evaluate() == first
-    assert work.progress.messages == []
+    assert work.progress.said == []
     assert {name: (work.out / name).read_bytes() for name in RESULTS} == made
 
 

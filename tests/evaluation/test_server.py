@@ -20,7 +20,6 @@ from slrmerge.evaluation.server_client import MAX_RESPONSE_BYTES
 from tests import problems
 from tests.checkpoint.hub.transport import Answer as Reply
 from tests.evaluation import openai_server
-from tests.evaluation.helpers import Messages
 from tests.evaluation.openai_server import (
     CHAT,
     EMBEDDINGS,
@@ -33,6 +32,7 @@ from tests.evaluation.openai_server import (
     reply,
     vector,
 )
+from tests.merging.faults import Recorder
 
 SETTINGS = Settings("m", temperature=0.7, min_p=0.1, max_tokens=9)
 PLAIN = SETTINGS._replace(min_p=0.0)
@@ -585,16 +585,16 @@ def test_a_response_byte_by_byte_is_cut_off_in_time(
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize(("how", "why"), [(503, "503"), ("close", "RemoteProtocolError")])
 def test_long_retries_are_reported_once(server: OpenAIServer, how: How, why: str) -> None:
-    progress = Messages()
+    progress = Recorder()
     model = ServerModel(
         ServerAddress("m", server.url), concurrency=3, timeout_s=PATIENCE_S, max_retries=9, progress=progress
     )
     server.misbehave(how, times=2)
     answers(model, requests(6))
-    assert progress.messages == []
+    assert progress.said == []
     server.misbehave(how, times=None)
     refused(model, requests(6))
-    (message,) = progress.messages
+    (message,) = progress.said
     assert f"({why})" in message
 
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrmerge.checkpoint.safetensors import open_folder
-from slrmerge.errors import OptionError, SlrmergeError, VerificationError
+from slrmerge.errors import OptionError, OutputError, SlrmergeError, VerificationError
 from slrmerge.evaluation.output import claim
 from slrmerge.evaluation.questions import parse_questions, read_data
-from slrmerge.evaluation.samples import SampleFile
-from slrmerge.evaluation.tasks.open_qa import OpenQuestion
+from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings
+from slrmerge.evaluation.tasks import TASKS
 from slrmerge.merging.executor import merge
 from slrmerge.merging.finding import find_search_result
 from slrmerge.merging.plan.planner import plan
@@ -207,11 +207,19 @@ SAMPLE = {
 @given(data=st.data())
 def test_samples(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "samples.jsonl"
-    path.write_bytes(data.draw(damaged_bytes(damaged(SAMPLE))) + b"\n")
+    content = data.draw(damaged_bytes(damaged(SAMPLE))) + data.draw(st.sampled_from([b"", b"\n"]))
+    path.write_bytes(content)
 
     def use() -> None:
-        with SampleFile(path) as store:
-            len(store)
+        try:
+            with SampleFile(path) as file:
+                file.append(SampleKey("new", "p", 0), Answer("a", "stop"), Settings("m", 1.0, 0.1, 5))
+                kept = len(file)
+        except OutputError:
+            assert path.read_bytes() == content
+            raise
+        with SampleFile(path) as file:
+            assert len(file) == kept
 
     attempt(use)
 
@@ -225,10 +233,18 @@ def test_summaries_of_evaluations(tmp_path: Path, content: bytes) -> None:
 
 @fuzzed
 @given(
-    content=damaged_bytes(damaged([{"id": "a", "prompt": "b", "answers": ["c", ["d", "e"]]}])),
+    content=damaged_bytes(damaged([{"id": "a", "prompt": "b", "answer": "1", "answers": ["c", ["d", "e"]]}]))
+    | damaged_bytes(st.text('question,answers"|[]{}:\n\r\t 1', max_size=50)),
     suffix=st.sampled_from([".json", ".jsonl", ".csv", ".txt"]),
+    task=st.sampled_from(sorted(TASKS)),
 )
-def test_questions(tmp_path: Path, content: bytes, suffix: str) -> None:
+def test_questions(tmp_path: Path, content: bytes, suffix: str, task: str) -> None:
     path = tmp_path / f"questions{suffix}"
     path.write_bytes(content)
-    attempt(lambda: parse_questions(OpenQuestion, read_data(path).rows))
+
+    def use() -> None:
+        for question in parse_questions(TASKS[task].question, read_data(path).rows):
+            assert question.text.strip()
+            assert question.text.encode()
+
+    attempt(use)

@@ -23,7 +23,10 @@ __all__ = ["hub", "pair"]
     "path", [f"/api/models/{CHAT}", f"/api/models/{CHAT}/tree/COMMIT", f"/api/models/{CHAT}/tree/COMMIT/chat_templates"]
 )
 def test_metadata(pair: HubPair, data: st.DataObject, path: str) -> None:
-    pair.hub.commit(CHAT, {"chat_templates/a.jinja": b"{{ messages }}"})
+    template = {"chat_templates/a.jinja": b"{{ messages }}"}
+    if not template.keys() <= pair.hub.files(CHAT).keys():  # one commit for all examples: each has a cache of its own
+        pair.hub.commit(CHAT, template)
+    pair.hub.requests.clear()
     path = path.replace("COMMIT", pair.hub.head(CHAT))
     honest = pair.hub.answer("hub", Asked("GET", path, {}, {}, b""))
     content = data.draw(damaged_bytes(damaged(json.loads(honest.body))))

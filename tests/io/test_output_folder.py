@@ -13,6 +13,7 @@ from slrmerge.errors import BusyError, NoSpaceError, OutputError
 from slrmerge.io import files
 from slrmerge.io.output_folder import OutputFolder, resolve_target, set_aside_folder, staging_folder
 from slrmerge.io.progress import Progress
+from tests.merging.faults import Recorder, Stop, snapshot, write_files
 from tests.problems import refused
 
 Content = dict[str, bytes]
@@ -21,29 +22,6 @@ NEW: Content = {"config.json": b"new", "more/weights": b"new too"}
 OLD: Content = {"config.json": b"old"}
 
 both_ways = pytest.mark.parametrize("exchange", [True, False])
-
-
-class Messages(Progress):
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def on_message(self, text: str) -> None:
-        self.messages.append(text)
-
-
-def write(folder: Path, content: Content) -> Path:
-    for name, data in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def read(folder: Path) -> Content | None:
-    if not folder.exists():
-        return None
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def names(folder: Path) -> list[str]:
@@ -58,14 +36,14 @@ def fill(output: OutputFolder, content: Content = NEW, progress: Progress | None
     """Write and publish `content`."""
     progress = progress or Progress()
     with output.locked(progress), output.staged(lambda _: None) as staging:
-        write(staging, content)
+        write_files(staging, content)
         output.publish(progress)
 
 
 def fail(output: OutputFolder, kept: str | None, error: BaseException, *, publish: bool = False) -> None:
     """Stage something, publish it or not, and raise `error`."""
     with output.locked(Progress()), output.staged(lambda _: kept) as staging:
-        write(staging, NEW)
+        write_files(staging, NEW)
         if publish:
             output.publish(Progress())
         raise error
@@ -85,18 +63,18 @@ def test_the_folder_appears_complete_and_nothing_is_left_beside_it(
     target = tmp_path / "a" / "out"
     if existing is not None:
         target.mkdir(parents=True)
-        write(target, existing)
+        write_files(target, existing)
     output = OutputFolder(target, overwrite=True, durable=durable)
     fill(output)
     assert output.published
-    assert read(target) == NEW
+    assert snapshot(target) == NEW
     assert names(target.parent) == ["out"]
 
 
 def test_nothing_is_at_the_target_before_it_is_published(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path / "out")
     with output.locked(Progress()), output.staged(lambda _: None) as staging:
-        write(staging, NEW)
+        write_files(staging, NEW)
         assert staging == output.staging == tmp_path / ".out.slrmerge-partial"
         assert not output.path.exists()
         output.publish(Progress())
@@ -114,24 +92,24 @@ def test_durable_output_is_synced_before_it_is_published(
 
 
 def test_a_replaced_folder_that_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "out", OLD)
-    progress = Messages()
+    write_files(tmp_path / "out", OLD)
+    progress = Recorder()
 
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     output = OutputFolder(tmp_path / "out", overwrite=True)
     with output.locked(progress), output.staged(lambda _: None) as staging:
-        write(staging, NEW)
+        write_files(staging, NEW)
         monkeypatch.setattr(shutil, "rmtree", refuse)
         output.publish(progress)
-    assert read(tmp_path / "out") == NEW
-    assert len(progress.messages) == 1
+    assert snapshot(tmp_path / "out") == NEW
+    assert len(progress.said) == 1
 
 
 def test_a_failed_replacement_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_exchange(monkeypatch)
-    write(tmp_path / "out", OLD)
+    write_files(tmp_path / "out", OLD)
     replace = os.replace
 
     def fail_once(source: Path, target: Path) -> None:
@@ -142,7 +120,7 @@ def test_a_failed_replacement_brings_the_old_folder_back(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "replace", fail_once)
     with refused(OutputError, "io-error"):
         fill(OutputFolder(tmp_path / "out", overwrite=True))
-    assert read(tmp_path / "out") == OLD
+    assert snapshot(tmp_path / "out") == OLD
     assert names(tmp_path) == ["out"]
 
 
@@ -162,17 +140,17 @@ def test_what_was_staged_is_kept_with_a_note(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         fail(output, "kept for the next run", KeyboardInterrupt())
     assert caught.value.__notes__ == ["kept for the next run"]
-    assert read(output.staging) == NEW
+    assert snapshot(output.staging) == NEW
     assert names(tmp_path) == [".out.slrmerge-partial"]
 
 
 @pytest.mark.parametrize("existing", [None, OLD])
 def test_a_failure_before_anything_is_staged_changes_nothing(tmp_path: Path, existing: Content | None) -> None:
-    write(tmp_path / "out", existing or {})
+    write_files(tmp_path / "out", existing or {})
     output = OutputFolder(tmp_path / "out", overwrite=True)
     with pytest.raises(KeyError) as caught, output.locked(Progress()), output.staged(lambda _: "kept"):
         raise KeyError
-    assert read(tmp_path / "out") == existing
+    assert snapshot(tmp_path / "out") == existing
     assert not hasattr(caught.value, "__notes__")  # neither kept nor complete
 
 
@@ -180,7 +158,7 @@ def test_a_failure_after_publishing_leaves_the_folder_and_notes_that_it_is_compl
     output = OutputFolder(tmp_path / "out")
     with pytest.raises(KeyError) as caught:
         fail(output, "kept", KeyError(), publish=True)
-    assert read(tmp_path / "out") == NEW
+    assert snapshot(tmp_path / "out") == NEW
     (note,) = caught.value.__notes__
     assert str(output.path) in note
 
@@ -199,13 +177,13 @@ def test_an_error_of_the_system_becomes_an_output_error(tmp_path: Path) -> None:
 def test_an_old_folder_is_restored_only_where_the_target_is_missing(
     tmp_path: Path, target_holds: Content | None, set_aside: Content | None, after: Content | None
 ) -> None:
-    target, progress = tmp_path / "out", Messages()
-    write(target, target_holds or {})
-    write(set_aside_folder(target), set_aside or {})
+    target, progress = tmp_path / "out", Recorder()
+    write_files(target, target_holds or {})
+    write_files(set_aside_folder(target), set_aside or {})
     with OutputFolder(target, overwrite=True).locked(progress):
-        assert read(target) == after
+        assert snapshot(target) == after
         assert not set_aside_folder(target).exists()
-    assert bool(progress.messages) == (target_holds is None and set_aside is not None)
+    assert bool(progress.said) == (target_holds is None and set_aside is not None)
 
 
 # locks
@@ -236,7 +214,7 @@ def test_the_lock_is_released_when_the_run_fails(tmp_path: Path) -> None:
 def test_a_folder_that_changed_while_waiting_is_checked_again(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path / "out")
     output.check()
-    write(tmp_path / "out", OLD)
+    write_files(tmp_path / "out", OLD)
     with refused(OutputError, "output-exists"), output.locked(Progress()):
         pass
 
@@ -251,7 +229,7 @@ def link(folder: Path) -> Path:
 
 def linked_weights(folder: Path) -> Path:
     """A source whose weights are in another folder, as in the Hub's cache; returns that folder."""
-    blobs = write(folder / "blobs", {"1234": b"weights"})
+    blobs = write_files(folder / "blobs", {"1234": b"weights"})
     (folder / "source" / "weights").symlink_to(blobs / "1234")
     return blobs
 
@@ -270,21 +248,21 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "around linked weights": (linked_weights, "output-overlaps"),
     "a file": (a_file, "output-is-a-file"),
     "below a file": (lambda folder: a_file(folder) / "out", "output-not-writable"),
-    "a folder that is not empty": (lambda folder: write(folder / "out", OLD), "output-exists"),
+    "a folder that is not empty": (lambda folder: write_files(folder / "out", OLD), "output-exists"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_folder_that_must_not_be_written_is_refused(tmp_path: Path, case: str) -> None:
     make, code = REFUSED[case]
-    source = write(tmp_path / "source", {"config.json": b"source"})
+    source = write_files(tmp_path / "source", {"config.json": b"source"})
     output = OutputFolder(make(tmp_path), sources=[source])
-    before = read(tmp_path)
+    before = snapshot(tmp_path)
     with refused(OutputError, code):
         output.check()
     with pytest.raises(OutputError), output.locked(Progress()):
         pass
-    assert read(tmp_path) == before
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("out", ["/", "/dev/null", "x" * 300, "a\0b"], ids=["root", "device", "long", "null"])
@@ -315,10 +293,10 @@ def test_a_parent_that_is_not_writable_is_refused(tmp_path: Path, monkeypatch: p
 def test_a_source_where_the_output_would_be_staged_is_refused(
     tmp_path: Path, workplace: Callable[[Path], Path]
 ) -> None:
-    source = write(workplace(tmp_path / "out"), {"config.json": b"source"})
+    source = write_files(workplace(tmp_path / "out"), {"config.json": b"source"})
     with refused(OutputError, "output-overlaps"):
         OutputFolder(tmp_path / "out", sources=[source]).check()
-    assert read(source) == {"config.json": b"source"}
+    assert snapshot(source) == {"config.json": b"source"}
 
 
 def test_a_source_that_cannot_be_listed_is_an_output_error(tmp_path: Path) -> None:
@@ -327,14 +305,14 @@ def test_a_source_that_cannot_be_listed_is_an_output_error(tmp_path: Path) -> No
 
 
 def test_a_folder_is_not_replaced_where_the_caller_objects(tmp_path: Path) -> None:
-    write(tmp_path / "out", OLD)
+    write_files(tmp_path / "out", OLD)
 
     def why_not(folder: Path) -> str | None:
-        return None if read(folder) == OLD else "is not a checkpoint"
+        return None if snapshot(folder) == OLD else "is not a checkpoint"
 
     output = OutputFolder(tmp_path / "out", overwrite=True, why_not_replaceable=why_not)
     output.check()
-    write(tmp_path / "out", {"thesis.tex": b"mine"})
+    write_files(tmp_path / "out", {"thesis.tex": b"mine"})
     with refused(OutputError, "output-not-replaceable") as caught:
         output.check()
     assert "is not a checkpoint" in str(caught.value)
@@ -354,7 +332,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path, exists: bool) -> None:
     fill(output)
     assert output.path == real
     assert (tmp_path / "out").is_symlink()
-    assert read(real) == NEW
+    assert snapshot(real) == NEW
     assert names(real.parent) == ["real"]
 
 
@@ -370,7 +348,7 @@ def test_a_relative_path_counts_from_the_current_folder(tmp_path: Path, monkeypa
 posix = pytest.mark.skipif("os.name == 'nt'")
 
 UNSAFE: dict[str, Callable[[Path], object]] = {
-    "a link": lambda path: path.symlink_to(write(path.parent / "elsewhere", OLD)),
+    "a link": lambda path: path.symlink_to(write_files(path.parent / "elsewhere", OLD)),
     "a broken link": lambda path: path.symlink_to("missing"),
     "a file": lambda path: path.write_text("mine"),
     "a FIFO": os.mkfifo if hasattr(os, "mkfifo") else Path.mkdir,
@@ -380,7 +358,7 @@ UNSAFE: dict[str, Callable[[Path], object]] = {
 
 
 def made(path: Path, mode: int) -> None:
-    write(path, OLD)
+    write_files(path, OLD)
     path.chmod(mode)
 
 
@@ -457,6 +435,31 @@ def test_only_this_user_can_enter_the_staging_folder_and_the_target_has_the_usua
 
 
 @posix
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_kill_at_publishing_leaves_nothing_that_the_next_run_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    output, replace = OutputFolder(tmp_path / "out", overwrite=True), OutputFolder._replace
+    made(output.path, 0o775)
+
+    def killed(self: OutputFolder) -> None:
+        if is_replaced:
+            replace(self)
+        raise Stop
+
+    before = os.umask(0o002)
+    try:
+        with output.locked(Progress()):
+            output.create_staging()
+            monkeypatch.setattr(OutputFolder, "_replace", killed)
+            with pytest.raises(Stop):
+                output.publish(Progress())
+        output.check()
+    finally:
+        os.umask(before)
+
+
+@posix
 def test_a_staging_folder_that_was_replaced_is_not_published(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path / "out")
     with (
@@ -466,7 +469,7 @@ def test_a_staging_folder_that_was_replaced_is_not_published(tmp_path: Path) -> 
     ):
         output.create_staging()
         staging.rename(tmp_path / "before")
-        write(staging, OLD)
+        write_files(staging, OLD)
         output.publish(Progress())
     assert not output.path.exists()
 

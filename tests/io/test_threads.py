@@ -1,10 +1,13 @@
-"""The time limit of a block."""
+"""The limits of a block: time and memory."""
 
-import signal
+import resource
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 
-from slrmerge.io.threads import time_limit
+from slrmerge.io.threads import memory_limit, time_limit
 
 
 def forever() -> None:
@@ -12,14 +15,30 @@ def forever() -> None:
         pass
 
 
-def test_a_block_without_end_is_interrupted_and_the_earlier_timer_is_kept() -> None:
-    handler, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
-    with pytest.raises(TimeoutError), time_limit(0.05):
-        forever()
-    assert signal.getsignal(signal.SIGALRM) == handler
-    assert bool(signal.getitimer(signal.ITIMER_REAL)[0]) == bool(timer[0])
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_block_without_end_is_interrupted(in_a_thread: bool) -> None:
+    def run() -> None:
+        with pytest.raises(TimeoutError), time_limit(0.05):
+            forever()
+
+    with ThreadPoolExecutor(1) if in_a_thread else nullcontext() as pool:
+        pool.submit(run).result() if pool else run()
 
 
 def test_a_short_block_is_not_interrupted() -> None:
-    with time_limit(60):
-        pass
+    for seconds in (60.0, *[0.0001] * 200):
+        try:
+            with time_limit(seconds):
+                pass
+        except TimeoutError:
+            assert seconds < 1  # in the block, never after it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_block_that_takes_too_much_memory_is_interrupted() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(MemoryError), memory_limit(1 << 28):
+        bytearray(1 << 30)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    with memory_limit(1 << 28):
+        bytearray(1 << 24)

@@ -195,8 +195,8 @@ def test_a_chat_template_that_raises_is_reported_with_its_reason(tmp_path: Path)
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize("template", [LOOPS, "{{ 'x' * 20000000 }}"])
-def test_a_chat_template_that_takes_too_long_or_is_too_long_is_reported(
+@pytest.mark.parametrize("template", [LOOPS, "{{ 'x' * 20000000 }}", "{{ ('x' * 20000000000) | length }}"])
+def test_a_chat_template_that_takes_too_long_or_is_too_long_or_takes_much_memory_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
     monkeypatch.setattr(prompts, "RENDERING_S", 0.2)

@@ -31,6 +31,7 @@ from slrmerge.searching.sweep.cost import Cost
 from tests.merging.faults import age, harm
 from tests.problems import refused
 from tests.searching.pairs import LAYERS, SmallPair, Watcher, hurry
+from tests.searching.sweep.models import transformers_log_probs
 
 HYBRIDS = [
     "post-trained", "pre-trained", "layers 1–2", "layer 3", "soup 0.50", "soup 0.75", "layers 0–1, self_attn only",
@@ -52,14 +53,10 @@ def searched(made_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 def scores_by_transformers(folder: Path, prompts: Sequence[Prompt]) -> tuple[float, float]:
     """Mean Q and D of a checkpoint in float32, prompt by prompt, by transformers and the paper's equations."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    contexts = contexts_of(prompts)
     qualities, entropies = [], []
-    for context in contexts_of(prompts):
-        with torch.inference_mode():
-            probabilities = model(torch.tensor([context.ids])).logits[0, -1].double().softmax(-1)
-        valid = [probabilities[token].item() for token in context.targets]
+    for context, log_probs in zip(contexts, transformers_log_probs(folder, contexts), strict=True):
+        valid = [math.exp(log_prob) for log_prob in log_probs[: len(context.targets)]]
         qualities.append(sum(valid))
         entropies.append(-sum(p / sum(valid) * math.log(p / sum(valid)) for p in valid))
     return sum(qualities) / len(prompts), sum(entropies) / len(prompts)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slrmerge import Recipe, load_recipe
@@ -77,26 +78,17 @@ def test_transformers_loads_the_hybrid_and_it_answers(hybrid: Path) -> None:
 
 @pytest.mark.filterwarnings("default")  # transformers' own
 def test_the_selected_hybrid_has_the_scores_of_the_search_when_merged_and_loaded(searched: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from slrmerge.searching.prompts import tokenize
+    from slrmerge.searching.prompts import contexts_of, tokenize
     from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter
+    from tests.searching.sweep.models import transformers_log_probs
 
     task = ConstrainedRandomCharacter()
     prompts = tokenize(task.questions(), folder / "posttrained")
     selected = json.loads((searched / "summary.json").read_text())["selected"]
     for name in ("slr", "early"):
         run(SLRMERGE, searched / f"{name}.yaml", "--out", folder / f"searched-{name}")
-        model = AutoModelForCausalLM.from_pretrained(folder / f"searched-{name}", dtype=torch.float32)
-        log_probs = torch.full((1, len(prompts), 26), torch.nan, dtype=torch.float64)
-        with torch.inference_mode():
-            for number, prompt in enumerate(prompts):
-                (context,) = prompt.contexts
-                logits = model(input_ids=torch.tensor([context.ids]), logits_to_keep=1).logits[0, -1].double()
-                valid = logits.log_softmax(dim=-1)[list(context.targets)]
-                log_probs[0, number, : len(valid)] = valid
-        quality, diversity = task.score(log_probs.numpy())
+        log_probs = transformers_log_probs(folder / f"searched-{name}", contexts_of(prompts))
+        quality, diversity = task.score(log_probs[np.newaxis])
         assert quality.mean() == pytest.approx(selected[name]["quality"], abs=1e-4)
         assert diversity.mean() == pytest.approx(selected[name]["diversity"], abs=1e-4)
     assert selected["slr"]["quality"] >= 0.9 * selected["post"]["quality"]

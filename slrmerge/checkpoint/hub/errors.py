@@ -47,7 +47,7 @@ _PERMANENT = (OfflineModeIsEnabled, TooManyRedirects, UnsupportedProtocol)
 
 _GONE = (404, 410)
 
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _RUN_AGAIN = "run the same command again later: it resumes"
 
 _log = logging.getLogger("slrmerge")
@@ -167,25 +167,25 @@ def describe_error(error: Exception, where: str) -> Problem:
     logged_in = get_token() is not None
     page = f"{constants.ENDPOINT}/{where.partition('@')[0]}"
     if isinstance(error, GatedRepoError):
-        remedy = f"request access on {page}" + ("" if logged_in else f", then {_LOG_IN}")
+        remedy = f"request access on {page}" + ("" if logged_in else f", then {LOG_IN}")
         return Problem("gated-repository", where, "is gated: its owner must grant you access", remedy)
     if isinstance(error, DisabledRepoError):
         return Problem("disabled-repository", where, "was disabled on the Hub", f"see {page}")
     if isinstance(error, RepositoryNotFoundError):
         kind = "a repository on the Hub that your token can read" if logged_in else "a public repository on the Hub"
-        remedy = "check the spelling" + ("" if logged_in else f"; if it is private, {_LOG_IN}")
+        remedy = "check the spelling" + ("" if logged_in else f"; if it is private, {LOG_IN}")
         return Problem("repository-not-found", where, f"is neither a local folder nor {kind}", remedy)
     if isinstance(error, RevisionNotFoundError):
         return Problem("revision-not-found", where, "has no such revision", f"its branches and tags are on {page}/refs")
     if isinstance(error, LocalTokenNotFoundError):
-        return Problem("not-logged-in", where, "requires a token", _LOG_IN)
+        return _not_logged_in(where)
     if isinstance(error, OfflineModeIsEnabled):
         return Problem("offline", where, "cannot be reached while HF_HUB_OFFLINE is set", "unset it")
     if isinstance(error, HFValidationError):
         what = f"is not the name of a repository ({first_line(error)})"
         return Problem("invalid-repository", where, what, "use organisation/name")
     if isinstance(error, EntryNotFoundError) or (isinstance(error, InvalidResponseError) and error.status in _GONE):
-        return Problem("file-not-found", where, "has no such file or folder", f"see {page}")
+        return _file_not_found(where, page)
     if isinstance(error, InvalidResponseError):
         remedy = 'try again later, or download whole files with download="full"'
         return Problem("invalid-response", where, str(error), remedy)
@@ -209,9 +209,9 @@ def _describe_status(error: HfHubHTTPError, where: str, page: str, *, logged_in:
     status = error.response.status_code
     reason = f": {error.server_message}" if error.server_message else ""
     if status == 401 and not logged_in:
-        return Problem("not-logged-in", where, "requires a token", _LOG_IN)
+        return _not_logged_in(where)
     if status == 401:
-        return Problem("invalid-token", where, "the Hub does not accept your token", _LOG_IN)
+        return Problem("invalid-token", where, "the Hub does not accept your token", LOG_IN)
     if status == 403:
         what, remedy = f"your token does not permit this (403{reason})", f"give it the permission; see {page}"
         return Problem("forbidden", where, what, remedy)
@@ -219,12 +219,20 @@ def _describe_status(error: HfHubHTTPError, where: str, page: str, *, logged_in:
         what, remedy = "has a new commit since this run read it (412)", "review that commit, and run again"
         return Problem("changed-meanwhile", where, what, remedy)
     if status == 429:
-        remedy = f"wait some minutes, or {_LOG_IN} for a higher limit"
+        remedy = f"wait some minutes, or {LOG_IN} for a higher limit"
         return Problem("rate-limited", where, "too many requests (429)", remedy)
     if status in _GONE and "/api/" not in error.response.url.path:
-        return Problem("file-not-found", where, "has no such file or folder", f"see {page}")
+        return _file_not_found(where, page)
     remedy = _RUN_AGAIN if is_transient_status(status) else f"see {page}"
     return Problem("hub-error", where, f"the Hub request failed ({status}{reason})", remedy)
+
+
+def _not_logged_in(where: str) -> Problem:
+    return Problem("not-logged-in", where, "requires a token", LOG_IN)
+
+
+def _file_not_found(where: str, page: str) -> Problem:
+    return Problem("file-not-found", where, "has no such file or folder", f"see {page}")
 
 
 def is_transient_status(status: int) -> bool:

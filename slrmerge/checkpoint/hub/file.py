@@ -14,6 +14,7 @@ from tqdm import tqdm
 from slrmerge._version import __version__
 from slrmerge.checkpoint.hub.errors import (
     CONNECTION_ERRORS,
+    LOG_IN,
     Backoff,
     translate_hub_errors,
     translate_parse_errors,
@@ -37,7 +38,7 @@ def client() -> HfApi:
     if http.timeout.read is None:
         http.timeout = RESPONSE_TIMEOUT_S
     if not (get_token() or "").isascii():
-        what, remedy = "contains characters that no token has", "log in with `hf auth login`, or set HF_TOKEN"
+        what, remedy = "contains characters that no token has", LOG_IN
         raise HubError(Problem("invalid-token", "the Hugging Face token", what, remedy))
     return HfApi(library_name="slrmerge", library_version=__version__)
 

@@ -15,11 +15,11 @@ from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.hub.errors import translate_hub_errors, translate_parse_errors, with_retries
 from slrmerge.checkpoint.hub.file import HubFile, cache_folder, client, commit_of
+from slrmerge.checkpoint.hub.session import limited_pages
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.safetensors import (
     SafetensorsCheckpoint,
     check_shards,
-    collect,
     open_folder,
     read_layout,
     read_local_shard,
@@ -32,7 +32,7 @@ from slrmerge.checkpoint.side_files import (
     INDEX_NAME,
     select_side_files,
 )
-from slrmerge.errors import CheckpointError, HubError, Problem
+from slrmerge.errors import CheckpointError, HubError, Problem, collect
 from slrmerge.io.names import is_inside
 from slrmerge.io.pieces import require_free_bytes
 from slrmerge.io.progress import Progress
@@ -192,6 +192,25 @@ def pin(repository: Repository) -> Snapshot:
     return Snapshot(repository, pinned.revision or "", files)
 
 
+def current_commit(repository: Repository) -> str:
+    """The newest commit of the revision, noted in the Hub's cache; offline the one noted there. Raises HubError."""
+    if not constants.is_offline_mode():
+        snapshot = pin(repository)
+        with translate_hub_errors(str(repository)):
+            _write_ref(snapshot)
+        return snapshot.commit
+    commit = cached_commit(repository)
+    if commit is None:
+        raise HubError(_incomplete(repository))
+    return commit
+
+
+def cached_commit(repository: Repository, *, repo_type: str = "model") -> str | None:
+    """The commit of the revision in the Hub's cache, for use offline; an unknown revision may be a commit itself."""
+    ref = cache_folder(repository, repo_type=repo_type) / "refs" / (repository.revision or constants.DEFAULT_REVISION)
+    return ref.read_text().strip() if ref.is_file() else repository.revision
+
+
 def _read_shard(snapshot: Snapshot, folder: Path, name: str, cancelled: Event) -> Shard:
     """The header of a shard: of a local copy where there is one, else by range."""
     if name not in snapshot.files:
@@ -207,7 +226,7 @@ def _with_cache_state(file: HubFile) -> HubFile:
 
 def _list_files(repository: Repository, folder: str | None) -> list[RepoFile | RepoFolder]:
     where = str(repository)
-    with translate_hub_errors(where), translate_parse_errors(where):  # the client retries
+    with translate_hub_errors(where), translate_parse_errors(where), limited_pages():  # the client retries
         tree = client().list_repo_tree(repository.name, folder, revision=repository.revision)
         entries = list(islice(tree, _MAX_ENTRIES + 1))
     if len(entries) > _MAX_ENTRIES:

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from time import monotonic
 from urllib.parse import urlsplit
 
@@ -18,6 +20,22 @@ LEAST_BYTES_PER_S = 1000
 
 MAX_ANSWER_BYTES = 100_000_000
 """The most bytes in a response that is not a file, since the client holds it in memory."""
+
+
+MAX_PAGES = 1000
+"""The most requests for one list of files. A page has 1,000 of them, and may have none."""
+
+_pages_left: ContextVar[int | None] = ContextVar("_pages_left", default=None)
+
+
+@contextmanager
+def limited_pages() -> Iterator[None]:
+    """Raise HubError where the block, which asks for one list, makes more than `MAX_PAGES` requests."""
+    token = _pages_left.set(MAX_PAGES)
+    try:
+        yield
+    finally:
+        _pages_left.reset(token)
 
 
 def session() -> httpx2.Client:
@@ -48,6 +66,11 @@ def _is_ours(request: httpx2.Request) -> bool:
 
 def _check_request(request: httpx2.Request) -> None:
     if _is_ours(request):
+        if (left := _pages_left.get()) is not None:
+            _pages_left.set(left - 1)
+            if not left:
+                what, remedy = "sends a list of files without end", "check that this is a Hugging Face Hub"
+                raise HubError(Problem("unexpected-response", constants.ENDPOINT, what, remedy))
         _require_web_address(str(request.url), request)
         request.headers["Accept-Encoding"] = "identity"  # what is compressed can be of any size
 

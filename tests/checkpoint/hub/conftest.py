@@ -15,6 +15,7 @@ from slrmerge.checkpoint.hub import errors
 from tests.checkpoint.hub.server import HubServer, use
 from tests.checkpoints import Tensor, llama_tensors, write_checkpoint
 from tests.conftest import Pair
+from tests.merging.faults import snapshot
 
 BASE, CHAT = "org/base", "org/chat"
 CARD = "---\nlicense: mit\n---\nA model."
@@ -61,7 +62,7 @@ def pair(hub: HubServer, tmp_path: Path) -> HubPair:
     write_checkpoint(tmp_path / "pre", pre)
     write_checkpoint(tmp_path / "post", post, shards=2, side_files={"tokenizer.json": "{}", "README.md": CARD})
     for repository, side in ((BASE, "pre"), (CHAT, "post")):
-        hub.commit(repository, files_of(tmp_path / side))
+        hub.commit(repository, snapshot(tmp_path / side))
     return HubPair(tmp_path, pre, post, hub)
 
 
@@ -69,8 +70,3 @@ def pair(hub: HubServer, tmp_path: Path) -> HubPair:
 def _weights(seed: str) -> dict[str, Tensor]:
     """Large enough for their headers to be little beside them."""
     return llama_tensors(seed, hidden=64, vocabulary=256)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its path from there."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -8,9 +8,10 @@ from huggingface_hub import scan_cache_dir
 
 from slrmerge.errors import OutputError, UnsupportedModelError
 from slrmerge.evaluation.run import evaluate
-from tests.checkpoint.hub.conftest import CHAT, files_of
+from tests.checkpoint.hub.conftest import CHAT
 from tests.checkpoint.hub.server import HubServer
 from tests.conftest import TINY
+from tests.merging.faults import snapshot
 from tests.problems import refused
 
 
@@ -22,14 +23,14 @@ def sample(out: Path, model: str | Path) -> dict[tuple[str, int], tuple[str, str
 
 
 def test_a_repository_gives_the_samples_of_its_files_in_a_folder(hub: HubServer, tmp_path: Path) -> None:
-    hub.commit(CHAT, files_of(TINY / "posttrained"))
+    hub.commit(CHAT, snapshot(TINY / "posttrained"))
     there, here = sample(tmp_path / "there", CHAT), sample(tmp_path / "here", TINY / "posttrained")
     assert {key: text for key, (text, _) in there.items()} == {key: text for key, (text, _) in here.items()}
     assert {model_id for _, model_id in there.values()} == {f"{CHAT}@{hub.head(CHAT)}"}
 
 
 def test_another_commit_is_another_model(hub: HubServer, tmp_path: Path) -> None:
-    hub.commit(CHAT, files_of(TINY / "posttrained"))
+    hub.commit(CHAT, snapshot(TINY / "posttrained"))
     sample(tmp_path / "out", CHAT)
     hub.commit(CHAT, {"notes.txt": b"retrained"})
     with refused(OutputError, "settings-changed"):
@@ -39,7 +40,7 @@ def test_another_commit_is_another_model(hub: HubServer, tmp_path: Path) -> None
 def test_a_repository_without_chat_template_is_refused_before_its_weights_are_downloaded(
     hub: HubServer, tmp_path: Path
 ) -> None:
-    hub.commit(CHAT, {name: data for name, data in files_of(TINY / "posttrained").items() if name[-6:] != ".jinja"})
+    hub.commit(CHAT, {name: data for name, data in snapshot(TINY / "posttrained").items() if name[-6:] != ".jinja"})
     with pytest.raises(UnsupportedModelError):
         sample(tmp_path / "out", CHAT)
     cached = {file.file_name for repo in scan_cache_dir().repos for rev in repo.revisions for file in rev.files}

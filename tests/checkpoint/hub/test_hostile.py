@@ -56,6 +56,16 @@ def test_a_listing_of_a_few_bytes_per_second_is_given_up(hub: HubServer, monkeyp
         pin(REPOSITORY)
 
 
+def test_a_listing_of_empty_pages_without_end_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(hub)
+    monkeypatch.setattr(session, "MAX_PAGES", 20)
+    again = {"Link": f'<{constants.ENDPOINT}/api/models/{REPO}/tree/main?page=2>; rel="next"'}
+    answer_with(monkeypatch, hub, "/tree/", lambda answer: Answer(b"[]", 200, {**answer.headers, **again}))
+    with refused(HubError, "unexpected-response"):
+        pin(REPOSITORY)
+    assert sum("/tree/" in request.path for request in hub.requests) == 20
+
+
 @pytest.mark.parametrize("times", [1, errors.MAX_ATTEMPTS - 1])
 @pytest.mark.parametrize("where", [BLOB, "GET /org/model/resolve"])
 def test_a_valid_range_that_is_refused_is_requested_again(hub: HubServer, where: str, times: int) -> None:

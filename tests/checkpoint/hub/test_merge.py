@@ -19,11 +19,11 @@ from slrmerge import execute, merge, verify
 from slrmerge.errors import HubError, NoSpaceError, VerificationError
 from slrmerge.io import pieces
 from slrmerge.merging.options import MergeOptions
-from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair, files_of
+from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
 from tests.checkpoints import read_back
 from tests.cli import run
-from tests.merging.faults import Recorder, Stop, leftovers, stop
+from tests.merging.faults import Recorder, Stop, leftovers, snapshot, stop
 from tests.merging.plan.test_findings import FIGURE, SUMMARY
 from tests.merging.test_manifest import signed
 from tests.problems import refused
@@ -44,7 +44,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shards_in(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in files_of(folder).items() if name.endswith(".safetensors")}
+    return {name: data for name, data in snapshot(folder).items() if name.endswith(".safetensors")}
 
 
 @pytest.mark.parametrize("download", ["ranges", "full"])
@@ -58,7 +58,7 @@ def test_a_merge_of_repositories_equals_a_merge_of_folders(
     merge(there, pair.out, download=download)
     merge(here, pair.folder / "local")
     assert shards_in(pair.out) == shards_in(pair.folder / "local")
-    assert files_of(pair.out).keys() == files_of(pair.folder / "local").keys()
+    assert snapshot(pair.out).keys() == snapshot(pair.folder / "local").keys()
     assert verify(pair.out, full=True).against_sources
 
 
@@ -329,7 +329,7 @@ def test_a_token_is_never_shown_and_never_leaves_the_hub(
     pair.hub.misbehave("status", "GET", times=None, status=403)
     results += [run("verify", pair.out, "--full"), run("inspect", CHAT)]
     assert [result.exit_code for result in results] == [0, 14, 14]
-    said = "".join([*(result.output for result in results), caplog.text, *map(repr, files_of(pair.out).values())])
+    said = "".join([*(result.output for result in results), caplog.text, *map(repr, snapshot(pair.out).values())])
     assert "secret" not in said
     assert {r.headers.get("authorization") for r in pair.hub.requests if r.host == "cdn"} == {None}
 

@@ -12,10 +12,11 @@ from huggingface_hub import ModelCard, close_session, snapshot_download
 
 from slrmerge import Repository, merge, push, verify
 from slrmerge.errors import HubError, OptionError, Problem, VerificationError
-from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair, files_of
+from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
 from tests.checkpoints import read_back
 from tests.cli import run
+from tests.merging.faults import snapshot
 from tests.merging.test_manifest import signed
 from tests.problems import refused
 
@@ -52,8 +53,8 @@ def there(pair: HubPair, revision: str = "main") -> dict[str, bytes]:
 
 def test_a_push_is_one_commit_of_exactly_the_files_of_the_merge(pair: HubPair, merged: Path) -> None:
     pushed = push(merged, MINE)
-    assert there(pair) == files_of(merged)
-    assert sorted(pushed.files) == sorted(files_of(merged))
+    assert there(pair) == snapshot(merged)
+    assert sorted(pushed.files) == sorted(snapshot(merged))
     assert (pushed.commit, pushed.removed, pushed.unchanged) == (pair.hub.head(MINE), (), False)
     assert len(pair.hub.log(MINE)) == 2  # the first is the Hub's own
 
@@ -67,9 +68,9 @@ def test_unchanged_shards_are_copied_on_the_hub(pair: HubPair, other: Path) -> N
     """Layers 4 and 5 are in the second of the post-trained side's shards; the first is the same file."""
     sizes = {path.name: path.stat().st_size for path in other.iterdir()}
     same = "model-00001-of-00002.safetensors"
-    assert files_of(other)[same] == pair.hub.files(CHAT)[same]
+    assert snapshot(other)[same] == pair.hub.files(CHAT)[same]
     pushed = push(other, MINE)
-    assert there(pair) == files_of(other)
+    assert there(pair) == snapshot(other)
     assert (pushed.copied_bytes, pushed.skipped_bytes) == (sizes[same], 0)
     assert pushed.uploaded_bytes == sum(sizes.values()) - sizes[same]
     assert len(uploads(pair)) == 1
@@ -86,7 +87,7 @@ def test_shards_that_the_hub_does_not_copy_are_uploaded(pair: HubPair, other: Pa
     else:
         pair.hub.private.add(CHAT)
     pushed = push(other, MINE)
-    assert there(pair) == files_of(other)
+    assert there(pair) == snapshot(other)
     assert pushed.copied_bytes == 0
     assert pushed.uploaded_bytes == sum(path.stat().st_size for path in other.iterdir())
     assert len(uploads(pair)) == len(list(other.glob("*.safetensors")))
@@ -108,10 +109,10 @@ def test_a_push_removes_shards_of_an_older_merge_and_nothing_else(pair: HubPair,
     pushed = push(pair.folder / "sharded", MINE)
     assert pushed.removed == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     others = {"notes.md": b"mine", "gguf/model.gguf": b"mine too", "sub/model.safetensors": b"and this"}
-    assert there(pair) == files_of(pair.folder / "sharded") | others
+    assert there(pair) == snapshot(pair.folder / "sharded") | others
     pushed = push(merged, MINE)
     assert pushed.removed == tuple(f"model-0000{number}-of-00004.safetensors" for number in range(1, 5))
-    assert there(pair) == files_of(merged) | others
+    assert there(pair) == snapshot(merged) | others
     assert len(pair.hub.log(MINE)) == 5
 
 
@@ -124,7 +125,7 @@ def test_a_push_removes_only_what_a_merge_can_have_written(pair: HubPair, merged
     push(merged, MINE)
     pair.hub.commit(MINE, mine | older | {"slrmerge.json": signed(content)})
     assert push(merged, MINE).removed == ("chat_templates/old.jinja", "vocab.json")
-    expected = files_of(merged) | mine | {"merges.txt": b"edited"}
+    expected = snapshot(merged) | mine | {"merges.txt": b"edited"}
     assert pair.hub.files(MINE) == expected
 
 
@@ -164,7 +165,7 @@ def test_a_missing_branch_is_created(
     push(merged, MINE)
     before = pair.hub.head(MINE)
     push(other, target[0], revision=target[1])
-    assert (there(pair, "late"), pair.hub.head(MINE)) == (files_of(other), before)
+    assert (there(pair, "late"), pair.hub.head(MINE)) == (snapshot(other), before)
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -267,7 +268,7 @@ def test_a_failed_push_leaves_the_branch_and_can_be_repeated(
     assert pair.hub.head(MINE) == before
     pair.hub.behave()
     push(other, MINE)
-    assert there(pair) == files_of(other)
+    assert there(pair) == snapshot(other)
 
 
 def test_a_push_killed_before_its_commit_leaves_the_branch(pair: HubPair, merged: Path, other: Path) -> None:
@@ -284,7 +285,7 @@ def test_a_push_killed_before_its_commit_leaves_the_branch(pair: HubPair, merged
     assert pair.hub.head(MINE) == before
     pair.hub.behave()
     push(other, MINE)
-    assert there(pair) == files_of(other)
+    assert there(pair) == snapshot(other)
 
 
 def test_the_hub_and_its_client_accept_the_model_card(pair: HubPair, merged: Path) -> None:
@@ -321,21 +322,21 @@ def test_a_push_removes_files_of_an_older_merge_but_no_other_files(pair: HubPair
     others = {"adapter_model.safetensors": b"theirs", "value_head.safetensors": b"theirs too"}
     pair.hub.commit(MINE, others)
     assert push(merged, MINE).removed == ("chat_template.jinja",)
-    assert there(pair) == files_of(merged) | others
+    assert there(pair) == snapshot(merged) | others
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_commit_that_was_not_made_is_retried(pair: HubPair, merged: Path, status: int) -> None:
     pair.hub.misbehave("status", "POST /api/models/ann/hybrid/commit", status=status, times=2)
     push(merged, MINE)
-    assert there(pair) == files_of(merged)
+    assert there(pair) == snapshot(merged)
 
 
 def test_a_commit_whose_response_was_lost_is_found_by_the_next_push(pair: HubPair, merged: Path) -> None:
     pair.hub.misbehave("cut", "POST /api/models/ann/hybrid/commit")
     assert refusal("hub-unreachable", merged).remedy.startswith("push again")
     assert push(merged, MINE).unchanged
-    assert there(pair) == files_of(merged)
+    assert there(pair) == snapshot(merged)
 
 
 @pytest.mark.parametrize("sides", [("./pre", "./post"), ("./pre", CHAT), (BASE, "./post")])
@@ -353,7 +354,7 @@ def test_one_command_merges_and_pushes(pair: HubPair) -> None:
     assert result.exit_code == 0, result.stderr
     assert f"{pair.hub.url}/{MINE}/commit/{pair.hub.head(MINE)}" in result.stdout
     assert MINE in pair.hub.private
-    assert there(pair) == files_of(pair.out)
+    assert there(pair) == snapshot(pair.out)
     assert f'model="{MINE}"' in (pair.out / "README.md").read_text()
     again = run(recipe, "--out", pair.folder / "again", "--push-to-hub", MINE, "--revision", "two", "--json")
     assert json.loads(again.stdout)["pushed"]["commit"] == pair.hub.head(MINE, "two")
@@ -412,5 +413,5 @@ def test_a_push_uploads_through_xet_by_default(
         push(merged, MINE)
         close_session()
         found = {name: data for name, data in hub.files(MINE).items() if name != ATTRIBUTES}
-        assert found == files_of(merged)
+        assert found == snapshot(merged)
         assert not any(request.method == "PUT" for request in hub.requests)

@@ -17,7 +17,7 @@ from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
 from slrmerge.checkpoint.hub import errors
 from slrmerge.checkpoint.hub.file import HubFile
-from slrmerge.checkpoint.hub.repository import HubRepository, open_cached, open_repository, pin
+from slrmerge.checkpoint.hub.repository import HubRepository, current_commit, open_cached, open_repository, pin
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.pair import open_checkpoint, open_pair
 from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem, SlrmergeError
@@ -26,6 +26,7 @@ from tests.checkpoint import read
 from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
 from tests.checkpoints import Tensor, safetensors_bytes
+from tests.merging.faults import Recorder
 from tests.problems import refused
 
 CONFIG = b'{"num_hidden_layers": 6}'
@@ -53,21 +54,6 @@ def weights(checkpoint: HubRepository) -> dict[str, bytes]:
 
 def data(tensors: dict[str, Tensor]) -> dict[str, bytes]:
     return {name: tensor.data for name, tensor in tensors.items()}
-
-
-class Recorder(Progress):
-    """Remembers the reported progress."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started: list[tuple[str, int]] = []
-        self.count = 0
-
-    def on_start(self, description: str, total: int, unit: str) -> None:
-        self.started.append((description, total))
-
-    def on_advance(self, count: int) -> None:
-        self.count += count
 
 
 def test_a_repository_reads_like_the_folder_it_was_made_from(pair: HubPair) -> None:
@@ -341,7 +327,7 @@ def test_all_weights_are_downloaded_and_verified(pair: HubPair) -> None:
     local = checkpoint.download(progress)
     sizes = [file.file_bytes for file in checkpoint.weight_files.values()]
     assert (local.is_remote, local.verified) == (False, frozenset({FIRST, SECOND}))
-    assert (progress.started, progress.count) == ([(f"downloading {checkpoint}", sum(sizes))], sum(sizes))
+    assert (progress.started, progress.advanced) == ([(f"downloading {checkpoint}", sum(sizes))], sum(sizes))
     assert (local.reference, local.fingerprint()) == (checkpoint.reference, checkpoint.fingerprint())
     pair.hub.requests.clear()
     assert weights(local) == data(pair.post)
@@ -441,6 +427,16 @@ def test_a_branch_that_was_opened_is_known_without_a_network(pair: HubPair) -> N
     opened(CHAT).download(Progress())
     snapshot = open_cached(Repository(CHAT)).snapshot
     assert (snapshot.commit, str(snapshot)) == (pair.hub.head(CHAT), f"{CHAT}@{pair.hub.head(CHAT)[:7]}")
+
+
+def test_the_commit_of_a_branch_is_known_without_a_network(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = current_commit(Repository(CHAT))
+    assert online == pair.hub.head(CHAT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pair.hub.requests.clear()
+    assert (current_commit(Repository(CHAT)), pair.hub.requests) == (online, [])
+    with refused(HubError, "not-cached"):
+        current_commit(Repository(BASE))
 
 
 @pytest.mark.parametrize("cached", [(), ("config.json", "*.index.json", "model-00001*")])

@@ -12,9 +12,10 @@ from slrmerge.recipe.load import load_recipe
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.results import SearchResult, read_result
 from slrmerge.searching.run import Search, search
-from tests.checkpoint.hub.conftest import BASE, CHAT, files_of
+from tests.checkpoint.hub.conftest import BASE, CHAT
 from tests.checkpoint.hub.server import HubServer
 from tests.conftest import TINY
+from tests.merging.faults import snapshot
 from tests.problems import refused
 
 
@@ -22,7 +23,7 @@ from tests.problems import refused
 def tiny(hub: HubServer, tmp_path: Path) -> Path:
     """A recipe that names the example pair, on the Hub."""
     for repository, side in ((BASE, "pretrained"), (CHAT, "posttrained")):
-        hub.commit(repository, files_of(TINY / side))
+        hub.commit(repository, snapshot(TINY / side))
     recipe = tmp_path / "pair.yaml"
     recipe.write_text(f"pretrained: {BASE}\nposttrained: {CHAT}\n")
     return recipe

@@ -1,0 +1,200 @@
+"""Every file operation of a command × kill, Ctrl-C, full disk, read or write error, refused access, on four systems.
+
+The target is absent, as before, or complete and right, never a mixture; the next run completes with the same bytes.
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.checkpoints import llama_tensors, write_checkpoint
+from tests.evaluation.openai_server import OpenAIServer
+from tests.merging.faults import OLD, leftovers, snapshot
+from tests.searching.pairs import make_pair
+from tests.slow.faults import FAULTS, Job, Runner
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+EVERY = "default"
+"""The file system on which every operation is tried."""
+
+PER_FAULT = 4
+"""Operations of each kind of fault that are tried elsewhere."""
+
+ANY = {"merge": 10**6, "soup": 10**6, "overwrite": 10**6}
+"""Jobs quick enough to try every operation; of others twice `PER_FAULT`."""
+
+
+def merge_job(folder: Path, *more: str, before: dict[str, bytes] | None = None, **rules: object) -> Job:
+    write_checkpoint(folder / "pre", llama_tensors("pre"))
+    write_checkpoint(folder / "post", llama_tensors("post"), shards=2)
+    recipe = {"pretrained": "./pre", "posttrained": "./post", "max_shard_size": "2KB", **rules}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    out = folder / "work" / "hybrid"
+    out.parent.mkdir()
+    command = ["merge", f"{folder}/recipe.yaml", "--out", f"{out}", "--threads", "1", *more]
+    return Job(command, out, before or {})
+
+
+def search_job(folder: Path, server: OpenAIServer) -> Job:
+    make_pair(folder, layers=2)
+    (folder / "pair.yaml").write_text("pretrained: ./pre\nposttrained: ./post\n")
+    out = folder / "work" / "search"
+    out.parent.mkdir()
+    command = ["search", f"{folder}/pair.yaml", "--out", f"{out}", "--threads", "1", "--overwrite"]
+    before = {"summary.json": b"{}", "results.csv": b"old", "soup.yaml": b"old"}
+    return Job(command, out, before, normalised=without_elapsed_time, hurried=True)
+
+
+def without_elapsed_time(files: dict[str, bytes]) -> dict[str, bytes]:
+    summary = json.loads(files["summary.json"])
+    summary.pop("elapsed_s", None)
+    return {**files, "summary.json": json.dumps(summary).encode()}
+
+
+def evaluation_job(folder: Path, server: OpenAIServer) -> Job:
+    (folder / "questions.json").write_text(json.dumps({"One?": ["1"], "Two?": ["2"]}))
+    out = folder / "work" / "eval"
+    out.parent.mkdir()
+    models = [f"--model={label}=m@{server.url}" for label in ("a", "b")]
+    command = ["eval", "open-qa", "--data", f"{folder}/questions.json", "--out", f"{out}", *models, "--samples", "2"]
+    jsonl = ("samples.jsonl", "greedy.jsonl", "judge.jsonl")
+    return Job([*command, "--concurrency", "1"], out, hurried=True, in_place=True, grows=jsonl)
+
+
+JOBS: dict[str, Callable[[Path, OpenAIServer], Job]] = {
+    "merge": lambda folder, _: merge_job(folder, restore=[2, 3]),
+    "soup": lambda folder, _: merge_job(folder, alpha=0.5),
+    "overwrite": lambda folder, _: merge_job(folder, "--overwrite", before=OLD, restore=[2, 3]),
+    "search": search_job,
+    "eval": evaluation_job,
+}
+
+
+class Trial(NamedTuple):
+    """A job and its runner, what it writes undisturbed, and the operations that it does."""
+
+    name: str
+    job: Job
+    runner: Runner
+    expected: dict[str, bytes]
+    operations: list[str]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer("m") as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=[EVERY, "xfs", "btrfs", "tmpfs"])
+def system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A file system by name, and a folder on it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    make = {"xfs": "mkfs.xfs", "btrfs": "mkfs.btrfs"}.get(request.param)
+    if make:
+        if shutil.which(make) is None:
+            pytest.skip(f"{make} is not installed")
+        image = folder.with_suffix(".img")
+        with image.open("wb") as file:
+            file.truncate(1 << 29)
+        subprocess.run([make, "-q", image], check=True)
+    if request.param == EVERY:
+        yield EVERY, folder
+        return
+    command = ["mount", "-o", "loop", image, folder] if make else ["mount", "-t", "tmpfs", "tmpfs", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system may be mounted: {done.stderr.strip()}")
+    yield request.param, folder
+    subprocess.run(["umount", folder], check=True)
+    if make:
+        image.unlink()
+
+
+@pytest.fixture(scope="module", params=JOBS)
+def trial(
+    request: pytest.FixtureRequest,
+    system: tuple[str, Path],
+    server: OpenAIServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Trial]:
+    folder = system[1] / request.param
+    folder.mkdir()
+    job = JOBS[request.param](folder, server)
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler for the injector")
+    with Runner(tmp_path_factory.mktemp("runner"), job) as runner:
+        job.reset()
+        outcome = runner.run()
+        assert outcome.exit_code == 0, outcome.stderr
+        expected = job.written()
+        assert expected
+        yield Trial(request.param, job, runner, expected, outcome.operations)
+
+
+def chosen(trial: Trial, fault: str, system: str) -> list[int]:
+    """The numbers of the operations to try, spread evenly over those that the fault can happen to."""
+    operations = enumerate((line.partition(" ")[0] for line in trial.operations), 1)
+    numbers = [number for number, operation in operations if FAULTS[fault].happens_to(operation)]
+    limit = ANY.get(trial.name, 2 * PER_FAULT) if system == EVERY else PER_FAULT
+    return numbers if len(numbers) <= limit else [numbers[k * len(numbers) // limit] for k in range(limit)]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_command_with_a_fault_at_any_file_operation_leaves_its_target_whole_and_then_completes(
+    trial: Trial, fault: str, system: tuple[str, Path], record_property: Callable[[str, object], None]
+) -> None:
+    numbers = chosen(trial, fault, system[0])
+    assert numbers
+    record_property("runs", len(numbers))
+    violations = {}
+    for number in numbers:
+        if found := list(violations_at(trial, fault, number)):
+            violations[f"{number}: {trial.operations[number - 1]}"] = found
+    assert violations == {}
+
+
+def violations_at(trial: Trial, fault: str, number: int) -> Iterator[str]:
+    """What should not be after a run with a fault at an operation, and after the run that follows it."""
+    job, runner = trial.job, trial.runner
+    job.reset()
+    outcome = runner.run(fault=fault, at=number)
+    if outcome.exit_code not in FAULTS[fault].exit_codes:
+        yield f"exit code {outcome.exit_code}: {outcome.stderr[-1500:]}"
+    if "Traceback" in outcome.stderr:
+        yield f"a traceback: {outcome.stderr[-1500:]}"
+    if outcome.exit_code == 0 and job.written() != trial.expected:
+        yield f"success, but the target is {state(trial)}"
+    place = trial.operations[number - 1].partition(" /")[2]  # a fault may keep what would be removed
+    if left := [name for name in leftovers(job.out) if outcome.exit_code == 0 and not place.startswith(name)]:
+        yield f"success, but {left} is left"
+    if not (is_whole_in_place(trial) if job.in_place else state(trial) in ("before", "complete")):
+        yield f"the target is {state(trial)}"
+    is_replaced = state(trial) == "complete" and not job.before and not job.in_place
+    again = runner.run(*["--overwrite"] * is_replaced)
+    if again.exit_code or job.written() != trial.expected or leftovers(job.out):
+        yield f"the next run: {again.exit_code}, {state(trial)}, {leftovers(job.out)}, {again.stderr[-1500:]}"
+
+
+def state(trial: Trial) -> str:
+    found = snapshot(trial.job.out)
+    if (found or {}) == trial.job.before:
+        return "before"
+    return "complete" if found and trial.job.normalised(found) == trial.expected else f"{sorted(found or {})}"
+
+
+def is_whole_in_place(trial: Trial) -> bool:
+    """Whether each file is complete, or as the command writes it first; one that grows may end in the middle."""
+    for name, data in (snapshot(trial.job.out) or {}).items():
+        wanted = trial.expected.get(name.removesuffix(".new"))
+        is_grown = name in trial.job.grows and wanted is not None and wanted.startswith(data)
+        is_mark = name.startswith("evaluation.json") and (name.endswith(".new") or b'"task"' in data)
+        if not (data == wanted or is_grown or is_mark or name.endswith(".new")):
+            return False
+    return True
