@@ -4,7 +4,6 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from math import prod
 from threading import Lock
 
 from slrmerge.checkpoint.base import TensorReader
@@ -49,6 +48,11 @@ class HybridReader:
     def computed(self, tensor: PlannedTensor, begin: int, end: int, blender: Blender) -> Iterator[memoryview]:
         """Bytes `begin` to `end`, both between elements, of a cast or a blend; each chunk is valid until the next."""
         width = DTYPE_BITS[tensor.info.dtype] // 8
+        if tensor.rows is not None and (edge := max(begin, tensor.shared_elements * width)) < end:
+            kept = tensor._replace(kind="cast", pretrained=None, rows=None)
+            yield from self.computed(tensor, begin, edge, blender)
+            yield from self.computed(kept, edge, end, blender)
+            return
         steps = range(begin // width, end // width, CHUNK_ELEMENTS)
         if tensor.kind == "cast":
             reader, name = self.source_of(tensor)
@@ -89,7 +93,7 @@ class HybridReader:
         with lock:
             if tensor.name not in self._sums:
                 total = dict.fromkeys(keys, 0.0)
-                steps = range(0, prod(tensor.info.shape), CHUNK_ELEMENTS)
+                steps = range(0, tensor.shared_elements, CHUNK_ELEMENTS)
                 for count, dtypes in self._chunks(tensor, steps, blender):
                     for key, value in blender.sums(count, dtypes, keys).items():
                         total[key] += value
