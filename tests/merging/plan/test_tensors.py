@@ -229,14 +229,14 @@ ROTARY = [f"model.layers.{k}.self_attn.rotary_emb.inv_freq" for k in range(6)]
 
 
 def test_derived_constants_come_from_whichever_side_has_them(tmp_path: Path) -> None:
-    post = llama_tensors("post") | tensors("post", *ROTARY, dtype="F32")
+    post = llama_tensors("post") | tensors("post", *ROTARY, dtype="F32", shape=(4,))
     write_pair(tmp_path, llama_tensors("pre"), post)
     planned = by_name(plan_of(tmp_path, restore=[0, 5]))
     assert all(planned[name][2:6] == (0.0, "copy", None, name) for name in ROTARY)
 
 
 def test_derived_constants_of_the_pre_trained_side_alone_are_left_out(tmp_path: Path) -> None:
-    write_pair(tmp_path, llama_tensors("pre") | tensors("pre", *ROTARY, dtype="F32"), llama_tensors("post"))
+    write_pair(tmp_path, llama_tensors("pre") | tensors("pre", *ROTARY, dtype="F32", shape=(4,)), llama_tensors("post"))
     plan = plan_of(tmp_path, restore=[0, 5])
     assert by_name(plan).keys() == llama_tensors("post").keys()
     assert [note.rpartition(": ")[2] for note in plan.notes] == [f"{ROTARY[0].replace('.0.', '.*.')} (6 tensors)"]
