@@ -1,6 +1,7 @@
 """Which tensors belong to which decoder layer.
 
-Names alone are ambiguous: a vision tower has numbered layers too. The stack is the one as long as the config says.
+Names alone are ambiguous: a vision tower has numbered layers too. The stack is the one as long as the config says. In
+an encoder-decoder it is the decoder's.
 """
 
 import re
@@ -12,7 +13,11 @@ from typing import Any
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names of the number of decoder layers in configs; the first one present counts."""
 
-TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config")
+DECODER_COUNT_KEYS = ("decoder_layers", "num_decoder_layers")
+ENCODER_COUNT_KEYS = ("encoder_layers", "num_encoder_layers")
+"""Names of the number of layers of either half of an encoder-decoder. The keys above may count either half there."""
+
+TEXT_CONFIG_KEYS = ("text_config", "language_config", "llm_config", "decoder")
 """Sections that hold the decoder's config in models with several towers."""
 
 STACK_PREFIXES = (
@@ -46,11 +51,15 @@ class LayerStack:
         return layer, name[found.end() :]
 
 
-def layer_count(config: Mapping[str, Any]) -> int | None:
+def text_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The config itself, and its sections about the decoder."""
+    return [config, *(config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict))]
+
+
+def layer_count(config: Mapping[str, Any], keys: tuple[str, ...] = LAYER_COUNT_KEYS) -> int | None:
     """The number of decoder layers in a config, or None where there is none."""
-    nested = [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
-    for section in (config, *nested):
-        for key in LAYER_COUNT_KEYS:
+    for section in text_sections(config):
+        for key in keys:
             if type(section.get(key)) is int:
                 return int(section[key])
     return None
@@ -67,26 +76,58 @@ def numbered_stacks(names: Iterable[str]) -> dict[str, int]:
 
 def find_stack(stacks: Mapping[str, int], config: Mapping[str, Any]) -> LayerStack | None:
     """The decoder stack among the numbered ones; None where none fits the config, or several do equally well."""
-    count = layer_count(config)
-    stacks = _decoder_like(stacks)
-    if count is not None:
-        long_enough = {prefix: count for prefix, run in stacks.items() if run >= count}
-        stacks = {prefix: count for prefix, run in stacks.items() if run == count} or long_enough
-    if not stacks or (len(stacks) > 1 and stacks.keys().isdisjoint(STACK_PREFIXES)):
+    found = _decoder_like(stacks)
+    counts = {prefix: _count_of(prefix, stacks, config) for prefix in found}
+    exact = {prefix: run for prefix, run in found.items() if run == counts[prefix]}
+    longer = {prefix: count for prefix, run in found.items() if (count := counts[prefix]) is not None and run >= count}
+    open_ended = {prefix: run for prefix, run in found.items() if counts[prefix] is None}
+    found = exact or longer or open_ended
+    if not found or (len(found) > 1 and found.keys().isdisjoint(STACK_PREFIXES)):
         return None
-    chosen = next(iter(stacks))
-    return LayerStack(chosen, stacks[chosen]) if stacks[chosen] > 0 else None
+    chosen = next(iter(found))
+    return LayerStack(chosen, found[chosen]) if found[chosen] > 0 else None
 
 
-def longest_stack(stacks: Mapping[str, int]) -> int:
-    """The number of layers in the weights: of the stack with a known name, or of the longest."""
-    return max(_decoder_like(stacks).values(), default=0)
+def missing_layers(stacks: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The number of layers that the config says and the weights have, where these have fewer; otherwise None."""
+    found = _decoder_like(stacks)
+    short = [(count, run) for prefix, run in found.items() if (count := _count_of(prefix, stacks, config) or 0) > run]
+    if found and len(short) == len(found):
+        return max(short, key=lambda pair: pair[1])
+    if not found and (wanted := layer_count(config) or 0) > 0:
+        return wanted, 0
+    encoders = {encoder for prefix in found if (encoder := _encoder_of(prefix, stacks))}
+    wanted = layer_count(config, ENCODER_COUNT_KEYS) or 0
+    longest = max((stacks[prefix] for prefix in encoders), default=wanted)
+    return (wanted, longest) if wanted > longest else None
 
 
 def _decoder_like(stacks: Mapping[str, int]) -> dict[str, int]:
-    """The stacks with a known name, in the order of `STACK_PREFIXES`; all stacks where none has one."""
+    """The stacks with a known name, in the order of `STACK_PREFIXES`; all stacks where none has one.
+
+    In an encoder-decoder only the decoder's.
+    """
+    stacks = {prefix: run for prefix, run in stacks.items() if _encoder_of(prefix, stacks)} or stacks
     known = {prefix: stacks[prefix] for prefix in STACK_PREFIXES if prefix in stacks}
     return known or {prefix: run for prefix, run in stacks.items() if run}
+
+
+def _encoder_of(prefix: str, stacks: Mapping[str, int]) -> str | None:
+    """The encoder stack of an encoder-decoder, given its decoder stack; otherwise None."""
+    before, found, _ = f".{prefix}.".partition(".decoder.")
+    encoder = f"{before}.encoder.".removeprefix(".")
+    return next((other for other, run in stacks.items() if found and run and f"{other}.".startswith(encoder)), None)
+
+
+def _count_of(prefix: str, stacks: Mapping[str, int], config: Mapping[str, Any]) -> int | None:
+    """The number of layers that the config says a stack has, or None where it does not say."""
+    for half, keys in (("decoder", DECODER_COUNT_KEYS), ("encoder", ENCODER_COUNT_KEYS)):
+        if half in prefix.split(".") and (count := layer_count(config, keys)) is not None:
+            return count
+    count = layer_count(config)
+    encoder = _encoder_of(prefix, stacks)
+    counts_encoder = encoder is not None and count == stacks[encoder] != stacks[prefix]
+    return None if counts_encoder else count
 
 
 def _run_from_zero(numbers: set[int]) -> int:

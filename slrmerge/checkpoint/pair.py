@@ -4,11 +4,12 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
+from slrmerge.checkpoint.correspondence import Correspondence, correspond
 from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.location import Repository, parse_source
 from slrmerge.checkpoint.safetensors import open_folder
@@ -37,6 +38,11 @@ class ModelPair:
     def stack(self) -> LayerStack | None:
         """The decoder layers of the post-trained side, whose names and shapes a merge keeps."""
         return self.posttrained.stack
+
+    @cached_property
+    def correspondence(self) -> Correspondence:
+        """Which pre-trained tensor each post-trained one was trained from."""
+        return correspond(self.pretrained, self.posttrained)
 
     @property
     def is_remote(self) -> bool:

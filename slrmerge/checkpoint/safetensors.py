@@ -11,7 +11,7 @@ from typing import Any
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
 from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard
-from slrmerge.checkpoint.layers import layer_count, longest_stack
+from slrmerge.checkpoint.layers import missing_layers
 from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, local_side_files
 from slrmerge.errors import CheckpointError, Problem, collect, raise_all
 from slrmerge.io.pieces import DIGEST_NAME, digest_bytes
@@ -206,10 +206,8 @@ def check_shards(layout: Layout, shards: Mapping[str, Shard], problems: list[Pro
 
 def require_layers(checkpoint: Checkpoint) -> None:
     """Refuse a config with more layers than the weights have: a loader would initialise the rest at random."""
-    wanted = layer_count(checkpoint.config)
-    longest = longest_stack(checkpoint.numbered_stacks)
-    if wanted is not None and wanted > longest:
-        what = f"the config says {wanted} layers, the weights have {longest}"
+    if missing := missing_layers(checkpoint.numbered_stacks, checkpoint.config):
+        what = f"the config says {missing[0]} layers, the weights have {missing[1]}"
         remedy = "download the missing shards, or the config that belongs to these weights"
         raise CheckpointError(Problem("layers-missing", str(checkpoint), what, remedy))
 

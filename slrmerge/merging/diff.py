@@ -8,6 +8,7 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slrmerge.checkpoint.fused import is_regrouped
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
 from slrmerge.errors import PlanError, Problem, raise_all, require_extra
@@ -138,7 +139,9 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
         raise PlanError(
             Problem("nothing-in-common", str(pair.posttrained), what, "name a model and the one it was trained from")
         )
-    progress.start("comparing", sum(side[name].nbytes for name in names for _, side in pair.items()))
+    twins = pair.correspondence.twins
+    total = sum(pair.pretrained[twins[name]].nbytes + pair.posttrained[name].nbytes for name in names)
+    progress.start("comparing", total)
     with (
         pair.open() as reader,
         one_core_per_chunk(),
@@ -146,8 +149,9 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
     ):
 
         def measure(name: str) -> Distance:
-            distance = sum(takewhile(lambda _: not cancelled.is_set(), _chunks(reader, name)), Distance())
-            progress.advance(pair.pretrained[name].nbytes + pair.posttrained[name].nbytes)
+            twin = twins[name]
+            distance = sum(takewhile(lambda _: not cancelled.is_set(), _chunks(reader, name, twin)), Distance())
+            progress.advance(pair.pretrained[twin].nbytes + pair.posttrained[name].nbytes)
             return distance
 
         try:
@@ -192,27 +196,31 @@ def _comparable(pair: ModelPair) -> tuple[list[str], list[str]]:
     """The names of tensors to compare, and notes on the others."""
     names: list[str] = []
     skipped: dict[str, list[str]] = {}
+    twins = pair.correspondence.twins
     for name, info in pair.posttrained.items():
-        if name not in pair.pretrained:
+        pre = pair.pretrained[twins[name]] if name in twins else None
+        if pre is None:
             skipped.setdefault("only post-trained", []).append(name)
-        elif pair.pretrained[name].shape != info.shape:
+        elif not is_regrouped(pre.shape, info.shape):
             skipped.setdefault("different shapes", []).append(name)
-        elif not {info.dtype, pair.pretrained[name].dtype} <= FLOATING:
+        elif not {info.dtype, pre.dtype} <= FLOATING:
             skipped.setdefault("not floating", []).append(name)
         else:
             names.append(name)
-    if missing := [name for name in pair.pretrained if name not in pair.posttrained]:
+    compared = set(twins.values())
+    if missing := [name for name in pair.pretrained if name not in compared]:
         skipped["only pre-trained"] = missing
     more = {why: f" and {len(found) - 1} more" if len(found) > 1 else "" for why, found in skipped.items()}
-    return names, [f"not compared, {why}: {found[0]}{more[why]}" for why, found in skipped.items()]
+    renamed = [pair.correspondence.note] if pair.correspondence.note else []
+    return names, renamed + [f"not compared, {why}: {found[0]}{more[why]}" for why, found in skipped.items()]
 
 
-def _chunks(reader: PairReader, name: str) -> Iterator[Distance]:
-    """The distance of a tensor in parts, a chunk of elements at a time."""
+def _chunks(reader: PairReader, name: str, twin: str) -> Iterator[Distance]:
+    """The distance of a tensor from its pre-trained twin in parts, a chunk of elements at a time."""
     size = CHUNK_ELEMENTS * MAX_ELEMENT_BYTES
     buffers = memoryview(bytearray(size)), memoryview(bytearray(size))
     steps = range(0, prod(reader.posttrained.checkpoint[name].shape), CHUNK_ELEMENTS)
-    for count, dtypes in reader.read_elements(name, name, steps, buffers):
+    for count, dtypes in reader.read_elements(twin, name, steps, buffers):
         p, q = (as_tensor(buffer, dtype, count).double() for buffer, dtype in zip(buffers, dtypes, strict=True))
         moved = q - p
         sums = (float(a.dot(b)) for a, b in ((p, p), (q, q), (moved, moved), (p, q)))

@@ -4,7 +4,6 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from math import prod
 from threading import Lock, local
 from typing import NamedTuple
 
@@ -63,6 +62,7 @@ class HybridReader:
 
         What follows each other in a source's file is read as one stream: on the Hub, in one request.
         """
+        parts = [each for part in parts for each in _by_rows(part)]
         streams: dict[Side, Iterator[ByteStream]] = {
             side: _streams(self.pair[side], list(_reads(self.pair[side].checkpoint, side, parts)))
             for side in ("pretrained", "posttrained")
@@ -104,7 +104,7 @@ class HybridReader:
         with lock:
             if tensor.name not in self._sums:
                 blender, total = self.blender, dict.fromkeys(keys, 0.0)
-                steps = range(0, prod(tensor.info.shape), CHUNK_ELEMENTS)
+                steps = range(0, tensor.shared_elements, CHUNK_ELEMENTS)
                 (_, pre), (_, post) = tensor.sources
                 for count, dtypes in self.pair.read_elements(pre, post, steps, blender.inputs):
                     for key, value in blender.sums(count, dtypes, keys).items():
@@ -199,6 +199,20 @@ class ShardStream:
         ((side, first),), ((other, second),) = last.sources, tensor.sources
         file, begin = self._pair[side].place(first)
         return side == other and self._pair[side].place(second) == (file, begin + last.info.nbytes)
+
+
+def _by_rows(part: Part) -> Iterator[Part]:
+    """A part of a tensor with `rows` as one of the shared rows and one of the post-trained rows after them."""
+    tensor = part.tensor
+    if tensor.rows is None:
+        yield part
+        return
+    edge = tensor.shared_elements * _width(tensor.info.dtype)
+    if part.begin < edge:
+        shared = tensor._replace(posttrained=None) if tensor.kind == "cast" else tensor
+        yield Part(shared, part.begin, min(part.end, edge))
+    if part.end > edge:
+        yield Part(tensor._replace(kind="cast", pretrained=None), max(part.begin, edge), part.end)
 
 
 def _reads(checkpoint: Checkpoint, side: Side, parts: Iterable[Part]) -> Iterator[tuple[str, int, int]]:

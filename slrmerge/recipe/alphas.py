@@ -93,11 +93,14 @@ def resolve_rules(
     names: Iterable[str],
     stack: LayerStack | None,
     *,
+    tied: Iterable[tuple[str, ...]] = (),
     blend: str = "linear",
     place: Callable[[str], str] = str,
 ) -> Resolution:
     """The alpha of every tensor in `names` by a recipe's rules: the last rule that names a tensor decides.
 
+    `tied` are groups of tensors that are one, the embedding first: a rule that changes one of them changes all. A head
+    cannot be kept without its embedding: an alpha of 0 for the head alone has no effect.
     `place` turns a path in the recipe (`$.layers[0]`) into the place that a problem names.
     """
     problems = list(_layer_problems(rules, stack, place))
@@ -110,6 +113,7 @@ def resolve_rules(
     ]
     layers = range(stack.count if stack else 0)
     restored = {layer for layer in layers for first, last in rules.restore or () if first <= layer <= last}
+    together = {name: group for group in tied for name in group}
     alphas: dict[str, float] = {}
     modules: set[str] = set()
     for name in names:
@@ -125,8 +129,10 @@ def resolve_rules(
                     matched = [each.matches(paths) for each in matchers]  # all of them, to know which are used
                     alpha = rule.alpha_at(layer) if any(matched) else alpha
         for tensor_rule, matcher in tensor_rules:
-            if matcher.matches([name]):
-                alpha = tensor_rule.alpha
+            named = matcher.matches([name])
+            if group := together.get(name):
+                named = matcher.matches(group if tensor_rule.alpha else group[:1])
+            alpha = tensor_rule.alpha if named else alpha
         alphas[name] = alpha
     for rule, matchers in layer_rules:
         if rule.range[0] in layers:

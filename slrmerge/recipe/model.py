@@ -94,6 +94,10 @@ class Recipe(Rules):
         Field(default="linear", description="What an alpha between 0 and 1 means.")
     )
     tokenizer: Side = Field(default="posttrained", description="The side that supplies tokenizer and chat template.")
+    vocabulary: Literal["same", "shared"] = Field(
+        default="same",
+        description="With `shared`, vocabularies may differ in size: rows that only one side has stay post-trained.",
+    )
     max_shard_size: Annotated[int, BeforeValidator(_check_size, json_schema_input_type=int | str)] = Field(
         default=DEFAULT_SHARD_BYTES, description="The most bytes in one file, such as 5GB (10**9) or 2GiB (2**30)."
     )
@@ -130,7 +134,8 @@ class Recipe(Rules):
 
     def resolve(self, pair: ModelPair) -> Resolution:
         """The alpha of every tensor of a pair."""
-        return resolve_rules(self, pair.posttrained, pair.stack, blend=self.blend, place=self.place)
+        tied = pair.correspondence.tied
+        return resolve_rules(self, pair.posttrained, pair.stack, tied=tied, blend=self.blend, place=self.place)
 
     def notes(self, pair: ModelPair) -> Iterator[str]:
         """What a reader of the plan should know about the recipe."""

@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 
 from slrmerge.checkpoint.layers import (
+    DECODER_COUNT_KEYS,
+    ENCODER_COUNT_KEYS,
     LAYER_COUNT_KEYS,
     STACK_PREFIXES,
     TEXT_CONFIG_KEYS,
     LayerStack,
     find_stack,
     layer_count,
+    missing_layers,
     numbered_stacks,
 )
 
@@ -75,8 +78,6 @@ def test_experts_are_numbered_inside_their_layer() -> None:
 @pytest.mark.parametrize(
     ("names", "count"),
     [
-        (layers("encoder.block", 6) + layers("decoder.block", 6), 6),
-        (layers("encoder.block", 6) + layers("decoder.block", 6), None),
         (layers("tower_a.layers", 4) + layers("tower_b.layers", 6), None),
         (layers("model.layers", 4), 6),
         (layers("model.layers", 6)[1:], None),
@@ -86,11 +87,68 @@ def test_experts_are_numbered_inside_their_layer() -> None:
         ([], 6),
         ([], None),
     ],
-    ids=["encoder and decoder", "the same, unsaid", "two towers", "too short", "no layer 0", "none", "fewer than none",
-         "not numbered", "empty", "empty, unsaid"],
+    ids=["two towers", "too short", "no layer 0", "none", "fewer than none", "not numbered", "empty", "empty, unsaid"],
 )  # fmt: skip
 def test_there_is_no_stack_where_none_or_more_than_one_fits(names: list[str], count: int | None) -> None:
     assert stack_of(names, count) is None
+
+
+HALVES = [("encoder.block", "decoder.block"), ("model.encoder.layers", "model.decoder.layers"),
+          ("encoder.encoder.layer", "decoder.transformer.h")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), HALVES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_hidden_layers": 6},
+        {"num_hidden_layers": 2},
+        {"num_layers": 6, "num_decoder_layers": 2},
+        {"num_hidden_layers": 6, "encoder_layers": 6, "decoder_layers": 2},
+        {"encoder": {"num_hidden_layers": 6}, "decoder": {"num_hidden_layers": 2}},
+    ],
+)
+def test_the_stack_of_an_encoder_decoder_is_the_decoders(encoder: str, decoder: str, config: dict[str, Any]) -> None:
+    for names in (layers(encoder, 6) + layers(decoder, 2), layers(decoder, 2) + layers(encoder, 6)):
+        assert find_stack(numbered_stacks(names), config) == LayerStack(decoder, 2)
+        assert missing_layers(numbered_stacks(names), config) is None
+
+
+@pytest.mark.parametrize("key", DECODER_COUNT_KEYS)
+def test_a_decoder_alone_has_as_many_layers_as_its_own_key_says(key: str) -> None:
+    """transformers 4 writes the number of encoder layers as num_hidden_layers."""
+    stacks, config = numbered_stacks(layers("model.decoder.layers", 2)), {"num_hidden_layers": 6, key: 2}
+    assert find_stack(stacks, config) == LayerStack("model.decoder.layers", 2)
+    assert missing_layers(stacks, config) is None
+    assert missing_layers(stacks, config | {key: 3}) == (3, 2)
+
+
+@pytest.mark.parametrize("key", ENCODER_COUNT_KEYS)
+def test_an_encoder_with_fewer_layers_than_its_key_says_lacks_some(key: str) -> None:
+    stacks = numbered_stacks(layers("encoder.block", 5) + layers("decoder.block", 6))
+    assert missing_layers(stacks, {"num_decoder_layers": 6, key: 6}) == (6, 5)
+    assert missing_layers(stacks, {"num_decoder_layers": 6, key: 5}) is None
+
+
+@pytest.mark.parametrize(
+    ("stacks", "count", "missing"),
+    [
+        ({"model.layers": 4}, 6, (6, 4)),
+        ({"vision.layers": 8, "model.layers": 4}, 6, (6, 4)),
+        ({"vision.layers": 8, "other.layers": 4}, 6, None),
+        ({"model.layers": 6}, 6, None),
+        ({"model.layers": 7}, 6, None),
+        ({"model.layers": 6}, None, None),
+        ({}, 6, (6, 0)),
+        ({}, 0, None),
+        ({}, None, None),
+    ],
+)
+def test_missing_layers_are_those_that_no_stack_has(
+    stacks: dict[str, int], count: int | None, missing: tuple[int, int] | None
+) -> None:
+    assert missing_layers(stacks, {} if count is None else {"num_hidden_layers": count}) == missing
 
 
 def test_layers_count_only_as_far_as_they_follow_one_another() -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import xxhash
@@ -22,7 +23,8 @@ class PlannedTensor(NamedTuple):
     """One output tensor, with its dtype, shape and size; its shard knows where it begins.
 
     `kind` is "copy" (one side's bytes), "cast" (one side's values in another dtype), or the blend rule's name.
-    `pretrained` and `posttrained` name the tensors that are read: one of them, or both for a blend.
+    `pretrained` and `posttrained` name the tensors that are read: one of them, or both for a blend. With `rows`, only
+    the first so many rows are, at any alpha, blended or cast from the pre-trained side: the others are post-trained.
     """
 
     name: str
@@ -31,6 +33,12 @@ class PlannedTensor(NamedTuple):
     kind: str
     pretrained: str | None
     posttrained: str | None
+    rows: int | None = None
+
+    @property
+    def shared_elements(self) -> int:
+        """The number of elements that depend on both sides, in a blend all of them unless there are `rows`."""
+        return prod(self.info.shape if self.rows is None else (self.rows, *self.info.shape[1:]))
 
     @property
     def sources(self) -> tuple[tuple[Side, str], ...]:
@@ -256,6 +264,7 @@ class MergePlan:
                         "kind": tensor.kind,
                         "pretrained": tensor.pretrained,
                         "posttrained": tensor.posttrained,
+                        **({} if tensor.rows is None else {"rows": tensor.rows}),
                     },
                 )
 
@@ -285,6 +294,6 @@ class MergePlan:
             digest.update(shard.name.encode())
             digest.update(repr(shard.kept).encode() if shard.kept else shard.header)  # names, dtypes, shapes, offsets
             for tensor in shard.tensors:
-                origin = tensor.alpha, tensor.kind, tensor.pretrained, tensor.posttrained
+                origin = tensor.alpha, tensor.kind, tensor.pretrained, tensor.posttrained, tensor.rows
                 digest.update(repr(origin).encode())
         return digest.hexdigest()

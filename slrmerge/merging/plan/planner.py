@@ -30,7 +30,8 @@ def plan_merge(
     pair = recipe.open_pair() if pair is None else pair
     require_pair(pair)
     alphas, problems = recipe.resolve(pair)
-    planned = TensorPlanner(pair, recipe.dtype, blend=alphas.blend).plan(alphas)
+    planner = TensorPlanner(pair, recipe.dtype, blend=alphas.blend, shares_vocabulary=recipe.vocabulary == "shared")
+    planned = planner.plan(alphas)
     raise_all([*problems, *require_same_depth(pair), *planned.problems], PlanError)
     shards, resharded = lay_out(planned.tensors, pair.posttrained.shards, limit_bytes=recipe.max_shard_size)
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)

@@ -1,17 +1,22 @@
 """Where each output tensor comes from, or why it cannot.
 
-The output has exactly the post-trained side's names. Tensors that one side lacks are refused.
+The output has exactly the post-trained side's names. Tensors that one side lacks are refused, unless they follow from
+the config or belong to a vision or audio tower.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
+from slrmerge.checkpoint.buffers import is_constant
+from slrmerge.checkpoint.fused import fusion, is_regrouped
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
+from slrmerge.checkpoint.vocabulary import SharedVocabulary, compare_vocabularies
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.blend import DTYPES
 from slrmerge.merging.plan.model import PlannedTensor
@@ -19,14 +24,13 @@ from slrmerge.merging.plan.model import PlannedTensor
 SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 """A recipe's dtypes → safetensors' names."""
 
-DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")
-"""Constants that old checkpoints store and newer ones compute; taken from whichever side has them."""
-
-INPUT_EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-"""What a tied head (`tie_word_embeddings`) is stored as."""
-
-_HEAD = "lm_head.weight"
 _KEEP = "keep it post-trained: give it alpha: 0 under `tensors`"
+_ANOTHER_MODEL = "the two are not the same architecture: name the model that it was trained from"
+_TIE = "set tie_word_embeddings: true in its config if its embedding serves as the head; otherwise "
+_ROWS = "set `vocabulary: shared` to blend the rows that both sides have, or "
+_LORA = re.compile(r"\.(?:lora_[A-Za-z_]+|base_layer)\.")
+_CONSTANT = "computed from the config, {} the post-trained side"
+_OUTSIDE_PAIR = "only in the pre-trained checkpoint, left out"
 
 
 class PlannedTensors(NamedTuple):
@@ -48,11 +52,15 @@ class _Refusal(NamedTuple):
 class TensorPlanner:
     """Plans tensors one by one, and collects the names that cannot be planned by reason."""
 
-    def __init__(self, pair: ModelPair, dtype: str | None, *, blend: str = "linear") -> None:
+    def __init__(
+        self, pair: ModelPair, dtype: str | None, *, blend: str = "linear", shares_vocabulary: bool = False
+    ) -> None:
         self._pair = pair
+        self._names = pair.correspondence
         self._blend = blend
         self._dtype = SAFETENSORS_DTYPES[dtype] if dtype else None
-        self._refused: dict[_Refusal, list[str]] = defaultdict(list)
+        self._shares_vocabulary = shares_vocabulary
+        self._refused: dict[_Refusal, dict[str, None]] = defaultdict(dict)
         self._notes: dict[str, list[str]] = defaultdict(list)
         self._quantised_pre = quantised_groups(pair.pretrained.items())
         self._quantised_post = quantised_groups(pair.posttrained.items())
@@ -64,7 +72,8 @@ class TensorPlanner:
         """Plan every tensor at its alpha."""
         planned = [tensor for name, alpha in alphas.items() if (tensor := self._plan_one(name, alpha))]
         self._check_quantised_modules(alphas)
-        self._check_left_out(alphas)
+        self._check_tied(alphas)
+        self._check_unmatched(alphas)
         if self._dtype and self._quantised_post:
             remedy, name = "leave out `dtype`", next(iter(self._quantised_post))
             self._refuse(name, "quantised-cast", "is quantised and cannot be cast to another dtype", remedy)
@@ -73,34 +82,88 @@ class TensorPlanner:
             for refusal, names in self._refused.items()
             for where in group_names(names)
         ]
-        return PlannedTensors(planned, problems, [f"{what}: {_some(names)}" for what, names in self._notes.items()])
+        notes = [f"{what}: {_some(names)}" for what, names in self._notes.items()]
+        if self._names.note and any(alphas.values()):
+            notes.insert(0, self._names.note)
+        return PlannedTensors(planned, problems, notes)
 
     def _plan_one(self, name: str, alpha: float) -> PlannedTensor | None:
         post = self._pair.posttrained[name]
         if alpha == 0:
             return self._from_posttrained(name, post)
-        twin = self._twin(name)
+        twin = self._names.twins.get(name)
         if twin is None:
-            if name.endswith(DERIVED_SUFFIXES):
-                return self._from_posttrained(name, post)
-            return self._refuse(name, "not-in-pretrained", "is not in the pre-trained checkpoint", _KEEP)
+            return self._plan_unmatched(name, post)
         pre = self._pair.pretrained[twin]
-        if pre.shape != post.shape:
-            what = f"has shape {list(pre.shape)} pre-trained and {list(post.shape)} post-trained"
-            return self._refuse(name, "different-shapes", what, _KEEP)
         if name in self._quantised_post or twin in self._quantised_pre:
             return self._plan_quantised(name, alpha, twin, pre, post)
+        rows: int | None = None
+        if not is_regrouped(pre.shape, post.shape):
+            if is_constant(name, post, self._pair.posttrained.config):
+                return self._keep(name, post, _CONSTANT.format("kept from"))
+            rows = self._shared_rows(name, pre, post)
+            if rows is None:
+                return None
+        if name in self._names.by_tie:
+            self._notes[f"tied in the pre-trained checkpoint, read from {twin}"].append(name)
         if post.dtype not in FLOATING or pre.dtype not in FLOATING:
             if alpha < 1:
                 self._notes["not floating, copied from the post-trained side"].append(name)
                 return self._from_posttrained(name, post)
             if pre.dtype != post.dtype:
+                if is_constant(name, post, self._pair.posttrained.config):
+                    return self._keep(name, post, _CONSTANT.format("kept from"))
                 what = f"is {pre.dtype} pre-trained and {post.dtype} post-trained"
-                return self._refuse(name, "different-dtypes", what, _KEEP)
+                return self._refuse(name, "different-dtypes", what, self._remedy(name))
         output = self._output(post)
+        if rows is not None:
+            kind = "cast" if alpha == 1 else self._blend
+            return PlannedTensor(name, output, alpha, kind, twin, name, rows)
         if alpha == 1:
             return PlannedTensor(name, output, 1.0, self._copy_or_cast(name, pre, output), twin, None)
         return PlannedTensor(name, output, alpha, self._blend, twin, name)
+
+    def _plan_unmatched(self, name: str, post: TensorInfo) -> PlannedTensor | None:
+        """A post-trained tensor that corresponds to no pre-trained one: kept where that is safe."""
+        if is_constant(name, post, self._pair.posttrained.config):
+            return self._keep(name, post, _CONSTANT.format("kept from"))
+        if self._names.is_tower(name):
+            return self._keep(name, post, "the pre-trained model has no such tower, kept from the post-trained side")
+        return None  # refused with the others that only one side has
+
+    def _keep(self, name: str, post: TensorInfo, note: str) -> PlannedTensor:
+        self._notes[note].append(name)
+        return self._from_posttrained(name, post)
+
+    def _shared_rows(self, name: str, pre: TensorInfo, post: TensorInfo) -> int | None:
+        """How many rows of a tensor of another shape both vocabularies have; None where it is refused."""
+        what = f"has shape {list(pre.shape)} pre-trained and {list(post.shape)} post-trained"
+        if not (self._names.is_vocabulary(name) and pre.shape[1:] == post.shape[1:]):
+            self._refuse(name, "different-shapes", what, self._remedy(name))
+            return None
+        if not self._shares_vocabulary:
+            self._refuse(name, "different-vocabularies", what, _ROWS + _KEEP)
+            return None
+        tokens, difference = self._vocabulary
+        rows = min(pre.shape[0], post.shape[0], *(() if tokens is None else (tokens,)))
+        if difference is not None and difference < rows:
+            what = f"has rows of other tokens on either side: id {difference} is another token"
+            self._refuse(name, "different-tokens", what, f"leave out `vocabulary`, and {_KEEP}")
+            return None
+        unchecked = "" if tokens else " (the tokens are not compared: a side has no tokenizer.json)"
+        self._notes[
+            f"{rows:,} of {post.shape[0]:,} rows are in both vocabularies, the others are post-trained{unchecked}"
+        ].append(name)
+        return rows
+
+    @cached_property
+    def _vocabulary(self) -> SharedVocabulary:
+        return compare_vocabularies(self._pair)
+
+    def _remedy(self, name: str) -> str:
+        """What to do about a tensor that does not fit: only outside the layers one can be kept by itself."""
+        stack = self._pair.stack
+        return _ANOTHER_MODEL if stack and stack.locate(name) else _KEEP
 
     def _plan_quantised(
         self, name: str, alpha: float, twin: str, pre: TensorInfo, post: TensorInfo
@@ -112,6 +175,9 @@ class TensorPlanner:
         if not (same and self._same_quantisation):
             what = "is not quantised in the same way on both sides"
             return self._refuse(name, "different-quantisation", what, "merge two models quantised in the same way")
+        if pre.shape != post.shape:
+            what = f"has shape {list(pre.shape)} pre-trained and {list(post.shape)} post-trained"
+            return self._refuse(name, "different-shapes", what, self._remedy(name))
         return PlannedTensor(name, post, 1.0, "copy", twin, None)
 
     def _from_posttrained(self, name: str, post: TensorInfo) -> PlannedTensor:
@@ -131,19 +197,6 @@ class TensorPlanner:
             return post
         return TensorInfo(self._dtype, post.shape, prod(post.shape) * DTYPE_BITS[self._dtype] // 8, 0)
 
-    def _twin(self, name: str) -> str | None:
-        """The pre-trained tensor that corresponds to `name`: its namesake, or what a tied head is stored as."""
-        pretrained = self._pair.pretrained
-        if name in pretrained:
-            return name
-        if name.endswith(_HEAD) and pretrained.config.get("tie_word_embeddings"):
-            prefix = name.removesuffix(_HEAD)
-            for candidate in pretrained:
-                if candidate.startswith(prefix) and candidate.endswith(INPUT_EMBEDDING_SUFFIXES):
-                    self._notes[f"the pre-trained head is tied, read from {candidate}"].append(name)
-                    return candidate
-        return None
-
     def _check_quantised_modules(self, alphas: Mapping[str, float]) -> None:
         """A quantised module's tensors are one value: they cannot come from different sides."""
         by_module: dict[str, set[float]] = defaultdict(set)
@@ -155,28 +208,106 @@ class TensorPlanner:
                 what = "is quantised, and its tensors would come from different sides"
                 self._refuse(module, "quantised-module-split", what, "give the whole module one alpha")
 
-    def _check_left_out(self, alphas: Mapping[str, float]) -> None:
-        """A restored layer must be the whole pre-trained layer, not only what the post-trained side has of it."""
-        stack = self._pair.stack
-        touched = {place[0] for name, alpha in alphas.items() if alpha and stack and (place := stack.locate(name))}
-        for name in self._pair.pretrained:
-            if name in self._pair.posttrained or name.endswith(DERIVED_SUFFIXES):
-                continue
-            place = stack.locate(name) if stack else None
-            if place and place[0] in touched:
+    def _check_tied(self, alphas: Mapping[str, float]) -> None:
+        """Tensors that are one for a loader cannot become two."""
+        for group in self._names.tied:
+            found = {alphas[name]: name for name in group if name in alphas}
+            if len(found) > 1:
+                what = (
+                    f"are tied, and would have different alphas: {', '.join(f'{alpha:g}' for alpha in sorted(found))}"
+                )
+                self._refuse(" and ".join(sorted(found.values())), "tied-tensors", what, "give them one alpha")
+            elif any(found) and len(group) > 1:
+                self._notes["tied, so treated as one tensor"].append(" and ".join(group))
+
+    def _check_unmatched(self, alphas: Mapping[str, float]) -> None:
+        """Refuse tensors that only one side has, wherever they would matter; each kind of reason once."""
+        pre, post = self._pair.pretrained, self._pair.posttrained
+        pre_stack, post_stack = self._names.stacks
+        layers = {
+            place[0] for name, alpha in alphas.items() if alpha and post_stack and (place := post_stack.locate(name))
+        }
+        only_post = [
+            name
+            for name, alpha in alphas.items()
+            if alpha
+            and name not in self._names.twins
+            and not (is_constant(name, post[name], post.config) or self._names.is_tower(name))
+        ]
+        twins = set(self._names.twins.values())
+        left = [name for name in pre if name not in twins]
+        only_pre: list[str] = []
+        for name in left if any(alphas.values()) else ():
+            if is_constant(name, pre[name], pre.config):
+                self._notes[_CONSTANT.format("not in")].append(name)
+            elif pre_stack and (place := pre_stack.locate(name)):
+                only_pre += [name] if place[0] in layers else []
+            elif not (self._names.differing_layers and self._pair.pretrained.stack):
+                self._notes[_OUTSIDE_PAIR].append(name)
+        fused = {
+            what: "post-trained" if is_fused else "pre-trained"
+            for what, is_fused in filter(None, map(fusion, only_post))
+            if (what, not is_fused) in set(map(fusion, only_pre))
+        }
+        modules_pre = set(self._quantised_pre.values())
+        for name in only_post:
+            if name in self._quantised_post or {name, name.rpartition(".")[0]} & modules_pre:
+                self._refuse_quantised(self._quantised_post.get(name, name))
+            elif not self._refuse_fused(name, fused, "post-trained"):
+                self._refuse_post(name)
+        for name in only_pre:
+            if name in self._quantised_pre or self._quantised_post.keys() & {f"{name}_blocks"}:
+                self._refuse_quantised(self._quantised_pre.get(name, name))
+            elif not self._refuse_fused(name, fused, "pre-trained"):
                 what = "is in a pre-trained layer, but not in the post-trained checkpoint"
-                self._refuse(name, "different-architectures", what, "the two are not the same architecture")
-            elif not place and any(alphas.values()):
-                self._notes["only in the pre-trained checkpoint, left out"].append(name)
+                self._refuse(name, "different-architectures", what, _ANOTHER_MODEL)
+
+    def _refuse_quantised(self, module: str) -> None:
+        side = "post-trained" if self._quantised_post else "pre-trained"
+        if self._quantised_post and self._quantised_pre:
+            what = "is not quantised in the same way on both sides"
+        else:
+            what = f"is quantised on the {side} side only"
+        self._refuse(module, "different-quantisation", what, "merge two models quantised in the same way, or neither")
+
+    def _refuse_fused(self, name: str, fused: Mapping[str, str], side: str) -> bool:
+        """Whether a tensor is fused, or not, unlike on the other side; reported by the names of the fused side."""
+        found = fusion(name)
+        if found is None or found[0] not in fused:
+            return False
+        if fused[found[0]] == side:
+            what = f"{found[0]} are fused on the {side} side only"
+            self._refuse(name, "fused-differently", what, "save both checkpoints alike, with the same program")
+        return True
+
+    def _refuse_post(self, name: str) -> None:
+        """Refuse a post-trained tensor that has no counterpart, with what can be done about it."""
+        stack = self._pair.stack
+        what = "is not in the pre-trained checkpoint"
+        if _LORA.search(name):
+            what = "belongs to a LoRA that is not merged into the weights"
+            self._refuse(name, "lora-not-merged", what, "merge it first (PEFT merge_and_unload)")
+        elif stack and stack.locate(name):
+            if differing := self._names.differing_layers:
+                what = f"has no layers {differing[1]}.* like the post-trained model"
+                what += f"; its own are {differing[0]}.*" if differing[0] else ""
+                self._refuse(str(self._pair.pretrained), "different-layers", what, _ANOTHER_MODEL)
+            else:
+                self._refuse(name, "not-in-pretrained", what, _ANOTHER_MODEL)
+        elif name == self._names.head:
+            what += ", whose config says that its head is not tied to its embedding"
+            self._refuse(name, "not-in-pretrained", what, _TIE + _KEEP)
+        else:
+            self._refuse(name, "not-in-pretrained", what, _KEEP if self._names.is_new_module(name) else _ANOTHER_MODEL)
 
     def _refuse(self, name: str, code: str, what: str, remedy: str) -> PlannedTensor | None:
         """Keep `name` for the error that lists all refusals; it is planned as None."""
-        self._refused[_Refusal(code, what, remedy)].append(name)
+        self._refused[_Refusal(code, what, remedy)][name] = None
         return None
 
 
 def plan_tensor_alphas(
-    wanted: Iterable[tuple[str, float]], pair: ModelPair, *, dtype: str | None
+    wanted: Iterable[tuple[str, float]], pair: ModelPair, *, dtype: str | None, shares_vocabulary: bool = False
 ) -> dict[tuple[str, float], PlannedTensor]:
     """Plan tensors, each maybe at several alphas: (name, alpha) → what a merge would write for it.
 
@@ -188,7 +319,9 @@ def plan_tensor_alphas(
     planned: dict[tuple[str, float], PlannedTensor] = {}
     problems: dict[Problem, None] = {}
     for alpha, at_alpha in sorted(names.items()):
-        found = TensorPlanner(pair, dtype).plan(dict.fromkeys(sorted(at_alpha), alpha))
+        found = TensorPlanner(pair, dtype, shares_vocabulary=shares_vocabulary).plan(
+            dict.fromkeys(sorted(at_alpha), alpha)
+        )
         planned |= {(tensor.name, alpha): tensor for tensor in found.tensors}
         problems |= dict.fromkeys(found.problems)
     raise_all(problems, PlanError)

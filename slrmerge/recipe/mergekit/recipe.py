@@ -43,6 +43,7 @@ class MergekitRecipe:
     max_shard_size: int = DEFAULT_SHARD_BYTES
 
     has_rules = True
+    vocabulary = "same"
     written_as = (RECIPE_NAME, "mergekit_config.yml")
     """The names under which a merge writes the recipe as it was run; mergekit's users expect the second."""
 

@@ -1,0 +1,241 @@
+"""Which pre-trained tensor each post-trained one was trained from, whatever prefixes the names have.
+
+Tensors in layers correspond by layer and by the name inside it, those outside by their names without prefixes. What
+could be matched in two ways, or could mean something else, is not matched.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.embeddings import TOWER, Embeddings, are_halves, find_embeddings, is_vocabulary_tensor, synonym
+from slrmerge.checkpoint.layers import LayerStack
+
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing insert anywhere in a name."""
+
+_CONTAINERS = frozenset({
+    "model", "transformer", "language_model", "text_model", "llm", "backbone", "auto_model", "thinker",
+    "base_model", "module",
+    "gpt_neox", "bert", "roberta", "distilbert", "electra", "albert", "deberta", "mpnet", "esm",
+})  # fmt: skip
+"""Modules that only contain the decoder, and that some checkpoints of a model have in their names and others lack."""
+
+_OTHER_PART = re.compile("encoder|decoder|vision|visual|image|video|audio|speech|talker|draft|mtp")
+"""Modules that are something else than the decoder, although their layers may look the same."""
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """`twins` maps post-trained names to pre-trained ones.
+
+    `by_tie` are those of them that correspond because one side's head is its embedding. `tied` are groups of
+    post-trained names that are one tensor. `note` says how the names differ; `differing_layers` are the prefixes of
+    stacks that could not be matched, pre-trained first; `stacks` are those that were. `head` is the post-trained head.
+    """
+
+    twins: Mapping[str, str]
+    by_tie: frozenset[str] = frozenset()
+    tied: tuple[tuple[str, ...], ...] = ()
+    note: str = ""
+    differing_layers: tuple[str, str] | None = None
+    stacks: tuple[LayerStack | None, LayerStack | None] = (None, None)
+    head: str | None = None
+    keys: tuple[Mapping[str, str], Mapping[str, str]] = field(default=({}, {}), repr=False)
+    """The names outside the layers of both sides, the pre-trained first → the same without prefixes."""
+
+    def is_tower(self, name: str) -> bool:
+        """Whether a post-trained tensor belongs to a vision or audio tower that the pre-trained side lacks entirely."""
+        pre, post = self.keys
+        return bool(TOWER.search(post.get(name, ""))) and not any(map(TOWER.search, pre.values()))
+
+    def is_vocabulary(self, name: str) -> bool:
+        """Whether a post-trained tensor has a row for every token: an embedding, the head, or the head's bias."""
+        return is_vocabulary_tensor(self.keys[1].get(name, ""))
+
+    def is_new_module(self, name: str) -> bool:
+        """Whether a post-trained tensor is outside the layers, in a module that the pre-trained side lacks."""
+        pre, post = self.keys
+        module = f"{post[name].partition('.')[0]}." if name in post else ""
+        return bool(module) and not any(key.startswith(module) for key in pre.values())
+
+
+def correspond(pre: Checkpoint, post: Checkpoint) -> Correspondence:
+    """Match the tensors of two checkpoints by their names and configs."""
+    post_stack, pre_stack = post.stack, _counterpart(pre, post)
+    differing = (pre.stack.prefix if pre.stack else "", post_stack.prefix) if post_stack and not pre_stack else None
+    twins: dict[str, str] = {}
+    roots: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    if pre_stack and post_stack and _clean(pre_stack.prefix) != _clean(post_stack.prefix):
+        roots = _roots(pre_stack, post_stack)
+        twins = _match(pre, post, _inside(pre_stack), _inside(post_stack))
+    else:
+        left = post if not (differing and post_stack) else [name for name in post if not post_stack.locate(name)]
+        twins = _match(pre, left, _clean, _clean)
+    outside = pre_stack or (pre.stack if post_stack else None)
+    keys = (_outside(pre, outside, roots[0]), _outside(post, post_stack, roots[1]))
+    taken = set(twins.values())
+    left_pre = [name for name in keys[0] if name not in taken]
+    left_post = [name for name in keys[1] if name not in twins]
+    twins |= _match(left_pre, left_post, keys[0].__getitem__, keys[1].__getitem__)
+    embeddings = (find_embeddings(pre, _by_key(keys[0])), find_embeddings(post, _by_key(keys[1])))
+    twins |= _synonyms(pre, post, twins, keys, embeddings)
+    by_tie = _tied_twins(pre, post, twins, keys, embeddings)
+    return Correspondence(
+        {name: twin for name in post if (twin := by_tie.get(name) or twins.get(name))},
+        frozenset(by_tie),
+        tuple(embeddings[1].groups),
+        _describe(twins, pre_stack, post_stack),
+        differing,
+        (pre_stack, post_stack),
+        embeddings[1].head,
+        keys,
+    )
+
+
+def _counterpart(pre: Checkpoint, post: Checkpoint) -> LayerStack | None:
+    """The pre-trained stack with the post-trained side's layers, or None where there is none for certain."""
+    stack, own = post.stack, pre.stack
+    if stack is None:
+        return None
+    if own and (own.prefix == stack.prefix or (stack.prefix not in pre.numbered_stacks and _same_layers(own, stack))):
+        return own
+    candidates = [LayerStack(prefix, run) for prefix, run in pre.numbered_stacks.items() if run >= stack.count]
+    named = [candidate for candidate in candidates if candidate.prefix == stack.prefix]
+    alike = named or [candidate for candidate in candidates if own is None and _same_layers(candidate, stack)]
+    return LayerStack(alike[0].prefix, stack.count) if len(alike) == 1 else None
+
+
+def _same_layers(first: LayerStack, second: LayerStack) -> bool:
+    """Whether two prefixes differ only in modules that contain the decoder, or by one module that a side lacks."""
+    short, long = sorted((_without_containers(_clean(stack.prefix)) for stack in (first, second)), key=len)
+    module, _, rest = long.partition(".")
+    return short == long or (short == rest and not _OTHER_PART.search(module))
+
+
+def _clean(name: str) -> str:
+    """A name without wrappers."""
+    return _WRAPPER.sub("", name) if "_orig_mod." in name or "_wrapped_module." in name else name
+
+
+def _without_containers(name: str, components: int = 1) -> str:
+    """A clean name without the modules that contain the decoder; the last `components` stay."""
+    parts = name.split(".")
+    start = 0
+    while start < len(parts) - components and parts[start] in _CONTAINERS:
+        start += 1
+    return ".".join(parts[start:])
+
+
+def _roots(pre: LayerStack, post: LayerStack) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What comes before the part that both prefixes end with."""
+    one, two = (_clean(stack.prefix).split(".") for stack in (pre, post))
+    common = 0
+    while common < min(len(one), len(two)) and one[-1 - common] == two[-1 - common]:
+        common += 1
+    return tuple(one[: len(one) - common]), tuple(two[: len(two) - common])
+
+
+def _outside(checkpoint: Checkpoint, stack: LayerStack | None, root: tuple[str, ...]) -> dict[str, str]:
+    """The names outside the layers, each with the name without prefixes."""
+    start = ".".join((*root, ""))
+    return {
+        name: _without_containers(_clean(name).removeprefix(start), 2).replace(
+            "vision_tower.vision_model.", "vision_tower."
+        )
+        for name in checkpoint
+        if not (stack and stack.locate(name))
+    }
+
+
+def _inside(stack: LayerStack) -> Callable[[str], tuple[int, str] | None]:
+    """The place of a tensor in a stack, without wrappers."""
+
+    def key(name: str) -> tuple[int, str] | None:
+        place = stack.locate(name)
+        return (place[0], _clean(place[1])) if place else None
+
+    return key
+
+
+def _match(
+    pre: Iterable[str],
+    post: Iterable[str],
+    pre_key: Callable[[str], Hashable],
+    post_key: Callable[[str], Hashable],
+) -> dict[str, str]:
+    """Names with the same key; a key that several names of one side have matches none."""
+    by_key = _unique(pre, pre_key)
+    found = ((name, by_key.get(key)) for key, name in _unique(post, post_key).items())
+    return {name: twin for name, twin in found if twin is not None}
+
+
+def _unique(names: Iterable[str], key: Callable[[str], Hashable]) -> dict[Hashable, str]:
+    keys = {name: found for name in names if (found := key(name)) is not None}
+    counts = Counter(keys.values())
+    return {found: name for name, found in keys.items() if counts[found] == 1}
+
+
+def _by_key(keys: Mapping[str, str]) -> dict[str, str]:
+    counts = Counter(keys.values())
+    return {key: name for name, key in keys.items() if counts[key] == 1}
+
+
+def _synonyms(
+    pre: Checkpoint,
+    post: Checkpoint,
+    twins: Mapping[str, str],
+    keys: tuple[Mapping[str, str], Mapping[str, str]],
+    embeddings: tuple[Embeddings, Embeddings],
+) -> dict[str, str]:
+    """Twins of a head and of its bias that the two sides store under different names."""
+    by_key = _by_key(keys[0])
+    found = {name: by_key.get(synonym(key) or "") for name, key in keys[1].items()}
+    if embeddings[1].head is not None:
+        found[embeddings[1].head] = embeddings[0].head
+    return {
+        name: twin
+        for name, twin in found.items()
+        if twin is not None and name not in twins and pre[twin].shape[1:] == post[name].shape[1:]
+    }
+
+
+def _tied_twins(
+    pre: Checkpoint,
+    post: Checkpoint,
+    twins: Mapping[str, str],
+    keys: tuple[Mapping[str, str], Mapping[str, str]],
+    embeddings: tuple[Embeddings, Embeddings],
+) -> dict[str, str]:
+    """Twins of embeddings and heads that the pre-trained side stores as another tensor."""
+    found: dict[str, str | None] = {}
+    own, (tokens, head) = embeddings[0], (embeddings[1].tokens, embeddings[1].head)
+    for name in tokens:
+        if name not in twins:
+            if own.is_shared and own.token and are_halves(keys[0][own.token], keys[1][name]):
+                found[name] = own.token
+            elif not own.tokens and own.may_lack_one:
+                found[name] = own.head
+    if head is not None:
+        if head not in twins and own.head is None and own.may_lack_one:
+            found[head] = own.token
+        if embeddings[1].is_tied and not own.is_tied and (token := embeddings[1].token) and token in twins:
+            found[head] = twins[token]  # what serves as both was trained from the embedding
+    return {
+        name: twin for name, twin in found.items() if twin is not None and pre[twin].shape[1:] == post[name].shape[1:]
+    }
+
+
+def _describe(twins: Mapping[str, str], pre: LayerStack | None, post: LayerStack | None) -> str:
+    """How the names of the two sides differ, in one line."""
+    renamed = [(name, twin) for name, twin in twins.items() if name != twin]
+    if not renamed:
+        return ""
+    if pre and post and pre.prefix != post.prefix:
+        names = f"{pre.prefix}.* in the pre-trained checkpoint, {post.prefix}.* in the post-trained one"
+        return f"the layers are called {names}; matched by layer and name"
+    (name, twin), *others = renamed
+    more = f", and {len(others):,} more" if others else ""
+    return f"matched under another name: {name} is {twin} in the pre-trained checkpoint{more}"

@@ -1,0 +1,130 @@
+"""The token embeddings and the output head, and which of them are one tensor under several names."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.layers import text_sections
+
+TOWER = re.compile(
+    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|multi_?modal|mm|perceiver|resampler|connector)(?:[._]|$)"
+)
+"""Modules of vision and audio towers, and what connects them to the decoder."""
+
+_EMBEDDINGS = frozenset({
+    "embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings", "token_embd", "embeddings",
+})  # fmt: skip
+"""Modules whose `weight` is a token embedding."""
+
+_HEADS = frozenset({
+    "lm_head", "embed_out", "cls.predictions.decoder", "predictions.decoder", "lm_head.decoder", "proj_out",
+    "vocab_projector", "generator_lm_head", "output_layer", "output",
+})  # fmt: skip
+"""Modules whose `weight` is the output head, without prefixes."""
+
+_SHARED = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+"""The embeddings of an encoder-decoder, which are one tensor where the first is stored."""
+
+_BIASES = (
+    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    ("predictions.bias", "predictions.decoder.bias"),
+    ("lm_head.bias", "lm_head.decoder.bias"),
+)
+"""Names of one tensor, without prefixes."""
+
+_TIED_BY_DEFAULT = frozenset({
+    "albert", "bart", "bert", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small", "bloom",
+    "camembert", "cohere", "cohere2", "convbert", "ctrl", "deberta", "deberta-v2", "distilbert", "electra", "ernie",
+    "ernie4_5", "ernie4_5_moe", "esm", "falcon", "falcon_mamba", "flaubert", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo",
+    "ibert", "led", "lfm2", "lfm2_moe", "longformer", "longt5", "m2m_100", "mamba", "marian", "mbart",
+    "megatron-bert", "mobilebert", "modernbert", "mpnet", "mpt", "mt5", "mvp", "nllb-moe", "nystromformer",
+    "openai-gpt", "opt", "paligemma", "pegasus", "pegasus_x", "plbart", "prophetnet", "recurrent_gemma", "roberta",
+    "roformer", "shieldgemma2", "smollm3", "speech_to_text", "starcoder2", "switch_transformers", "t5", "t5gemma",
+    "umt5", "whisper", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "zamba", "zamba2",
+})  # fmt: skip
+"""Model types whose head is the embedding unless their config says otherwise (transformers 5.23)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The names of a checkpoint's token embeddings and of its head, and whether they are one tensor.
+
+    `is_shared`: all token embeddings are one. `is_tied`: head and embedding are, though both may be stored.
+    `may_lack_one`: where only one of the two is stored, it serves as both.
+    """
+
+    tokens: tuple[str, ...]
+    head: str | None
+    is_shared: bool
+    is_tied: bool
+    may_lack_one: bool
+    biases: tuple[tuple[str, ...], ...]
+
+    @property
+    def token(self) -> str | None:
+        """The embedding that a head is tied to: the only one, or the decoder's; None where there is none."""
+        decoders = [name for name in self.tokens if ".decoder." in f".{name}"]
+        return next(iter(self.tokens if self.is_shared else decoders), None)
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Stored tensors that are one, each group with the embedding first."""
+        head = (self.head,) if self.head and self.is_tied and self.token else ()
+        tied = (*self.tokens, *head) if self.is_shared else (*((self.token,) if self.token else ()), *head)
+        return [group for group in (tied, *self.biases) if len(group) > 1]
+
+
+def find_embeddings(checkpoint: Checkpoint, outside: Mapping[str, str]) -> Embeddings:
+    """The embeddings and the head; `outside` are the tensors outside the layers, by their names without prefixes."""
+    tokens = {
+        key: name
+        for key, name in outside.items()
+        if key.endswith(".weight") and _is_embedding(key.removesuffix(".weight")) and len(checkpoint[name].shape) == 2
+    }
+    heads = [outside[f"{key}.weight"] for key in sorted(_HEADS) if f"{key}.weight" in outside]
+    biases = tuple(tuple(outside[key] for key in keys if key in outside) for keys in _BIASES)
+    flags = {section.get("tie_word_embeddings") for section in text_sections(checkpoint.config)} - {None}
+    return Embeddings(
+        tuple(sorted(tokens.values(), key=lambda name: (not name.endswith("shared.weight"), name))),
+        heads[0] if len(heads) == 1 else None,
+        is_shared=len(tokens) == 1 or ("shared.weight" in tokens and _shares_halves(checkpoint.config)),
+        is_tied=flags == {True} or (not flags and _is_tied_by_default(checkpoint.config)),
+        may_lack_one=True in flags or False not in flags,
+        biases=biases,
+    )
+
+
+def is_vocabulary_tensor(key: str) -> bool:
+    """Whether a tensor has a row for every token, by its name without prefixes."""
+    module, _, last = key.rpartition(".")
+    is_bias = any(key in keys for keys in _BIASES)
+    return is_bias or (last == "weight" and (module in _HEADS or _is_embedding(module)))
+
+
+def are_halves(first: str, second: str) -> bool:
+    """Whether two names without prefixes are embeddings of one encoder-decoder."""
+    return {first, second} <= {f"{module}.weight" for module in _SHARED}
+
+
+def synonym(key: str) -> str | None:
+    """The other name of a bias of the head, without prefixes."""
+    return next((other for pair in _BIASES for other in pair if key in pair and other != key), None)
+
+
+def _is_embedding(module: str) -> bool:
+    """Whether a module, named without prefixes, embeds tokens; one of a vision or audio tower does not."""
+    *owner, last = module.split(".")
+    return last in _EMBEDDINGS and len(owner) <= 2 and not TOWER.search(module)
+
+
+def _shares_halves(config: Mapping[str, Any]) -> bool:
+    return config.get("share_encoder_decoder_embeddings") is not False
+
+
+def _is_tied_by_default(config: Mapping[str, Any]) -> bool:
+    """By the model type, where there is a text section by that section's."""
+    *_, section = text_sections(config)
+    return (section.get("model_type") or config.get("model_type")) in _TIED_BY_DEFAULT
