@@ -31,6 +31,9 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     side_files: Mapping[str, SourceFile]
     """What belongs to the model besides its weights, by name: config, tokenizer, chat templates, licence, code."""
 
+    metadata: tuple[Mapping[str, str], ...] = ()
+    """What the headers of the weight files say besides tensors (`__metadata__`), a mapping for each file."""
+
     verified: frozenset[str] = frozenset()
     """The weight files that were downloaded and match the Hub's digests."""
 

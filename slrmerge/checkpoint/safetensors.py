@@ -61,6 +61,10 @@ class SafetensorsCheckpoint(Checkpoint):
         return {name: file for file, shard in self.shards.items() for name in shard.tensors}
 
     @property
+    def metadata(self) -> tuple[Mapping[str, str], ...]:  # type: ignore[override]
+        return tuple(shard.metadata for shard in self.shards.values())
+
+    @property
     def weight_files(self) -> Mapping[str, SourceFile]:
         return {name: shard.file for name, shard in self.shards.items()}
 

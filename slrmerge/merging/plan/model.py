@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -48,14 +48,15 @@ class TensorRead(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One safetensors file of the output: a header, then `tensors` without gaps, in this order."""
+    """One safetensors file of the output: a header with `metadata`, then `tensors` without gaps, in this order."""
 
     name: str
     tensors: tuple[PlannedTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def header(self) -> bytes:
-        return header_bytes((tensor.name, tensor.info) for tensor in self.tensors)
+        return header_bytes(((tensor.name, tensor.info) for tensor in self.tensors), self.metadata)
 
     @cached_property
     def data_bytes(self) -> int:

@@ -1,12 +1,14 @@
 """Recipe and headers → MergePlan. Pure: reads no weights, writes nothing."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from slrmerge.checkpoint.pair import ModelPair, require_pair, require_same_depth
 from slrmerge.errors import PlanError, raise_all
 from slrmerge.io.garbage import collector_paused
 from slrmerge.merging.finding import Finding, find_search_result
 from slrmerge.merging.plan.files import plan_files
+from slrmerge.merging.plan.metadata import plan_metadata
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.shards import lay_out
 from slrmerge.merging.plan.tensors import TensorPlanner
@@ -31,8 +33,11 @@ def plan_merge(
     require_pair(pair)
     alphas, problems = recipe.resolve(pair)
     planned = TensorPlanner(pair, recipe.dtype, blend=alphas.blend).plan(alphas)
-    raise_all([*problems, *require_same_depth(pair), *planned.problems], PlanError)
+    metadata = plan_metadata(pair, planned.tensors)
+    raise_all([*problems, *require_same_depth(pair), *planned.problems, *metadata.problems], PlanError)
     shards = lay_out(planned.tensors, limit_bytes=recipe.max_shard_size)
+    if metadata.metadata:
+        shards = tuple(replace(shard, metadata=metadata.metadata) for shard in shards)
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
     notes = (*recipe.notes(pair), *planned.notes, *_config_notes(pair), *code_notes)
     return MergePlan(recipe, pair, shards, tuple(files), notes, allow_code, finding)
