@@ -31,6 +31,9 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     side_files: Mapping[str, SourceFile]
     """What belongs to the model besides its weights, by name: config, tokenizer, chat templates, licence, code."""
 
+    left_out: tuple[str, ...] = ()
+    """The names of its other files and folders, which a merge leaves behind; a folder's ends in `/`."""
+
     metadata: tuple[Mapping[str, str], ...] = ()
     """What the headers of the weight files say besides tensors (`__metadata__`), a mapping for each file."""
 

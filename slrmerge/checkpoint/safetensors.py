@@ -15,7 +15,7 @@ from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
 from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard
 from slrmerge.checkpoint.layers import layer_count, longest_stack
-from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, local_side_files
+from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, list_left_out, local_side_files
 from slrmerge.errors import CheckpointError, Problem, raise_all
 from slrmerge.io.pieces import DIGEST_NAME
 from slrmerge.io.sizes import shorten
@@ -40,6 +40,7 @@ class SafetensorsCheckpoint(Checkpoint):
     config: Mapping[str, Any]
     shards: Mapping[str, Shard]
     side_files: Mapping[str, SourceFile]
+    left_out: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self.shards[self.weight_map[name]].tensors[name]
@@ -164,7 +165,10 @@ def open_folder(folder: Path) -> SafetensorsFolder:
             if shard := collect(problems, partial(read_local_shard, folder / file), None):
                 shards[file] = shard
         check_shards(layout, shards, problems, where=str(folder))
-        checkpoint = SafetensorsFolder(folder, layout.config, shards, local_side_files(folder))
+        side_files = local_side_files(folder)
+        entries = [f"{name}/" if (folder / name).is_dir() else name for name in names]
+        left_out = list_left_out(entries, {*shards, *side_files})
+        checkpoint = SafetensorsFolder(folder, layout.config, shards, side_files, left_out)
     except OSError as error:
         raise unreadable(folder, error) from error
     require_layers(checkpoint)

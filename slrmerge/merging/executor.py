@@ -5,7 +5,7 @@ Killed at any moment, the target is absent or as it was; the next run resumes fr
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from slrmerge.checkpoint.side_files import (
     CONFIG_NAME,
     MANIFEST_NAME,
     is_common_file,
+    module_folders,
 )
 from slrmerge.errors import CheckpointError, Problem, VerificationError, raise_all
 from slrmerge.io import files
@@ -123,18 +124,28 @@ def why_not_a_checkpoint(folder: Path) -> str | None:
         written = {*read_manifest(folder).files, MANIFEST_NAME}
     except VerificationError:
         written = {MANIFEST_NAME}
-    others = sorted(name for name in _entries(folder) if name not in written and not is_common_file(name))
+    try:
+        modules = module_folders(folder)
+    except CheckpointError:
+        modules = ()
+    others = sorted(
+        name
+        for name in _entries(folder, modules)
+        if not (name in written or is_common_file(name) or name.startswith(tuple(f"{each}/" for each in modules)))
+    )
     shown = ", ".join(others[:5]) + (", …" if len(others) > 5 else "")
     return f"contains more than a checkpoint ({shown})" if others else None
 
 
-def _entries(folder: Path) -> Iterator[str]:
+def _entries(folder: Path, modules: Collection[str]) -> Iterator[str]:
     """What a folder contains: its files, those in the folders that a checkpoint has, and other folders as `name/`."""
     for path in folder.iterdir():
         if not path.is_dir() or path.is_symlink():
             yield path.name
         elif path.name in (*CHAT_TEMPLATE_FOLDERS, ".cache"):
             yield from (f"{path.name}/{inner.name}" for inner in path.iterdir())
+        elif path.name in modules:
+            yield from (inner.relative_to(folder).as_posix() for inner in path.rglob("*") if not inner.is_dir())
         else:
             yield f"{path.name}/"
 

@@ -205,6 +205,7 @@ class MergePlan:
             "output_bytes": self.output_bytes,
             "shards": {shard.name: shard.file_bytes for shard in self.shards},
             "files": {file.name: file.file_bytes for file in self.files},
+            "left_out": list(self.pair.posttrained.left_out),
             "notes": list(self.notes),
             "tensors": dict(self.origins()),
         }

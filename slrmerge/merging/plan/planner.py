@@ -39,7 +39,7 @@ def plan_merge(
     if metadata.metadata:
         shards = tuple(replace(shard, metadata=metadata.metadata) for shard in shards)
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
-    notes = (*recipe.notes(pair), *planned.notes, *_config_notes(pair), *code_notes)
+    notes = (*recipe.notes(pair), *planned.notes, *_config_notes(pair), *code_notes, *_left_out_notes(pair))
     return MergePlan(recipe, pair, shards, tuple(files), notes, allow_code, finding)
 
 
@@ -55,3 +55,11 @@ def _config_notes(pair: ModelPair) -> Iterator[str]:
     differing = sorted(key for key in keys if pre.get(key) != post.get(key))
     if differing:
         yield f"the configs differ, the post-trained one is used: {', '.join(differing)}"
+
+
+def _left_out_notes(pair: ModelPair) -> Iterator[str]:
+    names = pair.posttrained.left_out
+    if names:
+        others = f" and {len(names) - 8} more" if len(names) > 9 else ""
+        shown = names if not others else names[:8]
+        yield f"left out, beside the post-trained weights: {', '.join(shown)}{others}"
