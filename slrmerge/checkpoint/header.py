@@ -29,8 +29,8 @@ DTYPE_BITS = {
 FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 """The dtypes that can be blended and cast: real, floating, and meaningful without a scale beside them."""
 
-MAX_HEADER_BYTES = 25_000_000
-"""The most that the Hub reads. The format allows four times as much, which takes seconds and a gigabyte to parse."""
+MAX_HEADER_BYTES = 100_000_000
+"""The most that the format allows, which takes seconds and a gigabyte to parse."""
 
 _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 _ENTRY_KEY_SET = frozenset(_ENTRY_KEYS)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.files import unreadable
 from slrmerge.checkpoint.header import FLOATING, TensorInfo
 from slrmerge.errors import CheckpointError, Problem
+from slrmerge.io.files import read_file
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
 COMPANION_SUFFIXES = frozenset({
@@ -39,6 +41,7 @@ KNOWN_METHODS = frozenset({
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
 """Files beside a config that says nothing of quantisation itself: old GPTQ and AWQ, ModelOpt, EXL3."""
 
+_MAX_BYTES = 50_000_000
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 _METHOD_KEYS = ("quant_method", "quant_algo", "quant_type", "mode")
 
@@ -160,7 +163,9 @@ def _config_beside(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         if file := checkpoint.side_files.get(name):
             path = file.fetch()
             try:
-                content = parse_json(path.read_bytes(), allow_nan=True)
+                content = parse_json(read_file(path, _MAX_BYTES), allow_nan=True)
+            except OSError as error:
+                raise unreadable(path, error) from error
             except InvalidJsonError as error:
                 what = f"invalid JSON ({error})"
                 raise CheckpointError(Problem("invalid-json", str(path), what, "download it again")) from None

@@ -15,6 +15,7 @@ from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
 from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard
 from slrmerge.checkpoint.layers import layer_count, longest_stack
+from slrmerge.checkpoint.location import snapshot_of
 from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, list_left_out, local_side_files
 from slrmerge.errors import CheckpointError, Problem, raise_all
 from slrmerge.io.pieces import DIGEST_NAME
@@ -157,6 +158,7 @@ def open_folder(folder: Path) -> SafetensorsFolder:
         if not exists(folder) or not folder.is_dir():
             what = "is a file, not a checkpoint folder" if folder.exists() else "no such folder"
             raise CheckpointError(Problem("no-checkpoint", str(folder), what, _NAME_A_FOLDER))
+        folder = snapshot_of(folder)
         names = {path.name for path in folder.iterdir()}
         layout = read_layout(folder, names, where=str(folder))
         problems = list(layout.problems)
@@ -292,7 +294,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         what = f"has more than {_MAX_JSON_BYTES:,} bytes"
         raise CheckpointError(Problem("invalid-json", str(path), what, "download it again"))
     try:
-        value = parse_json(raw, allow_nan=True)
+        value = parse_json(raw, allow_nan=True, allow_duplicates=path.name == CONFIG_NAME)
     except InvalidJsonError as error:
         what = f"invalid JSON ({error})"
         raise CheckpointError(Problem("invalid-json", str(path), what, "download it again")) from None

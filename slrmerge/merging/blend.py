@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from slrmerge.errors import BlendError, Problem
@@ -25,6 +26,8 @@ class Blender:
         self.inputs = (_buffer(), _buffer())
         self._wide = (_buffer(), _buffer())
         self._output = _buffer()
+        self.nan_names: set[str] = set()
+        """The tensors in whose blends a value is not a number."""
 
     def blend(
         self,
@@ -45,7 +48,10 @@ class Blender:
         wide = "F64" if "F64" in (*dtypes, output_dtype) else "F32"
         values = [as_tensor(self.inputs[side], dtype, elements) for side, dtype in enumerate(dtypes)]
         pre, post = (as_tensor(self._wide[side], wide, elements).copy_(value) for side, value in enumerate(values))
-        return self._rounded(name, rule.blend(pre, post, alpha, sums), output_dtype, values)
+        result = rule.blend(pre, post, alpha, sums)
+        if has_nan(result):
+            self.nan_names.add(name)
+        return self._rounded(name, result, output_dtype, values)
 
     def cast(self, name: str, elements: int, dtype: str, output_dtype: str) -> memoryview:
         """The first `elements` of the first input, rounded to nearest even. Valid and raises as `blend`."""
@@ -72,6 +78,11 @@ class Blender:
                 what, remedy = "has values beyond float16's 65504", "set dtype: bfloat16 or float32 in the recipe"
                 raise BlendError(Problem("overflow", name, what, remedy))
         return self._output[: result.numel() * output.element_size()]
+
+
+def has_nan(values: "torch.Tensor") -> bool:
+    """Whether any value is NaN; finite values cost one sum."""
+    return not isfinite(float(values.sum())) and bool(values.isnan().any())
 
 
 def as_tensor(buffer: memoryview, dtype: str, elements: int) -> "torch.Tensor":

@@ -34,6 +34,7 @@ from slrmerge.merging.manifest import build_manifest, read_manifest
 from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan
+from slrmerge.merging.plan.tensors import group_names
 from slrmerge.merging.shard_writer import write_shards
 from slrmerge.merging.stream import HybridReader, file_chunks
 from slrmerge.recipe.load import RecipeLike
@@ -98,8 +99,8 @@ def execute(
             output.require_space(plan.output_bytes)
             plan = replace(plan, pair=plan.pair.download(progress, plan.read_files()))
         threads = options.threads or default_threads(plan.pair)
-        written, resumed = _write(plan, output, threads, name=name or output.path.name, progress=progress)
-    return MergeResult(output.path, written, plan.notes, resumed, time.monotonic() - started)
+        written, resumed, notes = _write(plan, output, threads, name=name or output.path.name, progress=progress)
+    return MergeResult(output.path, written, (*notes, *plan.notes), resumed, time.monotonic() - started)
 
 
 def output_folder(plan: MergePlan, out: str | os.PathLike[str], options: MergeOptions) -> OutputFolder:
@@ -157,8 +158,8 @@ def default_threads(pair: ModelPair) -> int:
 
 def _write(
     plan: MergePlan, output: OutputFolder, threads: int, *, name: str, progress: Progress
-) -> tuple[dict[str, FileDigest], int]:
-    """Fill the staging folder and publish it; returns its files, and the number of pieces that were there already."""
+) -> tuple[dict[str, FileDigest], int, list[str]]:
+    """Fill the staging folder and publish it; returns its files, how many pieces were there already, and notes."""
     with plan.pair.open() as readers:
         reader = HybridReader(readers)
         _check_bools(plan, reader)
@@ -180,7 +181,16 @@ def _write(
             written[MANIFEST_NAME] = write_file(output.staging / MANIFEST_NAME, manifest, durable=output.durable)
             with journal.removed(lambda: output.published):
                 output.publish(progress)
-    return written, resumed
+    return written, resumed, list(_nan_notes(reader.nan_names))
+
+
+def _nan_notes(names: Collection[str]) -> Iterator[str]:
+    if names:
+        shown = "; ".join(group_names(sorted(names)))
+        yield (
+            "NaN in blended tensors, from a NaN in one side or from inf − inf; the model will not work. Look for the "
+            f"damaged source with `slrmerge diff`, or restore or keep these tensors whole: {shown}"
+        )
 
 
 def _write_side_files(plan: MergePlan, output: OutputFolder, *, name: str) -> Iterator[tuple[str, FileDigest]]:

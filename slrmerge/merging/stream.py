@@ -25,6 +25,8 @@ class HybridReader:
         self._sums: dict[str, Mapping[str, float]] = {}
         self._measuring: dict[str, Lock] = {}
         self._lock = Lock()
+        self.nan_names: set[str] = set()
+        """The tensors in whose blends a value was not a number, among those computed so far."""
 
     def source_of(self, tensor: PlannedTensor) -> tuple[TensorReader, str]:
         """The reader and the name of the one tensor that a copy or a cast reads."""
@@ -58,6 +60,8 @@ class HybridReader:
         rule, sums = BLEND_RULES[tensor.kind], self._sums_of(tensor, blender)
         for count, dtypes in self._chunks(tensor, steps, blender):
             yield blender.blend(tensor.name, count, dtypes, tensor.info.dtype, rule=rule, alpha=tensor.alpha, sums=sums)
+        if tensor.name in blender.nan_names:
+            self.nan_names.add(tensor.name)
 
     def read_into(self, tensor: PlannedTensor, begin: int, buffer: memoryview, blender: Blender) -> None:
         """Fill `buffer` with a tensor's bytes from byte `begin`, which lies between two elements."""
