@@ -34,6 +34,9 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     side_files: Mapping[str, SourceFile]
     """What belongs to the model besides its weights, by name: config, tokenizer, chat templates, licence, code."""
 
+    left_out: tuple[str, ...] = ()
+    """The names of its other files and folders, which a merge leaves behind; a folder's ends in `/`."""
+
     verified: frozenset[str] = frozenset()
     """The weight files that were downloaded and match the Hub's digests."""
 
@@ -46,6 +49,11 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     def weight_files(self) -> Mapping[str, SourceFile]:
         """The files that hold the weights, by name."""
         return {name: shard.file for name, shard in self.shards.items()}
+
+    @property
+    def metadata(self) -> tuple[Mapping[str, str], ...]:
+        """What the headers of the weight files say besides tensors (`__metadata__`), a mapping for each file."""
+        return tuple(shard.metadata for shard in self.shards.values())
 
     def place(self, name: str) -> tuple[str, int]:
         """The file of a tensor, and where in its data the tensor begins."""

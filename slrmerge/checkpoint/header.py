@@ -6,7 +6,7 @@ The format: a u64 length, that many bytes of UTF-8 JSON, then the data without h
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from math import prod
 from threading import Event
@@ -29,8 +29,8 @@ DTYPE_BITS = {
 FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 """The dtypes that can be blended and cast: real, floating, and meaningful without a scale beside them."""
 
-MAX_HEADER_BYTES = 25_000_000
-"""The most that the Hub reads. The format allows four times as much, which takes seconds and a gigabyte to parse."""
+MAX_HEADER_BYTES = 100_000_000
+"""The most that the format allows, which takes seconds and a gigabyte to parse."""
 
 _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 _ENTRY_KEY_SET = frozenset(_ENTRY_KEYS)
@@ -65,13 +65,15 @@ class TensorInfo(NamedTuple):
 class Shard:
     """A safetensors file with a valid header; `tensors` are in the order of their data.
 
-    `data_start` is where the data begins, in bytes; `header_digest` covers everything before it.
+    `data_start` is where the data begins, in bytes; `header_digest` covers everything before it. `metadata` is what the
+    header says besides tensors.
     """
 
     file: SourceFile
     data_start: int
     header_digest: str
     tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_shard(file: SourceFile, cancelled: Event | None = None) -> Shard:
@@ -101,14 +103,17 @@ def read_shard(file: SourceFile, cancelled: Event | None = None) -> Shard:
     del raw  # as large as what it becomes, and text too: neither is held longer than needed
     entries = _parse_json(file, text)
     del text
-    tensors = _check_entries(file, entries, data_bytes=file.file_bytes - 8 - header_bytes)
-    return Shard(file, 8 + header_bytes, digest, tensors)
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    tensors = _check_entries(file, metadata, entries, data_bytes=file.file_bytes - 8 - header_bytes)
+    return Shard(file, 8 + header_bytes, digest, tensors, metadata)
 
 
-def header_bytes(tensors: Iterable[tuple[str, TensorInfo]]) -> bytes:
+def header_bytes(tensors: Iterable[tuple[str, TensorInfo]], metadata: Mapping[str, str] | None = None) -> bytes:
     """The header for a file that holds `tensors` without gaps, in this order: length, JSON, padding to 8 bytes."""
     header = BytesIO()
-    header.write(bytes(8) + b'{"__metadata__":{"format":"pt"}')  # transformers refuses a file without it
+    about = json.dumps({**(metadata or {}), "format": "pt"}, separators=(",", ":"))  # transformers needs the format
+    header.write(bytes(8) + b'{"__metadata__":' + about.encode())
     end = 0
     for name, info in tensors:
         begin, end = end, end + info.nbytes
@@ -171,12 +176,11 @@ def _parse_json(file: SourceFile, text: str) -> dict[str, Any]:
     return header
 
 
-def _check_entries(file: SourceFile, header: dict[str, Any], *, data_bytes: int) -> dict[str, TensorInfo]:
+def _check_entries(
+    file: SourceFile, metadata: Any, header: dict[str, Any], *, data_bytes: int
+) -> dict[str, TensorInfo]:
     problems: list[Problem] = []
-    metadata = header.pop("__metadata__", None)
-    if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    ):
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         problems.append(Problem("invalid-header", str(file), "__metadata__ does not map strings to strings"))
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():

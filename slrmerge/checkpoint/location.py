@@ -15,9 +15,9 @@ class Repository:
 
     @classmethod
     def parse(cls, text: str) -> "Repository | None":
-        """The repository that `organisation/name@revision` names; None where `text` cannot name one."""
-        match = _REPOSITORY.fullmatch(text)
-        return cls(match["name"], match["revision"]) if match else None
+        """The repository that `text` names, or None: `organisation/name@revision`, its page on the Hub, or `hf://`."""
+        match = _REPOSITORY.fullmatch(text) or _PAGE.fullmatch(text)
+        return cls(match["name"], match["revision"] and match["revision"].replace("%2F", "/")) if match else None
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -38,4 +38,21 @@ def parse_source(text: str | os.PathLike[str], *, base: Path = Path()) -> Source
     return folder if exists else Repository.parse(text) or folder
 
 
-_REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+def snapshot_of(folder: Path) -> Path:
+    """Where `folder` is a repository in the Hub's cache, its snapshot of `main`, or else its only one."""
+    if not folder.name.startswith("models--") or not (folder / "snapshots").is_dir():
+        return folder
+    ref = folder / "refs" / "main"
+    commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else ""
+    if re.fullmatch("[0-9a-f]{1,64}", commit) and (folder / "snapshots" / commit).is_dir():
+        return folder / "snapshots" / commit
+    snapshots = list((folder / "snapshots").iterdir())
+    return snapshots[0] if len(snapshots) == 1 else folder
+
+
+_NAME = r"(?P<name>\w[\w.-]*/\w[\w.-]*)"
+_REPOSITORY = re.compile(rf"(hf://)?{_NAME}(@(?P<revision>[\w./-]+))?", re.ASCII)
+_PAGE = re.compile(
+    rf"(https?://)?(huggingface\.co|hf\.co)/(?!(datasets|spaces|docs|blog)/){_NAME}(/tree/(?P<revision>[\w./%-]+?))?/?",
+    re.ASCII,
+)

@@ -1,12 +1,21 @@
 """Quantised modules and how to recognise them.
 
-A packed weight and its scales are one value in several tensors: a merge takes all of them from one side, or none.
+A packed weight and its scales are one value in several tensors: a merge takes all of them from one side, or none. Where
+the format is not known, neither is which tensors those are: a merge takes whole layers or nothing.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from slrmerge.checkpoint.header import TensorInfo
+from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.files import unreadable
+from slrmerge.checkpoint.header import FLOATING, TensorInfo
+from slrmerge.errors import CheckpointError, Problem
+from slrmerge.io.files import read_file
+from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
 COMPANION_SUFFIXES = frozenset({
     "qweight", "qzeros", "scales", "g_idx",  # GPTQ, AWQ
@@ -23,9 +32,87 @@ _PACKED_SUFFIXES = ("_blocks", "_scales")  # mxfp4
 _WEIGHT_STATES = ("absmax", "quant_map", "nested_", "quant_state.")  # bitsandbytes: `<module>.weight.absmax`
 
 
+KNOWN_METHODS = frozenset({
+    "gptq", "awq", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "fbgemm_fp8", "compressed-tensors",
+    "mxfp4", "modelopt",
+})  # fmt: skip
+"""Values of `quant_method` whose tensors `COMPANION_SUFFIXES` and `LOW_BIT_DTYPES` recognise completely."""
+
+QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
+"""Files beside a config that says nothing of quantisation itself: old GPTQ and AWQ, ModelOpt, EXL3."""
+
+_MAX_BYTES = 50_000_000
+_CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+_METHOD_KEYS = ("quant_method", "quant_algo", "quant_type", "mode")
+
+_BOOKKEEPING = frozenset({
+    "meta", "metadata", "producer", "quantizer", "calibration", "calibration_dataset", "dataset", "nsamples", "seqlen",
+    "batch_size", "iters", "damp_percent", "damp_auto_increment", "true_sequential", "model_name_or_path",
+    "model_file_base_name", "tensor_storage", "author", "comment", "description", "date", "time", "timestamp",
+    "created", "created_at", "quantized_at", "use_exllama", "exllama_config", "backend", "bnb_4bit_compute_dtype",
+})  # fmt: skip
+"""Keys that say who quantised a model, when and with what data, or choose a kernel: not what its numbers mean."""
+
+_VERSION = re.compile(r"v?\d+(\.\d+)+\S*")
+"""A release, such as 0.9.4; AWQ's `version: gemm` and torchao's `_version: 2` name layouts."""
+
+_BUFFERS = frozenset({
+    "position_ids", "token_type_ids", "relative_position_index", "num_batches_tracked", "bias", "masked_bias",
+    "causal_mask", "attention_mask", "tid2eid",
+})  # fmt: skip
+_BUFFER_SUFFIXES = ("_ids", "_index", "_mask")
+"""Last components of names of whole numbers that are no weights, and their ends."""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a checkpoint is quantised.
+
+    `modules` maps the tensors of recognised modules to those modules. `unknown` says why the format is not known, or
+    is empty.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    modules: Mapping[str, str]
+    unknown: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Quantisation | None":
+        """What the config, the files beside it, and the tensors' names and dtypes say; None for a plain model.
+
+        Raises CheckpointError where a file beside the config is not JSON, and HubError.
+        """
+        modules = quantised_groups(checkpoint.items())
+        packed = _packed_tensor(checkpoint, modules)
+        config = quantisation_config(checkpoint.config)
+        if config is None and (modules or packed):
+            config = _config_beside(checkpoint)
+        method = _method(config or {}) or ("mlx" if isinstance(checkpoint.config.get("quantization"), dict) else "")
+        unknown = f"{packed} is {checkpoint[packed].dtype}" if packed else ""
+        if method and method not in KNOWN_METHODS:
+            unknown = method
+        if not (modules or unknown):
+            return None  # nothing is packed, whatever the config says
+        return cls(method, config or {}, modules, unknown)
+
+    @property
+    def name(self) -> str:
+        """The format in parentheses where the config names it, as in ` (mxfp4)`."""
+        return f" ({self.method})" if self.method else ""
+
+    def difference(self, other: "Quantisation") -> str:
+        """The first setting that differs from `other`'s and affects the numbers, with both values; or empty."""
+        own, others = dict(_settings(self.config)), dict(_settings(other.config))
+        for key in sorted(own.keys() | others.keys()):
+            if own.get(key) != others.get(key):
+                return f"{key} is {own.get(key, 'not set')} pre-trained, {others.get(key, 'not set')} post-trained"
+        return ""
+
+
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The quantisation section of a config, or None."""
-    for key in ("quantization_config", "compression_config"):
+    for key in _CONFIG_KEYS:
         if isinstance(config.get(key), dict):
             return dict(config[key])
     return None
@@ -56,3 +143,60 @@ def _module(name: str, info: TensorInfo) -> str:
     if last.endswith(_PACKED_SUFFIXES):
         return name.rpartition("_")[0]
     return parent if last in COMPANION_SUFFIXES or info.dtype in LOW_BIT_DTYPES else ""
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    """The name of the format in a quantisation section, in lower case; ModelOpt and AWQ name it deeper or otherwise."""
+    nested = config.get("quantization")
+    sections = (config, nested if isinstance(nested, dict) else {})
+    found = next((str(each[key]) for each in sections for key in _METHOD_KEYS if isinstance(each.get(key), str)), "")
+    if not found and "w_bit" in config:
+        return "awq"
+    if not found and "bits" in config and "desc_act" in config:
+        return "gptq"
+    return "modelopt" if nested and "producer" in config else found.lower()
+
+
+def _config_beside(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The first of `QUANTISATION_FILES` that the checkpoint has."""
+    for name in QUANTISATION_FILES:
+        if file := checkpoint.side_files.get(name):
+            path = file.fetch()
+            try:
+                content = parse_json(read_file(path, _MAX_BYTES), allow_nan=True)
+            except OSError as error:
+                raise unreadable(path, error) from error
+            except InvalidJsonError as error:
+                what = f"invalid JSON ({error})"
+                raise CheckpointError(Problem("invalid-json", str(path), what, "download it again")) from None
+            return content if isinstance(content, dict) else None
+    return None
+
+
+def _packed_tensor(tensors: Mapping[str, TensorInfo], modules: Mapping[str, str]) -> str | None:
+    """A matrix of whole numbers that no known format explains, and that takes the place of a weight."""
+    for name, info in tensors.items():
+        if info.dtype in FLOATING or info.dtype == "BOOL" or len(info.shape) < 2 or name in modules:
+            continue
+        parent, _, last = name.rpartition(".")
+        weight = tensors.get(f"{parent}.weight")
+        is_beside_weight = weight is not None and weight.dtype in FLOATING and len(weight.shape) > 1
+        is_buffer = not parent or last in _BUFFERS or last.endswith(_BUFFER_SUFFIXES)
+        if not (is_buffer or is_beside_weight):
+            return name
+    return None
+
+
+def _settings(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """The settings that affect the numbers, flat, as canonical JSON; None is the same as absent."""
+    for key, value in config.items():
+        is_version = isinstance(value, str) and _VERSION.fullmatch(value) and "version" in key.lower()
+        is_version = is_version or (isinstance(value, str) and key.endswith("_version"))
+        if value is None or key in _BOOKKEEPING or is_version:
+            continue
+        if isinstance(value, dict):
+            yield from _settings(value, f"{path}{key}.")
+        elif isinstance(value, list) and all(isinstance(each, str) for each in value):
+            yield path + key, json.dumps(sorted(value))  # names of modules, in any order
+        else:
+            yield path + key, json.dumps(value, sort_keys=True)

@@ -12,7 +12,8 @@ from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
 from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard
 from slrmerge.checkpoint.layers import missing_layers
-from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, local_side_files
+from slrmerge.checkpoint.location import snapshot_of
+from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, list_left_out, local_side_files
 from slrmerge.errors import CheckpointError, Problem, collect, raise_all
 from slrmerge.io.pieces import DIGEST_NAME, digest_bytes
 from slrmerge.io.sizes import shorten
@@ -34,6 +35,7 @@ class SafetensorsCheckpoint(Checkpoint):
     config: Mapping[str, Any]
     shards: Mapping[str, Shard]
     side_files: Mapping[str, SourceFile]
+    left_out: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self.shards[self.weight_map[name]].tensors[name]
@@ -143,6 +145,7 @@ def open_folder(folder: Path) -> SafetensorsFolder:
         if not exists(folder) or not folder.is_dir():
             what = "is a file, not a checkpoint folder" if folder.exists() else "no such folder"
             raise CheckpointError(Problem("no-checkpoint", str(folder), what, _NAME_A_FOLDER))
+        folder = snapshot_of(folder)
         names = {path.name for path in folder.iterdir()}
         layout = read_layout(folder, names, where=str(folder))
         problems = list(layout.problems)
@@ -151,7 +154,10 @@ def open_folder(folder: Path) -> SafetensorsFolder:
             if shard := collect(problems, partial(read_local_shard, folder / file), None):
                 shards[file] = shard
         check_shards(layout, shards, problems, where=str(folder))
-        checkpoint = SafetensorsFolder(folder, layout.config, shards, local_side_files(folder))
+        side_files = local_side_files(folder)
+        entries = [f"{name}/" if (folder / name).is_dir() else name for name in names]
+        left_out = list_left_out(entries, {*shards, *side_files})
+        checkpoint = SafetensorsFolder(folder, layout.config, shards, side_files, left_out)
     except OSError as error:
         raise unreadable(folder, error) from error
     require_layers(checkpoint)
@@ -264,7 +270,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         what = f"has more than {_MAX_JSON_BYTES:,} bytes"
         raise CheckpointError(Problem("invalid-json", str(path), what, "download it again"))
     try:
-        value = parse_json(raw, allow_nan=True)
+        value = parse_json(raw, allow_nan=True, allow_duplicates=path.name == CONFIG_NAME)
     except InvalidJsonError as error:
         what = f"invalid JSON ({error})"
         raise CheckpointError(Problem("invalid-json", str(path), what, "download it again")) from None

@@ -2,12 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from slrmerge.checkpoint.files import LocalFile, SourceFile
+from slrmerge.checkpoint.files import LocalFile, SourceFile, open_within
 from slrmerge.errors import CheckpointError, Problem, collect, raise_all
+from slrmerge.io.names import is_inside
+from slrmerge.io.sizes import shorten
+from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -24,8 +27,14 @@ COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".spm", ".tiktoken", "
 LOADED_SUFFIXES = COPIED_SUFFIXES | {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"}
 """Suffixes of files that a loader may read from a model's folder."""
 
+MODULES_NAME = "modules.json"
+"""Lists the modules of a sentence-transformers model; each may have a folder, such as `1_Pooling`."""
+
 COPIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-"""Terms of use belong to the weights, whatever their suffix."""
+_TERMS = re.compile(rf"([A-Z0-9]+[-_. ])*({'|'.join(COPIED_STEMS)}).*")
+"""Upper-case names of terms of use, which belong to the weights, whatever their suffix."""
+
+_MAX_MODULES_BYTES = 1_000_000
 
 _NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, "adapter_config.json", "trainer_state.json"})
 
@@ -35,13 +44,16 @@ _COMMON_FILE = re.compile(
     r"|(tokenizer(_config)?|special_tokens_map|added_tokens|vocab|merges|tekken|chat_template|spiece|sentencepiece\.bpe"
     r"|qwen)\.(json|jinja|txt|model|model\.v\d+|bpe|spm|tiktoken|vocab)"
     r"|(modeling|configuration|tokenization|processing|image_processing)_\w+\.py"
-    r"|(README|LICEN[CS]E|NOTICE|USE_POLICY|COPYING)(\.(md|txt))?"
+    r"|tokenizer(\.mm)?\.model\.v\w+|(params|modules|config_sentence_transformers|sentence_bert_config)\.json"
+    r"|(hf_)?quant_config\.json|README(\.(md|txt))?"
     r"|(additional_)?chat_templates/[^/]+\.jinja"
     r"|slrmerge\.yaml|mergekit_config\.yml|\.gitattributes|\.cache/huggingface"
 )
 
 _TOKENIZER_STEMS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template")
 _TOKENIZER_SUFFIXES = frozenset({".model", ".spm", ".tiktoken", ".vocab", ".bpe", ".jinja"})
+_VERSIONED_TOKENIZER = re.compile(r"tokenizer(\.mm)?\.model\.v\w+")
+"""Mistral's: `tokenizer.model.v3`, `tokenizer.mm.model.v7m1`."""
 
 
 def local_side_files(folder: Path) -> dict[str, SourceFile]:
@@ -57,8 +69,11 @@ def local_side_files(folder: Path) -> dict[str, SourceFile]:
             names += [f"{inner.name}/{path.name}" for path in inner.iterdir() if not _is_other_folder(path)]
         elif os.path.lexists(inner):
             problems.append(Problem("not-a-folder", str(inner), "is not a folder", "replace it, or move it away"))
+    modules = module_folders(folder)
+    for inner in (folder / name for name in modules):
+        names += [path.relative_to(folder).as_posix() for path in inner.rglob("*") if not path.is_dir()]
     files: dict[str, SourceFile] = {}
-    for name in (*select_side_files(names), *{CARD_NAME}.intersection(names)):
+    for name in (*select_side_files(names, modules), *{CARD_NAME}.intersection(names)):
         if file := collect(problems, partial(LocalFile.within, folder, name), None):
             files[name] = file
     raise_all(problems, CheckpointError)
@@ -66,9 +81,53 @@ def local_side_files(folder: Path) -> dict[str, SourceFile]:
     return files
 
 
-def select_side_files(names: Iterable[str]) -> list[str]:
-    """Those of a repository's or folder's files that are side files, sorted."""
-    return sorted(filter(_is_side_file, names))
+def module_folders(folder: Path) -> tuple[str, ...]:
+    """The folders that modules.json in `folder` names; empty without one.
+
+    Raises CheckpointError where it is not such a list, or where the model itself is in one of the folders.
+    """
+    path = folder / MODULES_NAME
+    if not os.path.lexists(path):
+        return ()
+    with open_within(folder, MODULES_NAME) as file:
+        raw = file.read(_MAX_MODULES_BYTES)
+    remedy = "download it again"
+    try:
+        modules = parse_json(raw)
+    except InvalidJsonError as error:
+        raise CheckpointError(Problem("invalid-json", str(path), f"invalid JSON ({error})", remedy)) from None
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        return ()  # another program's file
+    found: dict[str, None] = {}
+    for module in modules:
+        name = module.get("path")
+        if not name or not isinstance(name, str):
+            continue
+        name = name.rstrip("/")
+        if not is_inside(name) or name.startswith(".") or not name.isprintable():
+            what = f"names the folder {shorten(name)}, outside of the checkpoint"
+            raise CheckpointError(Problem("invalid-modules", str(path), what, remedy))
+        if str(module.get("type", "")).endswith(".Transformer"):
+            what = f"says that the model is in the folder {name}, not in this one"
+            raise CheckpointError(Problem("invalid-modules", str(path), what, "name that folder as the checkpoint"))
+        found[name] = None
+    return tuple(found)
+
+
+def select_side_files(names: Iterable[str], folders: Iterable[str] = ()) -> list[str]:
+    """Those of a repository's or folder's files that are side files, sorted; `folders` are those of its modules."""
+    beginnings = tuple(f"{folder}/" for folder in folders)
+    return sorted(name for name in names if _is_side_file(name) or _is_of_module(name, beginnings))
+
+
+def list_left_out(names: Iterable[str], kept: Collection[str]) -> tuple[str, ...]:
+    """What a merge leaves behind of a checkpoint's `names` (a folder's ends in `/`), given the files that it reads.
+
+    Not the files that every merge writes anew, hidden ones, and code, which has a note of its own.
+    """
+    folders = {f"{part}/" for name in kept for part in map(str, PurePosixPath(name).parents) if part != "."}
+    others = {*names} - {*kept} - folders - {INDEX_NAME, CARD_NAME, MANIFEST_NAME, RECIPE_NAME}
+    return tuple(sorted(name for name in others if not (name.startswith(".") or "/" in name[:-1] or is_code(name))))
 
 
 def is_code(name: str) -> bool:
@@ -78,13 +137,14 @@ def is_code(name: str) -> bool:
 def is_tokenizer_file(name: str) -> bool:
     """Whether a side file belongs to the tokenizer or is a chat template."""
     path = PurePosixPath(name)
-    in_folder = path.parent.name in CHAT_TEMPLATE_FOLDERS
-    return in_folder or path.name.startswith(_TOKENIZER_STEMS) or path.suffix in _TOKENIZER_SUFFIXES
+    if "/" in name:
+        return str(path.parent) in CHAT_TEMPLATE_FOLDERS
+    return path.name.startswith(_TOKENIZER_STEMS) or path.suffix in _TOKENIZER_SUFFIXES
 
 
 def is_common_file(name: str) -> bool:
     """Whether this is the name of a file that checkpoints have, and not of someone's notes or logs."""
-    return _COMMON_FILE.fullmatch(name) is not None
+    return bool(_COMMON_FILE.fullmatch(name) or ("/" not in name and _TERMS.fullmatch(name.upper())))
 
 
 def fetch_side_files(side_files: Mapping[str, SourceFile]) -> None:
@@ -98,6 +158,11 @@ def _is_other_folder(path: Path) -> bool:
     return path.is_dir() and not path.suffix and path.name.upper() not in (*COPIED_STEMS, CARD_NAME.upper())
 
 
+def _is_of_module(name: str, beginnings: tuple[str, ...]) -> bool:
+    """Whether a file is in the folder of a module: its config and its own weights."""
+    return name.startswith(beginnings) and not any(part.startswith(".") for part in PurePosixPath(name).parts)
+
+
 def _is_side_file(name: str) -> bool:
     path = PurePosixPath(name)
     if str(path.parent) not in (".", *CHAT_TEMPLATE_FOLDERS):
@@ -106,4 +171,6 @@ def _is_side_file(name: str) -> bool:
         return True
     if path.name in _NOT_COPIED or path.name.startswith(".") or path.name.endswith(".index.json"):
         return False
-    return path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_STEMS)
+    if path.suffix in COPIED_SUFFIXES or _VERSIONED_TOKENIZER.fullmatch(path.name):
+        return True
+    return path.suffix not in LOADED_SUFFIXES and _TERMS.fullmatch(path.name.upper()) is not None

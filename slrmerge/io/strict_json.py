@@ -16,9 +16,15 @@ class InvalidJsonError(ValueError):
 
 
 def parse_json(
-    data: bytes | bytearray | str, *, allow_nan: bool = False, convert: Callable[[dict[str, Any]], Any] | None = None
+    data: bytes | bytearray | str,
+    *,
+    allow_nan: bool = False,
+    allow_duplicates: bool = False,
+    convert: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Any:
     """The value of a JSON text. Raises InvalidJsonError.
+
+    With `allow_duplicates` the last of duplicate keys counts, as it does for every loader of configs.
 
     `convert` replaces each object by a smaller value, innermost first, while it is parsed. `allow_nan` accepts NaN and
     Infinity, which Python writes into configs (`time_step_limit` of Mamba2).
@@ -30,7 +36,8 @@ def parse_json(
         raise ValueError(f"{text} is not JSON")
 
     def make_object(pairs: list[tuple[str, Any]]) -> Any:
-        return convert(_unique_keys(pairs)) if convert else _unique_keys(pairs)
+        made = dict(pairs) if allow_duplicates else _unique_keys(pairs)
+        return convert(made) if convert else made
 
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from slrmerge.errors import Problem, RecipeError, first_line
+from slrmerge.io.sizes import shorten
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 1_000_000
@@ -108,6 +109,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node)
+        digits = text.lstrip("+-")
+        if len(digits) > 1 and digits.isdigit() and digits[0] == "0":
+            what = f"{shorten(text)} has a leading zero, which some read as octal; write {digits.lstrip('0') or '0'}"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
     def construct_float(self, node: yaml.ScalarNode) -> float:

@@ -1,8 +1,8 @@
 """The arithmetic of a merge: blends and casts, chunk by chunk, in buffers that are reused."""
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from slrmerge.errors import BlendError, Problem
@@ -26,6 +26,8 @@ class Blender:
         self.inputs = (_buffer(), _buffer())
         self._wide = (_buffer(), _buffer())
         self._output = _buffer()
+        self.nan_names: set[str] = set()
+        """The tensors in whose blends a value is not a number."""
 
     def blend(
         self,
@@ -46,7 +48,10 @@ class Blender:
         values = [as_tensor(self.inputs[side], dtype, elements) for side, dtype in enumerate(dtypes)]
         if rule.is_mean and dtypes == (output_dtype, output_dtype):
             return self._mean(name, values, output_dtype, rule=rule, alpha=alpha)
-        return self._rounded(name, self._wide_blend(values, output_dtype, rule, alpha, sums), output_dtype, values)
+        result = self._wide_blend(values, output_dtype, rule, alpha, sums)
+        if has_nan(result):
+            self.nan_names.add(name)
+        return self._rounded(name, result, output_dtype, values)
 
     def _wide_blend(
         self, values: "list[torch.Tensor]", output_dtype: str, rule: BlendRule, alpha: float, sums: Mapping[str, float]
@@ -69,11 +74,13 @@ class Blender:
         pre, post = values
         output = as_tensor(self._output, dtype, len(pre))
         torch.lerp(post, pre, alpha, out=output)
-        if not math.isfinite(output.sum()):  # a finite sum has finite terms only
+        if not isfinite(output.sum()):  # a finite sum has finite terms only
             means = output.clone()
             self._round(self._wide_blend(values, dtype, rule, alpha, {}), output)
             torch.where(means.isfinite(), means, output, out=output)
             _check_overflow(name, output, values)
+            if has_nan(output):
+                self.nan_names.add(name)
         return self._output[: len(pre) * output.element_size()]
 
     def cast(self, name: str, elements: int, dtype: str, output_dtype: str) -> memoryview:
@@ -110,6 +117,11 @@ def _check_overflow(name: str, output: "torch.Tensor", values: "list[torch.Tenso
     if overflowed.any():
         what, remedy = "has values beyond float16's 65504", "set dtype: bfloat16 or float32 in the recipe"
         raise BlendError(Problem("overflow", name, what, remedy))
+
+
+def has_nan(values: "torch.Tensor") -> bool:
+    """Whether any value is NaN; finite values cost one sum."""
+    return not isfinite(float(values.sum())) and bool(values.isnan().any())
 
 
 def as_tensor(buffer: memoryview, dtype: str, elements: int) -> "torch.Tensor":

@@ -1,5 +1,6 @@
 """The hybrid's model card (README.md), as the Hub reads it."""
 
+import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,8 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     `name` is how to load the model: a folder, or a repository on the Hub.
     """
     pre, post = plan.pair.pretrained.model_name, plan.pair.posttrained.model_name
-    tags = ["merge", "slrmerge", "selective-layer-restoration"]
+    is_restoration = _is_restoration(plan)
+    tags = ["merge", "slrmerge", *(["selective-layer-restoration"] if is_restoration else [])]
     front = {
         **_base_models(pre, post),
         "library_name": "transformers",
@@ -42,12 +44,11 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
         "",
         f"# {markdown(post.rpartition('/')[2])} merged with {markdown(pre.rpartition('/')[2])}",
         "",
-        f"A merge of {markdown_code(pre)} (pre-trained) and {markdown_code(post)} (post-trained), made with slrmerge.",
-        f"Resetting layers to their pre-trained weights is [Selective Layer Restoration]({_PAPER}).",
+        *_introduction(plan, pre, post, is_restoration=is_restoration),
         "",
         "## Merge",
         "",
-        *(f"- {markdown(sentence)}" for sentence in describe_plan(plan)),
+        *(f"- {markdown(_in_names(sentence, plan, pre, post))}" for sentence in describe_plan(plan)),
         *(f"- note: {markdown(note)}" for note in plan.notes),
         "",
         _side_files_sentence(plan),
@@ -72,12 +73,43 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     return "\n".join(lines).encode()
 
 
+def _is_restoration(plan: MergePlan) -> bool:
+    """Whether whole layers are reset, and nothing is blended: what the paper calls Selective Layer Restoration."""
+    stack = plan.pair.stack
+    is_reset = any(tensor.alpha == 1 and stack and stack.locate(tensor.name) for tensor in plan.tensors())
+    return is_reset and not _is_mergekit(plan) and all(tensor.alpha in (0, 1) for tensor in plan.tensors())
+
+
+def _is_mergekit(plan: MergePlan) -> bool:
+    """Whether a mergekit config says what to merge: its two models have no roles but that of the base."""
+    return len(plan.recipe.written_as) > 1
+
+
+def _introduction(plan: MergePlan, pre: str, post: str, *, is_restoration: bool) -> Iterator[str]:
+    if _is_mergekit(plan):
+        how = "by a mergekit config"
+        yield f"A merge of {markdown_code(post)} and {markdown_code(pre)} {how}, made with slrmerge."
+        return
+    yield f"A merge of {markdown_code(pre)} (pre-trained) and {markdown_code(post)} (post-trained), made with slrmerge."
+    if is_restoration:
+        yield f"Resetting layers to their pre-trained weights is [Selective Layer Restoration]({_PAPER})."
+
+
+def _in_names(sentence: str, plan: MergePlan, pre: str, post: str) -> str:
+    """A sentence of the plan; in a mergekit merge with the models' names in place of their roles."""
+    if not _is_mergekit(plan):
+        return sentence
+    where, separator, source = sentence.rpartition(": ")
+    names = {"pre": pre, "pre-trained": pre, "post": post, "post-trained": post}
+    return where + separator + re.sub(r"\b(pre|post)(-trained)?\b", lambda found: names[found[0]], source)
+
+
 def _side_files_sentence(plan: MergePlan) -> str:
+    names = {"pretrained": plan.pair.pretrained.model_name, "posttrained": plan.pair.posttrained.model_name}
+    config, tokenizer = (markdown_code(names[side]) for side in ("posttrained", plan.recipe.tokenizer))
     if plan.recipe.tokenizer == "posttrained":
-        return "Config, tokenizer and chat template are those of the post-trained model."
-    return (
-        "The config is that of the post-trained model, tokenizer and chat template are those of the pre-trained model."
-    )
+        return f"Config, tokenizer and chat template are those of {config}."
+    return f"The config is that of {config}.\nTokenizer and chat template are those of {tokenizer}."
 
 
 def _base_models(*names: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Killed at any moment, the target is absent or as it was; the next run resumes fr
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from slrmerge.checkpoint.side_files import (
     CONFIG_NAME,
     MANIFEST_NAME,
     is_common_file,
+    module_folders,
 )
 from slrmerge.errors import CheckpointError, Problem, VerificationError, raise_all
 from slrmerge.io import files
@@ -33,6 +34,7 @@ from slrmerge.merging.manifest import build_manifest, read_manifest
 from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan
+from slrmerge.merging.plan.tensors import group_names
 from slrmerge.merging.shard_writer import missing_pieces, needed_bytes, write_shards
 from slrmerge.merging.stream import HybridReader, file_chunks
 from slrmerge.recipe.load import RecipeLike
@@ -97,8 +99,8 @@ def execute(
             output.require_space(plan.changed_bytes)  # where everything else can be cloned
             plan = replace(plan, pair=plan.pair.download(progress, plan.read_files()))
         threads = options.threads or default_threads(plan.pair)
-        written, resumed = _write(plan, output, threads, name=name or output.path.name, progress=progress)
-    return MergeResult(output.path, written, plan.notes, resumed, time.monotonic() - started)
+        written, resumed, notes = _write(plan, output, threads, name=name or output.path.name, progress=progress)
+    return MergeResult(output.path, written, (*notes, *plan.notes), resumed, time.monotonic() - started)
 
 
 def output_folder(plan: MergePlan, out: str | os.PathLike[str], options: MergeOptions) -> OutputFolder:
@@ -131,18 +133,28 @@ def why_not_a_checkpoint(folder: Path) -> str | None:
         written = {*read_manifest(folder).files, MANIFEST_NAME}
     except VerificationError:
         written = {MANIFEST_NAME}
-    others = sorted(name for name in _entries(folder) if name not in written and not is_common_file(name))
+    try:
+        modules = module_folders(folder)
+    except CheckpointError:
+        modules = ()
+    others = sorted(
+        name
+        for name in _entries(folder, modules)
+        if not (name in written or is_common_file(name) or name.startswith(tuple(f"{each}/" for each in modules)))
+    )
     shown = ", ".join(others[:5]) + (", …" if len(others) > 5 else "")
     return f"contains more than a checkpoint ({shown})" if others else None
 
 
-def _entries(folder: Path) -> Iterator[str]:
+def _entries(folder: Path, modules: Collection[str]) -> Iterator[str]:
     """What a folder contains: its files, those in the folders that a checkpoint has, and other folders as `name/`."""
     for path in folder.iterdir():
         if not path.is_dir() or path.is_symlink():
             yield path.name
         elif path.name in (*CHAT_TEMPLATE_FOLDERS, ".cache"):
             yield from (f"{path.name}/{inner.name}" for inner in path.iterdir())
+        elif path.name in modules:
+            yield from (inner.relative_to(folder).as_posix() for inner in path.rglob("*") if not inner.is_dir())
         else:
             yield f"{path.name}/"
 
@@ -154,8 +166,8 @@ def default_threads(pair: ModelPair) -> int:
 
 def _write(
     plan: MergePlan, output: OutputFolder, threads: int, *, name: str, progress: Progress
-) -> tuple[dict[str, FileDigest], int]:
-    """Fill the staging folder and publish it; returns its files, and the number of pieces that were there already."""
+) -> tuple[dict[str, FileDigest], int, list[str]]:
+    """Fill the staging folder and publish it; returns its files, how many pieces were there already, and notes."""
     with plan.pair.open() as readers:
         reader = HybridReader(readers)
         _check_bools(plan, reader)
@@ -178,7 +190,16 @@ def _write(
             written[MANIFEST_NAME] = write_file(output.staging / MANIFEST_NAME, manifest, durable=output.durable)
             with journal.removed(lambda: output.published):
                 output.publish(progress)
-    return written, resumed
+    return written, resumed, list(_nan_notes(reader.nan_names))
+
+
+def _nan_notes(names: Collection[str]) -> Iterator[str]:
+    if names:
+        shown = "; ".join(group_names(sorted(names)))
+        yield (
+            "NaN in blended tensors, from a NaN in one side or from inf − inf; the model will not work. Look for the "
+            f"damaged source with `slrmerge diff`, or restore or keep these tensors whole: {shown}"
+        )
 
 
 def _write_side_files(plan: MergePlan, output: OutputFolder, *, name: str) -> Iterator[tuple[str, FileDigest]]:

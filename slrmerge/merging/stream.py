@@ -37,6 +37,8 @@ class HybridReader:
         self._sums: dict[str, Mapping[str, float]] = {}
         self._measuring: dict[str, Lock] = {}
         self._lock = Lock()
+        self.nan_names: set[str] = set()
+        """The tensors in whose blends a value was not a number, among those computed so far."""
 
     @property
     def blender(self) -> Blender:
@@ -90,6 +92,8 @@ class HybridReader:
                     tensor.name, count, (dtypes[0], dtypes[1]), output,
                     rule=BLEND_RULES[tensor.kind], alpha=tensor.alpha, sums=sums,
                 )  # fmt: skip
+            if tensor.name in blender.nan_names:
+                self.nan_names.add(tensor.name)
             data = data[skipped : skipped + left]
             skipped, left = 0, left - len(data)
             yield data

@@ -32,6 +32,9 @@ from slrmerge.recipe.rules import Rules, Text
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
+_MAX_COMPARED = 20
+"""Recipes with more rules than a person writes are not searched for rules without effect."""
+
 SCHEMA_ID = "urn:slrmerge:recipe"
 
 
@@ -138,9 +141,20 @@ class Recipe(Rules):
         return resolve_rules(self, pair.posttrained, pair.stack, tied=tied, blend=self.blend, place=self.place)
 
     def notes(self, pair: ModelPair) -> Iterator[str]:
-        """What a reader of the plan should know about the recipe."""
-        del pair
-        yield from ()
+        """What a reader of the plan should know about the recipe: rules without which it would say the same."""
+        alphas = self.resolve(pair).alphas
+        lists = {"layers": self.layers, "tensors": self.tensors}
+        without: dict[str, dict[str, object]] = {
+            f"$.{key}": {key: None} for key in ("alpha", "restore") if getattr(self, key) is not None
+        }
+        for key, rules in lists.items():
+            for number in range(len(rules)):
+                without[f"$.{key}[{number}]"] = {key: (*rules[:number], *rules[number + 1 :])}
+        if not any(alphas.values()) or len(without) > _MAX_COMPARED:
+            return
+        for path, update in without.items():
+            if self.model_copy(update=update).resolve(pair).alphas == alphas:
+                yield f"{path} changes nothing: the other rules decide the same for all of its tensors"
 
     def as_run(self, pair: ModelPair, folder: Path) -> dict[str, Any]:
         """`to_dict` for a file in `folder`, with repositories pinned to the commits of `pair`."""

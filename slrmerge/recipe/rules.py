@@ -1,5 +1,6 @@
 """The rules of a recipe: which side each tensor comes from, as people write it."""
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer
@@ -13,9 +14,10 @@ _MAX_LAYER = 10**9
 
 def _check_interval(value: object) -> object:
     if not (isinstance(value, list | tuple) and len(value) == 2 and all(type(end) is int for end in value)):
-        raise InvalidValue(
-            "invalid-interval", f"{shorten(value)} is not an interval", "write [first, last], both included"
-        )
+        remedy = "write [first, last], both included"
+        ends = re.fullmatch(r"(\d{1,9})\s*[:–-]\s*(\d{1,9})", value) if isinstance(value, str) else None
+        remedy += f", such as [{int(ends[1])}, {int(ends[2])}]" if ends else ""
+        raise InvalidValue("invalid-interval", f"{shorten(value)} is not an interval", remedy)
     first, last = value
     if first < 0:
         raise InvalidValue("invalid-interval", f"layer {shorten(first)} does not exist", "the first layer is 0")

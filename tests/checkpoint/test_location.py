@@ -5,6 +5,10 @@ from pathlib import Path
 import pytest
 
 from slrmerge.checkpoint.location import Repository, parse_source
+from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.errors import CheckpointError
+from tests.checkpoints import llama_tensors, write_checkpoint
+from tests.problems import refused
 
 REPOSITORIES = {
     "org/model": Repository("org/model"),
@@ -42,12 +46,46 @@ NO_REPOSITORIES = [
     "org/modèl",
     "org\\model",
     "C:/model",
-    "https://huggingface.co/org/model",
-    "hf://org/model",
+    "https://huggingface.co/datasets/org/model",
+    "https://huggingface.co/org",
+    "https://example.org/org/model",
+    "hf://org",
     "~nobody-of-that-name/model",
     "model\0",
     "x" * 300,
 ]
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "revision"),
+    [
+        ("https://huggingface.co/org/model", "org/model", None),
+        ("http://hf.co/org/model/", "org/model", None),
+        ("huggingface.co/org/model/tree/v1.0", "org/model", "v1.0"),
+        ("https://huggingface.co/org/model/tree/refs%2Fpr%2F1", "org/model", "refs/pr/1"),
+        ("hf://org/model", "org/model", None),
+        ("hf://org/model@main", "org/model", "main"),
+    ],
+)
+def test_a_page_of_the_hub_names_its_repository(tmp_path: Path, written: str, name: str, revision: str | None) -> None:
+    assert parse_source(written, base=tmp_path) == Repository(name, revision)
+
+
+def test_a_repository_in_the_hubs_cache_is_its_snapshot_of_main(tmp_path: Path) -> None:
+    folder = tmp_path / "models--org--model"
+    first, second = folder / "snapshots" / "a1", folder / "snapshots" / "b2"
+    write_checkpoint(first, llama_tensors("first"))
+    assert open_checkpoint(folder).folder == first  # the only one
+    write_checkpoint(second, llama_tensors("second"))
+    with refused(CheckpointError, "no-checkpoint"):
+        open_checkpoint(folder)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("b2\n")
+    found = open_checkpoint(folder)
+    assert (found.folder, found.model_name) == (second, "org/model")
+    (folder / "refs" / "main").write_text("../../elsewhere")
+    with refused(CheckpointError, "no-checkpoint"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("written", REPOSITORIES, ids=lambda written: written[:60])

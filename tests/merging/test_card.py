@@ -263,3 +263,28 @@ def test_no_name_changes_the_structure_of_the_card(tmp_path: Path) -> None:
     assert plain == hostile
     (_, recipe) = (token.content for token in cards[1] if token.type == "fence")
     assert yaml.safe_load(recipe)["posttrained"].endswith(f"post {name}")
+
+
+def test_a_soup_is_not_called_a_restoration(pair: Pair) -> None:
+    for rules in ({"alpha": 0.5}, {"alpha": 0.5, "blend": "slerp"}, {"tensors": [{"match": "lm_head.*", "alpha": 1}]}):
+        card = model_card(pair.plan(**rules), b"", name="hybrid").decode()
+        assert "selective-layer-restoration" not in card
+        assert "Selective Layer Restoration" not in card
+    card = model_card(pair.plan(restore=[2, 3]), b"", name="hybrid").decode()
+    assert "selective-layer-restoration" in card
+
+
+def test_the_card_of_a_mergekit_config_names_models_and_not_roles(pair: Pair) -> None:
+    models = [{"model": str(pair.folder / side)} for side in ("pre", "post")]
+    config = {
+        "merge_method": "slerp", "base_model": models[0]["model"], "models": models, "parameters": {"t": 0.25},
+        "dtype": "bfloat16",
+    }  # fmt: skip
+    plan = plan_merge(config)
+    card = model_card(plan, b"", name="hybrid").decode()
+    merged = [line for line in card.splitlines() if line.startswith("- ") and "note" not in line]
+    assert merged
+    assert all("pre-trained" not in line and "post-trained" not in line for line in merged)
+    assert all("from pre to post" in line for line in merged)  # the base is where a slerp begins
+    assert "Config, tokenizer and chat template are those of `pre`." in card
+    assert "Selective Layer Restoration" not in card

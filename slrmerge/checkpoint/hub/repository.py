@@ -1,7 +1,7 @@
 """A repository as a checkpoint: pinned to a commit, its small files in the Hub's cache, its weights read by ranges."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -17,6 +17,7 @@ from slrmerge.checkpoint.hub.errors import translate_hub_errors, translate_parse
 from slrmerge.checkpoint.hub.file import HubFile, cache_folder, client, commit_of
 from slrmerge.checkpoint.hub.session import limited_pages
 from slrmerge.checkpoint.location import Repository
+from slrmerge.checkpoint.quantised import QUANTISATION_FILES
 from slrmerge.checkpoint.safetensors import (
     SafetensorsCheckpoint,
     check_shards,
@@ -30,6 +31,9 @@ from slrmerge.checkpoint.side_files import (
     CHAT_TEMPLATE_FOLDERS,
     CONFIG_NAME,
     INDEX_NAME,
+    MODULES_NAME,
+    list_left_out,
+    module_folders,
     select_side_files,
 )
 from slrmerge.errors import CheckpointError, HubError, Problem, collect
@@ -44,16 +48,22 @@ _FILES_AT_A_TIME = 4
 _MAX_ENTRIES = 100_000
 _DIGEST = re.compile("sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
 
-_READ_TO_OPEN = frozenset({CONFIG_NAME, INDEX_NAME, CARD_NAME, "adapter_config.json"})
+_READ_TO_OPEN = frozenset({
+    CONFIG_NAME, INDEX_NAME, CARD_NAME, MODULES_NAME, "adapter_config.json", *QUANTISATION_FILES,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository at one commit; `files` are the top level and the folders of chat templates."""
+    """A repository at one commit: `files` of the top level and of folders that belong to the model, by name.
+
+    `folders` are all folders of the top level; their names end in `/`.
+    """
 
     repository: Repository
     commit: str
     files: Mapping[str, HubFile]
+    folders: tuple[str, ...] = ()
 
     @property
     def pinned(self) -> Repository:
@@ -155,8 +165,11 @@ def open_repository(repository: Repository) -> HubRepository:
         results = [collect(problems, read.result, None) for read in reads]
     shards = {file: shard for file, shard in zip(layout.files, results, strict=True) if shard}
     check_shards(layout, shards, problems, where=where)
-    side_files = {name: _with_cache_state(snapshot.files[name]) for name in select_side_files(snapshot.files)}
-    checkpoint = HubRepository(folder, layout.config, shards, side_files, snapshot=snapshot)
+    modules = module_folders(folder) if MODULES_NAME in snapshot.files else ()
+    snapshot = _with_folders(snapshot, modules)
+    side_files = {name: _with_cache_state(snapshot.files[name]) for name in select_side_files(snapshot.files, modules)}
+    left_out = list_left_out([*snapshot.files, *snapshot.folders], {*shards, *side_files})
+    checkpoint = HubRepository(folder, layout.config, shards, side_files, left_out, snapshot=snapshot)
     require_layers(checkpoint)
     return checkpoint
 
@@ -172,7 +185,7 @@ def open_cached(repository: Repository) -> HubRepository:
     except CheckpointError as error:
         raise HubError(_incomplete(repository), *error.problems) from error
     snapshot = Snapshot(repository, folder.name, {})
-    return HubRepository(local.folder, local.config, local.shards, local.side_files, snapshot=snapshot)
+    return HubRepository(local.folder, local.config, local.shards, local.side_files, local.left_out, snapshot=snapshot)
 
 
 def pin(repository: Repository) -> Snapshot:
@@ -184,12 +197,30 @@ def pin(repository: Repository) -> Snapshot:
     )
     pinned = Repository(repository.name, commit_of(info.sha, where=where))
     entries = _list_files(pinned, None)
-    for entry in list(entries):
-        if isinstance(entry, RepoFolder) and entry.path in CHAT_TEMPLATE_FOLDERS:
-            entries += _list_files(pinned, entry.path)
-    listed = [entry for entry in entries if isinstance(entry, RepoFile) and _is_usable(entry.path)]
-    files = {entry.path: _hub_file(pinned, entry) for entry in listed}
-    return Snapshot(repository, pinned.revision or "", files)
+    folders = tuple(f"{entry.path}/" for entry in entries if isinstance(entry, RepoFolder) and _is_usable(entry.path))
+    snapshot = Snapshot(repository, pinned.revision or "", _usable_files(pinned, entries), folders)
+    return _with_folders(snapshot, CHAT_TEMPLATE_FOLDERS)
+
+
+def _with_folders(snapshot: Snapshot, folders: Iterable[str]) -> Snapshot:
+    """The snapshot with the files in those of `folders` that it has, and in the folders in them."""
+    files = dict(snapshot.files)
+    left = [folder for folder in folders if f"{folder.partition('/')[0]}/" in snapshot.folders]
+    while left:
+        entries = _list_files(snapshot.pinned, left.pop())
+        files |= _usable_files(snapshot.pinned, entries)
+        left += [entry.path for entry in entries if isinstance(entry, RepoFolder) and _is_usable(entry.path)]
+        if len(files) > _MAX_ENTRIES:
+            raise HubError(Problem("too-many-files", str(snapshot), f"lists more than {_MAX_ENTRIES:,} files"))
+    return replace(snapshot, files=files)
+
+
+def _usable_files(pinned: Repository, entries: Iterable[RepoFile | RepoFolder]) -> dict[str, HubFile]:
+    return {
+        entry.path: _hub_file(pinned, entry)
+        for entry in entries
+        if isinstance(entry, RepoFile) and _is_usable(entry.path)
+    }
 
 
 def current_commit(repository: Repository) -> str:

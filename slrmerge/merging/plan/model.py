@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -85,18 +85,20 @@ class PlannedShard:
     """One file of the output: a header, then `tensors`, in this order.
 
     A `kept` shard is the post-trained file of the same name with some tensors overwritten: its header, its offsets,
-    and whatever lies between tensors are that file's. Any other shard has a header of its own, and no gaps.
+    and whatever lies between tensors are that file's. Any other shard has a header of its own, with `metadata`, and no
+    gaps.
     """
 
     name: str
     tensors: tuple[PlannedTensor, ...]
     kept: KeptFrame | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def header(self) -> bytes:
         """The header of a shard that is not kept."""
         assert self.kept is None
-        return header_bytes((tensor.name, tensor.info) for tensor in self.tensors)
+        return header_bytes(((tensor.name, tensor.info) for tensor in self.tensors), self.metadata)
 
     @property
     def data_start(self) -> int:
@@ -282,6 +284,7 @@ class MergePlan:
             "unchanged_shards": [shard.name for shard in self.shards if shard.is_unchanged],
             "shards": {shard.name: shard.file_bytes for shard in self.shards},
             "files": {file.name: file.file_bytes for file in self.files},
+            "left_out": list(self.pair.posttrained.left_out),
             "notes": list(self.notes),
             "tensors": dict(self.origins()),
         }

@@ -1,18 +1,21 @@
 """Recipe and headers → MergePlan. Pure: reads no weights, writes nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+from slrmerge.checkpoint.config_differences import compare_configs
+from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.pair import ModelPair, require_pair, require_same_depth
-from slrmerge.errors import PlanError, raise_all
+from slrmerge.checkpoint.side_files import CONFIG_NAME
+from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.io.garbage import collector_paused
 from slrmerge.merging.finding import Finding, find_search_result
 from slrmerge.merging.plan.files import plan_files
-from slrmerge.merging.plan.model import MergePlan
+from slrmerge.merging.plan.metadata import plan_metadata
+from slrmerge.merging.plan.model import MergePlan, PlannedTensor
 from slrmerge.merging.plan.shards import lay_out
-from slrmerge.merging.plan.tensors import TensorPlanner
-from slrmerge.recipe.load import RecipeLike, as_recipe, require_rules
-
-_INCIDENTAL_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
+from slrmerge.merging.plan.tensors import TensorPlanner, group_names
+from slrmerge.merging.plan.tokenizer import tokenizer_notes
+from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe, require_rules
 
 
 @collector_paused()
@@ -30,12 +33,29 @@ def plan_merge(
     pair = recipe.open_pair() if pair is None else pair
     require_pair(pair)
     alphas, problems = recipe.resolve(pair)
+    raise_all(_empty_problems(pair, alphas), PlanError)
     planner = TensorPlanner(pair, recipe.dtype, blend=alphas.blend, shares_vocabulary=recipe.vocabulary == "shared")
     planned = planner.plan(alphas)
-    raise_all([*problems, *require_same_depth(pair), *planned.problems], PlanError)
-    shards, resharded = lay_out(planned.tensors, pair.posttrained.shards, limit_bytes=recipe.max_shard_size)
+    metadata = plan_metadata(pair, planned.tensors)
+    problems += [*require_same_depth(pair), *_head_problems(pair, alphas), *planned.problems, *metadata.problems]
+    raise_all([*problems, *_size_problems(planned.tensors, recipe)], PlanError)
+    shards, resharded = lay_out(
+        planned.tensors,
+        pair.posttrained.shards,
+        limit_bytes=recipe.max_shard_size,
+        metadata=metadata.metadata,
+        keeps_metadata=metadata.is_posttrained,
+    )
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
-    notes = (*recipe.notes(pair), *planned.notes, *_config_notes(pair), *code_notes)
+    notes = (
+        *_config_notes(pair),
+        *tokenizer_notes(recipe.tokenizer, pair, planned.tensors),
+        *_idle_notes(alphas),
+        *recipe.notes(pair),
+        *planned.notes,
+        *code_notes,
+        *_left_out_notes(pair),
+    )
     return MergePlan(recipe, pair, shards, tuple(files), notes, resharded, allow_code, finding)
 
 
@@ -46,8 +66,52 @@ def plan(recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool 
 
 
 def _config_notes(pair: ModelPair) -> Iterator[str]:
-    pre, post = pair.pretrained.config, pair.posttrained.config
-    keys = (pre.keys() | post.keys()) - _INCIDENTAL_KEYS
-    differing = sorted(key for key in keys if pre.get(key) != post.get(key))
-    if differing:
-        yield f"the configs differ, the post-trained one is used: {', '.join(differing)}"
+    """Differences that make restored layers compute otherwise than they were trained to."""
+    differences = "; ".join(map(str, compare_configs(pair.pretrained.config, pair.posttrained.config)))
+    if differences:
+        yield f"the configs differ, restored layers run with the post-trained values: {differences}"
+
+
+def _head_problems(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[Problem]:
+    """Layers of equal shapes that are cut into other attention heads do not fit, whatever the shapes say."""
+    if not any(alphas.values()):
+        return
+    for difference in compare_configs(pair.pretrained.config, pair.posttrained.config):
+        if difference.is_about_heads:
+            remedy = "name the model that the post-trained one was trained from"
+            yield Problem("different-heads", f"{pair.pretrained}/{CONFIG_NAME}", str(difference), remedy)
+
+
+def _left_out_notes(pair: ModelPair) -> Iterator[str]:
+    names = pair.posttrained.left_out
+    if names:
+        others = f" and {len(names) - 8} more" if len(names) > 9 else ""
+        shown = names if not others else names[:8]
+        yield f"left out, beside the post-trained weights: {', '.join(shown)}{others}"
+
+
+def _empty_problems(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[Problem]:
+    """Tensors without elements, which DeepSpeed ZeRO-3 leaves where weights were not gathered before saving."""
+    for side, checkpoint in pair.items():
+        empty = (name for name, info in checkpoint.items() if info.shape == (0,) and info.dtype in FLOATING)
+        for where in group_names(name for name in empty if side == "posttrained" or alphas.get(name)):
+            what = f"has no elements in {checkpoint}: was it saved by DeepSpeed ZeRO-3 without gathering the weights?"
+            remedy = "gather them while saving (stage3_gather_16bit_weights_on_model_save), or run its zero_to_fp32.py"
+            yield Problem("empty-tensor", where, what, remedy)
+
+
+def _size_problems(tensors: Sequence[PlannedTensor], recipe: AnyRecipe) -> Iterator[Problem]:
+    """A limit for files that is below most tensors, which would then get a file each."""
+    too_large = [tensor for tensor in tensors if tensor.info.nbytes > recipe.max_shard_size]
+    if len(tensors) > 2 and len(too_large) * 2 > len(tensors):
+        smallest = min(tensor.info.nbytes for tensor in too_large)
+        what = f"{recipe.max_shard_size:,} bytes hold hardly any tensor: most have {smallest:,} bytes or more"
+        remedy = "write a size in bytes with its unit, such as 5GB (5B is five bytes)"
+        yield Problem("shard-size-too-small", recipe.place("$.max_shard_size"), what, remedy)
+
+
+def _idle_notes(alphas: Mapping[str, float]) -> Iterator[str]:
+    if alphas and not any(alphas.values()):
+        yield "nothing is taken from the pre-trained side: the output has the post-trained model's weights"
+    elif alphas and all(alpha == 1 for alpha in alphas.values()):
+        yield "everything is taken from the pre-trained side: the output has the pre-trained model's weights"

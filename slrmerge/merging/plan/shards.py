@@ -5,6 +5,7 @@ next tensor would not fit; a tensor that is larger than a file gets one of its o
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from slrmerge.checkpoint.header import DTYPE_BITS, Shard
@@ -20,11 +21,24 @@ class Layout(NamedTuple):
     resharded: str
 
 
-def lay_out(tensors: Iterable[PlannedTensor], posttrained: Mapping[str, Shard], *, limit_bytes: int) -> Layout:
-    """Assign tensors to files: to the `posttrained` side's shards, unless one is too large or a tensor changes."""
+def lay_out(
+    tensors: Iterable[PlannedTensor],
+    posttrained: Mapping[str, Shard],
+    *,
+    limit_bytes: int,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    keeps_metadata: bool = True,
+) -> Layout:
+    """Assign tensors to files: to the `posttrained` side's shards, unless one is too large or a tensor changes.
+
+    `metadata` is for the headers of new files; `keeps_metadata` where the post-trained side's own say the same.
+    """
     tensors = list(tensors)
-    if resharded := _why_not_kept(tensors, posttrained, limit_bytes):
-        return Layout(_new_shards(tensors, limit_bytes), resharded)
+    resharded = _why_not_kept(tensors, posttrained, limit_bytes)
+    if not keeps_metadata:
+        resharded = resharded or "the metadata in the headers changes"
+    if resharded:
+        return Layout(_new_shards(tensors, limit_bytes, dict(metadata)), resharded)
     planned = {tensor.name: tensor for tensor in tensors}
     return Layout(
         tuple(
@@ -69,11 +83,17 @@ def split_by_size(sizes: Iterable[int], *, limit_bytes: int) -> list[list[int]]:
     return groups
 
 
-def _new_shards(tensors: Sequence[PlannedTensor], limit_bytes: int) -> tuple[PlannedShard, ...]:
+def _new_shards(
+    tensors: Sequence[PlannedTensor], limit_bytes: int, metadata: Mapping[str, str]
+) -> tuple[PlannedShard, ...]:
     """New files, with their tensors in an order that aligns all of them: wide dtypes first."""
     groups = split_by_size((tensor.info.nbytes for tensor in tensors), limit_bytes=limit_bytes)
     return tuple(
-        PlannedShard(_shard_name(number, len(groups)), _widest_first(tensors[position] for position in group))
+        PlannedShard(
+            _shard_name(number, len(groups)),
+            _widest_first(tensors[position] for position in group),
+            metadata=metadata,
+        )
         for number, group in enumerate(groups, start=1)
     )
 

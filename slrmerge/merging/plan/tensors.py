@@ -15,11 +15,12 @@ from slrmerge.checkpoint.buffers import is_constant
 from slrmerge.checkpoint.fused import fusion, is_regrouped
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
 from slrmerge.checkpoint.pair import ModelPair
-from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
+from slrmerge.checkpoint.quantised import Quantisation
 from slrmerge.checkpoint.vocabulary import SharedVocabulary, compare_vocabularies
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.blend import DTYPES
 from slrmerge.merging.plan.model import PlannedTensor
+from slrmerge.merging.plan.quantised import QuantisedPair, refuse_quantised
 
 SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 """A recipe's dtypes → safetensors' names."""
@@ -62,14 +63,15 @@ class TensorPlanner:
         self._shares_vocabulary = shares_vocabulary
         self._refused: dict[_Refusal, dict[str, None]] = defaultdict(dict)
         self._notes: dict[str, list[str]] = defaultdict(list)
-        self._quantised_pre = quantised_groups(pair.pretrained.items())
-        self._quantised_post = quantised_groups(pair.posttrained.items())
-        self._same_quantisation = quantisation_config(pair.pretrained.config) == quantisation_config(
-            pair.posttrained.config
-        )
+        self._quantised = QuantisedPair(Quantisation.of(pair.pretrained), Quantisation.of(pair.posttrained))
+        self._quantised_pre, self._quantised_post = (side.modules if side else {} for side in self._quantised)
 
     def plan(self, alphas: Mapping[str, float]) -> PlannedTensors:
         """Plan every tensor at its alpha."""
+        for refusal in refuse_quantised(self._pair, self._quantised, alphas, casts=self._dtype is not None):
+            self._refuse(*refusal)
+        if self._refused:  # what else does not fit follows from this
+            return PlannedTensors([], self._problems(), [])
         planned = [tensor for name, alpha in alphas.items() if (tensor := self._plan_one(name, alpha))]
         self._check_quantised_modules(alphas)
         self._check_tied(alphas)
@@ -77,15 +79,17 @@ class TensorPlanner:
         if self._dtype and self._quantised_post:
             remedy, name = "leave out `dtype`", next(iter(self._quantised_post))
             self._refuse(name, "quantised-cast", "is quantised and cannot be cast to another dtype", remedy)
-        problems = [
+        notes = [f"{what}: {_some(names)}" for what, names in self._notes.items()]
+        if self._names.note and any(alphas.values()):
+            notes.insert(0, self._names.note)
+        return PlannedTensors(planned, self._problems(), notes)
+
+    def _problems(self) -> list[Problem]:
+        return [
             Problem(refusal.code, where, refusal.what, refusal.remedy)
             for refusal, names in self._refused.items()
             for where in group_names(names)
         ]
-        notes = [f"{what}: {_some(names)}" for what, names in self._notes.items()]
-        if self._names.note and any(alphas.values()):
-            notes.insert(0, self._names.note)
-        return PlannedTensors(planned, problems, notes)
 
     def _plan_one(self, name: str, alpha: float) -> PlannedTensor | None:
         post = self._pair.posttrained[name]
@@ -95,7 +99,8 @@ class TensorPlanner:
         if twin is None:
             return self._plan_unmatched(name, post)
         pre = self._pair.pretrained[twin]
-        if name in self._quantised_post or twin in self._quantised_pre:
+        is_packed = self._quantised.unknown and post.dtype not in FLOATING
+        if is_packed or name in self._quantised_post or twin in self._quantised_pre:
             return self._plan_quantised(name, alpha, twin, pre, post)
         rows: int | None = None
         if not is_regrouped(pre.shape, post.shape):
@@ -171,14 +176,16 @@ class TensorPlanner:
         if alpha != 1:
             what = "is quantised and cannot be blended"
             return self._refuse(name, "quantised-blend", what, "merge the unquantised models")
-        same = name in self._quantised_post and twin in self._quantised_pre and pre.dtype == post.dtype
-        if not (same and self._same_quantisation):
+        is_one_sided = (name in self._quantised_post) != (twin in self._quantised_pre)
+        if is_one_sided or pre.dtype != post.dtype:
             what = "is not quantised in the same way on both sides"
             return self._refuse(name, "different-quantisation", what, "merge two models quantised in the same way")
-        if pre.shape != post.shape:
+        if pre.shape == post.shape:
+            return PlannedTensor(name, post, 1.0, "copy", twin, None)
+        if not len(pre.shape) == len(post.shape) == 1:  # lists may have any length
             what = f"has shape {list(pre.shape)} pre-trained and {list(post.shape)} post-trained"
-            return self._refuse(name, "different-shapes", what, self._remedy(name))
-        return PlannedTensor(name, post, 1.0, "copy", twin, None)
+            return self._refuse(name, "different-shapes", what, "merge two models quantised in the same way")
+        return PlannedTensor(name, pre, 1.0, "copy", twin, None)
 
     def _from_posttrained(self, name: str, post: TensorInfo) -> PlannedTensor:
         output = self._output(post)

@@ -5,15 +5,23 @@ from pathlib import Path
 
 import pytest
 
+from slrmerge import verify
 from slrmerge.checkpoint.side_files import INDEX_NAME
+from slrmerge.errors import CheckpointError
+from slrmerge.merging.executor import execute, why_not_a_checkpoint
+from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.stream import file_chunks
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.merging.plan import plan_of
+from tests.problems import refused
 
 COPIED = [
+    "GEMMA-LICENSE",
     "LICENSE",
     "LICENSE.md",
+    "LICENSE-MODEL",
+    "MODEL_LICENSE",
     "NOTICE.rst",
     "Notice",
     "USE_POLICY.md",
@@ -28,7 +36,9 @@ COPIED = [
     "spiece.model",
     "spm.spm",
     "tokenizer.json",
+    "tokenizer.mm.model.v7m1",
     "tokenizer.model",
+    "tokenizer.model.v3",
     "tokenizer.tiktoken",
     "tokenizer_config.json",
     "vocab.bpe",
@@ -69,7 +79,73 @@ def test_config_tokenizer_templates_and_licences_are_copied_and_nothing_else(tmp
     assert contents(plan) == {"config.json": config} | {name: f"of {name}".encode() for name in COPIED}
     assert [file.name for file in plan.files] == sorted(["config.json", *COPIED])
     assert all(file.file_bytes == len(contents(plan)[file.name]) for file in plan.files)
-    assert plan.notes == ()
+    hidden = [".gitattributes", ".hidden.json", "README.md", "slrmerge.json", "slrmerge.yaml"]
+    left_out = {name.partition("/")[0] + "/" if "/" in name else name for name in LEFT if name not in hidden}
+    assert plan.to_dict()["left_out"] == sorted(left_out)
+    (note,) = plan.notes
+    assert sorted(left_out)[0] in note
+
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    {"idx": 3, "name": "3", "path": "3_Normalize", "type": "sentence_transformers.models.Normalize"},
+]
+MODULE_FILES = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/deep/x.json"]
+
+
+def with_modules(folder: Path, modules: object = MODULES) -> None:
+    write_checkpoint(folder / "pre", llama_tensors("pre"))
+    files = {"modules.json": json.dumps(modules), "onnx/model.onnx": "x", "1_Pooling/.hidden": "x"}
+    write_checkpoint(folder / "post", llama_tensors("post"), side_files=files)
+    for name in MODULE_FILES:
+        (folder / "post" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "post" / name).write_text(f"of {name}")
+
+
+def test_the_folders_that_modules_json_names_go_along_and_may_be_replaced(tmp_path: Path) -> None:
+    with_modules(tmp_path)
+    plan = plan_of(tmp_path, restore=[1, 2])
+    assert contents(plan) == {
+        "config.json": (tmp_path / "post/config.json").read_bytes(),
+        "modules.json": json.dumps(MODULES).encode(),
+        **{name: f"of {name}".encode() for name in MODULE_FILES},
+    }
+    assert plan.pair.posttrained.left_out == ("onnx/",)
+    execute(plan, tmp_path / "out", options=MergeOptions(fsync=False))
+    assert verify(tmp_path / "out").against_sources
+    (tmp_path / "out" / "slrmerge.json").unlink()  # a checkpoint like any other
+    assert why_not_a_checkpoint(tmp_path / "out") is None
+    (tmp_path / "out" / "mine").mkdir()
+    assert "mine/" in (why_not_a_checkpoint(tmp_path / "out") or "")
+
+
+@pytest.mark.parametrize("path", ["../pre", "/etc", "1_Pooling/../..", "a\\b", ".git", "c:x"])
+def test_modules_outside_of_the_checkpoint_are_refused(tmp_path: Path, path: str) -> None:
+    with_modules(tmp_path, [{"path": path, "type": "x"}])
+    with refused(CheckpointError, "invalid-modules"):
+        plan_of(tmp_path, restore=[1, 2])
+
+
+def test_a_link_out_of_a_modules_folder_is_refused(tmp_path: Path) -> None:
+    with_modules(tmp_path)
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "post/1_Pooling/vocab.txt").symlink_to("../../secret")
+    with refused(CheckpointError, "link-outside"):
+        plan_of(tmp_path, restore=[1, 2])
+
+
+def test_a_model_in_one_of_its_modules_folders_is_refused(tmp_path: Path) -> None:
+    with_modules(tmp_path, [{"path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}])
+    with refused(CheckpointError, "invalid-modules"):
+        plan_of(tmp_path, restore=[1, 2])
+
+
+@pytest.mark.parametrize("modules", [{}, [], [7], [{"path": 7}], [{}], [{"path": "absent"}], "x"])
+def test_other_modules_files_are_copied_as_they_are(tmp_path: Path, modules: object) -> None:
+    with_modules(tmp_path, modules)
+    assert contents(plan_of(tmp_path, restore=[1, 2])).keys() == {"config.json", "modules.json"}
 
 
 def test_python_files_are_left_out_with_a_note(tmp_path: Path) -> None:

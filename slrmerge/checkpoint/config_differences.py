@@ -1,0 +1,212 @@
+"""What two configs disagree about, by meaning: only settings that change what the layers compute.
+
+The same setting has other names in other architectures and releases of transformers, and an absent one has a default.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS
+from slrmerge.io.sizes import shorten
+
+_SYNONYMS = {
+    "n_head": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "num_heads": "num_attention_heads",
+    "encoder_attention_heads": "encoder_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "n_head_kv": "num_key_value_heads",
+    "d_head": "head_dim",
+    "n_embd": "hidden_size",
+    "d_model": "hidden_size",
+    "layer_norm_eps": "norm_epsilon",
+    "layer_norm_epsilon": "norm_epsilon",
+    "rms_norm_eps": "norm_epsilon",
+    "norm_eps": "norm_epsilon",
+    "hidden_act": "activation",
+    "activation_function": "activation",
+    "hidden_activation": "activation",
+    "num_experts_per_token": "num_experts_per_tok",
+    "moe_top_k": "num_experts_per_tok",
+}
+
+_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_python": "gelu"}
+"""Names of the same function."""
+
+_DEFAULTS: Mapping[str, Any] = {
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "scale_attn_weights": True,
+}
+_DEFAULTS_BY_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"norm_epsilon": 1e-6, "activation": "silu"},
+    "mistral": {"norm_epsilon": 1e-6, "activation": "silu", "sliding_window": 4096},
+    "mixtral": {"activation": "silu", "num_experts_per_tok": 2},
+    "qwen2": {"norm_epsilon": 1e-6, "activation": "silu"},
+    "qwen3": {"norm_epsilon": 1e-6, "activation": "silu", "head_dim": 128},
+    "gemma": {"norm_epsilon": 1e-6, "head_dim": 256},
+    "gemma2": {
+        "norm_epsilon": 1e-6, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+    },
+}  # fmt: skip
+"""What an absent key means; everything else that is absent on one side is compared with None."""
+
+_ROPE_THETA = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "gpt_neox"), 10000.0),
+    "mixtral": 1e6,
+}
+
+_ROPE_KEYS = frozenset({
+    "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "rotary_emb_base", "rotary_pct",
+    "partial_rotary_factor", "global_rope_theta", "local_rope_theta",
+})  # fmt: skip
+
+_INCIDENTAL = re.compile(
+    r"_.*|.*(_token_ids?|_token_index|_version|dropout|_pdrop|_dropout_prob|_loss_coef|_init|_noise)|init.*|output_.*"
+    r"|unsloth.*|(torch_)?dtype|use_cache|vocab_size|.*_vocab_size|architectures|model_type|tie_.*|id2label|label2id"
+    r"|num_labels|problem_type|finetuning_task|task_specific_params|tokenizer_class|auto_map|quantization(_config)?"
+    r"|compression_config|pretraining_tp|torchscript|return_dict|gradient_checkpointing|attn_implementation|use_bfloat16"
+    r"|max_position_embeddings|n_positions|n_ctx|(model_)?max_length|max_window_layers|summary_.*|num_hidden_layers"
+    r"|n_layers?|num_layers|hidden_size|intermediate_size|seq_aux|ep_size|keys_to_ignore_at_inference"
+    r"|(num_)?beams?|do_sample|temperature|top_[kp]|.*_penalty|use_flash_attn|license|text_config"
+    r"|language_config|llm_config|sliding_window_pattern|layer_types|use_sliding_window|.*_config|torch_.*|add_.*"
+    r"|chunk_size_feed_forward|pruned_heads|prefix|use_return_dict|tf_legacy_loss|cross_attention_.*"
+)
+"""Keys that do not change what a layer computes, are compared by their shapes or in another place."""
+
+_HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+class Difference(NamedTuple):
+    """A setting that differs, and its value on each side; None where it is off or not known."""
+
+    setting: str
+    pretrained: Any
+    posttrained: Any
+
+    def __str__(self) -> str:
+        pre, post = ("not set" if value is None else shorten(value) for value in self[1:])
+        return f"{self.setting} is {pre} pre-trained and {post} post-trained"
+
+    @property
+    def is_about_heads(self) -> bool:
+        """Whether layers of equal shapes are cut into other attention heads: weights of the one mean nothing there."""
+        return self.setting in _HEAD_KEYS
+
+
+def compare_configs(pretrained: Mapping[str, Any], posttrained: Mapping[str, Any]) -> list[Difference]:
+    """The settings of the decoder that differ, rope first."""
+    pre, post = _decoder(pretrained), _decoder(posttrained)
+    found = list(_rope_differences(pre, post))
+    ours, theirs = _settings(pre), _settings(post)
+    for key in sorted(ours.keys() | theirs.keys()):
+        own, other = ours.get(key), theirs.get(key)
+        if key in _HEAD_KEYS and (own is None or other is None):
+            continue  # not derivable: an architecture of its own
+        if not _same(own, other):
+            found.append(Difference(key, own, other))
+    own_types, other_types = _layer_types(pre), _layer_types(post)
+    if own_types and other_types and own_types != other_types:
+        found.append(Difference("layer_types", own_types, other_types))
+    return found
+
+
+def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the decoder: that of the whole model, with its section for text, where it has one, on top."""
+    section: Mapping[str, Any] = next(
+        (config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)), {}
+    )
+    return {**config, **section}
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by one name each, off ones left out, defaults filled in."""
+    model_type = str(config.get("model_type", "")).removesuffix("_text")
+    found = {**_DEFAULTS, **_DEFAULTS_BY_TYPE.get(model_type, {})}
+    for key, value in config.items():
+        name = _SYNONYMS.get(key, key)
+        is_derived = value is None and name in _HEAD_KEYS  # any other null turns a setting off
+        if not (is_derived or key in _ROPE_KEYS or _INCIDENTAL.fullmatch(key)):
+            found[name] = value
+    if isinstance(config.get("hidden_activation"), str):  # Gemma's own; its hidden_act is ignored
+        found["activation"] = config["hidden_activation"]
+    elif model_type == "gemma":
+        found["activation"] = "gelu_pytorch_tanh"
+    activation = found.get("activation")
+    if isinstance(activation, str):
+        found["activation"] = _ACTIVATIONS.get(activation, activation)
+    if config.get("use_sliding_window") is False:
+        found["sliding_window"] = None
+    heads = found.get("num_attention_heads")
+    hidden = next((config[key] for key in ("hidden_size", "n_embd", "d_model") if type(config.get(key)) is int), None)
+    if type(heads) is int and heads > 0:
+        if "multi_query" not in config and "new_decoder_architecture" not in config:
+            found.setdefault("num_key_value_heads", heads)
+        if hidden:
+            found.setdefault("head_dim", hidden // heads)
+    return {key: value for key, value in found.items() if value is not None and value is not False}
+
+
+def _same(own: Any, other: Any) -> bool:
+    """Whether two values mean the same; 0, an empty list and nothing are all off."""
+    return own == other or (not own and not other)
+
+
+def _layer_types(config: Mapping[str, Any]) -> list[Any] | None:
+    """The attention of each layer, from `layer_types` or from the pattern that older configs give."""
+    types, pattern, layers = (config.get(key) for key in ("layer_types", "sliding_window_pattern", "num_hidden_layers"))
+    if isinstance(types, list):
+        return types
+    if type(pattern) is int and type(layers) is int and pattern > 0 and 0 < layers <= 10_000:
+        return ["full_attention" if (k + 1) % pattern == 0 else "sliding_attention" for k in range(layers)]
+    return None
+
+
+def _rope_differences(pre: Mapping[str, Any], post: Mapping[str, Any]) -> Iterator[Difference]:
+    own, other = _rope(pre), _rope(post)
+    for kind in sorted(own.keys() | other.keys()):
+        ours, theirs = (each.get(kind, each.get("")) for each in (own, other))
+        if ours is None or theirs is None or (not kind and (own.keys() | other.keys()) != {""}):
+            continue  # one that names kinds of layers is compared kind by kind
+        place = f" of {kind}" if kind else ""
+        for key in sorted(ours.keys() | theirs.keys()):
+            if not _same(ours.get(key), theirs.get(key)):
+                yield Difference(f"{key}{place}", ours.get(key), theirs.get(key))
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rotary embedding, for each kind of layer where they differ, else under an empty name."""
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and parameters and all(isinstance(each, dict) for each in parameters.values()):
+        return {kind: _rope_of(each, config) for kind, each in parameters.items()}
+    scaling = parameters if isinstance(parameters, dict) else config.get("rope_scaling")
+    scaling = scaling if isinstance(scaling, dict) else {}
+    whole = _rope_of(scaling, config)
+    local = config.get("rope_local_base_freq", config.get("local_rope_theta"))
+    if local is None:
+        return {"": whole}
+    return {"full_attention": whole, "sliding_attention": _rope_of({"rope_theta": local}, config)}
+
+
+def _rope_of(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    kind = parameters.get("rope_type", parameters.get("type")) or "default"
+    kind = {"su": "longrope", "mrope": "default"}.get(kind, kind) if isinstance(kind, str) else kind
+    thetas = [config.get(key) for key in ("rope_theta", "global_rope_theta", "rotary_emb_base")]
+    thetas = [parameters.get("rope_theta"), *thetas, _ROPE_THETA.get(str(config.get("model_type", "")))]
+    theta = next((value for value in thetas if value is not None), None)
+    partials = [parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), config.get("rotary_pct")]
+    partial = next((value for value in partials if value not in (None, 1)), None)
+    found: dict[str, Any] = {"rope_theta": theta, "rope_type": kind, "partial_rotary_factor": partial}
+    if kind != "default":
+        rest = {key: each for key, each in parameters.items() if key not in ("type", *found) and each is not None}
+        if kind in ("dynamic", "yarn", "longrope"):
+            limits = (config.get("original_max_position_embeddings"), config.get("max_position_embeddings"))
+            rest.setdefault("original_max_position_embeddings", next((each for each in limits if each), None))
+        found |= rest
+    elif "mrope_section" in parameters:
+        found["mrope_section"] = parameters["mrope_section"]
+    return found

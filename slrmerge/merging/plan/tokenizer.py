@@ -1,0 +1,76 @@
+"""Whether the embedding has a row for every token that the tokenizer gives."""
+
+from collections.abc import Iterable, Iterator
+
+from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.files import SourceFile, unreadable
+from slrmerge.checkpoint.pair import ModelPair, Side
+from slrmerge.io.files import read_file
+from slrmerge.io.strict_json import InvalidJsonError, parse_json
+from slrmerge.merging.plan.model import PlannedTensor
+
+EMBEDDING_SUFFIXES = (
+    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight",
+    "shared.weight",
+)  # fmt: skip
+"""The ends of names of matrices with a row for each token."""
+
+_MAX_BYTES = 100_000_000
+_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json")
+
+
+def tokenizer_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
+    """A warning where the tokenizer of `side` has ids past the last row of an embedding of the output.
+
+    A tokenizer on the Hub is downloaded only where the recipe asks for the pre-trained side's.
+    """
+    rows = {
+        tensor.name: tensor.info.shape[0]
+        for tensor in tensors
+        if tensor.name.endswith(EMBEDDING_SUFFIXES) and len(tensor.info.shape) == 2
+    }
+    if not rows:
+        return
+    name, count = max(rows.items(), key=lambda item: item[1])
+    highest = highest_token_id(pair[side], download=side == "pretrained")
+    if highest is not None and highest >= count:
+        own = "pre-trained" if side == "pretrained" else "post-trained"
+        yield (
+            f"the {own} side's tokenizer does not fit: it has tokens up to {highest}, {name} has {count} rows "
+            f"(0–{count - 1}); the model fails at the tokens past them: use the other side's tokenizer"
+        )
+
+
+def highest_token_id(checkpoint: Checkpoint, *, download: bool = False) -> int | None:
+    """The highest id of any token in a checkpoint's tokenizer files; None where they are not here or not JSON.
+
+    Raises CheckpointError where a file cannot be read, and HubError.
+    """
+    files = {name: checkpoint.side_files[name] for name in _FILES if name in checkpoint.side_files}
+    readable = {name: file for name, file in files.items() if download or not file.download_bytes}
+    return max((token for name, file in readable.items() for token in _ids(name, file)), default=None)
+
+
+def _ids(name: str, file: SourceFile) -> Iterator[int]:
+    if file.file_bytes > _MAX_BYTES:
+        return
+    path = file.fetch()
+    try:
+        content = parse_json(read_file(path, _MAX_BYTES))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except InvalidJsonError:
+        return
+    if not isinstance(content, dict):
+        return
+    if name != "tokenizer.json":
+        yield from (each for each in content.values() if type(each) is int)
+        return
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from (each for each in vocabulary.values() if type(each) is int)
+    elif isinstance(vocabulary, list):  # Unigram: a token's id is its place
+        yield len(vocabulary) - 1
+    if isinstance(added, list):
+        yield from (each["id"] for each in added if isinstance(each, dict) and type(each.get("id")) is int)

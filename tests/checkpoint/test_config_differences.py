@@ -1,0 +1,99 @@
+"""Configs are compared by what they mean, in the words of transformers 4 and 5."""
+
+from typing import Any
+
+import pytest
+
+from slrmerge.checkpoint.config_differences import compare_configs
+
+LLAMA = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+MISTRAL = {**LLAMA, "model_type": "mistral"}
+GEMMA = {**LLAMA, "model_type": "gemma"}
+
+
+@pytest.mark.parametrize(
+    ("pre", "post"),
+    [
+        ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 500000, "rope_type": "default"}}),
+        ({}, {"rope_theta": 10000}),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32}}, {
+            "rope_scaling": YARN
+        }),
+        ({"rope_theta": 1e6, "rope_scaling": YARN}, {"rope_parameters": {**YARN, "rope_theta": 1e6}}),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": None}, "max_position_embeddings": 32}, {
+            "rope_scaling": {"type": "yarn", "factor": 4}, "max_position_embeddings": 32
+        }),
+        ({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8}}, {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000},
+            }
+        }),
+        ({"rope_scaling": None}, {"rope_scaling": {"type": "mrope"}}),
+        ({"partial_rotary_factor": 1.0}, {}),
+        ({"text_config": {"rope_theta": 1e6}}, {"rope_theta": 1e6}),
+        ({"hidden_act": "swish"}, {"hidden_activation": "silu"}),
+        ({"rms_norm_eps": 1e-6}, {}),
+        ({"attention_bias": False, "mlp_bias": None}, {}),
+        ({"num_key_value_heads": 4, "head_dim": 8}, {}),
+        ({"sliding_window": 4096, "use_sliding_window": False}, {"sliding_window": None}),
+        ({"sliding_window_pattern": 2}, {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ({"embedding_multiplier": 1.0, "pretraining_tp": 1}, {}),
+        ({"eos_token_id": 1, "bos_token_id": [3], "use_cache": True, "vocab_size": 9, "transformers_version": "4"}, {}),
+        ({"_name_or_path": "x", "dtype": "bfloat16", "max_position_embeddings": 9, "attention_dropout": 0.1}, {}),
+        ({"quantization_config": {"bits": 4}, "vision_config": {"a": 1}, "architectures": ["A"], "auto_map": {}}, {}),
+    ],
+)  # fmt: skip
+def test_equal_meanings_are_no_difference(pre: dict[str, Any], post: dict[str, Any]) -> None:
+    assert compare_configs({**LLAMA, **pre}, {**LLAMA, **post}) == []
+    assert compare_configs({**LLAMA, **post}, {**LLAMA, **pre}) == []
+
+
+@pytest.mark.parametrize(
+    ("pre", "post", "found"),
+    [
+        ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 1e4}}, ("rope_theta", 5e5, 1e4)),
+        ({"rope_theta": 5e5}, {}, ("rope_theta", 5e5, 1e4)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_scaling": {"type": "linear", "factor": 4}}, (
+            "factor", 2, 4,
+        )),
+        ({"rope_local_base_freq": 1e4}, {"rope_local_base_freq": 2e4}, ("rope_theta of sliding_attention", 1e4, 2e4)),
+        ({"rotary_pct": 0.25}, {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", 0.25, 0.5)),
+        ({"rms_norm_eps": 1e-5}, {}, ("norm_epsilon", 1e-5, 1e-6)),
+        ({"hidden_act": "gelu"}, {}, ("activation", "gelu", "silu")),
+        ({"final_logit_softcapping": 30.0}, {}, ("final_logit_softcapping", 30.0, None)),
+        ({"attention_bias": True}, {}, ("attention_bias", True, None)),
+        ({"sliding_window": 512}, {"sliding_window": 1024}, ("sliding_window", 512, 1024)),
+        ({"layer_types": ["full_attention"] * 4}, {"sliding_window_pattern": 2}, (
+            "layer_types", ["full_attention"] * 4, ["sliding_attention", "full_attention"] * 2,
+        )),
+        ({"logit_scale": 0.0625}, {"logit_scale": 0.25}, ("logit_scale", 0.0625, 0.25)),
+        ({"residual_multiplier": 0.22}, {}, ("residual_multiplier", 0.22, 1.0)),
+        ({"num_attention_heads": 8, "head_dim": 8, "num_key_value_heads": 4}, {}, ("num_attention_heads", 8, 4)),
+        ({"n_head_kv": 2}, {}, ("num_key_value_heads", 2, 4)),
+        ({"num_experts_per_tok": 2}, {"num_experts_per_tok": 4}, ("num_experts_per_tok", 2, 4)),
+        ({"text_config": {"norm_eps": 1e-5}}, {}, ("norm_epsilon", 1e-5, 1e-6)),
+    ],
+)  # fmt: skip
+def test_real_differences_have_both_values(
+    pre: dict[str, Any], post: dict[str, Any], found: tuple[str, Any, Any]
+) -> None:
+    assert compare_configs({**LLAMA, **pre}, {**LLAMA, **post}) == [found]
+    assert compare_configs({**LLAMA, **post}, {**LLAMA, **pre}) == [(found[0], found[2], found[1])]
+
+
+def test_an_absent_key_means_what_its_architecture_takes_it_for() -> None:
+    assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": 4096}) == []
+    assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": None}) == [("sliding_window", 4096, None)]
+    assert compare_configs(GEMMA, {**GEMMA, "hidden_act": "gelu"}) == []  # Gemma ignores hidden_act
+    assert compare_configs(GEMMA, {**GEMMA, "head_dim": 256}) == []
+    assert [each.setting for each in compare_configs(GEMMA, {**GEMMA, "head_dim": 128})] == ["head_dim"]
+
+
+@pytest.mark.parametrize("value", [None, 7, "x", [], {}, [[1]], {"a": {"b": 1}}, {"": {}}, {"rope_type": []}, True])
+def test_any_json_can_be_compared(value: Any) -> None:
+    keys = ("rope_scaling", "rope_parameters", "rope_theta", "layer_types", "hidden_size", "num_attention_heads")
+    for key in (*keys, "sliding_window_pattern", "hidden_act", "text_config", "model_type", "num_hidden_layers"):
+        compare_configs({**LLAMA, key: value}, LLAMA)
+        assert compare_configs({**LLAMA, key: value}, {**LLAMA, key: value}) == []

@@ -1,0 +1,142 @@
+"""What a plan refuses or notes about a whole pair: configs, empty tensors, shard sizes, tokenizers, idle rules, NaN."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slrmerge import merge
+from slrmerge.errors import PlanError
+from slrmerge.merging.plan.tokenizer import highest_token_id
+from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
+from tests.merging.plan import plan_of, write_pair
+from tests.problems import refused
+
+
+def test_a_config_difference_comes_first_with_both_values(tmp_path: Path) -> None:
+    configs = {"pre_config": llama_config(rope_theta=5e5), "post_config": llama_config(rope_theta=1e6)}
+    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post"), **configs)
+    first = plan_of(tmp_path, restore=[1, 2]).notes[0]
+    assert "500000.0" in first
+    assert "1000000.0" in first
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 4), ("num_key_value_heads", 1), ("head_dim", 2)])
+def test_other_heads_in_equal_shapes_are_refused(tmp_path: Path, key: str, value: int) -> None:
+    heads = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4}
+    configs = {"pre_config": llama_config(**heads | {key: value}), "post_config": llama_config(**heads)}
+    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post"), **configs)
+    with refused(PlanError, "different-heads"):
+        plan_of(tmp_path, restore=[1, 2])
+    assert plan_of(tmp_path, alpha=0).kinds.keys() == {"copy"}
+
+
+@pytest.mark.parametrize("side", ["pre", "post"])
+def test_tensors_that_zero3_left_empty_are_refused_alone(tmp_path: Path, side: str) -> None:
+    sides = {each: llama_tensors(each) for each in ("pre", "post")}
+    sides[side] |= {name: Tensor("BF16", (0,), b"") for name in ("lm_head.weight", "model.layers.1.mlp.up_proj.weight")}
+    write_pair(tmp_path, sides["pre"], sides["post"])
+    with refused(PlanError, "empty-tensor") as caught:
+        plan_of(tmp_path, alpha=0.5)
+    assert {problem.where for problem in caught.value.problems} == {
+        "lm_head.weight",
+        "model.layers.1.mlp.up_proj.weight",
+    }
+
+
+@pytest.mark.parametrize(("size", "fits"), [("5B", False), (127, False), (16, False), (256, True), ("5GB", True)])
+def test_a_limit_below_most_tensors_is_refused(tmp_path: Path, size: object, fits: bool) -> None:
+    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post"))
+    if fits:
+        assert plan_of(tmp_path, restore=[1, 2], max_shard_size=size).shards
+    else:
+        with refused(PlanError, "shard-size-too-small"):
+            plan_of(tmp_path, restore=[1, 2], max_shard_size=size)
+
+
+def tokenizer(tokens: int, added: int | None = None, *, unigram: bool = False) -> str:
+    vocabulary = [[f"t{i}", 0.0] for i in range(tokens)] if unigram else {f"t{i}": i for i in range(tokens)}
+    extra = [] if added is None else [{"id": added, "content": "<x>"}]
+    return json.dumps({"model": {"vocab": vocabulary}, "added_tokens": extra})
+
+
+@pytest.mark.parametrize(
+    ("files", "highest"),
+    [
+        ({"tokenizer.json": tokenizer(16)}, 15),
+        ({"tokenizer.json": tokenizer(16, 20)}, 20),
+        ({"tokenizer.json": tokenizer(17, unigram=True)}, 16),
+        ({"vocab.json": '{"a": 3}', "added_tokens.json": '{"b": 30}'}, 30),
+        ({"tokenizer.json": "{}"}, None),
+        ({"tokenizer.json": "not JSON"}, None),
+        ({"tokenizer.json": '{"model": [], "added_tokens": [7, {"id": "x"}]}'}, None),
+        ({}, None),
+    ],
+)
+def test_a_tokenizer_past_the_rows_of_the_embedding_is_noted(
+    tmp_path: Path, files: dict[str, str], highest: int | None
+) -> None:
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre"), side_files=files)
+    write_checkpoint(tmp_path / "post", llama_tensors("post"), side_files={"tokenizer.json": tokenizer(16)})
+    plan = plan_of(tmp_path, restore=[1, 2], tokenizer="pretrained")
+    assert highest_token_id(plan.pair.pretrained) == highest
+    noted = [note for note in plan.notes if "tokenizer" in note]
+    assert len(noted) == (highest is not None and highest >= 16)
+    assert all(f"{highest}" in note and "16 rows" in note for note in noted)
+    assert not [note for note in plan_of(tmp_path, restore=[1, 2]).notes if "tokenizer" in note]
+
+
+@pytest.mark.parametrize(
+    ("rules", "idle"),
+    [
+        ({"alpha": 0}, 1),
+        ({"alpha": 1}, 1),
+        ({"restore": [1, 2], "layers": [{"range": [0, 5], "alpha": 0.5}]}, ["$.restore"]),
+        ({"restore": [1, 2], "tensors": [{"match": "lm_head.*", "alpha": 0}]}, ["$.tensors[0]"]),
+        ({"alpha": 0.5, "tensors": [{"match": "*", "alpha": 1}, {"match": "*", "alpha": 0.1}]}, [
+            "$.alpha", "$.tensors[0]"
+        ]),
+        ({"alpha": 0, "restore": [1, 2]}, ["$.alpha"]),
+        ({"alpha": 0.5, "restore": [1, 2]}, []),
+        ({"restore": [1, 2]}, []),
+    ],
+)  # fmt: skip
+def test_rules_without_effect_are_noted(tmp_path: Path, rules: dict[str, Any], idle: int | list[str]) -> None:
+    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post"))
+    notes = plan_of(tmp_path, **rules).notes
+    assert len(notes) == idle if isinstance(idle, int) else [note.split()[0] for note in notes] == idle
+
+
+@pytest.mark.parametrize("blend", ["linear", "slerp"])
+def test_nan_in_a_blend_is_named_by_its_tensors_and_nothing_else(tmp_path: Path, blend: str) -> None:
+    pre, post = llama_tensors("pre", dtype="F32"), llama_tensors("post", dtype="F32")
+    norm, up = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+
+    def damaged(tensor: Tensor, value: float) -> Tensor:
+        return tensor._replace(data=struct.pack("<f", value) + tensor.data[4:])
+
+    pre |= {up: damaged(pre[up], float("nan")), norm: damaged(pre[norm], float("inf"))}
+    post |= {norm: damaged(post[norm], float("-inf")), "lm_head.weight": damaged(post["lm_head.weight"], float("inf"))}
+    write_pair(tmp_path, pre, post)
+    sides = {"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post"), "blend": blend}
+    noted = [note for note in merge({**sides, "alpha": 0.5}, tmp_path / "out", fsync=False).notes if "NaN" in note]
+    assert len(noted) == 1
+    assert norm in noted[0]
+    assert up in noted[0]
+    assert "embed_tokens" not in noted[0]
+    assert not merge({**sides, "restore": [3, 4]}, tmp_path / "fine", fsync=False).notes
+
+
+def test_duplicate_keys_in_a_config_are_read_as_every_loader_reads_them(tmp_path: Path) -> None:
+    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post"))
+    (tmp_path / "post/config.json").write_text('{"num_hidden_layers": 9, "num_hidden_layers": 6}')
+    plan = plan_of(tmp_path, restore=[1, 2])
+    assert plan.pair.posttrained.config == {"num_hidden_layers": 6}
+
+
+def test_tensors_of_whole_numbers_may_be_empty(tmp_path: Path) -> None:
+    pre, post = (llama_tensors(side) | {"model.g_idx": random_tensor("I32", (0,), side)} for side in ("pre", "post"))
+    write_pair(tmp_path, pre, post)
+    assert plan_of(tmp_path, restore=[1, 2]).kinds == {"copy": len(post)}

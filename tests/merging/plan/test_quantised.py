@@ -1,0 +1,171 @@
+"""Quantised pairs: what may be restored where the format is known, and where it is not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
+from tests.merging.plan import plan_of
+from tests.merging.plan.test_tensors import by_name, refusals
+from tests.streams import tensor_bytes
+
+Parts = dict[str, tuple[str, tuple[int, ...]]]
+
+UNKNOWN: dict[str, Parts] = {
+    "hqq": {"W_q": ("U8", (8, 4)), "scale": ("F16", (8, 1)), "zero": ("F16", (8, 1)), "nbits": ("I32", ())},
+    "exl2": {"q_weight": ("I32", (4, 8)), "q_scale": ("I32", (2, 1)), "q_scale_max": ("F16", (2,))},
+    "exl3": {"trellis": ("I16", (2, 2, 4)), "suh": ("F16", (8,)), "svh": ("F16", (8,))},
+    "quanto": {"weight._data": ("I8", (8, 8)), "weight._scale": ("F16", (8, 1))},
+    "quip": {"Qidxs": ("I64", (8, 1)), "SU": ("F16", (8,)), "SV": ("F16", (8,))},
+    "torchao": {"_weight_qdata": ("I8", (8, 8)), "_weight_scale": ("F16", (8,))},
+    "tomorrow": {"weight": ("U16", (8, 8)), "table": ("F16", (16,))},
+}
+
+
+def quantised(parts: Parts, seed: str) -> dict[str, Tensor]:
+    """A Llama-like model whose projections have `parts` instead of a weight."""
+    made: dict[str, Tensor] = {}
+    for name, tensor in llama_tensors(seed).items():
+        module = name.removesuffix(".weight")
+        if module.endswith("_proj"):
+            own = {f"{module}.{part}": random_tensor(*kind, f"{seed}{module}{part}") for part, kind in parts.items()}
+            made |= own
+        else:
+            made[name] = tensor
+    return made
+
+
+def write(folder: Path, name: str, *configs: dict[str, Any] | None, side_files: dict[str, str] | None = None) -> None:
+    """A pair in a format, with the quantisation section of each side's config."""
+    for side, section in zip(("pre", "post"), configs, strict=True):
+        config = llama_config(quantization_config=section) if section is not None else llama_config()
+        write_checkpoint(folder / side, quantised(UNKNOWN[name], side), config, side_files=side_files)
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["method", "layout alone"])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_format_allows_whole_layers_and_nothing_else(tmp_path: Path, name: str, says: bool) -> None:
+    config = {"quant_method": name} if says else None
+    write(tmp_path, name, config, config)
+    plan = plan_of(tmp_path, restore=[1, 2])
+    pre, post = (quantised(UNKNOWN[name], side) for side in ("pre", "post"))
+    assert {tensor.kind for tensor in plan.tensors()} == {"copy"}
+    assert tensor_bytes(plan) == {
+        name: (pre if name.startswith(("model.layers.1.", "model.layers.2.")) else post)[name].data for name in post
+    }
+    assert len(refusals(tmp_path, "unknown-quantisation", alpha=0.5)) > 3
+    norms = [{"match": "*.input_layernorm.weight", "alpha": 0.5}]
+    layer = "model.layers.*.input_layernorm.weight (6 tensors)"
+    assert refusals(tmp_path, "unknown-quantisation", tensors=norms) == [layer]
+    assert refusals(tmp_path, "unknown-quantisation", tensors=[{"match": "lm_head.*", "alpha": 1}]) == [
+        "lm_head.weight"
+    ]
+    attention = [{"range": [1, 2], "alpha": 1, "modules": ["self_attn"]}]
+    assert all("self_attn" in place for place in refusals(tmp_path, "unknown-quantisation", layers=attention))
+    assert refusals(tmp_path, "unknown-quantisation", restore=[1, 2], dtype="float32") == [str(tmp_path / "post")]
+    assert plan_of(tmp_path, alpha=0).kinds == {"copy": len(post)}
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ({"meta": {"tool": "a"}}, {"meta": {"tool": "b"}}),
+        ({"version": "0.1.1"}, {"version": "0.2"}),
+        ({"timestamp": "2024-01-01"}, {}),
+        ({"calibration": {"rows": 100}}, {"calibration": {"rows": 115}}),
+        ({"skip": ["a", "b"]}, {"skip": ["b", "a"]}),
+        ({"group_size": None}, {}),
+        ({"autoround_version": "0.5.1"}, {"autoround_version": "main"}),
+    ],
+)
+def test_bookkeeping_is_no_difference(tmp_path: Path, own: dict[str, Any], other: dict[str, Any]) -> None:
+    method = {"quant_method": "hqq", "bits": 8}
+    write(tmp_path, "hqq", {**method, **own}, {**method, **other})
+    assert plan_of(tmp_path, restore=[1, 2]).kinds == {"copy": len(quantised(UNKNOWN["hqq"], "post"))}
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "key"),
+    [
+        ({"bits": 8}, {"bits": 4}, "bits"),
+        ({"bits": 8}, {}, "bits"),
+        ({"version": "gemm"}, {"version": "gemv"}, "version"),
+        ({"quant_type": {"default": {"_version": 1}}}, {"quant_type": {"default": {"_version": 2}}}, "_version"),
+        ({"skip": ["a"]}, {"skip": ["a", "b"]}, "skip"),
+        ({"weights": {"group_size": 64}}, {"weights": {"group_size": 128}}, "weights.group_size"),
+    ],
+)
+def test_a_difference_that_affects_the_numbers_is_refused_by_its_key(
+    tmp_path: Path, own: dict[str, Any], other: dict[str, Any], key: str
+) -> None:
+    method = {"quant_method": "hqq"}
+    write(tmp_path, "hqq", {**method, **own}, {**method, **other})
+    with pytest.raises(Exception, match=f"differently: .*{key} is") as caught:
+        plan_of(tmp_path, restore=[1, 2])
+    assert [problem.code for problem in caught.value.problems] == ["different-quantisation"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("file", ["quantize_config.json", "hf_quant_config.json"])
+def test_a_file_beside_the_config_is_read_where_the_config_says_nothing(tmp_path: Path, file: str) -> None:
+    for side, bits in (("pre", 4), ("post", 8)):
+        beside = {file: json.dumps({"quantization": {"quant_algo": "X", "bits": bits}})}
+        write_checkpoint(tmp_path / side, quantised(UNKNOWN["hqq"], side), llama_config(), side_files=beside)
+    assert refusals(tmp_path, "different-quantisation", restore=[1, 2]) == [str(tmp_path / "pre")]
+
+
+def test_a_dtype_of_a_layer_that_differs_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "hqq", {"quant_method": "hqq"}, {"quant_method": "hqq"})
+    pre = quantised(UNKNOWN["hqq"] | {"scale": ("BF16", (8, 1))}, "pre")
+    (tmp_path / "pre").rename(tmp_path / "old")
+    write_checkpoint(tmp_path / "pre", pre, llama_config(quantization_config={"quant_method": "hqq"}))
+    assert all(".scale" in place for place in refusals(tmp_path, "different-quantisation", restore=[1, 2]))
+
+
+@pytest.mark.parametrize("side", ["pre", "post"])
+def test_a_format_that_only_one_side_has_is_refused_by_name(tmp_path: Path, side: str) -> None:
+    for each in ("pre", "post"):
+        tensors = quantised(UNKNOWN["hqq"], each) if each == side else llama_tensors(each)
+        config = llama_config(**({"quantization_config": {"quant_method": "hqq"}} if each == side else {}))
+        write_checkpoint(tmp_path / each, tensors, config)
+    assert refusals(tmp_path, "quantised-one-side", restore=[1, 2]) == [str(tmp_path / side)]
+    assert plan_of(tmp_path, alpha=0).kinds.keys() == {"copy"}
+
+
+def bitsandbytes(seed: str, state_bytes: int) -> dict[str, Tensor]:
+    return quantised(
+        {
+            "weight": ("U8", (32, 1)),
+            "weight.absmax": ("U8", (4,)),
+            "weight.nested_absmax": ("F32", (1,)),
+            "weight.quant_state.bitsandbytes__nf4": ("U8", (state_bytes,)),
+        },
+        seed,
+    )
+
+
+def test_lists_in_a_quantised_module_that_is_copied_whole_may_have_any_length(tmp_path: Path) -> None:
+    config = llama_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    pre, post = bitsandbytes("pre", 81), bitsandbytes("post", 80)
+    write_checkpoint(tmp_path / "pre", pre, config)
+    write_checkpoint(tmp_path / "post", post, config)
+    plan = plan_of(tmp_path, restore=[1, 2])
+    state = "model.layers.{}.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+    assert [by_name(plan)[state.format(k)].info.shape for k in range(4)] == [(80,), (81,), (81,), (80,)]
+    assert tensor_bytes(plan)[state.format(1)] == pre[state.format(1)].data
+    packed = bitsandbytes("pre", 81)
+    packed |= {name: random_tensor("U8", (16, 1), name) for name in packed if name.endswith("up_proj.weight")}
+    (tmp_path / "pre").rename(tmp_path / "old")
+    write_checkpoint(tmp_path / "pre", packed, config)
+    assert refusals(tmp_path, "different-shapes", restore=[1, 2]) == ["model.layers.*.mlp.up_proj.weight (2 tensors)"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.embeddings.position_ids", "model.layers.0.self_attn.bias", "model.layers.0.relative_position_index", "ids"],
+)
+def test_whole_numbers_that_are_no_weights_do_not_make_a_model_quantised(tmp_path: Path, name: str) -> None:
+    for side in ("pre", "post"):
+        write_checkpoint(tmp_path / side, llama_tensors(side) | {name: random_tensor("I64", (2, 3), side)})
+    assert by_name(plan_of(tmp_path, alpha=0.5))["lm_head.weight"].alpha == 0.5
