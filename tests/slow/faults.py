@@ -40,8 +40,8 @@ FAULTS = {
     "kill": Fault(-1, lambda op: op not in READS, {-signal.SIGKILL}),  # at a read it would be a kill at the last write
     "SIGINT": Fault(-2, lambda op: True, {0, 130}),
     "ENOSPC": Fault(errno.ENOSPC, lambda op: op in NEED_SPACE, {0, 7}, again=True),
-    "EIO": Fault(errno.EIO, lambda op: True, {0, 3, 4, 6, 12, 15}),
-    "EACCES": Fault(errno.EACCES, lambda op: op in CHECKED, {0, 3, 4, 6, 12, 15}),
+    "EIO": Fault(errno.EIO, lambda op: True, {0, 3, 4, 6, 9, 12, 15}),
+    "EACCES": Fault(errno.EACCES, lambda op: op in CHECKED, {0, 3, 4, 6, 9, 12, 15}),
 }
 
 
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A command that writes the folder `out`, where `before` was.
+    """A command that writes the folder `work/out` of a job's own folder, where `before` was.
 
     With `hurried`, figures and searches are quick. `normalised` removes what differs between runs, such as the time
     that they took. With `in_place`, files appear one by one, each of them as before or complete; those in `grows` grow
@@ -107,9 +107,9 @@ class Runner:
         self._process.communicate()
 
     def run(self, *more: str, fault: str = "", at: int = 0) -> Outcome:
-        """Run the job with `more` options, and a fault at operation number `at` below the folder that `out` is in."""
+        """Run the job with `more` options, and a fault at operation number `at` in its folder, sources included."""
         what, _, _, again = FAULTS[fault] if fault else Fault(0, bool, set())
-        command, folder = [*self._job.command, *more], str(self._job.out.parent)
+        command, folder = [*self._job.command, *more], str(self._job.out.parents[1])
         request = {"command": command, "folder": folder, "at": at, "what": what, "again": again}
         assert self._process.stdin
         assert self._process.stdout
