@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.embeddings import TOWER, Embeddings, are_halves, find_embeddings, is_vocabulary_tensor, synonym
@@ -48,8 +49,11 @@ class Correspondence:
 
     def is_tower(self, name: str) -> bool:
         """Whether a post-trained tensor belongs to a vision or audio tower that the pre-trained side lacks entirely."""
-        pre, post = self.keys
-        return bool(TOWER.search(post.get(name, ""))) and not any(map(TOWER.search, pre.values()))
+        return not self._has_tower and bool(TOWER.search(self.keys[1].get(name, "")))
+
+    @cached_property
+    def _has_tower(self) -> bool:
+        return any(map(TOWER.search, self.keys[0].values()))
 
     def is_vocabulary(self, name: str) -> bool:
         """Whether a post-trained tensor has a row for every token: an embedding, the head, or the head's bias."""

@@ -254,6 +254,7 @@ class Search:
             output_dtype=self.recipe.dtype,
             device=self.device,
             max_memory_bytes=self.options.max_memory_bytes,
+            shares_vocabulary=self.recipe.vocabulary == "shared",
         )
 
     def _base(self, pair: ModelPair, folder: Path) -> Recipe:
@@ -261,7 +262,8 @@ class Search:
         named = self.recipe if isinstance(self.recipe, Recipe) else _recipe_of(pair)
         content = named.relative_to(folder, pair)
         sides = {side: content[side] for side in ("pretrained", "posttrained")}
-        return Recipe(**sides, dtype=self.recipe.dtype).loaded_from(folder / RECIPES["slr"])
+        kept = {"dtype": self.recipe.dtype, "vocabulary": self.recipe.vocabulary}
+        return Recipe(**sides, **kept).loaded_from(folder / RECIPES["slr"])
 
     def _uses_disk(self, cost: Cost) -> bool:
         """Whether hidden states are written to files: to resume, or because memory cannot hold them."""

@@ -71,15 +71,23 @@ class Scorer(Protocol):
 class LocalScorer:
     """Scores hybrids in this process by a sweep over the layers.
 
-    `output_dtype` is the dtype that the recipe gives hybrids, None for their own. Hidden states take at most
+    `output_dtype` is the dtype that the recipe gives hybrids, None for their own. With `shares_vocabulary`, rows that
+    only one vocabulary has stay post-trained. Hidden states take at most
     `max_memory_bytes` of memory; more are kept in the folder.
     """
 
     def __init__(
-        self, pair: ModelPair, *, output_dtype: str | None, device: torch.device, max_memory_bytes: int
+        self,
+        pair: ModelPair,
+        *,
+        output_dtype: str | None,
+        device: torch.device,
+        max_memory_bytes: int,
+        shares_vocabulary: bool = False,
     ) -> None:
         self.pair = pair
         self._output_dtype = output_dtype
+        self._shares_vocabulary = shares_vocabulary
         self._device = device
         self._max_memory_bytes = max_memory_bytes
         self._models: dict[torch.dtype, StagedModel] = {}
@@ -127,6 +135,7 @@ class LocalScorer:
                 [side.identity for side in sides],
                 [sorted(side.config.items()) for side in sides],
                 self._output_dtype,
+                self._shares_vocabulary,
             )
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +160,9 @@ class LocalScorer:
     @contextmanager
     def _sweep(self, request: ScoreRequest) -> Iterator[Sweep]:
         plan = self._plan(request)
-        planned = plan_tensor_alphas(plan.all_tensors(), self.pair, dtype=self._output_dtype)
+        planned = plan_tensor_alphas(
+            plan.all_tensors(), self.pair, dtype=self._output_dtype, shares_vocabulary=self._shares_vocabulary
+        )
         with HybridWeights(planned, self._reader, dtype=request.dtype, device=self._device) as weights:
             yield Sweep(self.model(request.dtype), weights, plan=plan, contexts=request.contexts)
 

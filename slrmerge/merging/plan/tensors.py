@@ -28,7 +28,7 @@ SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _KEEP = "keep it post-trained: give it alpha: 0 under `tensors`"
 _ANOTHER_MODEL = "the two are not the same architecture: name the model that it was trained from"
 _TIE = "set tie_word_embeddings: true in its config if its embedding serves as the head; otherwise "
-_ROWS = "set `vocabulary: shared` to blend the rows that both sides have, or "
+_ROWS = "in a recipe, set `vocabulary: shared` to blend the rows that both sides have, or "
 _LORA = re.compile(r"\.(?:lora_[A-Za-z_]+|base_layer)\.")
 _CONSTANT = "computed from the config, {} the post-trained side"
 _OUTSIDE_PAIR = "only in the pre-trained checkpoint, left out"
@@ -251,20 +251,21 @@ class TensorPlanner:
                 only_pre += [name] if place[0] in layers else []
             elif not (self._names.differing_layers and self._pair.pretrained.stack):
                 self._notes[_OUTSIDE_PAIR].append(name)
+        found_pre = set(map(fusion, only_pre))
         fused = {
             what: "post-trained" if is_fused else "pre-trained"
             for what, is_fused in filter(None, map(fusion, only_post))
-            if (what, not is_fused) in set(map(fusion, only_pre))
+            if (what, not is_fused) in found_pre
         }
-        modules_pre = set(self._quantised_pre.values())
+        modules_pre, modules_post = set(self._quantised_pre.values()), set(self._quantised_post.values())
         for name in only_post:
-            if name in self._quantised_post or {name, name.rpartition(".")[0]} & modules_pre:
-                self._refuse_quantised(self._quantised_post.get(name, name))
+            if module := _module_of(name, self._quantised_post, modules_pre):
+                self._refuse_quantised(module)
             elif not self._refuse_fused(name, fused, "post-trained"):
                 self._refuse_post(name)
         for name in only_pre:
-            if name in self._quantised_pre or self._quantised_post.keys() & {f"{name}_blocks"}:
-                self._refuse_quantised(self._quantised_pre.get(name, name))
+            if module := _module_of(name, self._quantised_pre, modules_post):
+                self._refuse_quantised(module)
             elif not self._refuse_fused(name, fused, "pre-trained"):
                 what = "is in a pre-trained layer, but not in the post-trained checkpoint"
                 self._refuse(name, "different-architectures", what, _ANOTHER_MODEL)
@@ -311,6 +312,11 @@ class TensorPlanner:
         """Keep `name` for the error that lists all refusals; it is planned as None."""
         self._refused[_Refusal(code, what, remedy)][name] = None
         return None
+
+
+def _module_of(name: str, own: Mapping[str, str], others: set[str]) -> str | None:
+    """The quantised module of a tensor that only one side has; `own` are that side's modules, `others` the other's."""
+    return own.get(name) or next((each for each in (name, name.rpartition(".")[0]) if each in others), None)
 
 
 def plan_tensor_alphas(
