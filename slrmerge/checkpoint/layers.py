@@ -46,6 +46,12 @@ class LayerStack:
         return layer, name[found.end() :]
 
 
+def split_layer(name: str) -> tuple[str, int, str] | None:
+    """The outermost numbered prefix of a name, the layer, and the name inside it; None for a name outside layers."""
+    found = _LAYER.search(name, 1)
+    return (name[: found.start()], int(found[1]), name[found.end() :]) if found else None
+
+
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """The number of decoder layers in a config, or None where there is none."""
     nested = [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]

@@ -191,7 +191,7 @@ def read_layout(folder: Path, names: set[str], *, where: str) -> Layout:
     problems: list[Problem] = []
     config: Mapping[str, Any] = {}
     if CONFIG_NAME in names:
-        config = collect(problems, lambda: _read_json(folder / CONFIG_NAME), {})
+        config = collect(problems, lambda: read_json(folder / CONFIG_NAME), {})
     else:
         what, remedy = "is missing", "a checkpoint cannot be loaded without it"
         problems.append(Problem("no-config", f"{where}/{CONFIG_NAME}", what, remedy))
@@ -257,7 +257,7 @@ def _no_model(folder: Path, names: set[str], where: str) -> Problem:
     """What a folder is that has no safetensors model under the usual names."""
     suffixes = {Path(name).suffix for name in names}
     if "adapter_config.json" in names:
-        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "an unnamed base model"
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "an unnamed base model"
         return Problem(
             "adapter", where, f"is an adapter for {base}", "merge it into that base first (PEFT merge_and_unload)"
         )
@@ -277,7 +277,8 @@ def _no_model(folder: Path, names: set[str], where: str) -> Problem:
     return Problem("no-checkpoint", where, "has no safetensors files", _NAME_A_FOLDER)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint. Raises CheckpointError, and OSError."""
     with open_within(path.parent, path.name) as file:
         raw = file.read(_MAX_JSON_BYTES + 1)
     if len(raw) > _MAX_JSON_BYTES:
@@ -296,7 +297,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name to file name."""
     path = folder / INDEX_NAME
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(Problem("invalid-index", str(path), "has no weight_map", "download it again"))
     remedy = "only plain *.safetensors names in the same folder are supported"

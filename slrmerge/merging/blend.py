@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from slrmerge.checkpoint.header import TORCH_DTYPES
 from slrmerge.errors import BlendError, Problem
 from slrmerge.recipe.blend import SUMS, BlendRule
 
@@ -14,8 +15,7 @@ CHUNK_ELEMENTS = 1 << 17
 """Elements per step: 512 KiB in float32, so that all buffers of a step fit in a core's cache."""
 
 MAX_ELEMENT_BYTES = 8
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The floating dtypes: safetensors' name → torch's, which is also a recipe's."""
+DTYPES = TORCH_DTYPES
 
 
 class Blender:

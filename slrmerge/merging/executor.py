@@ -105,7 +105,7 @@ def output_folder(plan: MergePlan, out: str | os.PathLike[str], options: MergeOp
     """The folder that a merge by `plan` writes."""
     return OutputFolder(
         out,
-        sources=[checkpoint.folder for _, checkpoint in plan.pair.items()],
+        sources=[folder for _, checkpoint in plan.pair.items() for folder in checkpoint.folders],
         overwrite=options.overwrite,
         why_not_replaceable=why_not_a_checkpoint,
         durable=options.fsync,

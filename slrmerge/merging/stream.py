@@ -47,10 +47,10 @@ class HybridReader:
             yield chunk
 
     def computed(self, tensor: PlannedTensor, begin: int, end: int, blender: Blender) -> Iterator[memoryview]:
-        """Bytes `begin` to `end`, both between elements, of a cast or a blend; each chunk is valid until the next."""
+        """Bytes `begin` to `end`, both between elements, of what is not a copy; each chunk is valid until the next."""
         width = DTYPE_BITS[tensor.info.dtype] // 8
         steps = range(begin // width, end // width, CHUNK_ELEMENTS)
-        if tensor.kind == "cast":
+        if tensor.kind not in BLEND_RULES:
             reader, name = self.source_of(tensor)
             for dtype, count in reader.read_elements(name, steps, blender.inputs[0]):
                 yield blender.cast(tensor.name, count, dtype, tensor.info.dtype)

@@ -19,7 +19,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from slrmerge.checkpoint.location import Source, parse_source
+from slrmerge.checkpoint.location import AdapterOnBase, Place, Source, parse_source
 from slrmerge.checkpoint.pair import ModelPair, Side, open_pair
 from slrmerge.checkpoint.side_files import RECIPE_NAME
 from slrmerge.io.model import InvalidValue, plain
@@ -155,11 +155,12 @@ class Recipe(Rules):
     def _source_from(self, side: Side, folder: Path, pair: ModelPair | None) -> str:
         written: str = getattr(self, side)
         source = self.source(side)
+        if isinstance(source, AdapterOnBase):
+            base, _, adapter = written.rpartition("+")
+            return f"{_from(folder, base, source.base)}+{_from(folder, adapter, source.adapter)}"
         if not isinstance(source, Path):
             return pair[side].reference if pair else written
-        if Path(os.path.expanduser(written)).is_absolute():  # noqa: PTH111 (an unknown user is not an error here)
-            return written
-        return Path(os.path.relpath(os.path.realpath(source), os.path.realpath(folder))).as_posix()
+        return _from(folder, written, source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML; relative sources are rewritten to count from the file's folder.
@@ -173,6 +174,13 @@ class Recipe(Rules):
 
     def __repr_args__(self) -> Iterable[tuple[str, Any]]:
         return self.to_dict().items()
+
+
+def _from(folder: Path, written: str, place: Place) -> str:
+    """What names in `folder` the place that is `written` elsewhere."""
+    if not isinstance(place, Path) or Path(os.path.expanduser(written)).is_absolute():  # noqa: PTH111 (an unknown user is not an error here)
+        return written
+    return Path(os.path.relpath(os.path.realpath(place), os.path.realpath(folder))).as_posix()
 
 
 def recipe_schema() -> dict[str, Any]:

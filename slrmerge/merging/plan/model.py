@@ -17,11 +17,15 @@ from slrmerge.merging.finding import Finding
 from slrmerge.recipe.blend import BLEND_RULES
 from slrmerge.recipe.load import AnyRecipe
 
+ADAPTER = "adapter"
+"""The kind of a tensor that an adapter changes."""
+
 
 class PlannedTensor(NamedTuple):
     """One output tensor, with its dtype, shape and size; its shard knows where it begins.
 
-    `kind` is "copy" (one side's bytes), "cast" (one side's values in another dtype), or the blend rule's name.
+    `kind` is "copy" (one side's bytes), "cast" (one side's values in another dtype), "adapter" (what an adapter
+    makes of its base), or the blend rule's name.
     `pretrained` and `posttrained` name the tensors that are read: one of them, or both for a blend.
     """
 

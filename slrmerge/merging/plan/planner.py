@@ -34,7 +34,7 @@ def plan_merge(
     raise_all([*problems, *require_same_depth(pair), *planned.problems], PlanError)
     shards = lay_out(planned.tensors, limit_bytes=recipe.max_shard_size)
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
-    notes = (*recipe.notes(pair), *planned.notes, *_config_notes(pair), *code_notes)
+    notes = (*recipe.notes(pair), *pair.posttrained.notes, *planned.notes, *_config_notes(pair), *code_notes)
     return MergePlan(recipe, pair, shards, tuple(files), notes, allow_code, finding)
 
 

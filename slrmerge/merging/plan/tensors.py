@@ -14,7 +14,7 @@ from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.blend import DTYPES
-from slrmerge.merging.plan.model import PlannedTensor
+from slrmerge.merging.plan.model import ADAPTER, PlannedTensor
 
 SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 """A recipe's dtypes → safetensors' names."""
@@ -98,6 +98,8 @@ class TensorPlanner:
                 what = f"is {pre.dtype} pre-trained and {post.dtype} post-trained"
                 return self._refuse(name, "different-dtypes", what, _KEEP)
         output = self._output(post)
+        if alpha < 1 and self._pair.posttrained.inherits(name, self._pair.pretrained) and name == twin:
+            return self._from_posttrained(name, post)._replace(alpha=alpha)
         if alpha == 1:
             return PlannedTensor(name, output, 1.0, self._copy_or_cast(name, pre, output), twin, None)
         return PlannedTensor(name, output, alpha, self._blend, twin, name)
@@ -116,7 +118,9 @@ class TensorPlanner:
 
     def _from_posttrained(self, name: str, post: TensorInfo) -> PlannedTensor:
         output = self._output(post)
-        return PlannedTensor(name, output, 0.0, self._copy_or_cast(name, post, output), None, name)
+        computed = name in self._pair.posttrained.computed
+        kind = ADAPTER if computed else self._copy_or_cast(name, post, output)
+        return PlannedTensor(name, output, 0.0, kind, None, name)
 
     def _copy_or_cast(self, name: str, source: TensorInfo, output: TensorInfo) -> str:
         if source.dtype == output.dtype:
