@@ -144,7 +144,7 @@ class SafetensorsReader(TensorReader):
 def open_folder(folder: Path) -> SafetensorsFolder:
     """Read the config, the index and every header of the checkpoint in `folder`.
 
-    Raises CheckpointError with every problem found: no such folder, an adapter, only pickles or GGUF files; an index
+    Raises CheckpointError with every problem found: no such folder, only pickles or GGUF files; an index
     that names paths, disagrees with its shards, or hides an older single file; fewer layers than the config says; and
     everything that `read_shard` refuses.
     """
@@ -187,7 +187,7 @@ def read_layout(folder: Path, names: set[str], *, where: str) -> Layout:
     Raises CheckpointError where it is not a safetensors checkpoint at all.
     """
     if not names & {SINGLE_NAME, INDEX_NAME}:
-        raise CheckpointError(_no_model(folder, names, where))
+        raise CheckpointError(_no_model(names, where))
     problems: list[Problem] = []
     config: Mapping[str, Any] = {}
     if CONFIG_NAME in names:
@@ -253,14 +253,9 @@ def collect(problems: list[Problem], read: Callable[[], T], otherwise: D) -> T |
         return otherwise
 
 
-def _no_model(folder: Path, names: set[str], where: str) -> Problem:
+def _no_model(names: set[str], where: str) -> Problem:
     """What a folder is that has no safetensors model under the usual names."""
     suffixes = {Path(name).suffix for name in names}
-    if "adapter_config.json" in names:
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "an unnamed base model"
-        return Problem(
-            "adapter", where, f"is an adapter for {base}", "merge it into that base first (PEFT merge_and_unload)"
-        )
     if ".safetensors" in suffixes:
         what = f"has safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}"
         return Problem("no-index", where, what, "name the folder that save_pretrained wrote, or restore its index")

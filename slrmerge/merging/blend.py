@@ -47,10 +47,16 @@ class Blender:
         pre, post = (as_tensor(self._wide[side], wide, elements).copy_(value) for side, value in enumerate(values))
         return self._rounded(name, rule.blend(pre, post, alpha, sums), output_dtype, values)
 
-    def cast(self, name: str, elements: int, dtype: str, output_dtype: str) -> memoryview:
-        """The first `elements` of the first input, rounded to nearest even. Valid and raises as `blend`."""
+    def cast(
+        self, name: str, elements: int, dtype: str, output_dtype: str, *, factor: float | None = None
+    ) -> memoryview:
+        """The first `elements` of the first input, times `factor`, rounded to nearest even once.
+
+        Valid and raises as `blend`.
+        """
         value = as_tensor(self.inputs[0], dtype, elements)
-        return self._rounded(name, value, output_dtype, [value])
+        result = value if factor is None else value.double().mul_(factor)
+        return self._rounded(name, result, output_dtype, [value])
 
     def sums(self, elements: int, dtypes: tuple[str, str], keys: tuple[str, ...]) -> dict[str, float]:
         """Sums over a chunk of both inputs, in float64; see `recipe.blend.SUMS`."""

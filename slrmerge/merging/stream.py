@@ -13,7 +13,7 @@ from slrmerge.checkpoint.header import DTYPE_BITS
 from slrmerge.checkpoint.pair import PairReader
 from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.merging.blend import CHUNK_ELEMENTS, Blender
-from slrmerge.merging.plan.model import MergePlan, PlannedFile, PlannedShard, PlannedTensor
+from slrmerge.merging.plan.model import SCALED, MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.recipe.blend import BLEND_RULES
 
 
@@ -53,7 +53,8 @@ class HybridReader:
         if tensor.kind not in BLEND_RULES:
             reader, name = self.source_of(tensor)
             for dtype, count in reader.read_elements(name, steps, blender.inputs[0]):
-                yield blender.cast(tensor.name, count, dtype, tensor.info.dtype)
+                factor = 1 - tensor.alpha if tensor.kind == SCALED else None
+                yield blender.cast(tensor.name, count, dtype, tensor.info.dtype, factor=factor)
             return
         rule, sums = BLEND_RULES[tensor.kind], self._sums_of(tensor, blender)
         for count, dtypes in self._chunks(tensor, steps, blender):

@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PrivateAttr,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
@@ -22,6 +23,7 @@ from pydantic import (
 from slrmerge.checkpoint.location import AdapterOnBase, Place, Source, parse_source
 from slrmerge.checkpoint.pair import ModelPair, Side, open_pair
 from slrmerge.checkpoint.side_files import RECIPE_NAME
+from slrmerge.errors import Problem, RecipeError
 from slrmerge.io.model import InvalidValue, plain
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.sizes import InvalidSizeError, parse_bytes, shorten
@@ -66,6 +68,13 @@ def _with_any_bytes(value: object, validate: ValidatorFunctionWrapHandler) -> ob
     return value if isinstance(value, str) and re.search("[\udc80-\udcff]", value) else validate(value)
 
 
+def _or_base(value: str | None, info: ValidationInfo) -> str | None:
+    """The pre-trained side may be left out where the post-trained one is named, which may be an adapter."""
+    if value is None and "posttrained" not in info.data:
+        raise InvalidValue("missing-key", "is missing", "add it")
+    return value
+
+
 CheckpointName = Annotated[
     Text,
     WrapValidator(_with_any_bytes, json_schema_input_type=Text),
@@ -81,11 +90,15 @@ class Recipe(Rules):
     Raises RecipeError with every problem.
     """
 
-    pretrained: CheckpointName = Field(
-        description="The pre-trained checkpoint: a folder, or organisation/name@revision on the Hub."
-    )
     posttrained: CheckpointName = Field(
-        description="The post-trained checkpoint. It supplies names, shapes, dtypes, config and tokenizer."
+        description="The post-trained checkpoint. It supplies names, shapes, dtypes, config and tokenizer. It may be a "
+        "LoRA adapter, on the base that its config names or, as base+adapter, on another."
+    )
+    pretrained: Annotated[CheckpointName | None, AfterValidator(_or_base)] = Field(
+        default=None,
+        validate_default=True,
+        description="The pre-trained checkpoint: a folder, or organisation/name@revision on the Hub. Default: the base "
+        "of the post-trained side, where that is an adapter.",
     )
     dtype: Dtype | None = Field(
         default=None, description="Output dtype of floating tensors. Default: each tensor's post-trained dtype."
@@ -121,12 +134,16 @@ class Recipe(Rules):
         return f"{self.file or 'recipe'}: {path}"
 
     def source(self, side: Side) -> Source:
-        """Where a side's checkpoint is."""
-        return parse_source(getattr(self, side), base=self.file.parent if self.file else Path())
+        """Where a side's checkpoint is. Raises RecipeError where only an open pair tells."""
+        written = getattr(self, side)
+        if written is None:
+            raise RecipeError(Problem("missing-key", self.place(f"$.{side}"), "is missing", "add it"))
+        return parse_source(written, base=self.file.parent if self.file else Path())
 
     def open_pair(self, *, local_files_only: bool = False) -> ModelPair:
         """Open both checkpoints; see `slrmerge.open_pair`."""
-        return open_pair(self.source("pretrained"), self.source("posttrained"), local_files_only=local_files_only)
+        below = self.source("pretrained") if self.pretrained else None
+        return open_pair(below, self.source("posttrained"), local_files_only=local_files_only)
 
     def resolve(self, pair: ModelPair) -> Resolution:
         """The alpha of every tensor of a pair."""
@@ -143,19 +160,25 @@ class Recipe(Rules):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, without what is at its default; sizes in bytes."""
-        return {"pretrained": self.pretrained, "posttrained": self.posttrained, **plain(self)}
+        named = {} if self.pretrained is None else {"pretrained": self.pretrained}
+        return {**named, "posttrained": self.posttrained, **plain(self)}
 
     def relative_to(self, folder: Path, pair: ModelPair | None = None) -> dict[str, Any]:
         """`to_dict` for a file in `folder`: relative sources count from there; with `pair`, repositories are pinned."""
+        sides: tuple[Side, ...] = ("pretrained", "posttrained") if self.pretrained or pair else ("posttrained",)
         return {
             **self.to_dict(),
-            **{side: self._source_from(side, folder, pair) for side in ("pretrained", "posttrained")},
+            **{side: self._source_from(side, folder, pair) for side in sides},
         }
 
     def _source_from(self, side: Side, folder: Path, pair: ModelPair | None) -> str:
-        written: str = getattr(self, side)
+        written = getattr(self, side)
+        if written is None and pair:
+            return pair[side].reference
         source = self.source(side)
         if isinstance(source, AdapterOnBase):
+            if pair and not (isinstance(source.base, Path) and isinstance(source.adapter, Path)):
+                return pair[side].reference
             base, _, adapter = written.rpartition("+")
             return f"{_from(folder, base, source.base)}+{_from(folder, adapter, source.adapter)}"
         if not isinstance(source, Path):

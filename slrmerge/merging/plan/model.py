@@ -20,12 +20,15 @@ from slrmerge.recipe.load import AnyRecipe
 ADAPTER = "adapter"
 """The kind of a tensor that an adapter changes."""
 
+SCALED = "scaled"
+"""The kind of an adapter's factor that is multiplied by 1 - alpha."""
+
 
 class PlannedTensor(NamedTuple):
     """One output tensor, with its dtype, shape and size; its shard knows where it begins.
 
     `kind` is "copy" (one side's bytes), "cast" (one side's values in another dtype), "adapter" (what an adapter
-    makes of its base), or the blend rule's name.
+    makes of its base), "scaled" (a factor of an adapter, times 1 - alpha), or the blend rule's name.
     `pretrained` and `posttrained` name the tensors that are read: one of them, or both for a blend.
     """
 
@@ -99,7 +102,7 @@ class MergePlan:
     """A merge as a value: it can be printed, compared, pickled and executed elsewhere; it holds nothing open.
 
     `notes` report casts, differing configs, files left out. With `allow_code` Python files are copied. `finding` is the
-    result of the search that wrote the recipe.
+    result of the search that wrote the recipe. `whole` is the plan of the whole model where the output is an adapter.
     """
 
     recipe: AnyRecipe
@@ -109,6 +112,7 @@ class MergePlan:
     notes: tuple[str, ...]
     allow_code: bool = False
     finding: Finding | None = None
+    whole: "MergePlan | None" = None
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())

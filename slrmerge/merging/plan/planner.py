@@ -6,6 +6,7 @@ from slrmerge.checkpoint.pair import ModelPair, require_pair, require_same_depth
 from slrmerge.errors import PlanError, raise_all
 from slrmerge.io.garbage import collector_paused
 from slrmerge.merging.finding import Finding, find_search_result
+from slrmerge.merging.plan.adapter import as_adapter
 from slrmerge.merging.plan.files import plan_files
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.shards import lay_out
@@ -17,13 +18,19 @@ _INCIDENTAL_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", 
 
 @collector_paused()
 def plan_merge(
-    recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False, finding: Finding | None = None
+    recipe: RecipeLike,
+    pair: ModelPair | None = None,
+    *,
+    allow_code: bool = False,
+    output: str = "model",
+    finding: Finding | None = None,
 ) -> MergePlan:
     """Plan every output tensor and file of a merge of `pair`, by default the pair that the recipe names.
 
     Names, shapes and side files are the post-trained side's, and so are dtypes unless the recipe gives one. Python
-    files are copied only with `allow_code`. Raises PlanError with everything that does not fit: layers that do not
-    exist, rules that match nothing, tensors that one side lacks, shapes that differ, quantised weights to be blended.
+    files are copied only with `allow_code`. The `output` is the whole "model" or an "adapter". Raises PlanError with
+    everything that does not fit: layers that do not exist, rules that match nothing, tensors that one side lacks,
+    shapes that differ, quantised weights to be blended.
     """
     recipe = as_recipe(recipe)
     require_rules(recipe)
@@ -35,13 +42,16 @@ def plan_merge(
     shards = lay_out(planned.tensors, limit_bytes=recipe.max_shard_size)
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
     notes = (*recipe.notes(pair), *pair.posttrained.notes, *planned.notes, *_config_notes(pair), *code_notes)
-    return MergePlan(recipe, pair, shards, tuple(files), notes, allow_code, finding)
+    plan = MergePlan(recipe, pair, shards, tuple(files), notes, allow_code, finding)
+    return as_adapter(plan) if output == "adapter" else plan
 
 
-def plan(recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False) -> MergePlan:
+def plan(
+    recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False, output: str = "model"
+) -> MergePlan:
     """Plan a merge as `merge` would execute it: `plan_merge`, with the result of the search that wrote the recipe."""
     recipe = as_recipe(recipe)
-    return plan_merge(recipe, pair, allow_code=allow_code, finding=find_search_result(recipe))
+    return plan_merge(recipe, pair, allow_code=allow_code, output=output, finding=find_search_result(recipe))
 
 
 def _config_notes(pair: ModelPair) -> Iterator[str]:
