@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +14,10 @@ from pydantic import (
     Field,
     PlainSerializer,
     PrivateAttr,
-    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
+    model_validator,
 )
 
 from slrmerge.checkpoint.location import AdapterOnBase, Place, Source, parse_source
@@ -68,9 +68,12 @@ def _with_any_bytes(value: object, validate: ValidatorFunctionWrapHandler) -> ob
     return value if isinstance(value, str) and re.search("[\udc80-\udcff]", value) else validate(value)
 
 
-def _or_base(value: str | None, info: ValidationInfo) -> str | None:
-    """The pre-trained side may be left out where the post-trained one is named, which may be an adapter."""
-    if value is None and "posttrained" not in info.data:
+_MISSING = object()
+"""Stands for a pre-trained side that is missing, and not left out as the base of an adapter."""
+
+
+def _require_given(value: object) -> object:
+    if value is _MISSING:
         raise InvalidValue("missing-key", "is missing", "add it")
     return value
 
@@ -90,15 +93,14 @@ class Recipe(Rules):
     Raises RecipeError with every problem.
     """
 
+    pretrained: Annotated[CheckpointName, BeforeValidator(_require_given, json_schema_input_type=Text)] = Field(
+        default=None,  # type: ignore[assignment]  # where it is left out; None cannot be written
+        description="The pre-trained checkpoint: a folder, or organisation/name@revision on the Hub. Default: the base "
+        "of the post-trained side, where that is an adapter.",
+    )
     posttrained: CheckpointName = Field(
         description="The post-trained checkpoint. It supplies names, shapes, dtypes, config and tokenizer. It may be a "
         "LoRA adapter, on the base that its config names or, as base+adapter, on another."
-    )
-    pretrained: Annotated[CheckpointName | None, AfterValidator(_or_base)] = Field(
-        default=None,
-        validate_default=True,
-        description="The pre-trained checkpoint: a folder, or organisation/name@revision on the Hub. Default: the base "
-        "of the post-trained side, where that is an adapter.",
     )
     dtype: Dtype | None = Field(
         default=None, description="Output dtype of floating tensors. Default: each tensor's post-trained dtype."
@@ -112,6 +114,14 @@ class Recipe(Rules):
     )
 
     _file: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_a_side(cls, content: Any) -> Any:
+        """Where no side is named, both are missing."""
+        if isinstance(content, Mapping) and content.keys().isdisjoint(("pretrained", "posttrained")):
+            return {**content, "pretrained": _MISSING}
+        return content
 
     @property
     def written_as(self) -> tuple[str, ...]:
