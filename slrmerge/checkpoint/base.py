@@ -19,7 +19,7 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     """A model's tensors by name, as headers describe them, its config and its other files; no weights.
 
     A mapping from tensor names to `TensorInfo`, in the order of the data. It is a value: it holds nothing open, and
-    can be compared and pickled. Implemented by `SafetensorsFolder` and `HubRepository`.
+    can be compared and pickled. Implemented by `SafetensorsFolder`, `HubRepository` and `AdapterCheckpoint`.
     """
 
     folder: Path
@@ -39,6 +39,33 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
 
     verified: frozenset[str] = frozenset()
     """The weight files that were downloaded and match the Hub's digests."""
+
+    notes: tuple[str, ...] = ()
+    """What a reader of a plan should know about the checkpoint."""
+
+    @property
+    def has_own_config(self) -> bool:
+        """Whether `config` is not what config.json in `side_files` says."""
+        return False
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that its files are in."""
+        return (self.folder,)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is on this disk."""
+        return self.folder
+
+    @property
+    def computed(self) -> Collection[str]:
+        """The tensors that no file has: `read_elements` computes their values and gives them in F64."""
+        return ()
+
+    def inherits(self, name: str, other: "Checkpoint") -> bool:  # noqa: ARG002 (for checkpoints made from others)
+        """Whether tensor `name` is known to be that of `other`, byte for byte."""
+        return False
 
     @cached_property
     def weight_map(self) -> Mapping[str, str]:
@@ -69,7 +96,7 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
         files: Collection[str] | None = None,  # noqa: ARG002
         *,
         recheck: bool = False,  # noqa: ARG002
-    ) -> "Checkpoint":
+    ) -> Self:
         """The same checkpoint with its weight files, all or those named in `files`, on this disk.
 
         Downloads are compared with the Hub's digests, with `recheck` cached files too. Raises HubError, NoSpaceError.
@@ -148,7 +175,7 @@ class TensorReader(ABC):
     def stream(self, name: str, start: int, stop: int) -> ByteStream:
         """Bytes `start` to `stop` of tensor `name`; past its end those of the tensors that follow it in its file.
 
-        Raises SourceChangedError where a file is not what it was when it was listed.
+        Not for tensors that are `computed`. Raises SourceChangedError where a file is not what it was when listed.
         """
 
     @abstractmethod

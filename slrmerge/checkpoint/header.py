@@ -26,7 +26,10 @@ DTYPE_BITS = {
 }  # fmt: skip
 """Bits per element of every dtype in the format."""
 
-FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
+TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The floating dtypes: safetensors' name → torch's, which is also a recipe's."""
+
+FLOATING = frozenset(TORCH_DTYPES)
 """The dtypes that can be blended and cast: real, floating, and meaningful without a scale beside them."""
 
 MAX_HEADER_BYTES = 100_000_000

@@ -51,6 +51,12 @@ class LayerStack:
         return layer, name[found.end() :]
 
 
+def split_layer(name: str) -> tuple[str, int, str] | None:
+    """The outermost numbered prefix of a name, the layer, and the name inside it; None for a name outside layers."""
+    found = _LAYER.search(name, 1)
+    return (name[: found.start()], int(found[1]), name[found.end() :]) if found else None
+
+
 def text_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The config itself, and its sections about the decoder."""
     return [config, *(config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict))]

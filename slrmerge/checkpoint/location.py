@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder on this disk, or a repository on the Hub at a revision."""
+"""Where a checkpoint is: a folder on this disk, a repository on the Hub at a revision, or an adapter on its base."""
 
 import os
 import re
@@ -23,7 +23,22 @@ class Repository:
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
-Source = Path | Repository
+Place = Path | Repository
+"""Where one folder or repository is."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOnBase:
+    """An adapter and the base to put it on, written `BASE+ADAPTER` as in mergekit."""
+
+    base: Place
+    adapter: Place
+
+    def __str__(self) -> str:
+        return f"{self.base}+{self.adapter}"
+
+
+Source = Place | AdapterOnBase
 
 
 def parse_source(text: str | os.PathLike[str], *, base: Path = Path()) -> Source:
@@ -31,6 +46,17 @@ def parse_source(text: str | os.PathLike[str], *, base: Path = Path()) -> Source
 
     An existing folder takes precedence over a repository of the same name. A path object is always a folder.
     """
+    place = parse_place(text, base=base)
+    if not isinstance(place, Path) or not isinstance(text, str) or os.path.exists(place):  # noqa: PTH110 (see below)
+        return place
+    below, plus, adapter = text.rpartition("+")
+    if not (plus and below and adapter):
+        return place
+    return AdapterOnBase(parse_place(below, base=base), parse_place(adapter, base=base))
+
+
+def parse_place(text: str | os.PathLike[str], *, base: Path = Path()) -> Place:
+    """See `parse_source`, for one folder or repository."""
     if not isinstance(text, str):
         return base / text
     folder = base / os.path.expanduser(text)  # noqa: PTH111 (an unknown user is not an error here)

@@ -137,7 +137,7 @@ class SafetensorsReader(TensorReader):
 def open_folder(folder: Path) -> SafetensorsFolder:
     """Read the config, the index and every header of the checkpoint in `folder`.
 
-    Raises CheckpointError with every problem found: no such folder, an adapter, only pickles or GGUF files; an index
+    Raises CheckpointError with every problem found: no such folder, only pickles or GGUF files; an index
     that names paths, disagrees with its shards, or hides an older single file; fewer layers than the config says; and
     everything that `read_shard` refuses.
     """
@@ -184,11 +184,11 @@ def read_layout(folder: Path, names: set[str], *, where: str) -> Layout:
     Raises CheckpointError where it is not a safetensors checkpoint at all.
     """
     if not names & {SINGLE_NAME, INDEX_NAME}:
-        raise CheckpointError(_no_model(folder, names, where))
+        raise CheckpointError(_no_model(names, where))
     problems: list[Problem] = []
     config: Mapping[str, Any] = {}
     if CONFIG_NAME in names:
-        config = collect(problems, lambda: _read_json(folder / CONFIG_NAME), {})
+        config = collect(problems, lambda: read_json(folder / CONFIG_NAME), {})
     else:
         what, remedy = "is missing", "a checkpoint cannot be loaded without it"
         problems.append(Problem("no-config", f"{where}/{CONFIG_NAME}", what, remedy))
@@ -239,14 +239,9 @@ def exists(path: Path) -> bool:
     return True
 
 
-def _no_model(folder: Path, names: set[str], where: str) -> Problem:
+def _no_model(names: set[str], where: str) -> Problem:
     """What a folder is that has no safetensors model under the usual names."""
     suffixes = {Path(name).suffix for name in names}
-    if "adapter_config.json" in names:
-        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "an unnamed base model"
-        return Problem(
-            "adapter", where, f"is an adapter for {base}", "merge it into that base first (PEFT merge_and_unload)"
-        )
     if ".safetensors" in suffixes:
         what = f"has safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}"
         return Problem("no-index", where, what, "name the folder that save_pretrained wrote, or restore its index")
@@ -263,7 +258,8 @@ def _no_model(folder: Path, names: set[str], where: str) -> Problem:
     return Problem("no-checkpoint", where, "has no safetensors files", _NAME_A_FOLDER)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint. Raises CheckpointError, and OSError."""
     with open_within(path.parent, path.name) as file:
         raw = file.read(_MAX_JSON_BYTES + 1)
     if len(raw) > _MAX_JSON_BYTES:
@@ -282,7 +278,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name to file name."""
     path = folder / INDEX_NAME
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(Problem("invalid-index", str(path), "has no weight_map", "download it again"))
     remedy = "only plain *.safetensors names in the same folder are supported"

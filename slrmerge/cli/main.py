@@ -108,7 +108,7 @@ def merge(
         from slrmerge.merging.push import parse_target
 
         target = parse_target(repository, revision)
-    planned = _plan(recipe, allow_code=chosen.allow_code, max_shard_size=max_shard_size, dtype=dtype)
+    planned = _plan(recipe, chosen, max_shard_size=max_shard_size, dtype=dtype)
     from slrmerge.cli import show
 
     if out is None or dry_run:
@@ -155,7 +155,7 @@ def plan(
     slrmerge plan recipe.yaml --json | jq '.tensors["lm_head.weight"]'
     """
     chosen = MergeOptions(**options)
-    planned = _plan(recipe, allow_code=chosen.allow_code, max_shard_size=max_shard_size, dtype=dtype)
+    planned = _plan(recipe, chosen, max_shard_size=max_shard_size, dtype=dtype)
     from slrmerge.cli import show
 
     show.print_plan(planned, out, _free_bytes(planned, out, chosen), as_json=as_json)
@@ -234,12 +234,14 @@ for _command in (diff, evaluate, push, search, select):
     main.add_command(_command)
 
 
-def _plan(recipe: Path, *, allow_code: bool = False, **overrides: str | None) -> "MergePlan":
+def _plan(recipe: Path, options: MergeOptions | None = None, **overrides: str | None) -> "MergePlan":
     """The plan for a recipe file with the command line's overrides."""
     from slrmerge.merging.plan.planner import plan as plan_recipe
     from slrmerge.recipe.load import load_recipe
 
-    return plan_recipe(load_recipe(recipe, **overrides), allow_code=allow_code)
+    options = options or MergeOptions()
+    loaded = load_recipe(recipe, **overrides)
+    return plan_recipe(loaded, allow_code=options.allow_code, output=options.output)
 
 
 def _free_bytes(planned: "MergePlan", out: Path | None, options: MergeOptions) -> int | None:

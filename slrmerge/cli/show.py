@@ -33,7 +33,7 @@ def print_plan(plan: MergePlan, out: Path | None, free_bytes: int | None, *, as_
     for part in summarise_parts(plan):
         parts.add_row(part.where, part.source, f"{part.tensors:,}", format_bytes(part.output_bytes))
     parts.print()
-    done = {"copy": "copied", "cast": "cast"}
+    done = {"copy": "copied", "cast": "cast", "adapter": "computed with the adapter", "scaled": "scaled"}
     kinds = (f"{count:,} {done.get(kind, f'blended ({kind})')}" for kind, count in sorted(plan.kinds.items()))
     echo(f"tensors    {', '.join(kinds)}")
     echo(f"reads      {format_bytes(plan.read_bytes)}")

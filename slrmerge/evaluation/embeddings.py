@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from slrmerge.checkpoint.location import Repository, Source
+from slrmerge.checkpoint.location import Place, Repository
 from slrmerge.errors import Problem, UnsupportedModelError, first_line, require_extra
 
 
@@ -39,7 +39,7 @@ class LocalEmbeddings:
     one that cannot be loaded.
     """
 
-    def __init__(self, at: Source, *, device: str) -> None:
+    def __init__(self, at: Place, *, device: str) -> None:
         require_extra("eval", "sentence_transformers")
         self._at, self._device = at, device
         if isinstance(at, Repository):

@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from slrmerge.checkpoint.files import open_within
-from slrmerge.checkpoint.location import Repository, Source
+from slrmerge.checkpoint.location import Place, Repository
 from slrmerge.checkpoint.pair import open_checkpoint
 from slrmerge.checkpoint.side_files import MANIFEST_NAME, fetch_side_files
 from slrmerge.errors import Problem, UnsupportedModelError, first_line
@@ -28,8 +28,12 @@ class LocalModel:
     longest prompt of the batch leaves less than `max_tokens`. Raises CheckpointError and HubError.
     """
 
-    def __init__(self, at: Source, *, device: str, batch: int, progress: Progress) -> None:
+    def __init__(self, at: Place, *, device: str, batch: int, progress: Progress) -> None:
         self._at, self._checkpoint = at, open_checkpoint(at)
+        if self._checkpoint.computed:
+            what = "is an adapter, which an evaluation does not load"
+            remedy = "write the whole model first: merge with alpha: 0, and evaluate the result"
+            raise UnsupportedModelError(Problem("adapter", str(self._checkpoint), what, remedy))
         self._device, self._batch, self._progress = torch.device(device), batch, progress
         self._loaded: tuple[Any, Any] | None = None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import parse_qsl, urlsplit
 
-from slrmerge.checkpoint.location import Source, parse_source
+from slrmerge.checkpoint.location import Place, parse_place
 from slrmerge.errors import OptionError, Problem, without_credentials
 from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings, seed_of
 from slrmerge.io.progress import Progress
@@ -51,7 +51,7 @@ class NamedModel:
     """A model and its label in tables."""
 
     label: str
-    at: Source | ServerAddress
+    at: Place | ServerAddress
 
 
 ModelNames = Mapping[str, str | os.PathLike[str]] | Sequence[str | os.PathLike[str] | NamedModel]
@@ -93,7 +93,7 @@ _LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.+)", re.DOTALL)
 _SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://\S+)")
 
 
-def parse_location(text: str | os.PathLike[str]) -> Source | ServerAddress:
+def parse_location(text: str | os.PathLike[str]) -> Place | ServerAddress:
     """The location of a model: a folder, a repository on the Hub, MODEL@URL, or the URL of a server with one model.
 
     A PathLike is a folder. Raises OptionError for an invalid URL.
@@ -102,7 +102,7 @@ def parse_location(text: str | os.PathLike[str]) -> Source | ServerAddress:
         return Path(text)
     match = _SERVED.fullmatch(text)
     if match is None:
-        return parse_source(text)
+        return parse_place(text)
     try:
         address = urlsplit(match["url"])
         is_valid = bool(address.hostname) and address.port != 0

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field
 
-from slrmerge.checkpoint.location import Repository, parse_source
+from slrmerge.checkpoint.location import Repository, parse_place
 from slrmerge.errors import DataError, Problem, require_extra
 from slrmerge.io.files import read_file
 from slrmerge.io.model import InvalidValue, Model, validate_as
@@ -80,7 +80,7 @@ def read_data(data: str | os.PathLike[str], *, subset: str | None = None, split:
     A JSON object has questions as keys. Raises DataError, HubError, and MissingExtraError where a Hub dataset needs
     `datasets`, which is not installed.
     """
-    source = parse_source(data) if isinstance(data, str) else Path(data)
+    source = parse_place(data) if isinstance(data, str) else Path(data)
     found = _read_dataset(source, subset, split) if isinstance(source, Repository) else _read_file(source)
     if not found.rows:
         raise DataError(Problem("empty", str(data), "contains no questions"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slrmerge.checkpoint.location import Source
+from slrmerge.checkpoint.location import Place
 from slrmerge.errors import (
     NoSpaceError,
     OptionError,
@@ -142,7 +142,7 @@ class Evaluation:
         by_label = dict(zip((model.label for model in self.models), opened, strict=False))
         return _Models(by_label, opened[-1] if self._judge else None, embedder)
 
-    def _open_model(self, at: Source | ServerAddress) -> ChatModel:
+    def _open_model(self, at: Place | ServerAddress) -> ChatModel:
         if isinstance(at, ServerAddress):
             return self._server(at)
         require_extra("eval", "transformers")
@@ -150,7 +150,7 @@ class Evaluation:
 
         return LocalModel(at, device=self.options.device, batch=self.options.batch, progress=self._progress)
 
-    def _open_embedder(self, at: Source | ServerAddress) -> Embedder:
+    def _open_embedder(self, at: Place | ServerAddress) -> Embedder:
         return self._server(at) if isinstance(at, ServerAddress) else LocalEmbeddings(at, device=self.options.device)
 
     def _server(self, at: ServerAddress) -> ServerModel:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from math import isfinite
 from typing import TYPE_CHECKING
 
+from slrmerge.checkpoint.header import TORCH_DTYPES
 from slrmerge.errors import BlendError, Problem
 from slrmerge.recipe.blend import SUMS, BlendRule
 
@@ -15,8 +16,7 @@ CHUNK_ELEMENTS = 1 << 17
 """Elements per step: 512 KiB in float32, so that all buffers of a step fit in a core's cache."""
 
 MAX_ELEMENT_BYTES = 8
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The floating dtypes: safetensors' name → torch's, which is also a recipe's."""
+DTYPES = TORCH_DTYPES
 
 
 class Blender:
@@ -83,10 +83,16 @@ class Blender:
                 self.nan_names.add(name)
         return self._output[: len(pre) * output.element_size()]
 
-    def cast(self, name: str, elements: int, dtype: str, output_dtype: str) -> memoryview:
-        """The first `elements` of the first input, rounded to nearest even. Valid and raises as `blend`."""
+    def cast(
+        self, name: str, elements: int, dtype: str, output_dtype: str, *, factor: float | None = None
+    ) -> memoryview:
+        """The first `elements` of the first input, times `factor`, rounded to nearest even once.
+
+        Valid and raises as `blend`.
+        """
         value = as_tensor(self.inputs[0], dtype, elements)
-        return self._rounded(name, value, output_dtype, [value])
+        result = value if factor is None else value.double().mul_(factor)
+        return self._rounded(name, result, output_dtype, [value])
 
     def sums(self, elements: int, dtypes: tuple[str, str], keys: tuple[str, ...]) -> dict[str, float]:
         """Sums over a chunk of both inputs, in float64; see `recipe.blend.SUMS`."""

@@ -32,8 +32,8 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     is_restoration = _is_restoration(plan)
     tags = ["merge", "slrmerge", *(["selective-layer-restoration"] if is_restoration else [])]
     front = {
-        **_base_models(pre, post),
-        "library_name": "transformers",
+        **(_base_models(pre, relation="adapter") if plan.whole else _base_models(pre, post)),
+        "library_name": "peft" if plan.whole else "transformers",
         "tags": ["mergekit", *tags] if len(plan.recipe.written_as) > 1 else tags,
         **_inherited_front_matter(plan.pair.posttrained.folder),
     }
@@ -112,10 +112,10 @@ def _side_files_sentence(plan: MergePlan) -> str:
     return f"The config is that of {config}.\nTokenizer and chat template are those of {tokenizer}."
 
 
-def _base_models(*names: str) -> dict[str, Any]:
+def _base_models(*names: str, relation: str = "merge") -> dict[str, Any]:
     """The parents on the Hub, as it links them; it refuses a card that names anything else."""
     on_the_hub = [name for name in names if "/" in name]
-    return {"base_model": on_the_hub, "base_model_relation": "merge"} if on_the_hub else {}
+    return {"base_model": on_the_hub, "base_model_relation": relation} if on_the_hub else {}
 
 
 def _search_section(finding: Finding) -> Iterator[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slrmerge.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.side_files import (
     CARD_NAME,
@@ -77,7 +78,7 @@ def merge(
     before the first byte is written; NoSpaceError, SourceChangedError, BlendError and HubError while it is.
     """
     chosen = make_options(MergeOptions, options)
-    planned = plan(recipe, pair, allow_code=chosen.allow_code)
+    planned = plan(recipe, pair, allow_code=chosen.allow_code, output=chosen.output)
     return execute(planned, out, options=chosen, progress=progress)
 
 
@@ -107,7 +108,7 @@ def output_folder(plan: MergePlan, out: str | os.PathLike[str], options: MergeOp
     """The folder that a merge by `plan` writes."""
     return OutputFolder(
         out,
-        sources=[checkpoint.folder for _, checkpoint in plan.pair.items()],
+        sources=[folder for _, checkpoint in plan.pair.items() for folder in checkpoint.folders],
         overwrite=options.overwrite,
         why_not_replaceable=why_not_a_checkpoint,
         durable=options.fsync,
@@ -127,7 +128,8 @@ def why_not_a_checkpoint(folder: Path) -> str | None:
 
     A merge may contain what its manifest names, any other checkpoint what checkpoints commonly do.
     """
-    if not (folder / CONFIG_NAME).exists() or not any(folder.glob("*.safetensors")):
+    has_config = (folder / CONFIG_NAME).exists() or (folder / ADAPTER_CONFIG_NAME).exists()
+    if not has_config or not any(folder.glob("*.safetensors")):
         return "is not a checkpoint"
     try:
         written = {*read_manifest(folder).files, MANIFEST_NAME}

@@ -67,6 +67,7 @@ class Manifest(Model):
     format: int
     slrmerge: str
     allow_code: bool
+    output: str = "model"
     max_shard_size: int
     sources: dict[Side, SourceEntry]
     files: dict[str, FileEntry]
@@ -91,6 +92,7 @@ def build_manifest(plan: MergePlan, written: Mapping[str, FileDigest]) -> Iterat
         format=FORMAT,
         slrmerge=__version__,
         allow_code=plan.allow_code,
+        **({"output": "adapter"} if plan.whole else {}),
         max_shard_size=plan.recipe.max_shard_size,
         sources={
             side: {"model": source.model_name, **source.fingerprint(), **source.provenance(read[side])}

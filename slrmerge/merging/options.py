@@ -11,6 +11,12 @@ class MergeOptions(Options):
 
     overwrite: bool = option(False, "Replace an existing checkpoint at the output folder, in one step.")
     allow_code: bool = option(False, "Copy the post-trained side's Python files too.")
+    output: str = option(
+        "model",
+        "What to write: the whole model, or an adapter where the post-trained side is one.",
+        choices=("model", "adapter"),
+        flag="--as",
+    )
     download: str = option(
         "ranges",
         "What to download from the Hub: only the byte ranges needed, or the full files into the Hub's cache.",

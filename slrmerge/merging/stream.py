@@ -16,7 +16,7 @@ from slrmerge.checkpoint.pair import PairReader, Side
 from slrmerge.errors import CheckpointError, Problem
 from slrmerge.io.pieces import CHUNK_BYTES, Chunk
 from slrmerge.merging.blend import CHUNK_ELEMENTS, Blender
-from slrmerge.merging.plan.model import MergePlan, PlannedFile, PlannedShard, PlannedTensor
+from slrmerge.merging.plan.model import SCALED, MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.recipe.blend import BLEND_RULES
 
 
@@ -70,33 +70,45 @@ class HybridReader:
             for side in ("pretrained", "posttrained")
         }
         for part in parts:
-            opened = [next(streams[side]) for side, _ in part.tensor.sources]
             if part.tensor.kind == "copy":
-                yield from _fill(self.blender.inputs[0][:CHUNK_BYTES], opened[0], part.end - part.begin)
+                ((side, _),) = part.tensor.sources
+                yield from _fill(self.blender.inputs[0][:CHUNK_BYTES], next(streams[side]), part.end - part.begin)
             else:
-                yield from self._computed(part, opened)
+                yield from self._computed(part, streams)
 
-    def _computed(self, part: Part, streams: Sequence[ByteStream]) -> Iterator[memoryview]:
-        """The bytes of a part of a cast or a blend, from streams of its elements in every source."""
+    def _computed(self, part: Part, streams: Mapping[Side, Iterator[ByteStream]]) -> Iterator[memoryview]:
+        """The bytes of a part of what is not a copy, from the elements of every source."""
         tensor, blender, output = part.tensor, self.blender, part.tensor.info.dtype
-        dtypes = [self.pair[side].checkpoint[name].dtype for side, name in tensor.sources]
+        inputs = [
+            self._elements(part, side, name, buffer, streams[side])
+            for (side, name), buffer in zip(tensor.sources, blender.inputs, strict=False)
+        ]
         sums = self._sums_of(tensor) if tensor.kind in BLEND_RULES else {}
         skipped, left = part.begin % _width(output), part.end - part.begin  # a part may begin and end inside an element
-        for count in _counts(_elements(part)):
-            for stream, dtype, buffer in zip(streams, dtypes, blender.inputs, strict=False):
-                stream.readinto(buffer[: count * _width(dtype)])
-            if tensor.kind == "cast":
-                data = blender.cast(tensor.name, count, dtypes[0], output)
-            else:
+        for chunk in zip(*inputs, strict=True):
+            dtypes, count = [dtype for dtype, _ in chunk], chunk[0][1]
+            if tensor.kind in BLEND_RULES:
                 data = blender.blend(
                     tensor.name, count, (dtypes[0], dtypes[1]), output,
                     rule=BLEND_RULES[tensor.kind], alpha=tensor.alpha, sums=sums,
                 )  # fmt: skip
+            else:
+                factor = 1 - tensor.alpha if tensor.kind == SCALED else None
+                data = blender.cast(tensor.name, count, dtypes[0], output, factor=factor)
             if tensor.name in blender.nan_names:
                 self.nan_names.add(tensor.name)
             data = data[skipped : skipped + left]
             skipped, left = 0, left - len(data)
             yield data
+
+    def _elements(
+        self, part: Part, side: Side, name: str, buffer: memoryview, streams: Iterator[ByteStream]
+    ) -> Iterator[tuple[str, int]]:
+        """Read the elements of a part from one side into the start of `buffer`, a step at a time: dtype and number."""
+        reader, steps = self.pair[side], _elements(part)
+        if name in reader.checkpoint.computed:
+            return reader.read_elements(name, steps, buffer)
+        return _read_elements(next(streams), reader.checkpoint[name].dtype, steps, buffer)
 
     def _sums_of(self, tensor: PlannedTensor) -> Mapping[str, float]:
         """The sums over the whole tensor that its rule needs, computed by the first thread that asks."""
@@ -223,6 +235,8 @@ def _reads(checkpoint: Checkpoint, side: Side, parts: Iterable[Part]) -> Iterato
     """The bytes that `parts` read from one side: the tensor, the first byte, and the one after the last."""
     for part in parts:
         for source, name in part.tensor.sources:
+            if name in checkpoint.computed:
+                continue
             if source == side and part.tensor.kind == "copy":
                 yield name, part.begin, part.end
             elif source == side:
@@ -262,10 +276,12 @@ def _elements(part: Part) -> range:
     return range(part.begin // width, -(-part.end // width), CHUNK_ELEMENTS)
 
 
-def _counts(steps: range) -> Iterator[int]:
-    """The number of elements in each step."""
+def _read_elements(stream: ByteStream, dtype: str, steps: range, buffer: memoryview) -> Iterator[tuple[str, int]]:
+    """Read the elements of each step from a stream into the start of `buffer`; yields their dtype and number."""
     for begin in steps:
-        yield min(steps.step, steps.stop - begin)
+        count = min(steps.step, steps.stop - begin)
+        stream.readinto(buffer[: count * _width(dtype)])
+        yield dtype, count
 
 
 def _width(dtype: str) -> int:

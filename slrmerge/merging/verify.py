@@ -183,7 +183,7 @@ def _plan_again(
         for side, checkpoint in pair.items():
             if not manifest.sources[side].matches(checkpoint):
                 return _NotComparable(f"{checkpoint} is not the checkpoint that was merged")
-        plan = plan_merge(recipe, pair, allow_code=manifest.allow_code)
+        plan = plan_merge(recipe, pair, allow_code=manifest.allow_code, output=manifest.output)
     except HubError as error:
         if named or not local_files_only:
             raise

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,11 +17,13 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
+    model_validator,
 )
 
-from slrmerge.checkpoint.location import Source, parse_source
+from slrmerge.checkpoint.location import AdapterOnBase, Place, Source, parse_source
 from slrmerge.checkpoint.pair import ModelPair, Side, open_pair
 from slrmerge.checkpoint.side_files import RECIPE_NAME
+from slrmerge.errors import Problem, RecipeError
 from slrmerge.io.model import InvalidValue, plain
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.sizes import InvalidSizeError, parse_bytes, shorten
@@ -69,6 +71,16 @@ def _with_any_bytes(value: object, validate: ValidatorFunctionWrapHandler) -> ob
     return value if isinstance(value, str) and re.search("[\udc80-\udcff]", value) else validate(value)
 
 
+_MISSING = object()
+"""Stands for a pre-trained side that is missing, and not left out as the base of an adapter."""
+
+
+def _require_given(value: object) -> object:
+    if value is _MISSING:
+        raise InvalidValue("missing-key", "is missing", "add it")
+    return value
+
+
 CheckpointName = Annotated[
     Text,
     WrapValidator(_with_any_bytes, json_schema_input_type=Text),
@@ -84,11 +96,14 @@ class Recipe(Rules):
     Raises RecipeError with every problem.
     """
 
-    pretrained: CheckpointName = Field(
-        description="The pre-trained checkpoint: a folder, or organisation/name@revision on the Hub."
+    pretrained: Annotated[CheckpointName, BeforeValidator(_require_given, json_schema_input_type=Text)] = Field(
+        default=None,  # type: ignore[assignment]  # where it is left out; None cannot be written
+        description="The pre-trained checkpoint: a folder, or organisation/name@revision on the Hub. Default: the base "
+        "of the post-trained side, where that is an adapter.",
     )
     posttrained: CheckpointName = Field(
-        description="The post-trained checkpoint. It supplies names, shapes, dtypes, config and tokenizer."
+        description="The post-trained checkpoint. It supplies names, shapes, dtypes, config and tokenizer. It may be a "
+        "LoRA adapter, on the base that its config names or, as base+adapter, on another."
     )
     dtype: Dtype | None = Field(
         default=None, description="Output dtype of floating tensors. Default: each tensor's post-trained dtype."
@@ -106,6 +121,14 @@ class Recipe(Rules):
     )
 
     _file: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_a_side(cls, content: Any) -> Any:
+        """Where no side is named, both are missing."""
+        if isinstance(content, Mapping) and content.keys().isdisjoint(("pretrained", "posttrained")):
+            return {**content, "pretrained": _MISSING}
+        return content
 
     @property
     def written_as(self) -> tuple[str, ...]:
@@ -128,12 +151,16 @@ class Recipe(Rules):
         return f"{self.file or 'recipe'}: {path}"
 
     def source(self, side: Side) -> Source:
-        """Where a side's checkpoint is."""
-        return parse_source(getattr(self, side), base=self.file.parent if self.file else Path())
+        """Where a side's checkpoint is. Raises RecipeError where only an open pair tells."""
+        written = getattr(self, side)
+        if written is None:
+            raise RecipeError(Problem("missing-key", self.place(f"$.{side}"), "is missing", "add it"))
+        return parse_source(written, base=self.file.parent if self.file else Path())
 
     def open_pair(self, *, local_files_only: bool = False) -> ModelPair:
         """Open both checkpoints; see `slrmerge.open_pair`."""
-        return open_pair(self.source("pretrained"), self.source("posttrained"), local_files_only=local_files_only)
+        below = self.source("pretrained") if self.pretrained else None
+        return open_pair(below, self.source("posttrained"), local_files_only=local_files_only)
 
     def resolve(self, pair: ModelPair) -> Resolution:
         """The alpha of every tensor of a pair."""
@@ -162,23 +189,30 @@ class Recipe(Rules):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, without what is at its default; sizes in bytes."""
-        return {"pretrained": self.pretrained, "posttrained": self.posttrained, **plain(self)}
+        named = {} if self.pretrained is None else {"pretrained": self.pretrained}
+        return {**named, "posttrained": self.posttrained, **plain(self)}
 
     def relative_to(self, folder: Path, pair: ModelPair | None = None) -> dict[str, Any]:
         """`to_dict` for a file in `folder`: relative sources count from there; with `pair`, repositories are pinned."""
+        sides: tuple[Side, ...] = ("pretrained", "posttrained") if self.pretrained or pair else ("posttrained",)
         return {
             **self.to_dict(),
-            **{side: self._source_from(side, folder, pair) for side in ("pretrained", "posttrained")},
+            **{side: self._source_from(side, folder, pair) for side in sides},
         }
 
     def _source_from(self, side: Side, folder: Path, pair: ModelPair | None) -> str:
-        written: str = getattr(self, side)
+        written = getattr(self, side)
+        if written is None and pair:
+            return pair[side].reference
         source = self.source(side)
+        if isinstance(source, AdapterOnBase):
+            if pair and not (isinstance(source.base, Path) and isinstance(source.adapter, Path)):
+                return pair[side].reference
+            base, _, adapter = written.rpartition("+")
+            return f"{_from(folder, base, source.base)}+{_from(folder, adapter, source.adapter)}"
         if not isinstance(source, Path):
             return pair[side].reference if pair else written
-        if Path(os.path.expanduser(written)).is_absolute():  # noqa: PTH111 (an unknown user is not an error here)
-            return written
-        return Path(os.path.relpath(os.path.realpath(source), os.path.realpath(folder))).as_posix()
+        return _from(folder, written, source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML; relative sources are rewritten to count from the file's folder.
@@ -192,6 +226,13 @@ class Recipe(Rules):
 
     def __repr_args__(self) -> Iterable[tuple[str, Any]]:
         return self.to_dict().items()
+
+
+def _from(folder: Path, written: str, place: Place) -> str:
+    """What names in `folder` the place that is `written` elsewhere."""
+    if not isinstance(place, Path) or Path(os.path.expanduser(written)).is_absolute():  # noqa: PTH111 (an unknown user is not an error here)
+        return written
+    return Path(os.path.relpath(os.path.realpath(place), os.path.realpath(folder))).as_posix()
 
 
 def recipe_schema() -> dict[str, Any]:

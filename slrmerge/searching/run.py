@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.location import Repository, Source
+from slrmerge.checkpoint.location import AdapterOnBase, Repository, Source
 from slrmerge.checkpoint.pair import ModelPair, require_layers, require_same_depth
 from slrmerge.checkpoint.side_files import fetch_side_files
 from slrmerge.errors import PlanError, Problem, UnsupportedModelError, raise_all, require_extra
@@ -130,7 +130,7 @@ class Search:
         require_layers(pair)
         raise_all(self._other_pairs(pair), PlanError)
         fetch_side_files(pair.posttrained.side_files)
-        prompts = tokenize(self.questions, pair.posttrained.folder)
+        prompts = tokenize(self.questions, pair.posttrained.tokenizer_folder)
         own = [("the recipe's own", self.recipe)] if self.recipe.has_rules else []
         candidates = make_candidates(pair, self.options.spaces, [*own, *self.also])
         asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if self.options.quick else prompts
@@ -148,7 +148,7 @@ class Search:
         pair = self.prepared.pair
         output = OutputFolder(
             out,
-            sources=[checkpoint.folder for _, checkpoint in pair.items()],
+            sources=[folder for _, checkpoint in pair.items() for folder in checkpoint.folders],
             overwrite=overwrite,
             why_not_replaceable=why_not_results,
             durable=False,
@@ -322,10 +322,12 @@ def _label(recipe: object, number: int) -> str:
 
 def _is_at(checkpoint: Checkpoint, source: Source) -> bool:
     """Whether a source names a checkpoint; a repository without revision names any commit."""
+    if isinstance(source, AdapterOnBase):
+        source = source.adapter
     if isinstance(source, Repository):
-        name, _, commit = checkpoint.reference.rpartition("@")
+        name, _, commit = checkpoint.reference.rpartition("+")[2].rpartition("@")
         return source.name == name and source.revision in (None, "main", commit)
-    return os.path.realpath(source) == os.path.realpath(checkpoint.folder)
+    return os.path.realpath(source) == os.path.realpath(checkpoint.folders[-1])
 
 
 def _replace_scores(first: PassResult, exact: PassResult) -> PassResult:

@@ -274,24 +274,6 @@ def test_pickles_and_gguf_beside_safetensors_do_not_matter(single: Path) -> None
     assert list(open_folder(single).shards) == [SINGLE]
 
 
-def adapter(tmp_path: Path, config: str) -> Path:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/adapter_config.json").write_text(config)
-    (tmp_path / "a/adapter_model.safetensors").write_bytes(raw_file("{}"))
-    return tmp_path / "a"
-
-
-def test_an_adapter_is_refused_with_the_name_of_its_base(tmp_path: Path) -> None:
-    (problem,) = refusal(adapter(tmp_path, '{"base_model_name_or_path": "org/base"}'), "adapter")
-    assert "org/base" in problem.what
-
-
-@pytest.mark.parametrize("config", ["{}", '{"base_model_name_or_path": null}'])
-def test_an_adapter_without_a_named_base_is_refused(tmp_path: Path, config: str) -> None:
-    (problem,) = refusal(adapter(tmp_path, config), "adapter")
-    assert "None" not in problem.what
-
-
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_config_with_more_layers_than_the_weights_is_refused(tmp_path: Path, nested: bool) -> None:
     config = {"text_config": llama_config(layers=7)} if nested else llama_config(layers=7)

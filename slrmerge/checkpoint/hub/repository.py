@@ -7,10 +7,17 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub import RepoFile, RepoFolder, constants, try_to_load_from_cache
 
+from slrmerge.checkpoint.adapter_config import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    AdapterFolder,
+    is_adapter,
+    read_adapter_folder,
+)
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.hub.errors import translate_hub_errors, translate_parse_errors, with_retries
@@ -32,6 +39,7 @@ from slrmerge.checkpoint.side_files import (
     CONFIG_NAME,
     INDEX_NAME,
     MODULES_NAME,
+    is_tokenizer_file,
     list_left_out,
     module_folders,
     select_side_files,
@@ -49,7 +57,7 @@ _MAX_ENTRIES = 100_000
 _DIGEST = re.compile("sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
 
 _READ_TO_OPEN = frozenset({
-    CONFIG_NAME, INDEX_NAME, CARD_NAME, MODULES_NAME, "adapter_config.json", *QUANTISATION_FILES,
+    CONFIG_NAME, INDEX_NAME, CARD_NAME, MODULES_NAME, ADAPTER_CONFIG_NAME, *QUANTISATION_FILES,
 })  # fmt: skip
 
 
@@ -116,9 +124,7 @@ class HubRepository(SafetensorsCheckpoint):
             what = "is in the Hub's cache, but its digests are not, and HF_HUB_OFFLINE is set"
             raise HubError(Problem("offline", str(self), what, "unset it"))
 
-    def download(
-        self, progress: Progress, files: Collection[str] | None = None, *, recheck: bool = False
-    ) -> "HubRepository":
+    def download(self, progress: Progress, files: Collection[str] | None = None, *, recheck: bool = False) -> Self:
         wanted = {
             name: self.snapshot.files[name]
             for name, shard in self.shards.items()
@@ -142,10 +148,11 @@ class HubRepository(SafetensorsCheckpoint):
         return replace(self, shards={**self.shards, **fetched}, verified=self.verified | frozenset(fetched))
 
 
-def open_repository(repository: Repository) -> HubRepository:
+def open_repository(repository: Repository) -> HubRepository | AdapterFolder:
     """Pin a repository to a commit; download config and index, and read the headers of its weights by range.
 
-    With HF_HUB_OFFLINE set, open what the Hub's cache has. Raises HubError, and CheckpointError as `open_folder` does.
+    An adapter is downloaded whole. With HF_HUB_OFFLINE set, open what the Hub's cache has. Raises HubError, and
+    CheckpointError as `open_folder` does.
     """
     if constants.is_offline_mode():
         return open_cached(repository)
@@ -158,6 +165,8 @@ def open_repository(repository: Repository) -> HubRepository:
         small = [snapshot.files[name] for name in sorted(snapshot.files.keys() & _READ_TO_OPEN)]
         list(pool.map(partial(HubFile.fetch, cancelled=cancelled), small))
     where = str(snapshot)
+    if is_adapter(snapshot.files.keys()):
+        return _download_adapter(snapshot, folder)
     layout = read_layout(folder, {name for name in snapshot.files if "/" not in name}, where=where)
     problems = list(layout.problems)
     with cancellable_pool(_HEADERS_AT_A_TIME) as (pool, cancelled):
@@ -174,9 +183,12 @@ def open_repository(repository: Repository) -> HubRepository:
     return checkpoint
 
 
-def open_cached(repository: Repository) -> HubRepository:
+def open_cached(repository: Repository) -> HubRepository | AdapterFolder:
     """Open what the Hub's cache has of a repository. Raises HubError where that is not the whole checkpoint."""
     found = try_to_load_from_cache(repository.name, CONFIG_NAME, revision=repository.revision)
+    adapter = try_to_load_from_cache(repository.name, ADAPTER_CONFIG_NAME, revision=repository.revision)
+    if isinstance(adapter, str) and is_adapter({path.name for path in Path(adapter).parent.iterdir()}):
+        return _read_adapter(Path(adapter).parent, repository)
     if not isinstance(found, str):
         raise HubError(_incomplete(repository))
     folder = Path(found).parent
@@ -186,6 +198,24 @@ def open_cached(repository: Repository) -> HubRepository:
         raise HubError(_incomplete(repository), *error.problems) from error
     snapshot = Snapshot(repository, folder.name, {})
     return HubRepository(local.folder, local.config, local.shards, local.side_files, local.left_out, snapshot=snapshot)
+
+
+def _download_adapter(snapshot: Snapshot, folder: Path) -> AdapterFolder:
+    """An adapter in the Hub's cache, with its tokenizer."""
+    wanted = {
+        ADAPTER_WEIGHTS_NAME,
+        *filter(is_tokenizer_file, select_side_files(snapshot.files)),
+    } & snapshot.files.keys()
+    require_space(sum(snapshot.files[name].file_bytes for name in wanted if not snapshot.files[name].cached_path()))
+    with cancellable_pool(_FILES_AT_A_TIME) as (pool, cancelled):
+        list(pool.map(partial(HubFile.fetch, cancelled=cancelled), (snapshot.files[name] for name in sorted(wanted))))
+    return _read_adapter(folder, snapshot.repository)
+
+
+def _read_adapter(folder: Path, repository: Repository) -> AdapterFolder:
+    pinned = Repository(repository.name, folder.name)
+    provenance = {"repository": repository.name, "revision": repository.revision, "commit": folder.name}
+    return read_adapter_folder(folder, reference=str(pinned), name=str(repository), provenance=provenance)
 
 
 def pin(repository: Repository) -> Snapshot:

@@ -26,7 +26,7 @@ def plan_files(
         sources |= {name: file for name, file in pair.pretrained.side_files.items() if is_tokenizer_file(name)}
     code = [name for name in sources if is_code(name)]
     files = [PlannedFile(name, source) for name, source in sources.items() if allow_code or name not in code]
-    if recipe.dtype:
+    if recipe.dtype or pair.posttrained.has_own_config:
         config = _dump(_with_dtype(pair.posttrained.config, recipe.dtype))
         files = [PlannedFile(file.name, content=config) if file.name == CONFIG_NAME else file for file in files]
     if finding and finding.figure:
@@ -60,9 +60,9 @@ def _code_notes(code: list[str], pair: ModelPair, *, allow_code: bool) -> list[s
     return [f"code left out{needed}: {', '.join(code)}; pass allow_code=True to copy it"]
 
 
-def _with_dtype(config: Any, dtype: str) -> Any:
-    """A config that names `dtype` wherever it named another."""
-    if not isinstance(config, dict):
+def _with_dtype(config: Any, dtype: str | None) -> Any:
+    """A config that names `dtype`, if any, wherever it named another."""
+    if not isinstance(config, dict) or dtype is None:
         return config
     return {
         key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else _with_dtype(value, dtype)

@@ -18,11 +18,18 @@ from slrmerge.merging.finding import Finding
 from slrmerge.recipe.blend import BLEND_RULES
 from slrmerge.recipe.load import AnyRecipe
 
+ADAPTER = "adapter"
+"""The kind of a tensor that an adapter changes."""
+
+SCALED = "scaled"
+"""The kind of an adapter's factor that is multiplied by 1 - alpha."""
+
 
 class PlannedTensor(NamedTuple):
     """One output tensor, with its dtype, shape and size; its shard knows where it begins.
 
-    `kind` is "copy" (one side's bytes), "cast" (one side's values in another dtype), or the blend rule's name.
+    `kind` is "copy" (one side's bytes), "cast" (one side's values in another dtype), "adapter" (what an adapter
+    makes of its base), "scaled" (a factor of an adapter, times 1 - alpha), or the blend rule's name.
     `pretrained` and `posttrained` name the tensors that are read: one of them, or both for a blend. With `rows`, only
     the first so many rows are, at any alpha, blended or cast from the pre-trained side: the others are post-trained.
     """
@@ -154,8 +161,8 @@ class MergePlan:
     """A merge as a value: it can be printed, compared, pickled and executed elsewhere; it holds nothing open.
 
     `resharded` is why the shards are not the post-trained side's, empty where they are. `notes` report casts, differing
-    configs, files left out. With `allow_code` Python files are copied. `finding` is the
-    result of the search that wrote the recipe.
+    configs, files left out. With `allow_code` Python files are copied. `finding` is the result of the search that wrote
+    the recipe. `whole` is the plan of the whole model where the output is an adapter.
     """
 
     recipe: AnyRecipe
@@ -166,6 +173,7 @@ class MergePlan:
     resharded: str = ""
     allow_code: bool = False
     finding: Finding | None = None
+    whole: "MergePlan | None" = None
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())

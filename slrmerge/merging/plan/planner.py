@@ -9,6 +9,7 @@ from slrmerge.checkpoint.side_files import CONFIG_NAME
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.io.garbage import collector_paused
 from slrmerge.merging.finding import Finding, find_search_result
+from slrmerge.merging.plan.adapter import as_adapter
 from slrmerge.merging.plan.files import plan_files
 from slrmerge.merging.plan.metadata import plan_metadata
 from slrmerge.merging.plan.model import MergePlan, PlannedTensor
@@ -20,13 +21,19 @@ from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe, require_rules
 
 @collector_paused()
 def plan_merge(
-    recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False, finding: Finding | None = None
+    recipe: RecipeLike,
+    pair: ModelPair | None = None,
+    *,
+    allow_code: bool = False,
+    output: str = "model",
+    finding: Finding | None = None,
 ) -> MergePlan:
     """Plan every output tensor and file of a merge of `pair`, by default the pair that the recipe names.
 
     Names, shapes and side files are the post-trained side's, and so are dtypes unless the recipe gives one. Python
-    files are copied only with `allow_code`. Raises PlanError with everything that does not fit: layers that do not
-    exist, rules that match nothing, tensors that one side lacks, shapes that differ, quantised weights to be blended.
+    files are copied only with `allow_code`. The `output` is the whole "model" or an "adapter". Raises PlanError with
+    everything that does not fit: layers that do not exist, rules that match nothing, tensors that one side lacks,
+    shapes that differ, quantised weights to be blended.
     """
     recipe = as_recipe(recipe)
     require_rules(recipe)
@@ -52,17 +59,21 @@ def plan_merge(
         *tokenizer_notes(recipe.tokenizer, pair, planned.tensors),
         *_idle_notes(alphas),
         *recipe.notes(pair),
+        *pair.posttrained.notes,
         *planned.notes,
         *code_notes,
         *_left_out_notes(pair),
     )
-    return MergePlan(recipe, pair, shards, tuple(files), notes, resharded, allow_code, finding)
+    plan = MergePlan(recipe, pair, shards, tuple(files), notes, resharded, allow_code, finding)
+    return as_adapter(plan) if output == "adapter" else plan
 
 
-def plan(recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False) -> MergePlan:
+def plan(
+    recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False, output: str = "model"
+) -> MergePlan:
     """Plan a merge as `merge` would execute it: `plan_merge`, with the result of the search that wrote the recipe."""
     recipe = as_recipe(recipe)
-    return plan_merge(recipe, pair, allow_code=allow_code, finding=find_search_result(recipe))
+    return plan_merge(recipe, pair, allow_code=allow_code, output=output, finding=find_search_result(recipe))
 
 
 def _config_notes(pair: ModelPair) -> Iterator[str]:

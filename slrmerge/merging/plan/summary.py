@@ -29,6 +29,7 @@ class Part:
 
 def summarise_parts(plan: MergePlan) -> list[Part]:
     """The layers in order, neighbours with the same alphas as one part, then everything outside the layers."""
+    plan = plan.whole or plan
     stack = plan.pair.stack
     by_layer: dict[int, list[PlannedTensor]] = {}
     outside: list[PlannedTensor] = []

@@ -19,7 +19,7 @@ from slrmerge.checkpoint.quantised import Quantisation
 from slrmerge.checkpoint.vocabulary import SharedVocabulary, compare_vocabularies
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.blend import DTYPES
-from slrmerge.merging.plan.model import PlannedTensor
+from slrmerge.merging.plan.model import ADAPTER, PlannedTensor
 from slrmerge.merging.plan.quantised import QuantisedPair, refuse_quantised
 
 SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -124,6 +124,8 @@ class TensorPlanner:
         if rows is not None:
             kind = "cast" if alpha == 1 else self._blend
             return PlannedTensor(name, output, alpha, kind, twin, name, rows)
+        if alpha < 1 and self._pair.posttrained.inherits(name, self._pair.pretrained) and name == twin:
+            return self._from_posttrained(name, post)._replace(alpha=alpha)
         if alpha == 1:
             return PlannedTensor(name, output, 1.0, self._copy_or_cast(name, pre, output), twin, None)
         return PlannedTensor(name, output, alpha, self._blend, twin, name)
@@ -189,7 +191,9 @@ class TensorPlanner:
 
     def _from_posttrained(self, name: str, post: TensorInfo) -> PlannedTensor:
         output = self._output(post)
-        return PlannedTensor(name, output, 0.0, self._copy_or_cast(name, post, output), None, name)
+        computed = name in self._pair.posttrained.computed
+        kind = ADAPTER if computed else self._copy_or_cast(name, post, output)
+        return PlannedTensor(name, output, 0.0, kind, None, name)
 
     def _copy_or_cast(self, name: str, source: TensorInfo, output: TensorInfo) -> str:
         if source.dtype == output.dtype:

@@ -273,10 +273,6 @@ def test_an_overloaded_hub_is_retried(pair: HubPair) -> None:
     [
         ({"pytorch_model.bin": b"x"}, "pickles-only"),
         ({"model.gguf": b"x"}, "gguf-only"),
-        (
-            {"adapter_config.json": b'{"base_model_name_or_path": "org/base"}', "adapter_model.safetensors": b"x"},
-            "adapter",
-        ),
         ({"original/model.safetensors": b"x"}, "no-checkpoint"),
     ],
 )

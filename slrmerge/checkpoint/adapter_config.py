@@ -1,0 +1,179 @@
+"""A LoRA adapter in a folder (peft's format): its config and its header, or why it is not supported.
+
+The keys and their meaning are those of peft's `LoraConfig`. A key that changes the weights in a way that is not
+implemented here is refused by its name, and so is an unknown key with a value.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
+
+from slrmerge.checkpoint.files import unreadable
+from slrmerge.checkpoint.header import Shard
+from slrmerge.checkpoint.safetensors import exists, read_json, read_local_shard
+from slrmerge.checkpoint.side_files import INDEX_NAME, SINGLE_NAME
+from slrmerge.errors import CheckpointError, Problem, raise_all
+from slrmerge.io.model import Model, validate_as
+from slrmerge.io.sizes import shorten
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_PICKLE_NAME = "adapter_model.bin"
+
+_NO_EFFECT = frozenset({
+    "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "runtime_config",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
+    "ensure_weight_tying",  # the tensors in the file say which modules are adapted, and which are stored whole
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of an `init_lora_weights`
+    "qalora_group_size",  # of `use_qalora`
+    "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",  # written by ms-swift
+})  # fmt: skip
+"""Keys that do not change what the stored tensors mean."""
+
+_UNSUPPORTED = {
+    "use_dora": "DoRA also rescales each row of the weights",
+    "trainable_token_indices": "some rows of the embedding are stored by themselves",
+    "target_parameters": "its tensors belong to parameters, not to modules",
+    "layer_replication": "layers of the base are repeated",
+    "alora_invocation_tokens": "an activated LoRA applies to some tokens only, so it cannot be merged",
+    "use_qalora": "QALoRA pools the inputs",
+    "use_bdlora": "its factors are block-diagonal",
+    "kasa_config": "KaSA truncates the base's weights",
+    "arrow_config": "it chooses between several adapters",
+    "enable_lora": "it adapts parts of a fused module",
+}
+"""Keys that change the weights, and how."""
+
+_INITIALISATIONS = frozenset({True, False, "true", "false", "gaussian", "eva", "orthogonal"})
+"""Values of `init_lora_weights` that leave the base's weights as they are."""
+
+_REMEDY = "merge it into its base with peft's `merge_and_unload`, and name the folder of the result"
+
+
+N = TypeVar("N", int, float)
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class AdapterConfig(Model):
+    """What the config says about the weights."""
+
+    error = CheckpointError
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: int = Field(default=8, gt=0, strict=True)
+    lora_alpha: _Finite = 8
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    lora_bias: bool = False
+    rank_pattern: dict[str, int] = Field(default={})
+    alpha_pattern: dict[str, _Finite] = Field(default={})
+
+    def rank(self, module: str) -> int:
+        """The rank of the factors of a module, named as in the model."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """The factor of B·A for a module, named as in the model."""
+        rank = self.rank(module)
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (sqrt(rank) if self.use_rslora else rank)
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter whose base is not open yet. `reference`, `name` and `provenance` are those of one on the Hub."""
+
+    folder: Path
+    content: Mapping[str, Any]
+    config: AdapterConfig
+    shard: Shard
+    reference: str = ""
+    name: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name or str(self.folder)
+
+    @property
+    def base_name(self) -> str:
+        """Its base as the config names it: a folder or a repository."""
+        return self.config.base_model_name_or_path or ""
+
+
+def is_adapter(names: Set[str]) -> bool:
+    """Whether a folder or repository with files of these names is an adapter and not a whole model."""
+    return ADAPTER_CONFIG_NAME in names and names.isdisjoint((SINGLE_NAME, INDEX_NAME))
+
+
+def read_adapter_folder(folder: Path, **more: Any) -> AdapterFolder:
+    """The config and the header of the adapter in `folder`. Raises CheckpointError with everything unsupported."""
+    try:
+        content = read_json(folder / ADAPTER_CONFIG_NAME)
+        config = parse_adapter_config(content, folder / ADAPTER_CONFIG_NAME)
+        path = folder / ADAPTER_WEIGHTS_NAME
+        if not exists(path):
+            what, remedy = "is missing", "complete the download"
+            if exists(folder / _PICKLE_NAME):
+                what = f"is missing; {_PICKLE_NAME} is a pickle, which is not read"
+                remedy = "load the adapter with peft and save it again, which writes safetensors"
+            raise CheckpointError(Problem("adapter-weights-missing", str(path), what, remedy))
+        return AdapterFolder(folder, content, config, read_local_shard(path), **more)
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def parse_adapter_config(content: Mapping[str, Any], path: Path) -> AdapterConfig:
+    """The config in `path`. Raises CheckpointError with everything that is not supported."""
+    raise_all(_unsupported(content, str(path)), CheckpointError)
+    known = {key: value for key, value in content.items() if key in AdapterConfig.model_fields and value is not None}
+    config = validate_as(AdapterConfig, known, str(path))
+    raise_all(_invalid_patterns(config, str(path)), CheckpointError)
+    return config
+
+
+def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        what = f"peft_type {shorten(kind)} is not supported, only LORA is"
+        yield Problem("unsupported-adapter", where, what, _REMEDY)
+        return
+    initialisation = content.get("init_lora_weights", True)
+    if not isinstance(initialisation, bool | str) or initialisation not in _INITIALISATIONS:
+        what = f"init_lora_weights {shorten(initialisation)} changes the base's weights, or may"
+        remedy = "convert it to a plain LoRA (peft: `path_initial_model_for_weight_conversion`), or merge it with peft"
+        yield Problem("unsupported-adapter", where, what, remedy)
+    for key, value in content.items():
+        if not value or key in _NO_EFFECT or key in AdapterConfig.model_fields:
+            continue
+        if key in _UNSUPPORTED:
+            yield Problem("unsupported-adapter", where, f"{key} is not supported: {_UNSUPPORTED[key]}", _REMEDY)
+        elif key not in ("peft_type", "init_lora_weights"):
+            what = f"{shorten(key)} is not a known key of a LoRA adapter, and may change the weights"
+            yield Problem("unsupported-adapter", where, what, _REMEDY)
+
+
+def _invalid_patterns(config: AdapterConfig, where: str) -> Iterator[Problem]:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in getattr(config, key).items():
+            try:
+                re.compile(_as_regex(pattern))
+            except re.error as error:
+                what = f"{shorten(pattern)} in {key} is not a regular expression ({error})"
+                yield Problem("invalid-adapter", where, what)
+            if key == "rank_pattern" and value < 1:
+                yield Problem("invalid-adapter", where, f"rank {value} of {shorten(pattern)} is not possible")
+
+
+def _by_pattern(patterns: Mapping[str, N], module: str, default: N) -> N:
+    """The value of the first pattern that matches a module's name to its end, from any component on."""
+    return next((value for key, value in patterns.items() if re.match(_as_regex(key), module)), default)
+
+
+def _as_regex(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
