@@ -6,7 +6,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 from slrmerge.checkpoint.files import ByteStream, SourceFile
 from slrmerge.checkpoint.header import DTYPE_BITS, TensorInfo
@@ -30,6 +30,9 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
 
     side_files: Mapping[str, SourceFile]
     """What belongs to the model besides its weights, by name: config, tokenizer, chat templates, licence, code."""
+
+    format: ClassVar[Literal["safetensors", "gguf"]] = "safetensors"
+    """The format of the weight files, which both sides of a pair share."""
 
     verified: frozenset[str] = frozenset()
     """The weight files that were downloaded and match the Hub's digests."""
@@ -81,6 +84,11 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     @abstractmethod
     def model_name(self) -> str:
         """The repository's name where it comes from the Hub or its cache, else the folder's own name."""
+
+    @property
+    def locations(self) -> tuple[Path, ...]:
+        """The folders and files that an output must not replace."""
+        return (self.folder,)
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ The format: docs/gguf.md in ggml's repository. Arrays of key-values, such as voc
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from struct import Struct
 from typing import NamedTuple
@@ -69,10 +69,9 @@ Value = str | int | float | bool | tuple[int | float | bool, ...] | LongArray
 
 @dataclass(frozen=True, slots=True)
 class GgufShard(Shard):
-    """A GGUF file with a valid header, its key-values, and all bytes before its data."""
+    """A GGUF file with a valid header, and its key-values."""
 
-    values: Mapping[str, Value]
-    header: bytes = field(repr=False)
+    key_values: Mapping[str, Value]
 
 
 def read_gguf(file: SourceFile) -> GgufShard:
@@ -116,10 +115,10 @@ def _read(file: SourceFile, source: "_Bytes") -> GgufShard:
     data_start = -(-source.position // alignment) * alignment
     if not tensors:  # a file of key-values alone need not be padded
         data_start = min(data_start, file.file_bytes)
-    header = source.upto(data_start)
+    digest = xxhash.xxh3_128_hexdigest(source.upto(data_start))
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
     raise_all(_layout_problems(file, tensors, file.file_bytes - data_start, alignment), CheckpointError)
-    return GgufShard(file, data_start, xxhash.xxh3_128_hexdigest(header), tensors, values, header)
+    return GgufShard(file, data_start, digest, tensors, values)
 
 
 def _require_version(file: SourceFile, source: "_Bytes") -> None:

@@ -27,15 +27,15 @@ Source = Path | Repository
 
 
 def parse_source(text: str | os.PathLike[str], *, base: Path = Path()) -> Source:
-    """The folder or repository that `text` names; a relative folder counts from `base`.
+    """The folder, GGUF file or repository that `text` names; a relative path counts from `base`.
 
-    An existing folder takes precedence over a repository of the same name. A path object is always a folder.
+    An existing folder takes precedence over a repository of the same name. A path object is never a repository.
     """
     if not isinstance(text, str):
         return base / text
     folder = base / os.path.expanduser(text)  # noqa: PTH111 (an unknown user is not an error here)
     exists = os.path.exists(folder)  # noqa: PTH110 (nor is a name that is too long)
-    return folder if exists else Repository.parse(text) or folder
+    return folder if exists or text.endswith(".gguf") else Repository.parse(text) or folder
 
 
 _REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
+from slrmerge.checkpoint.gguf import open_gguf
 from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.location import Repository, parse_source
 from slrmerge.checkpoint.safetensors import open_folder
@@ -95,11 +96,11 @@ class PairReader:
 
 
 CheckpointLike = str | os.PathLike[str] | Repository | Checkpoint
-"""What names a checkpoint: a folder, `organisation/name@revision`, or an open checkpoint."""
+"""What names a checkpoint: a folder, a GGUF file, `organisation/name@revision`, or an open checkpoint."""
 
 
 def open_checkpoint(source: CheckpointLike, *, local_files_only: bool = False) -> Checkpoint:
-    """Open a checkpoint in a folder, or in a repository on the Hub as `organisation/name@revision`.
+    """Open a checkpoint in a folder, a GGUF file, or a repository on the Hub as `organisation/name@revision`.
 
     Reads the config, the index and every header; weights stay where they are. With `local_files_only`, or where
     HF_HUB_OFFLINE is set, a repository is opened from the Hub's cache. Raises CheckpointError and HubError.
@@ -108,7 +109,8 @@ def open_checkpoint(source: CheckpointLike, *, local_files_only: bool = False) -
         return source
     where = source if isinstance(source, Repository) else parse_source(source)
     if isinstance(where, Path):
-        return open_folder(where)
+        gguf = open_gguf(where)
+        return open_folder(where) if gguf is None else gguf
     from slrmerge.checkpoint.hub.repository import open_cached, open_repository
 
     return open_cached(where) if local_files_only else open_repository(where)
@@ -119,6 +121,10 @@ def open_pair(pretrained: CheckpointLike, posttrained: CheckpointLike, *, local_
     open_one = partial(open_checkpoint, local_files_only=local_files_only)
     pair = ModelPair(*open_all(open_one, (pretrained, posttrained), CheckpointError, HubError))
     pre, post = pair.pretrained, pair.posttrained
+    if pre.format != post.format:
+        gguf, other = (pre, post) if pre.format == "gguf" else (post, pre)
+        what, remedy = f"is in GGUF, {other} is not", "convert that one in the same way, or name both originals"
+        raise CheckpointError(Problem("different-formats", str(gguf), what, remedy))
     if pre.reference == post.reference or pre.identity == post.identity:
         what = f"has the same weights as the pre-trained side, {pre}"
         raise CheckpointError(

@@ -105,7 +105,7 @@ def output_folder(plan: MergePlan, out: str | os.PathLike[str], options: MergeOp
     """The folder that a merge by `plan` writes."""
     return OutputFolder(
         out,
-        sources=[checkpoint.folder for _, checkpoint in plan.pair.items()],
+        sources=[place for _, checkpoint in plan.pair.items() for place in checkpoint.locations],
         overwrite=options.overwrite,
         why_not_replaceable=why_not_a_checkpoint,
         durable=options.fsync,
