@@ -1,7 +1,7 @@
 """Models in GGUF files: whole, or split into parts. Quantised tensors are read as the blocks that they are."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,10 @@ _NOT_MODELS = {
     "controlvector": ("is a control vector", "name the GGUF file of the model"),
 }
 """Files that are not models, by `general.type` or `general.architecture`."""
+
+_VOCABULARY = frozenset(
+    {"tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,26 +187,19 @@ def _config(values: Mapping[str, Value]) -> dict[str, object]:
     return config
 
 
-def differing_values(sides: Sequence[GgufCheckpoint]) -> Iterator[tuple[str, str, str]]:
-    """The key-values that change what a model computes and differ, with both values in words.
+def differing_values(pretrained: GgufCheckpoint, posttrained: GgufCheckpoint) -> Iterator[str]:
+    """The key-values that change what a model computes and differ, with both values.
 
     Those of the architecture, and the vocabulary: names, licences, templates and how it was quantised do not count.
     """
-    first, second = (side.key_values for side in sides)
-    prefix = f"{sides[1].architecture}."
-    for key in sorted(first.keys() | second.keys()):
-        if (key.startswith(prefix) or key in _VOCABULARY) and first.get(key) != second.get(key):
-            yield key, _in_words(first.get(key)), _in_words(second.get(key))
-
-
-_VOCABULARY = frozenset(
-    {"tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
-)
+    pre, post = pretrained.key_values, posttrained.key_values
+    for key in sorted(pre.keys() | post.keys()):
+        counts = key.startswith(f"{posttrained.architecture}.") or key in _VOCABULARY
+        if counts and pre.get(key) != post.get(key):
+            values = pre.get(key), post.get(key)
+            is_long = any(isinstance(value, LongArray) for value in values)
+            yield key if is_long else f"{key} ({_in_words(values[0])} and {_in_words(values[1])})"
 
 
 def _in_words(value: Value | None) -> str:
-    if value is None:
-        return "not set"
-    if isinstance(value, float):
-        return f"{value:.7g}"
-    return f"{value.length:,} entries" if isinstance(value, LongArray) else str(value)
+    return "not set" if value is None else f"{value:.7g}" if isinstance(value, float) else str(value)

@@ -7,6 +7,7 @@ from slrmerge.errors import PlanError, raise_all
 from slrmerge.io.garbage import collector_paused
 from slrmerge.merging.finding import Finding, find_search_result
 from slrmerge.merging.plan.files import plan_files
+from slrmerge.merging.plan.gguf import plan_gguf_tensors
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.shards import lay_out
 from slrmerge.merging.plan.tensors import TensorPlanner
@@ -30,7 +31,10 @@ def plan_merge(
     pair = recipe.open_pair() if pair is None else pair
     require_pair(pair)
     alphas, problems = recipe.resolve(pair)
-    planned = TensorPlanner(pair, recipe.dtype, blend=alphas.blend).plan(alphas)
+    if pair.posttrained.format == "gguf":
+        planned = plan_gguf_tensors(recipe, pair, alphas)
+    else:
+        planned = TensorPlanner(pair, recipe.dtype, blend=alphas.blend).plan(alphas)
     raise_all([*problems, *require_same_depth(pair), *planned.problems], PlanError)
     shards = lay_out(planned.tensors, limit_bytes=recipe.max_shard_size)
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
