@@ -1,5 +1,6 @@
 """The hybrid's model card (README.md), as the Hub reads it."""
 
+import shlex
 from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +29,12 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     `name` is how to load the model: a folder, or a repository on the Hub.
     """
     pre, post = plan.pair.pretrained.model_name, plan.pair.posttrained.model_name
+    is_gguf = plan.pair.posttrained.format == "gguf"
     tags = ["merge", "slrmerge", "selective-layer-restoration"]
     front = {
         **_base_models(pre, post),
-        "library_name": "transformers",
-        "tags": ["mergekit", *tags] if len(plan.recipe.written_as) > 1 else tags,
+        **({} if is_gguf else {"library_name": "transformers"}),
+        "tags": ["mergekit", *tags] if len(plan.recipe.written_as) > 1 else [*tags, *(["gguf"] if is_gguf else [])],
         **_inherited_front_matter(plan.pair.posttrained.folder),
     }
     lines = [
@@ -55,14 +57,7 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
         *(_search_section(plan.finding) if plan.finding else ()),
         "## Usage",
         "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        *([] if "/" in name else ["# this folder, or its repository on the Hub"]),
-        f'chat = pipeline("text-generation", model={to_json(name)})',
-        'messages = [{"role": "user", "content": "Write a short poem."}]',
-        'print(chat(messages, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])',
-        "```",
+        *(_llama_cpp_usage(plan.shards[0].name, name) if is_gguf else _transformers_usage(name)),
         "",
         "## Recipe",
         "",
@@ -70,6 +65,23 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _transformers_usage(name: str) -> Iterator[str]:
+    yield "```python"
+    yield "from transformers import pipeline"
+    yield ""
+    if "/" not in name:
+        yield "# this folder, or its repository on the Hub"
+    yield f'chat = pipeline("text-generation", model={to_json(name)})'
+    yield 'messages = [{"role": "user", "content": "Write a short poem."}]'
+    yield 'print(chat(messages, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])'
+    yield "```"
+
+
+def _llama_cpp_usage(file: str, name: str) -> Iterator[str]:
+    options = ["--hf-repo", name, "--hf-file", file] if "/" in name else ["--model", f"{name}/{file}"]
+    yield markdown_block("sh", shlex.join(["llama-server", *options]))
 
 
 def _side_files_sentence(plan: MergePlan) -> str:

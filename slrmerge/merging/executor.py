@@ -117,7 +117,8 @@ def why_not_a_checkpoint(folder: Path) -> str | None:
 
     A merge may contain what its manifest names, any other checkpoint what checkpoints commonly do.
     """
-    if not (folder / CONFIG_NAME).exists() or not any(folder.glob("*.safetensors")):
+    is_checkpoint = (folder / CONFIG_NAME).exists() and any(folder.glob("*.safetensors"))
+    if not is_checkpoint and not any(folder.glob("*.gguf")):
         return "is not a checkpoint"
     try:
         written = {*read_manifest(folder).files, MANIFEST_NAME}

@@ -82,7 +82,7 @@ class Recipe(Rules):
     """
 
     pretrained: CheckpointName = Field(
-        description="The pre-trained checkpoint: a folder, or organisation/name@revision on the Hub."
+        description="The pre-trained checkpoint: a folder, a GGUF file, or organisation/name@revision on the Hub."
     )
     posttrained: CheckpointName = Field(
         description="The post-trained checkpoint. It supplies names, shapes, dtypes, config and tokenizer."

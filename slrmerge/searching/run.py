@@ -126,6 +126,10 @@ class Search:
         Raises CheckpointError, HubError, PlanError and UnsupportedModelError.
         """
         pair = self._open or self.recipe.open_pair()
+        if pair.posttrained.format == "gguf":
+            what = "is a GGUF file, which a search cannot run"
+            remedy = "search the original checkpoints; the recipe that it writes merges the GGUF files too"
+            raise UnsupportedModelError(Problem("gguf", str(pair.posttrained), what, remedy))
         raise_all(require_same_depth(pair), PlanError)
         require_layers(pair)
         raise_all(self._other_pairs(pair), PlanError)
