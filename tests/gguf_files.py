@@ -58,7 +58,8 @@ def write_gguf(
         rng = np.random.default_rng(list(f"{seed}/{name}".encode()))
         array = rng.standard_normal(shape, dtype=np.float32)
         raw_dtype = GGMLQuantizationType[own]
-        writer.add_tensor(name, quantize(array, raw_dtype), raw_dtype=raw_dtype)
+        data = (100 * array).astype(np.int32) if own == "I32" else quantize(array, raw_dtype)
+        writer.add_tensor(name, data, raw_dtype=raw_dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -25,8 +25,8 @@ class LocalModel:
     """A ChatModel from a folder or a repository on the Hub, in float32 on a CPU, otherwise in its stored dtype.
 
     A sample depends only on its prompt and its seed, not on the rest of its batch, except for rounding and where the
-    longest prompt of the batch leaves less than `max_tokens`. Raises CheckpointError and HubError, UnsupportedModelError
-    for a GGUF file.
+    longest prompt of the batch leaves less than `max_tokens`. Raises CheckpointError and HubError, and
+    UnsupportedModelError for a GGUF file.
     """
 
     def __init__(self, at: Source, *, device: str, batch: int, progress: Progress) -> None:
