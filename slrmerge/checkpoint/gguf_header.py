@@ -29,7 +29,7 @@ BLOCK_SIZES = {
 }  # fmt: skip
 """Elements and bytes per block of every tensor type that files have."""
 
-UNQUANTISED = frozenset({"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"})
+QUANTISED = frozenset(kind for kind, (elements, _) in BLOCK_SIZES.items() if elements > 1)
 
 MAX_HEADER_BYTES = 200_000_000
 """Several times the header of any model: a vocabulary of 260,000 tokens with its merges has 15 MB."""

@@ -8,17 +8,19 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slrmerge.checkpoint.gguf_header import QUANTISED
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
 from slrmerge.errors import PlanError, Problem, raise_all, require_extra
 from slrmerge.io.figures import figure_text, save_figure
 from slrmerge.io.files import write_file
-from slrmerge.io.pieces import translate_os_errors
+from slrmerge.io.pieces import CHUNK_BYTES, translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.io.text import to_csv
 from slrmerge.io.threads import cancellable_pool, thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
 from slrmerge.merging.executor import default_threads
+from slrmerge.merging.plan.tensors import group_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +62,7 @@ class Distance:
 class DiffResult:
     """Distances by (layer, module), modules as `self_attn.q_proj`; `OUTSIDE` is the layer of everything else.
 
-    `notes` name the tensors that could not be compared.
+    `notes` name the tensors that were not compared by value.
     """
 
     layers: int
@@ -126,19 +128,21 @@ class DiffResult:
 def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:
     """Compare every floating tensor that both sides of a pair have in the same shape.
 
+    Quantised tensors of GGUF files are compared as bytes, and a note names those that differ.
+
     Raises PlanError for models of different depth, SourceChangedError where a file changes meanwhile.
     """
     require_pair(pair)
     threads = thread_count(threads, default_threads(pair))
     raise_all(require_same_depth(pair), PlanError)
     progress = progress or Progress()
-    names, notes = _comparable(pair)
-    if not names:
+    names, blocks, notes = _comparable(pair)
+    if not names and not blocks:
         what = "has no floating tensor in common with the pre-trained checkpoint"
         raise PlanError(
             Problem("nothing-in-common", str(pair.posttrained), what, "name a model and the one it was trained from")
         )
-    progress.start("comparing", sum(side[name].nbytes for name in names for _, side in pair.items()))
+    progress.start("comparing", sum(side[name].nbytes for name in (*names, *blocks) for _, side in pair.items()))
     with (
         pair.open() as reader,
         one_core_per_chunk(),
@@ -150,12 +154,21 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
             progress.advance(pair.pretrained[name].nbytes + pair.posttrained[name].nbytes)
             return distance
 
+        def differ(name: str) -> bool:
+            found = any(takewhile(lambda _: not cancelled.is_set(), _differing_chunks(reader, name)))
+            progress.advance(pair.pretrained[name].nbytes + pair.posttrained[name].nbytes)
+            return found
+
         try:
             distances = dict(zip(names, pool.map(measure, names), strict=True))
+            differing = [name for name, found in zip(blocks, pool.map(differ, blocks), strict=True) if found]
         except BaseException:
             reader.cancel()
             raise
         reader.check_unchanged()
+    if blocks:
+        which = f": {', '.join(group_names(differing))}" if differing else ""
+        notes.append(f"quantised, compared as bytes: {len(differing):,} of {len(blocks):,} tensors differ{which}")
     by_module: dict[tuple[int, str], Distance] = {}
     for name, distance in distances.items():
         layer, inner = (pair.stack.locate(name) if pair.stack else None) or (OUTSIDE, name)
@@ -188,15 +201,18 @@ def diff_figure(result: DiffResult) -> "Figure":
     return figure
 
 
-def _comparable(pair: ModelPair) -> tuple[list[str], list[str]]:
-    """The names of tensors to compare, and notes on the others."""
+def _comparable(pair: ModelPair) -> tuple[list[str], list[str], list[str]]:
+    """The names of tensors to compare by value, of those to compare as bytes, and notes on the others."""
     names: list[str] = []
+    blocks: list[str] = []
     skipped: dict[str, list[str]] = {}
     for name, info in pair.posttrained.items():
         if name not in pair.pretrained:
             skipped.setdefault("only post-trained", []).append(name)
         elif pair.pretrained[name].shape != info.shape:
             skipped.setdefault("different shapes", []).append(name)
+        elif info.dtype == pair.pretrained[name].dtype and info.dtype in QUANTISED:
+            blocks.append(name)
         elif not {info.dtype, pair.pretrained[name].dtype} <= FLOATING:
             skipped.setdefault("not floating", []).append(name)
         else:
@@ -204,7 +220,18 @@ def _comparable(pair: ModelPair) -> tuple[list[str], list[str]]:
     if missing := [name for name in pair.pretrained if name not in pair.posttrained]:
         skipped["only pre-trained"] = missing
     more = {why: f" and {len(found) - 1} more" if len(found) > 1 else "" for why, found in skipped.items()}
-    return names, [f"not compared, {why}: {found[0]}{more[why]}" for why, found in skipped.items()]
+    return names, blocks, [f"not compared, {why}: {found[0]}{more[why]}" for why, found in skipped.items()]
+
+
+def _differing_chunks(reader: PairReader, name: str) -> Iterator[bool]:
+    """Whether the two sides of a tensor differ, a chunk of bytes at a time."""
+    pre, post = bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)
+    nbytes = reader.posttrained.checkpoint[name].nbytes
+    for start in range(0, nbytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES, nbytes - start)
+        reader.pretrained.read_into(name, start, memoryview(pre)[:size])
+        reader.posttrained.read_into(name, start, memoryview(post)[:size])
+        yield pre[:size] != post[:size]
 
 
 def _chunks(reader: PairReader, name: str) -> Iterator[Distance]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from slrmerge.checkpoint.gguf import GgufCheckpoint, differing_values
-from slrmerge.checkpoint.gguf_header import UNQUANTISED
+from slrmerge.checkpoint.gguf_header import QUANTISED
 from slrmerge.checkpoint.header import FLOATING, TensorInfo
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import Problem
@@ -57,7 +57,7 @@ def _plan_tensor(
 ) -> PlannedTensor | Problem:
     """Where a tensor comes from, or why it cannot, as a problem of no place yet."""
     info = post[name]
-    if alpha == 0 or name in DERIVED or (alpha < 1 and info.dtype in UNQUANTISED - FLOATING):
+    if alpha == 0 or name in DERIVED or (alpha < 1 and info.dtype not in QUANTISED | FLOATING):
         return PlannedTensor(name, info, 0.0, "copy", None, name)
     twin = _EMBEDDING if name == _HEAD and name not in pre else name
     if twin not in pre:
@@ -76,7 +76,7 @@ def _plan_tensor(
 
 
 def _same_types(*types: str) -> str:
-    if UNQUANTISED.issuperset(types):
+    if QUANTISED.isdisjoint(types):
         return "convert both models with the same --outtype"
     return "quantize both models by the same command, both with an importance matrix or both without"
 
