@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from slrmerge.merging.blend import Blender
 from slrmerge.merging.plan.model import MergePlan, PlannedShard
 from slrmerge.merging.stream import HybridReader, ShardStream
 
@@ -10,12 +9,11 @@ from slrmerge.merging.stream import HybridReader, ShardStream
 def shard_chunks(
     plan: MergePlan, shard: PlannedShard, reader: HybridReader, *, stretch: int | None = None
 ) -> Iterator[bytes]:
-    """The chunks of a shard, requested in ranges of `stretch` bytes (a multiple of 8), or all at once."""
-    stream, blender = ShardStream(plan, shard, reader), Blender()
+    """The chunks of a shard, requested in ranges of `stretch` bytes or all at once."""
+    stream = ShardStream(plan, shard, reader)
     for start in range(0, shard.file_bytes, stretch or shard.file_bytes):
-        yield from map(
-            bytes, stream.chunks(start, min(start + (stretch or shard.file_bytes), shard.file_bytes), blender)
-        )
+        stop = min(start + (stretch or shard.file_bytes), shard.file_bytes)
+        yield from (bytes(chunk.data) for chunk in stream.chunks(start, stop))
 
 
 def shard_bytes(plan: MergePlan, *, stretch: int | None = None) -> list[bytes]:
@@ -30,5 +28,5 @@ def tensor_bytes(plan: MergePlan) -> dict[str, bytes]:
     data: dict[str, bytes] = {}
     for shard, whole in zip(plan.shards, shard_bytes(plan), strict=True):
         for tensor, begin, end in shard.spans():
-            data[tensor.name] = whole[len(shard.header) + begin : len(shard.header) + end]
+            data[tensor.name] = whole[shard.data_start + begin : shard.data_start + end]
     return data

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
 from slrmerge.checkpoint.files import ByteStream, SourceFile
-from slrmerge.checkpoint.header import DTYPE_BITS, TensorInfo
+from slrmerge.checkpoint.header import DTYPE_BITS, Shard, TensorInfo
 from slrmerge.checkpoint.layers import LayerStack, find_stack, numbered_stacks
 from slrmerge.io.progress import Progress
 from slrmerge.io.sizes import format_bytes
@@ -28,6 +28,9 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     config: Mapping[str, Any]
     """The content of config.json."""
 
+    shards: Mapping[str, Shard]
+    """The weight files and their headers, by name."""
+
     side_files: Mapping[str, SourceFile]
     """What belongs to the model besides its weights, by name: config, tokenizer, chat templates, licence, code."""
 
@@ -37,15 +40,19 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     verified: frozenset[str] = frozenset()
     """The weight files that were downloaded and match the Hub's digests."""
 
-    @property
-    @abstractmethod
+    @cached_property
     def weight_map(self) -> Mapping[str, str]:
         """The file of each tensor, in the order of the data."""
+        return {name: file for file, shard in self.shards.items() for name in shard.tensors}
 
     @property
-    @abstractmethod
     def weight_files(self) -> Mapping[str, SourceFile]:
         """The files that hold the weights, by name."""
+        return {name: shard.file for name, shard in self.shards.items()}
+
+    def place(self, name: str) -> tuple[str, int]:
+        """The file of a tensor, and where in its data the tensor begins."""
+        return self.weight_map[name], self[name].begin
 
     @abstractmethod
     def open(self) -> "TensorReader":
@@ -139,6 +146,10 @@ class TensorReader(ABC):
 
         Raises SourceChangedError where a file is not what it was when it was listed.
         """
+
+    @abstractmethod
+    def stream_file(self, file: str, start: int, stop: int) -> ByteStream:
+        """Bytes `start` to `stop` of a weight file, header included. Raises as `stream`."""
 
     @abstractmethod
     def check_unchanged(self) -> None:

@@ -84,6 +84,18 @@ class PairReader:
     pretrained: TensorReader
     posttrained: TensorReader
 
+    def __getitem__(self, side: Side) -> TensorReader:
+        return self.pretrained if side == "pretrained" else self.posttrained
+
+    def read_elements(
+        self, pretrained: str, posttrained: str, steps: range, buffers: tuple[memoryview, memoryview]
+    ) -> Iterator[tuple[int, tuple[str, str]]]:
+        """Read elements of a tensor of each side into two buffers; see `TensorReader`. Yields number and dtypes."""
+        pre = self.pretrained.read_elements(pretrained, steps, buffers[0])
+        post = self.posttrained.read_elements(posttrained, steps, buffers[1])
+        for (pre_dtype, count), (post_dtype, _) in zip(pre, post, strict=True):
+            yield count, (pre_dtype, post_dtype)
+
     def check_unchanged(self) -> None:
         """Raise SourceChangedError where a file that was read has changed since it was listed."""
         self.pretrained.check_unchanged()

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from threading import Event, Lock
 from typing import Any, TypeVar
@@ -56,14 +56,6 @@ class SafetensorsCheckpoint(Checkpoint):
     def __str__(self) -> str:
         return str(self.folder)
 
-    @cached_property
-    def weight_map(self) -> Mapping[str, str]:
-        return {name: file for file, shard in self.shards.items() for name in shard.tensors}
-
-    @property
-    def weight_files(self) -> Mapping[str, SourceFile]:
-        return {name: shard.file for name, shard in self.shards.items()}
-
     def open(self) -> "SafetensorsReader":
         return SafetensorsReader(self)
 
@@ -110,6 +102,9 @@ class SafetensorsReader(TensorReader):
         shard = self.checkpoint.shards[file]
         begin = shard.data_start + shard.tensors[name].begin
         return self._opened(file).stream(begin + start, begin + stop)
+
+    def stream_file(self, file: str, start: int, stop: int) -> ByteStream:
+        return self._opened(file).stream(start, stop)
 
     def check_unchanged(self) -> None:
         with self._lock:

@@ -42,6 +42,11 @@ def print_plan(plan: MergePlan, out: Path | None, free_bytes: int | None, *, as_
         echo(f"downloads  {format_bytes(download_bytes)} from the Hub{full}")
     shards, others = _count(len(plan.shards), "shard"), _count(len(plan.files), "other file")
     echo(f"writes     {format_bytes(plan.output_bytes)} in {shards} and {others}")
+    if plan.resharded:
+        echo(f"shards     new ones: {as_typed(plan.resharded)}")
+    else:
+        unchanged = sum(shard.is_unchanged for shard in plan.shards)
+        echo(f"shards     those of the post-trained side, {unchanged} of {len(plan.shards)} unchanged")
     if free_bytes is not None:
         echo(f"disk       {format_bytes(free_bytes)} free")
     for note in plan.notes:

@@ -236,12 +236,11 @@ def _differing_chunks(reader: PairReader, name: str) -> Iterator[bool]:
 
 def _chunks(reader: PairReader, name: str) -> Iterator[Distance]:
     """The distance of a tensor in parts, a chunk of elements at a time."""
-    pre_buffer, post_buffer = (memoryview(bytearray(CHUNK_ELEMENTS * MAX_ELEMENT_BYTES)) for _ in range(2))
+    size = CHUNK_ELEMENTS * MAX_ELEMENT_BYTES
+    buffers = memoryview(bytearray(size)), memoryview(bytearray(size))
     steps = range(0, prod(reader.posttrained.checkpoint[name].shape), CHUNK_ELEMENTS)
-    pre = reader.pretrained.read_elements(name, steps, pre_buffer)
-    post = reader.posttrained.read_elements(name, steps, post_buffer)
-    for (pre_dtype, count), (post_dtype, _) in zip(pre, post, strict=True):
-        p, q = as_tensor(pre_buffer, pre_dtype, count).double(), as_tensor(post_buffer, post_dtype, count).double()
+    for count, dtypes in reader.read_elements(name, name, steps, buffers):
+        p, q = (as_tensor(buffer, dtype, count).double() for buffer, dtype in zip(buffers, dtypes, strict=True))
         moved = q - p
         sums = (float(a.dot(b)) for a, b in ((p, p), (q, q), (moved, moved), (p, q)))
         yield Distance(len(moved), *sums)

@@ -195,10 +195,10 @@ def _check_bools(plan: MergePlan, reader: HybridReader) -> None:
     problems: list[Problem] = []
     for tensor in plan.tensors():
         if tensor.info.dtype == "BOOL":
-            side, name = reader.source_of(tensor)
+            ((side, _),) = tensor.sources
             data = bytearray(tensor.info.nbytes)
-            side.read_into(name, 0, memoryview(data))
+            reader.read_into(tensor, 0, memoryview(data))
             if max(data, default=0) > 1:
                 what = f"{tensor.name} is BOOL and has bytes other than 0 and 1"
-                problems.append(Problem("invalid-bool", str(side.checkpoint.folder), what))
+                problems.append(Problem("invalid-bool", str(plan.pair[side].folder), what))
     raise_all(problems, CheckpointError)

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from itertools import zip_longest
-from threading import Event, Lock, local
+from threading import Event, Lock
 from typing import TypeVar
 
 from slrmerge.io.pieces import reserve, write_piece
 from slrmerge.io.progress import Progress
-from slrmerge.merging.blend import Blender, one_core_per_chunk
+from slrmerge.merging.blend import one_core_per_chunk
 from slrmerge.merging.journal import Journal, Piece, pieces_of
 from slrmerge.merging.plan.model import MergePlan, PlannedShard
 from slrmerge.merging.stream import HybridReader, ShardStream
@@ -44,7 +44,6 @@ class _ShardWriter:
         # Nothing starts before everything is queued: Ctrl-C in the middle of starting a thread would leave the pool
         # waiting for it.
         self._started, self._stopped = Event(), Event()
-        self._own = local()
 
     def __enter__(self) -> "_ShardWriter":
         return self
@@ -85,9 +84,7 @@ class _ShardWriter:
         self._started.wait()
         if self._stopped.is_set():
             return
-        if not hasattr(self._own, "blender"):
-            self._own.blender = Blender()
-        chunks = self._until_stopped(shard.stream.chunks(start, stop, self._own.blender))
+        chunks = self._until_stopped(chunk.data for chunk in shard.stream.chunks(start, stop))
         digest = write_piece(shard.path, start, chunks, on_bytes=self._progress.advance)
         if self._stopped.is_set():
             return

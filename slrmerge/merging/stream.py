@@ -2,19 +2,35 @@
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
-from threading import Lock
+from threading import Lock, local
+from typing import NamedTuple
 
-from slrmerge.checkpoint.base import TensorReader
-from slrmerge.checkpoint.files import LocalFile, unreadable
+from slrmerge.checkpoint.base import Checkpoint, TensorReader
+from slrmerge.checkpoint.files import ByteStream, LocalFile, unreadable
 from slrmerge.checkpoint.header import DTYPE_BITS
-from slrmerge.checkpoint.pair import PairReader
+from slrmerge.checkpoint.pair import PairReader, Side
 from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.merging.blend import CHUNK_ELEMENTS, Blender
 from slrmerge.merging.plan.model import MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.recipe.blend import BLEND_RULES
+
+
+class Part(NamedTuple):
+    """Bytes `begin` to `end` of a planned tensor; those of a copy may run on into what follows it in its source."""
+
+    tensor: PlannedTensor
+    begin: int
+    end: int
+
+
+class Chunk(NamedTuple):
+    """Consecutive bytes of a shard, valid until the next chunk; `kept` ones are the post-trained file's own."""
+
+    data: memoryview
+    kept: bool = False
 
 
 class HybridReader:
@@ -22,64 +38,67 @@ class HybridReader:
 
     def __init__(self, pair: PairReader) -> None:
         self.pair = pair
+        self._own = local()
         self._sums: dict[str, Mapping[str, float]] = {}
         self._measuring: dict[str, Lock] = {}
         self._lock = Lock()
 
-    def source_of(self, tensor: PlannedTensor) -> tuple[TensorReader, str]:
-        """The reader and the name of the one tensor that a copy or a cast reads."""
-        if tensor.pretrained is not None:
-            return self.pair.pretrained, tensor.pretrained
-        assert tensor.posttrained is not None
-        return self.pair.posttrained, tensor.posttrained
+    @property
+    def blender(self) -> Blender:
+        """This thread's buffers."""
+        if not hasattr(self._own, "blender"):
+            self._own.blender = Blender()
+        blender: Blender = self._own.blender
+        return blender
 
-    def copied(self, tensor: PlannedTensor, begin: int, end: int, buffer: memoryview) -> Iterator[memoryview]:
-        """Bytes `begin` to `end` of a copy, which may run on into the tensors that follow it in its source.
-
-        Each chunk is valid until the next one.
-        """
-        reader, name = self.source_of(tensor)
-        stream = reader.stream(name, begin, end)
-        while begin < end:
-            chunk = buffer[: end - begin]
-            stream.readinto(chunk)
-            begin += len(chunk)
-            yield chunk
-
-    def computed(self, tensor: PlannedTensor, begin: int, end: int, blender: Blender) -> Iterator[memoryview]:
-        """Bytes `begin` to `end`, both between elements, of a cast or a blend; each chunk is valid until the next."""
-        width = DTYPE_BITS[tensor.info.dtype] // 8
-        steps = range(begin // width, end // width, CHUNK_ELEMENTS)
-        if tensor.kind == "cast":
-            reader, name = self.source_of(tensor)
-            for dtype, count in reader.read_elements(name, steps, blender.inputs[0]):
-                yield blender.cast(tensor.name, count, dtype, tensor.info.dtype)
-            return
-        rule, sums = BLEND_RULES[tensor.kind], self._sums_of(tensor, blender)
-        for count, dtypes in self._chunks(tensor, steps, blender):
-            yield blender.blend(tensor.name, count, dtypes, tensor.info.dtype, rule=rule, alpha=tensor.alpha, sums=sums)
-
-    def read_into(self, tensor: PlannedTensor, begin: int, buffer: memoryview, blender: Blender) -> None:
-        """Fill `buffer` with a tensor's bytes from byte `begin`, which lies between two elements."""
+    def read_into(self, tensor: PlannedTensor, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` with a tensor's bytes from byte `begin` on."""
         if tensor.kind == "copy":
-            reader, name = self.source_of(tensor)
-            reader.read_into(name, begin, buffer)
+            ((side, name),) = tensor.sources
+            self.pair[side].read_into(name, begin, buffer)
             return
         done = 0
-        for chunk in self.computed(tensor, begin, begin + len(buffer), blender):
+        for chunk in self.chunks([Part(tensor, begin, begin + len(buffer))]):
             buffer[done : done + len(chunk)] = chunk
             done += len(chunk)
 
-    def _chunks(self, tensor: PlannedTensor, steps: range, blender: Blender) -> Iterator[tuple[int, tuple[str, str]]]:
-        """Read both sides of a blend into the blender's inputs, chunk by chunk; yields the count and the dtypes."""
-        assert tensor.pretrained is not None
-        assert tensor.posttrained is not None
-        pre = self.pair.pretrained.read_elements(tensor.pretrained, steps, blender.inputs[0])
-        post = self.pair.posttrained.read_elements(tensor.posttrained, steps, blender.inputs[1])
-        for (pre_dtype, count), (post_dtype, _) in zip(pre, post, strict=True):
-            yield count, (pre_dtype, post_dtype)
+    def chunks(self, parts: Sequence[Part]) -> Iterator[memoryview]:
+        """The bytes of `parts`, one after the other; each chunk is valid until the next one.
 
-    def _sums_of(self, tensor: PlannedTensor, blender: Blender) -> Mapping[str, float]:
+        What follows each other in a source's file is read as one stream: on the Hub, in one request.
+        """
+        streams: dict[Side, Iterator[ByteStream]] = {
+            side: _streams(self.pair[side], list(_reads(self.pair[side].checkpoint, side, parts)))
+            for side in ("pretrained", "posttrained")
+        }
+        for part in parts:
+            opened = [next(streams[side]) for side, _ in part.tensor.sources]
+            if part.tensor.kind == "copy":
+                yield from _fill(self.blender.inputs[0][:CHUNK_BYTES], opened[0], part.end - part.begin)
+            else:
+                yield from self._computed(part, opened)
+
+    def _computed(self, part: Part, streams: Sequence[ByteStream]) -> Iterator[memoryview]:
+        """The bytes of a part of a cast or a blend, from streams of its elements in every source."""
+        tensor, blender, output = part.tensor, self.blender, part.tensor.info.dtype
+        dtypes = [self.pair[side].checkpoint[name].dtype for side, name in tensor.sources]
+        sums = self._sums_of(tensor) if tensor.kind in BLEND_RULES else {}
+        skipped, left = part.begin % _width(output), part.end - part.begin  # a part may begin and end inside an element
+        for count in _counts(_elements(part)):
+            for stream, dtype, buffer in zip(streams, dtypes, blender.inputs, strict=False):
+                stream.readinto(buffer[: count * _width(dtype)])
+            if tensor.kind == "cast":
+                data = blender.cast(tensor.name, count, dtypes[0], output)
+            else:
+                data = blender.blend(
+                    tensor.name, count, (dtypes[0], dtypes[1]), output,
+                    rule=BLEND_RULES[tensor.kind], alpha=tensor.alpha, sums=sums,
+                )  # fmt: skip
+            data = data[skipped : skipped + left]
+            skipped, left = 0, left - len(data)
+            yield data
+
+    def _sums_of(self, tensor: PlannedTensor) -> Mapping[str, float]:
         """The sums over the whole tensor that its rule needs, computed by the first thread that asks."""
         keys = BLEND_RULES[tensor.kind].sums
         if not keys:
@@ -88,9 +107,10 @@ class HybridReader:
             lock = self._measuring.setdefault(tensor.name, Lock())
         with lock:
             if tensor.name not in self._sums:
-                total = dict.fromkeys(keys, 0.0)
+                blender, total = self.blender, dict.fromkeys(keys, 0.0)
                 steps = range(0, prod(tensor.info.shape), CHUNK_ELEMENTS)
-                for count, dtypes in self._chunks(tensor, steps, blender):
+                (_, pre), (_, post) = tensor.sources
+                for count, dtypes in self.pair.read_elements(pre, post, steps, blender.inputs):
                     for key, value in blender.sums(count, dtypes, keys).items():
                         total[key] += value
                 self._sums[tensor.name] = total
@@ -98,54 +118,133 @@ class HybridReader:
 
 
 class ShardStream:
-    """The bytes of a planned shard, any range of them; threads may share one, each with its own Blender."""
+    """The bytes of a planned shard, any range of them; safe to share between threads."""
 
     def __init__(self, plan: MergePlan, shard: PlannedShard, reader: HybridReader) -> None:
         self.shard = shard
-        self._plan = plan
+        self._pair = plan.pair
         self._reader = reader
 
-    def chunks(self, start: int, stop: int, blender: Blender) -> Iterator[memoryview]:
-        """Bytes `start` to `stop` of the file; each chunk is valid until the next one.
-
-        The bytes do not depend on how the file is divided into ranges.
-        """
-        header = self.shard.header
-        if start < len(header):
-            yield memoryview(header)[start:stop]
-        begin, end = max(start - len(header), 0), stop - len(header)
-        firsts, ends = self._runs
-        for place in range(bisect_right(ends, begin), len(ends)):
-            first, run_begin, run_end = firsts[place], ends[place - 1] if place else 0, ends[place]
-            if run_begin >= end:
-                return
-            part = max(begin, run_begin) - run_begin, min(end, run_end) - run_begin
-            if first.kind == "copy":
-                yield from self._reader.copied(first, *part, blender.inputs[0][:CHUNK_BYTES])
+    def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        """Bytes `start` to `stop` of the file. They do not depend on how the file is divided into ranges."""
+        tensors: list[Part] = []
+        for first, begin, end in self.parts(start, stop):
+            if first is not None:
+                tensors.append(Part(first, begin, end))
+                continue
+            yield from map(Chunk, self._reader.chunks(tensors))
+            tensors = []
+            if self.shard.kept:
+                stream = self._reader.pair.posttrained.stream_file(self.shard.name, begin, end)
+                for data in _fill(self._reader.blender.inputs[0][:CHUNK_BYTES], stream, end - begin):
+                    yield Chunk(data, kept=True)
             else:
-                yield from self._reader.computed(first, *part, blender)
+                yield Chunk(memoryview(self.shard.header)[begin:end])
+        yield from map(Chunk, self._reader.chunks(tensors))
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[PlannedTensor | None, int, int]]:
+        """What bytes `start` to `stop` of the file are: bytes of a tensor, from the first to the one after the last.
+
+        None stands for the header and for what is kept, with bytes of the file itself.
+        """
+        firsts, ends = self._runs
+        for place in range(bisect_right(ends, start), len(ends)):
+            first, run_begin, run_end = firsts[place], ends[place - 1] if place else 0, ends[place]
+            if run_begin >= stop:
+                return
+            begin, end = max(start, run_begin), min(stop, run_end)
+            yield (None, begin, end) if first is None else (first, begin - run_begin, end - run_begin)
 
     @cached_property
-    def _runs(self) -> tuple[list[PlannedTensor], Sequence[int]]:
-        """The first tensor and the end of each run: copies that are also adjacent in their source, or one tensor."""
-        firsts: list[PlannedTensor] = []
-        ends = array("Q")
+    def _runs(self) -> tuple[list[PlannedTensor | None], Sequence[int]]:
+        """The first tensor and the end of each run, in bytes of the file.
+
+        A run is one tensor, copies that are also adjacent in their source, or None: the header, or kept bytes.
+        """
+        firsts: list[PlannedTensor | None] = [None]
+        ends = array("Q", [self.shard.data_start])
         last: PlannedTensor | None = None
-        for tensor, _, end in self.shard.spans():
-            if last and self._are_adjacent(last, tensor):
+
+        def add(tensor: PlannedTensor | None, end: int) -> None:
+            nonlocal last
+            if self._continues(last, tensor):
                 ends[-1] = end
             else:
                 firsts.append(tensor)
                 ends.append(end)
             last = tensor
+
+        for tensor, begin, end in self.shard.spans():
+            if begin + self.shard.data_start > ends[-1]:
+                add(None, begin + self.shard.data_start)
+            add(None if self.shard.kept and tensor.is_unchanged else tensor, end + self.shard.data_start)
+        if self.shard.file_bytes > ends[-1]:
+            add(None, self.shard.file_bytes)
         return firsts, ends
 
-    def _are_adjacent(self, first: PlannedTensor, second: PlannedTensor) -> bool:
-        if not first.kind == second.kind == "copy" or (first.pretrained is None) != (second.pretrained is None):
+    def _continues(self, last: PlannedTensor | None, tensor: PlannedTensor | None) -> bool:
+        """Whether `tensor` belongs to the run that `last` ends."""
+        if last is None or tensor is None:
+            return last is tensor
+        if not last.kind == tensor.kind == "copy":
             return False
-        side = self._plan.pair.posttrained if first.pretrained is None else self._plan.pair.pretrained
-        one, two = (tensor.pretrained or tensor.posttrained or "" for tensor in (first, second))
-        return side.weight_map[one] == side.weight_map[two] and side[one].end == side[two].begin
+        ((side, first),), ((other, second),) = last.sources, tensor.sources
+        file, begin = self._pair[side].place(first)
+        return side == other and self._pair[side].place(second) == (file, begin + last.info.nbytes)
+
+
+def _reads(checkpoint: Checkpoint, side: Side, parts: Iterable[Part]) -> Iterator[tuple[str, int, int]]:
+    """The bytes that `parts` read from one side: the tensor, the first byte, and the one after the last."""
+    for part in parts:
+        for source, name in part.tensor.sources:
+            if source == side and part.tensor.kind == "copy":
+                yield name, part.begin, part.end
+            elif source == side:
+                steps, width = _elements(part), _width(checkpoint[name].dtype)
+                yield name, steps.start * width, steps.stop * width
+
+
+def _streams(reader: TensorReader, reads: Sequence[tuple[str, int, int]]) -> Iterator[ByteStream]:
+    """A stream for each read; those that follow each other in a file share one."""
+    runs: list[list[tuple[str, int, int]]] = []
+    expected: tuple[str, int] | None = None
+    for name, begin, end in reads:
+        file, place = reader.checkpoint.place(name)
+        if (file, place + begin) == expected:
+            runs[-1].append((name, begin, end))
+        else:
+            runs.append([(name, begin, end)])
+        expected = file, place + end
+    for run in runs:
+        name, start, _ = run[0]
+        stream = reader.stream(name, start, start + sum(end - begin for _, begin, end in run))
+        for _ in run:
+            yield stream
+
+
+def _fill(buffer: memoryview, stream: ByteStream, nbytes: int) -> Iterator[memoryview]:
+    """The next `nbytes` of a stream, as much of them at a time as fits in `buffer`."""
+    for done in range(0, nbytes, len(buffer)):
+        chunk = buffer[: nbytes - done]
+        stream.readinto(chunk)
+        yield chunk
+
+
+def _elements(part: Part) -> range:
+    """The elements that a part of a cast or a blend is in, in steps."""
+    width = _width(part.tensor.info.dtype)
+    return range(part.begin // width, -(-part.end // width), CHUNK_ELEMENTS)
+
+
+def _counts(steps: range) -> Iterator[int]:
+    """The number of elements in each step."""
+    for begin in steps:
+        yield min(steps.step, steps.stop - begin)
+
+
+def _width(dtype: str) -> int:
+    """The bytes of an element of a dtype that can be computed with."""
+    return DTYPE_BITS[dtype] // 8
 
 
 def file_chunks(file: PlannedFile) -> Iterator[bytes]:

@@ -9,7 +9,6 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import local
 
 from slrmerge._version import __version__
 from slrmerge.checkpoint.files import LocalFile
@@ -21,7 +20,7 @@ from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, Verif
 from slrmerge.io.pieces import FileDigest, combine, digest_piece, pieces
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import available_cores, thread_count
-from slrmerge.merging.blend import Blender, one_core_per_chunk
+from slrmerge.merging.blend import one_core_per_chunk
 from slrmerge.merging.manifest import Manifest, read_manifest
 from slrmerge.merging.plan.model import MergePlan, PlannedShard
 from slrmerge.merging.plan.planner import plan_merge
@@ -229,18 +228,16 @@ def _compare(
     progress: Progress,
 ) -> dict[str, str]:
     """For every shard that differs from what the sources give, the first place that does."""
-    own = local()
 
     def first_difference(stream: ShardStream, begin: int, stop: int) -> str:
         start = begin
-        own.blender = getattr(own, "blender", None) or Blender()
         with open(folder / stream.shard.name, "rb", buffering=0) as file:
             file.seek(start)
-            for chunk in stream.chunks(start, stop, own.blender):
-                actual, wanted = file.read(len(chunk)), bytes(chunk)
+            for chunk in stream.chunks(start, stop):
+                actual, wanted = file.read(len(chunk.data)), bytes(chunk.data)
                 if actual != wanted:
                     return _place_in(stream.shard, start + _common_prefix(actual, wanted))
-                start += len(chunk)
+                start += len(wanted)
             progress.advance(stop - begin)
             return "bytes past its end" if stop == stream.shard.file_bytes and file.read(1) else ""
 
@@ -283,7 +280,8 @@ def _common_prefix(first: bytes, second: bytes) -> int:
 
 
 def _place_in(shard: PlannedShard, position: int) -> str:
-    offset = position - len(shard.header)
+    offset = position - shard.data_start
     if offset < 0:
         return "in its header"
-    return next((f"in {tensor.name}" for tensor, _, end in shard.spans() if offset < end), "past its end")
+    inside = (f"in {tensor.name}" for tensor, begin, end in shard.spans() if begin <= offset < end)
+    return next(inside, "past its end" if position >= shard.file_bytes else "between its tensors")

@@ -5,7 +5,7 @@ from io import BytesIO
 from typing import Any
 
 from slrmerge.checkpoint.pair import ModelPair
-from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, is_code, is_tokenizer_file
+from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, is_code, is_tokenizer_file
 from slrmerge.merging.finding import TRADEOFF_NAME, Finding
 from slrmerge.merging.plan.model import PlannedFile, PlannedShard
 from slrmerge.recipe.load import AnyRecipe
@@ -31,7 +31,7 @@ def plan_files(
         files = [PlannedFile(file.name, content=config) if file.name == CONFIG_NAME else file for file in files]
     if finding and finding.figure:
         files.append(PlannedFile(TRADEOFF_NAME, finding.figure))
-    if len(shards) > 1:
+    if [shard.name for shard in shards] != [SINGLE_NAME]:
         files.append(PlannedFile(INDEX_NAME, content=_index(shards)))
     return sorted(files, key=lambda file: file.name), _code_notes(code, pair, allow_code=allow_code)
 

@@ -10,7 +10,7 @@ import xxhash
 
 from slrmerge._version import __version__
 from slrmerge.checkpoint.files import SourceFile
-from slrmerge.checkpoint.header import TensorInfo, header_bytes
+from slrmerge.checkpoint.header import Shard, TensorInfo, header_bytes
 from slrmerge.checkpoint.pair import ModelPair, Side
 from slrmerge.io.sizes import format_bytes
 from slrmerge.merging.finding import Finding
@@ -33,6 +33,17 @@ class PlannedTensor(NamedTuple):
     posttrained: str | None
 
     @property
+    def sources(self) -> tuple[tuple[Side, str], ...]:
+        """The tensors that are read, the pre-trained first."""
+        pre: tuple[tuple[Side, str], ...] = () if self.pretrained is None else (("pretrained", self.pretrained),)
+        return pre if self.posttrained is None else (*pre, ("posttrained", self.posttrained))
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether it is the post-trained tensor of the same name, byte for byte."""
+        return self.kind == "copy" and self.pretrained is None and self.posttrained == self.name
+
+    @property
     def passes(self) -> int:
         """How often the tensors are read."""
         return BLEND_RULES[self.kind].passes if self.kind in BLEND_RULES else 1
@@ -46,31 +57,68 @@ class TensorRead(NamedTuple):
     passes: int
 
 
+class KeptFrame(NamedTuple):
+    """What a kept shard has of the post-trained file of the same name, besides tensors: its header and its size.
+
+    The header is everything before the data, which begins at byte `data_start`.
+    """
+
+    data_start: int
+    file_bytes: int
+    header_digest: str
+
+    @classmethod
+    def of(cls, shard: Shard) -> "KeptFrame":
+        return cls(shard.data_start, shard.file.file_bytes, shard.header_digest)
+
+
 @dataclass(frozen=True)
 class PlannedShard:
-    """One safetensors file of the output: a header, then `tensors` without gaps, in this order."""
+    """One file of the output: a header, then `tensors`, in this order.
+
+    A `kept` shard is the post-trained file of the same name with some tensors overwritten: its header, its offsets,
+    and whatever lies between tensors are that file's. Any other shard has a header of its own, and no gaps.
+    """
 
     name: str
     tensors: tuple[PlannedTensor, ...]
+    kept: KeptFrame | None = None
 
     @cached_property
     def header(self) -> bytes:
+        """The header of a shard that is not kept."""
         return header_bytes((tensor.name, tensor.info) for tensor in self.tensors)
+
+    @property
+    def data_start(self) -> int:
+        return self.kept.data_start if self.kept else len(self.header)
 
     @cached_property
     def data_bytes(self) -> int:
+        """The bytes of all tensors."""
         return sum(tensor.info.nbytes for tensor in self.tensors)
+
+    @property
+    def frame_bytes(self) -> int:
+        """The bytes that belong to no tensor: the header and any gaps."""
+        return self.file_bytes - self.data_bytes
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether it is the post-trained file, byte for byte."""
+        return self.kept is not None and all(tensor.is_unchanged for tensor in self.tensors)
 
     def spans(self) -> Iterator[tuple[PlannedTensor, int, int]]:
         """Each tensor with its first byte and the one after its last, from the start of the data."""
         end = 0
         for tensor in self.tensors:
-            begin, end = end, end + tensor.info.nbytes
+            begin = tensor.info.begin if self.kept else end
+            end = begin + tensor.info.nbytes
             yield tensor, begin, end
 
     @property
     def file_bytes(self) -> int:
-        return len(self.header) + self.data_bytes
+        return self.kept.file_bytes if self.kept else len(self.header) + self.data_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +142,8 @@ class PlannedFile:
 class MergePlan:
     """A merge as a value: it can be printed, compared, pickled and executed elsewhere; it holds nothing open.
 
-    `notes` report casts, differing configs, files left out. With `allow_code` Python files are copied. `finding` is the
+    `resharded` is why the shards are not the post-trained side's, empty where they are. `notes` report casts, differing
+    configs, files left out. With `allow_code` Python files are copied. `finding` is the
     result of the search that wrote the recipe.
     """
 
@@ -103,6 +152,7 @@ class MergePlan:
     shards: tuple[PlannedShard, ...]
     files: tuple[PlannedFile, ...]
     notes: tuple[str, ...]
+    resharded: str = ""
     allow_code: bool = False
     finding: Finding | None = None
 
@@ -124,10 +174,8 @@ class MergePlan:
     def reads(self) -> Iterator[TensorRead]:
         """Every tensor that is read, and how often."""
         for tensor in self.tensors():
-            if tensor.pretrained is not None:
-                yield TensorRead("pretrained", tensor.pretrained, tensor.passes)
-            if tensor.posttrained is not None:
-                yield TensorRead("posttrained", tensor.posttrained, tensor.passes)
+            for side, name in tensor.sources:
+                yield TensorRead(side, name, tensor.passes)
 
     @property
     def output_bytes(self) -> int:
@@ -135,8 +183,9 @@ class MergePlan:
 
     @property
     def read_bytes(self) -> int:
-        """The tensor bytes read from both sides, every pass counted."""
-        return sum(self.pair[read.side][read.name].nbytes * read.passes for read in self.reads())
+        """The bytes of weight files read from both sides, every pass counted."""
+        frames = sum(shard.frame_bytes for shard in self.shards if shard.kept)
+        return frames + sum(self.pair[read.side][read.name].nbytes * read.passes for read in self.reads())
 
     def read_files(self) -> dict[Side, set[str]]:
         """The weight files that are read, by side."""
@@ -155,7 +204,9 @@ class MergePlan:
             for read in (self.reads() if any(remote.values()) else ())
             if self.pair[read.side].weight_map[read.name] in remote[read.side]
         )
-        return tensors + sum(file.download_bytes for file in self.files)
+        kept = (shard for shard in self.shards if shard.kept and shard.name in remote["posttrained"])
+        frames = sum(shard.frame_bytes for shard in kept)
+        return tensors + frames + sum(file.download_bytes for file in self.files)
 
     @property
     def full_download_bytes(self) -> int:
@@ -202,6 +253,8 @@ class MergePlan:
             "download_bytes": self.download_bytes,
             "full_download_bytes": self.full_download_bytes,
             "output_bytes": self.output_bytes,
+            "resharded": self.resharded,
+            "unchanged_shards": [shard.name for shard in self.shards if shard.is_unchanged],
             "shards": {shard.name: shard.file_bytes for shard in self.shards},
             "files": {file.name: file.file_bytes for file in self.files},
             "notes": list(self.notes),
@@ -214,7 +267,7 @@ class MergePlan:
         digest = xxhash.xxh3_128(repr((__version__, identities)).encode())
         for shard in self.shards:
             digest.update(shard.name.encode())
-            digest.update(shard.header)  # names, dtypes, shapes and offsets
+            digest.update(repr(shard.kept).encode() if shard.kept else shard.header)  # names, dtypes, shapes, offsets
             for tensor in shard.tensors:
                 origin = tensor.alpha, tensor.kind, tensor.pretrained, tensor.posttrained
                 digest.update(repr(origin).encode())

@@ -36,10 +36,10 @@ def plan_merge(
     else:
         planned = TensorPlanner(pair, recipe.dtype, blend=alphas.blend).plan(alphas)
     raise_all([*problems, *require_same_depth(pair), *planned.problems], PlanError)
-    shards = lay_out(planned.tensors, limit_bytes=recipe.max_shard_size)
+    shards, resharded = lay_out(planned.tensors, pair.posttrained.shards, limit_bytes=recipe.max_shard_size)
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
     notes = (*recipe.notes(pair), *planned.notes, *_config_notes(pair), *code_notes)
-    return MergePlan(recipe, pair, shards, tuple(files), notes, allow_code, finding)
+    return MergePlan(recipe, pair, shards, tuple(files), notes, resharded, allow_code, finding)
 
 
 def plan(recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False) -> MergePlan:

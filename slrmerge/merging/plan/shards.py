@@ -1,14 +1,53 @@
-"""Which tensor goes into which output file, by sizes alone.
+"""Which tensor goes into which output file: the post-trained side's files where they fit, otherwise new ones.
 
-The ecosystem's rule (huggingface_hub, `split_state_dict_into_shards_factory`): fill a file until the next tensor would
-not fit; a tensor that is larger than a file gets one of its own.
+New files follow the ecosystem's rule (huggingface_hub, `split_state_dict_into_shards_factory`): fill a file until the
+next tensor would not fit; a tensor that is larger than a file gets one of its own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from slrmerge.checkpoint.header import DTYPE_BITS
+from slrmerge.checkpoint.header import DTYPE_BITS, Shard
 from slrmerge.checkpoint.side_files import SINGLE_NAME
-from slrmerge.merging.plan.model import PlannedShard, PlannedTensor
+from slrmerge.io.sizes import format_bytes
+from slrmerge.merging.plan.model import KeptFrame, PlannedShard, PlannedTensor
+
+
+class Layout(NamedTuple):
+    """The output's shards, and why they are not the post-trained side's, empty where they are."""
+
+    shards: tuple[PlannedShard, ...]
+    resharded: str
+
+
+def lay_out(tensors: Iterable[PlannedTensor], posttrained: Mapping[str, Shard], *, limit_bytes: int) -> Layout:
+    """Assign tensors to files: to the `posttrained` side's shards, unless one is too large or a tensor changes."""
+    tensors = list(tensors)
+    if resharded := _why_not_kept(tensors, posttrained, limit_bytes):
+        return Layout(_new_shards(tensors, limit_bytes), resharded)
+    planned = {tensor.name: tensor for tensor in tensors}
+    return Layout(
+        tuple(
+            PlannedShard(name, tuple(planned[tensor] for tensor in shard.tensors), KeptFrame.of(shard))
+            for name, shard in posttrained.items()
+        ),
+        "",
+    )
+
+
+def _why_not_kept(tensors: Sequence[PlannedTensor], posttrained: Mapping[str, Shard], limit_bytes: int) -> str:
+    """Why the post-trained side's shards cannot be kept, or an empty string."""
+    if len(posttrained) > 1 and SINGLE_NAME in posttrained:
+        return f"{SINGLE_NAME} is one of several files, and loaders would read it alone"
+    for name, shard in posttrained.items():
+        data_bytes = shard.file.file_bytes - shard.data_start
+        if data_bytes > limit_bytes and len(shard.tensors) > 1:
+            return f"{name} has {format_bytes(data_bytes)}, max_shard_size is {format_bytes(limit_bytes)}"
+    infos = {name: info for shard in posttrained.values() for name, info in shard.tensors.items()}
+    for tensor in tensors:
+        if tensor.info != infos.get(tensor.name):
+            return f"{tensor.name} has another dtype or shape"
+    return "" if len(infos) == len(tensors) else "some tensors are left out"
 
 
 def split_by_size(sizes: Iterable[int], *, limit_bytes: int) -> list[list[int]]:
@@ -30,9 +69,8 @@ def split_by_size(sizes: Iterable[int], *, limit_bytes: int) -> list[list[int]]:
     return groups
 
 
-def lay_out(tensors: Iterable[PlannedTensor], *, limit_bytes: int) -> tuple[PlannedShard, ...]:
-    """Assign tensors to files and order them there: wide dtypes first, so that all tensors are aligned."""
-    tensors = list(tensors)
+def _new_shards(tensors: Sequence[PlannedTensor], limit_bytes: int) -> tuple[PlannedShard, ...]:
+    """New files, with their tensors in an order that aligns all of them: wide dtypes first."""
     groups = split_by_size((tensor.info.nbytes for tensor in tensors), limit_bytes=limit_bytes)
     return tuple(
         PlannedShard(_shard_name(number, len(groups)), _widest_first(tensors[position] for position in group))

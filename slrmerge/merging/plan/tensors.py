@@ -126,8 +126,8 @@ class TensorPlanner:
         return "cast"
 
     def _output(self, post: TensorInfo) -> TensorInfo:
-        """The output tensor: post-trained shape, output dtype; its offsets are not known yet."""
-        if self._dtype is None or post.dtype not in FLOATING:
+        """The output tensor: post-trained shape, output dtype; `begin` is where the post-trained tensor is, or 0."""
+        if self._dtype in (None, post.dtype) or post.dtype not in FLOATING:
             return post
         return TensorInfo(self._dtype, post.shape, prod(post.shape) * DTYPE_BITS[self._dtype] // 8, 0)
 

@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from math import prod
-from queue import SimpleQueue
 from typing import Self
 
 import torch
 
 from slrmerge.checkpoint.header import DTYPE_BITS
-from slrmerge.merging.blend import Blender, as_bytes, one_core_per_chunk, torch_dtype
+from slrmerge.merging.blend import as_bytes, one_core_per_chunk, torch_dtype
 from slrmerge.merging.plan.model import PlannedTensor
 from slrmerge.merging.stream import HybridReader
 from slrmerge.searching.sweep.paths import TensorAlpha
@@ -35,12 +34,8 @@ class HybridWeights:
         self._reader = reader
         self._dtype, self._device = dtype, device
         self._compared_bytes = compared_bytes
-        self._blenders: SimpleQueue[Blender] = SimpleQueue()
         self._closing = ExitStack()
-        threads = torch.get_num_threads()
-        for _ in range(threads):
-            self._blenders.put(Blender())
-        self._pool = self._closing.enter_context(ThreadPoolExecutor(threads))
+        self._pool = self._closing.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
 
     def __enter__(self) -> Self:
         return self
@@ -72,13 +67,12 @@ class HybridWeights:
         pre, post = self._planned.get((name, 1.0)), self._planned.get((name, 0.0))
         if pre is None or post is None or not pre.kind == post.kind == "copy":
             return False
-        (pre_reader, pre_name), (post_reader, post_name) = map(self._reader.source_of, (pre, post))
         total = post.info.nbytes
         pre_bytes, post_bytes = (torch.empty(min(self._compared_bytes, total), dtype=torch.uint8) for _ in range(2))
         for start in range(0, total, self._compared_bytes):
             count = min(self._compared_bytes, total - start)
-            pre_reader.read_into(pre_name, start, as_bytes(pre_bytes)[:count])
-            post_reader.read_into(post_name, start, as_bytes(post_bytes)[:count])
+            self._reader.read_into(pre, start, as_bytes(pre_bytes)[:count])
+            self._reader.read_into(post, start, as_bytes(post_bytes)[:count])
             if not torch.equal(pre_bytes[:count], post_bytes[:count]):
                 return False
         return True
@@ -96,9 +90,5 @@ class HybridWeights:
             first, shape = rows.start, (len(rows), *shape[1:])
         values = torch.empty(shape, dtype=torch_dtype(tensor.info.dtype))
         begin = first * prod(shape[1:]) * DTYPE_BITS[tensor.info.dtype] // 8
-        blender = self._blenders.get()
-        try:
-            self._reader.read_into(tensor, begin, as_bytes(values), blender)
-        finally:
-            self._blenders.put(blender)
+        self._reader.read_into(tensor, begin, as_bytes(values))
         return values.to(self._device, self._dtype)
