@@ -24,6 +24,8 @@ DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _KEEP = "keep it post-trained: give it alpha: 0 under `tensors`"
 _ORIGINALS = "merge the original checkpoints, and convert the result"
+_CONVERT_ALIKE = "convert both models with the same --outtype"
+_QUANTISE_ALIKE = "quantise both models by the same command, both with an importance matrix or both without"
 
 
 def plan_gguf_tensors(recipe: AnyRecipe, pair: ModelPair, alphas: TensorAlphas) -> PlannedTensors:
@@ -65,20 +67,15 @@ def _plan_tensor(
     if pre[twin].shape != info.shape:
         what = f"has shape {list(pre[twin].shape)} pre-trained and {list(info.shape)} post-trained"
         return Problem("different-shapes", "", what, _KEEP)
-    if pre[twin].dtype != info.dtype:
+    types = {pre[twin].dtype, info.dtype}
+    if alpha < 1 and types & QUANTISED:
+        return Problem("quantised-blend", "", "is quantised and cannot be blended", _ORIGINALS)
+    if len(types) > 1:
         what = f"is {pre[twin].dtype} pre-trained and {info.dtype} post-trained"
-        return Problem("different-types", "", what, _same_types(pre[twin].dtype, info.dtype))
+        return Problem("different-types", "", what, _QUANTISE_ALIKE if types & QUANTISED else _CONVERT_ALIKE)
     if alpha == 1:
         return PlannedTensor(name, info, 1.0, "copy", twin, None)
-    if info.dtype not in FLOATING:
-        return Problem("quantised-blend", "", f"is {info.dtype} and cannot be blended", _ORIGINALS)
     return PlannedTensor(name, info, alpha, blend, twin, name)
-
-
-def _same_types(*types: str) -> str:
-    if QUANTISED.isdisjoint(types):
-        return "convert both models with the same --outtype"
-    return "quantize both models by the same command, both with an importance matrix or both without"
 
 
 def _recipe_problems(recipe: AnyRecipe) -> Iterator[Problem]:

@@ -1,5 +1,6 @@
 """Recipe and headers → MergePlan. Pure: reads no weights, writes nothing."""
 
+import sys
 from collections.abc import Iterator
 
 from slrmerge.checkpoint.pair import ModelPair, require_pair, require_same_depth
@@ -32,11 +33,11 @@ def plan_merge(
     require_pair(pair)
     alphas, problems = recipe.resolve(pair)
     if pair.posttrained.format == "gguf":
-        planned = plan_gguf_tensors(recipe, pair, alphas)
+        planned, limit_bytes = plan_gguf_tensors(recipe, pair, alphas), sys.maxsize
     else:
-        planned = TensorPlanner(pair, recipe.dtype, blend=alphas.blend).plan(alphas)
+        planned, limit_bytes = TensorPlanner(pair, recipe.dtype, blend=alphas.blend).plan(alphas), recipe.max_shard_size
     raise_all([*problems, *require_same_depth(pair), *planned.problems], PlanError)
-    shards, resharded = lay_out(planned.tensors, pair.posttrained.shards, limit_bytes=recipe.max_shard_size)
+    shards, resharded = lay_out(planned.tensors, pair.posttrained.shards, limit_bytes=limit_bytes)
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
     notes = (*recipe.notes(pair), *planned.notes, *_config_notes(pair), *code_notes)
     return MergePlan(recipe, pair, shards, tuple(files), notes, resharded, allow_code, finding)
