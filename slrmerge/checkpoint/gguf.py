@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from slrmerge.checkpoint.files import LocalFile, SourceFile, open_regular, unreadable
 from slrmerge.checkpoint.gguf_header import GgufShard, LongArray, Value, read_gguf
@@ -47,6 +48,11 @@ class GgufCheckpoint(SafetensorsCheckpoint):
     @property
     def architecture(self) -> str:
         return str(self.key_values["general.architecture"])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Files by their number instead of their name: people rename GGUF files."""
+        found = super().fingerprint()
+        return {**found, "files": {str(number): file for number, file in enumerate(found["files"].values(), start=1)}}
 
     @property
     def reference(self) -> str:
