@@ -152,6 +152,10 @@ class TensorReader(ABC):
         """Bytes `start` to `stop` of a weight file, header included. Raises as `stream`."""
 
     @abstractmethod
+    def clone_file(self, file: str, target: int, start: int, stop: int) -> bool:
+        """Make an open file share bytes `start` to `stop` of a weight file, or return False. Raises as `stream`."""
+
+    @abstractmethod
     def check_unchanged(self) -> None:
         """Raise SourceChangedError where a file that was read has changed since it was listed."""
 

@@ -15,6 +15,7 @@ from threading import Event, Lock
 from typing import BinaryIO, NamedTuple, Protocol
 
 from slrmerge.errors import CheckpointError, Problem, SlrmergeError, SourceChangedError
+from slrmerge.io.files import clone_range
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 """No newline translation on Windows, and no waiting for a FIFO that took a file's place."""
@@ -38,6 +39,10 @@ class OpenFile(Protocol):
 
     def stream(self, start: int, stop: int) -> ByteStream:
         """The bytes from `start` to `stop`."""
+        ...
+
+    def clone_to(self, target: int, start: int, stop: int) -> bool:
+        """Make an open file share the bytes from `start` to `stop`; see `io.files.clone_range`."""
         ...
 
     def check_unchanged(self) -> None:
@@ -149,6 +154,9 @@ class OpenLocalFile:
 
     def stream(self, start: int, stop: int) -> "_LocalStream":  # noqa: ARG002 (the caller reads no further)
         return _LocalStream(self, start)
+
+    def clone_to(self, target: int, start: int, stop: int) -> bool:
+        return clone_range(self.fd, target, start, stop)
 
     def check_unchanged(self) -> None:
         try:

@@ -106,6 +106,9 @@ class SafetensorsReader(TensorReader):
     def stream_file(self, file: str, start: int, stop: int) -> ByteStream:
         return self._opened(file).stream(start, stop)
 
+    def clone_file(self, file: str, target: int, start: int, stop: int) -> bool:
+        return self._opened(file).clone_to(target, start, stop)
+
     def check_unchanged(self) -> None:
         with self._lock:
             opened, closed = list(self._open.values()), self._read - self._open.keys()

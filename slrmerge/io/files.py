@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import stat
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,37 @@ def reserve(path: Path, file_bytes: int) -> None:
             number = ctypes.get_errno()
             if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
                 raise OSError(number, os.strerror(number), str(path))
+
+
+def extend(path: Path, file_bytes: int) -> None:
+    """Create a file, or reuse an existing one, with a hole up to `file_bytes`."""
+    with open(path, "ab", opener=open_no_link) as file:
+        os.ftruncate(file.fileno(), file_bytes)
+
+
+_FICLONERANGE = 0x4020940D
+_CANNOT_CLONE = {
+    errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EAGAIN
+}  # fmt: skip
+
+
+def clone_range(source: int, target: int, start: int, stop: int) -> bool:
+    """Make bytes `start` to `stop` of one open file share the disk space of those of another, until either is written.
+
+    Linux's FICLONERANGE, on file systems such as XFS and btrfs; False where they cannot. Both ends are multiples of the
+    file system's block, or the end is that of both files.
+    """
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, start, stop - start, start))
+    except OSError as error:
+        if error.errno in _CANNOT_CLONE:
+            return False
+        raise
+    return True
 
 
 def allocated_bytes(path: Path) -> int:

@@ -21,6 +21,13 @@ CHUNK_BYTES = 1 << 20
 DIGEST_NAME = "xxh3_128"
 
 
+class Chunk(NamedTuple):
+    """Consecutive bytes of a file, valid until the next chunk; `kept` ones are also what a clone brings."""
+
+    data: memoryview
+    kept: bool = False
+
+
 class FileDigest(NamedTuple):
     """A file's size and digest: the xxh3_128 of the xxh3_128 digests of its pieces, in order."""
 
@@ -39,31 +46,43 @@ def combine(digests: Iterable[bytes]) -> str:
     return f"{DIGEST_NAME}:{xxhash.xxh3_128_hexdigest(b''.join(digests))}"
 
 
-def reserve(path: Path, file_bytes: int) -> None:
+def reserve(path: Path, file_bytes: int, *, sparse: bool = False) -> None:
     """Create a file, or reuse an existing one, with disk space for `file_bytes` reserved where the system can.
 
-    Writing into reserved space is also faster (by a quarter on ext4). Raises NoSpaceError and OutputError.
+    Writing into reserved space is also faster (by a quarter on ext4). A `sparse` file, most of which is to be cloned,
+    only gets its size. Raises NoSpaceError and OutputError.
     """
     with translate_os_errors(path):
-        files.reserve(path, file_bytes)
+        (files.extend if sparse else files.reserve)(path, file_bytes)
 
 
 def write_piece(
-    path: Path, start: int, chunks: Iterable[memoryview], *, on_bytes: Callable[[int], None] = lambda _: None
+    path: Path,
+    start: int,
+    chunks: Iterable[Chunk],
+    *,
+    clone: Callable[[int], bool] = lambda _: False,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> bytes:
     """Write `chunks` to the existing file `path` from byte `start` on; returns the digest of the piece.
 
-    Calls `on_bytes(n)` after each chunk. Raises NoSpaceError when the disk is full, OutputError for other failures.
+    `clone` is called with the file's descriptor first; where it returns True, kept chunks are there already and are
+    only digested. Calls `on_bytes(n)` after each chunk. Raises NoSpaceError when the disk is full, OutputError for
+    other failures.
     """
     hasher = xxhash.xxh3_128()
     with translate_os_errors(path), open(path, "r+b", buffering=0, opener=files.open_no_link) as file:
         file.seek(start)
-        for chunk in chunks:
-            hasher.update(chunk)
-            left = chunk
-            while left:
-                left = left[os.write(file.fileno(), left) :]
-            on_bytes(len(chunk))
+        is_cloned = clone(file.fileno())
+        for data, kept in chunks:
+            hasher.update(data)
+            if is_cloned and kept:
+                file.seek(len(data), os.SEEK_CUR)
+            else:
+                left = data
+                while left:
+                    left = left[os.write(file.fileno(), left) :]
+            on_bytes(len(data))
     return hasher.digest()
 
 

@@ -1,5 +1,6 @@
 """The arithmetic of a merge: blends and casts, chunk by chunk, in buffers that are reused."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -42,10 +43,38 @@ class Blender:
         Computed in fp32, or in fp64 where any dtype is F64; rounded once to nearest even. Valid until the next call.
         Raises BlendError where float16 cannot represent a finite result.
         """
-        wide = "F64" if "F64" in (*dtypes, output_dtype) else "F32"
         values = [as_tensor(self.inputs[side], dtype, elements) for side, dtype in enumerate(dtypes)]
-        pre, post = (as_tensor(self._wide[side], wide, elements).copy_(value) for side, value in enumerate(values))
-        return self._rounded(name, rule.blend(pre, post, alpha, sums), output_dtype, values)
+        if rule.is_mean and dtypes == (output_dtype, output_dtype):
+            return self._mean(name, values, output_dtype, rule=rule, alpha=alpha)
+        return self._rounded(name, self._wide_blend(values, output_dtype, rule, alpha, sums), output_dtype, values)
+
+    def _wide_blend(
+        self, values: "list[torch.Tensor]", output_dtype: str, rule: BlendRule, alpha: float, sums: Mapping[str, float]
+    ) -> "torch.Tensor":
+        """The blend of two vectors in fp32 or fp64, not rounded yet."""
+        dtypes = [value.dtype for value in (*values, as_tensor(self._output, output_dtype, 1))]
+        wide = "F64" if torch_dtype("F64") in dtypes else "F32"
+        pre, post = (as_tensor(self._wide[side], wide, len(value)).copy_(value) for side, value in enumerate(values))
+        return rule.blend(pre, post, alpha, sums)
+
+    def _mean(
+        self, name: str, values: "list[torch.Tensor]", dtype: str, *, rule: BlendRule, alpha: float
+    ) -> memoryview:
+        """The weighted mean of two vectors of the output's dtype, in one pass: post + alpha × (pre − post).
+
+        Where that is not finite the difference may have overflowed, and two products are added instead.
+        """
+        import torch
+
+        pre, post = values
+        output = as_tensor(self._output, dtype, len(pre))
+        torch.lerp(post, pre, alpha, out=output)
+        if not math.isfinite(output.sum()):  # a finite sum has finite terms only
+            means = output.clone()
+            self._round(self._wide_blend(values, dtype, rule, alpha, {}), output)
+            torch.where(means.isfinite(), means, output, out=output)
+            _check_overflow(name, output, values)
+        return self._output[: len(pre) * output.element_size()]
 
     def cast(self, name: str, elements: int, dtype: str, output_dtype: str) -> memoryview:
         """The first `elements` of the first input, rounded to nearest even. Valid and raises as `blend`."""
@@ -61,17 +90,26 @@ class Blender:
         self, name: str, result: "torch.Tensor", output_dtype: str, values: "list[torch.Tensor]"
     ) -> memoryview:
         output = as_tensor(self._output, output_dtype, result.numel())
+        self._round(result, output)
+        _check_overflow(name, output, values)
+        return self._output[: result.numel() * output.element_size()]
+
+    def _round(self, result: "torch.Tensor", output: "torch.Tensor") -> None:
         if result.element_size() == 8 and output.element_size() == 2:
             result = round_to_odd(result)
         output.copy_(result)
-        if output_dtype == "F16":
-            overflowed = output.isinf()
-            for value in values:
-                overflowed &= value.isfinite()
-            if overflowed.any():
-                what, remedy = "has values beyond float16's 65504", "set dtype: bfloat16 or float32 in the recipe"
-                raise BlendError(Problem("overflow", name, what, remedy))
-        return self._output[: result.numel() * output.element_size()]
+
+
+def _check_overflow(name: str, output: "torch.Tensor", values: "list[torch.Tensor]") -> None:
+    """Raise BlendError where a float16 `output` is infinite and the `values` that it comes from are not."""
+    if output.dtype != torch_dtype("F16"):
+        return
+    overflowed = output.isinf()
+    for value in values:
+        overflowed &= value.isfinite()
+    if overflowed.any():
+        what, remedy = "has values beyond float16's 65504", "set dtype: bfloat16 or float32 in the recipe"
+        raise BlendError(Problem("overflow", name, what, remedy))
 
 
 def as_tensor(buffer: memoryview, dtype: str, elements: int) -> "torch.Tensor":

@@ -33,7 +33,7 @@ from slrmerge.merging.manifest import build_manifest, read_manifest
 from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan
-from slrmerge.merging.shard_writer import write_shards
+from slrmerge.merging.shard_writer import missing_pieces, needed_bytes, write_shards
 from slrmerge.merging.stream import HybridReader, file_chunks
 from slrmerge.recipe.load import RecipeLike
 
@@ -94,7 +94,7 @@ def execute(
     output.check()
     with output.locked(progress):
         if options.download == "full":
-            output.require_space(plan.output_bytes)
+            output.require_space(plan.changed_bytes)  # where everything else can be cloned
             plan = replace(plan, pair=plan.pair.download(progress, plan.read_files()))
         threads = options.threads or default_threads(plan.pair)
         written, resumed = _write(plan, output, threads, name=name or output.path.name, progress=progress)
@@ -157,9 +157,11 @@ def _write(
         total = sum(1 for shard in plan.shards for _ in pieces_of(shard))
         with output.staged(lambda error: journal.what_is_kept(error, total)):
             resumed = journal.resume(plan.shards, progress)
-            output.require_space(plan.output_bytes - journal.allocated_bytes(plan.shards))
+            missing = missing_pieces(plan, reader, journal)
+            side_bytes = sum(file.file_bytes for file in plan.files)
+            output.require_space(needed_bytes(missing, journal) + side_bytes)
             written = dict(_write_side_files(plan, output, name=name))
-            write_shards(plan, reader, journal, threads, progress)
+            write_shards(missing, plan, reader, journal, threads, progress)
             written |= {
                 shard.name: FileDigest(
                     shard.file_bytes, combine(journal.finished[piece] for piece, _, _ in pieces_of(shard))

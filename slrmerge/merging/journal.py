@@ -67,10 +67,10 @@ class Journal:
             progress.message(f"resuming: {len(self.finished):,} pieces are intact")
         return len(self.finished)
 
-    def allocated_bytes(self, shards: Iterable[PlannedShard]) -> int:
-        """The disk space that `shards` occupy already."""
-        begun = ((self.folder / shard.name, shard.file_bytes) for shard in shards)
-        return sum(min(files.allocated_bytes(path), file_bytes) for path, file_bytes in begun if path.exists())
+    def allocated_bytes(self, shard: PlannedShard) -> int:
+        """The disk space that a shard occupies already."""
+        path = self.folder / shard.name
+        return min(files.allocated_bytes(path), shard.file_bytes) if path.exists() else 0
 
     def record(self, piece: Piece, digest: bytes) -> None:
         """Add a finished piece."""

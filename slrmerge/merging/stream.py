@@ -12,7 +12,7 @@ from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, unreadable
 from slrmerge.checkpoint.header import DTYPE_BITS
 from slrmerge.checkpoint.pair import PairReader, Side
-from slrmerge.io.pieces import CHUNK_BYTES
+from slrmerge.io.pieces import CHUNK_BYTES, Chunk
 from slrmerge.merging.blend import CHUNK_ELEMENTS, Blender
 from slrmerge.merging.plan.model import MergePlan, PlannedFile, PlannedShard, PlannedTensor
 from slrmerge.recipe.blend import BLEND_RULES
@@ -24,13 +24,6 @@ class Part(NamedTuple):
     tensor: PlannedTensor
     begin: int
     end: int
-
-
-class Chunk(NamedTuple):
-    """Consecutive bytes of a shard, valid until the next chunk; `kept` ones are the post-trained file's own."""
-
-    data: memoryview
-    kept: bool = False
 
 
 class HybridReader:

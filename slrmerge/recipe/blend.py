@@ -28,6 +28,9 @@ class BlendRule(ABC):
     sums: ClassVar[tuple[str, ...]] = ()
     """The keys of `SUMS` that `blend` needs: with any, both tensors are read twice."""
 
+    is_mean: ClassVar[bool] = False
+    """Whether it is the weighted mean, which `torch.lerp` computes in one pass."""
+
     mergekit_method: ClassVar[str]
     """mergekit's name for it."""
 
@@ -54,6 +57,7 @@ class Linear(BlendRule):
     """The weighted mean: the paper's soup (section 4.1)."""
 
     name = "linear"
+    is_mean = True
     mergekit_method = "linear"
 
     def blend(

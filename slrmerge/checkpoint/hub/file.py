@@ -172,6 +172,10 @@ class OpenHubFile:
     def stream(self, start: int, stop: int) -> "_HubStream":
         return _HubStream(self._chunks(start, stop))
 
+    def clone_to(self, target: int, start: int, stop: int) -> bool:  # noqa: ARG002
+        """See `OpenFile`: what is not on this disk cannot be cloned."""
+        return False
+
     def check_unchanged(self) -> None:
         """A commit does not change."""
 

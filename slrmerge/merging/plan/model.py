@@ -182,6 +182,16 @@ class MergePlan:
         return sum(shard.file_bytes for shard in self.shards) + sum(file.file_bytes for file in self.files)
 
     @property
+    def changed_bytes(self) -> int:
+        """The bytes of tensors that are not the post-trained side's own: what is written where the rest is cloned."""
+        return sum(
+            tensor.info.nbytes
+            for shard in self.shards
+            for tensor in shard.tensors
+            if not (shard.kept and tensor.is_unchanged)
+        )
+
+    @property
     def read_bytes(self) -> int:
         """The bytes of weight files read from both sides, every pass counted."""
         frames = sum(shard.frame_bytes for shard in self.shards if shard.kept)
