@@ -1,4 +1,4 @@
-"""A merge of GGUF files is what converting the merge of the originals gives, and llama.cpp runs it like transformers."""
+"""A merge of GGUF files is the conversion of the merge of the originals, and llama.cpp runs it like transformers."""
 
 import shutil
 from collections.abc import Iterator
