@@ -8,6 +8,7 @@ an editable one may be compiled anew at every start (PYTHONDONTWRITEBYTECODE), w
     python benchmarks/merge.py --mergekit venv/bin/mergekit-yaml      # and against mergekit 0.1.5
     python benchmarks/merge.py --full-scale                           # one run on a sparse pair of 9B geometry
     python benchmarks/merge.py --many-tensors                         # memory with 100,000 tensors
+    python benchmarks/merge.py --filesystem xfs                       # where files can be cloned (as root)
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,6 +163,49 @@ def compare(title: str, ours: str, theirs: str, out: Path, runs: int, rows: list
     print("  ".join(rows[-1]), file=sys.stderr)
 
 
+@contextmanager
+def mounted(filesystem: str, size_bytes: int, folder: Path) -> Iterator[Path]:
+    """A new file system of this kind in a file in `folder`, mounted; needs root and mkfs."""
+    image, root = folder / "image", folder / "root"
+    root.mkdir()
+    image.touch()
+    os.truncate(image, size_bytes)
+    subprocess.run([f"mkfs.{filesystem}", "-q", image], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(["mount", "-o", "loop", image, root], check=True)
+    try:
+        yield root
+    finally:
+        subprocess.run(["umount", root], check=True)
+
+
+def used_bytes(folder: Path) -> int:
+    os.sync()
+    return shutil.disk_usage(folder).used
+
+
+def cloned(work: Path, filesystem: str, size_bytes: int, runs: int) -> list[list[str]]:
+    """A restoration of about a sixth of the bytes, against a copy that does not clone; and the disk space of both."""
+    geometry = Geometry.of_size(size_bytes)
+    write_pair(work, geometry)
+    first, count = geometry.layers // 3, max(1, geometry.layers // 6)
+    write_recipe(work / "restoration.yaml", restore=[first, first + count - 1])
+    out = work / "out"
+    merge = f"{SLRMERGE} {work}/restoration.yaml --out {out} --quiet --no-fsync"
+    rows: list[list[str]] = []
+    title = f"restoration of {count} of {geometry.layers} layers, {filesystem}, --no-fsync / cp -r --reflink=never"
+    compare(title, merge, f"cp -r --reflink=never {work}/post {out}", out, runs, rows)
+    changed = slrmerge.plan(work / "restoration.yaml").changed_bytes
+    before = used_bytes(work)
+    subprocess.run(["sh", "-c", merge], check=True)
+    taken = used_bytes(work) - before
+    rows.append(
+        [f"disk space of it, {filesystem} / bytes overwritten", f"{taken / changed:.2f}", f"{taken / 1e6:.0f} MB",
+         f"{changed / 1e6:.0f} MB", "", ""]
+    )  # fmt: skip
+    print("  ".join(rows[-1]), file=sys.stderr)
+    return rows
+
+
 def mergekit_config(work: Path, geometry: Geometry, interval: tuple[int, int]) -> tuple[Path, Path]:
     """The same restoration and the same soup in mergekit's words."""
     pre, post = str(work / "pre"), str(work / "post")
@@ -283,6 +328,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each command (default 5)")
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="path of mergekit-yaml")
     parser.add_argument("--full-scale", action="store_true", help="only one run on a sparse 9B pair")
+    parser.add_argument("--filesystem", choices=["xfs", "btrfs"], help="only a restoration there, in its own loop file")
     parser.add_argument("--many-tensors", action="store_true", help="only memory with 100,000 tensors")
     parser.add_argument("--work", type=Path, default=None, help="where to work (default: a temporary folder)")
     chosen = parser.parse_args()
@@ -291,6 +337,9 @@ def main() -> None:
         work = Path(folder)
         if chosen.full_scale:
             print_table(full_scale(work))
+        elif chosen.filesystem:
+            with mounted(chosen.filesystem, 4 * chosen.size + 2_000_000_000, work) as root:
+                print_table(cloned(root / "work", chosen.filesystem, chosen.size, chosen.runs))
         elif chosen.many_tensors:
             print_table(many_tensors(work))
         else:

@@ -79,6 +79,10 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
         """Plain values for a manifest about where the checkpoint came from, given the `files` that were read."""
         return {}
 
+    def sha256(self, file: str) -> str | None:  # noqa: ARG002 (for checkpoints on the Hub)
+        """The SHA-256 of a weight file in hexadecimal, where the Hub gave it."""
+        return None
+
     def require_digests(self) -> None:
         """Raise HubError where downloads could not be compared with the Hub's digests."""
 

@@ -247,9 +247,9 @@ def _free_bytes(planned: "MergePlan", out: Path | None, options: MergeOptions) -
     if out is None:
         return None
     from slrmerge.io.files import free_bytes
-    from slrmerge.merging.executor import output_folder
+    from slrmerge.merging.executor import output_folder, require_space
 
     output = output_folder(planned, out, options)
     output.check()
-    output.require_space(planned.output_bytes)
+    require_space(planned, output)
     return free_bytes(output.path)

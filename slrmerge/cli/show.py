@@ -93,6 +93,8 @@ def print_pushed(pushed: "PushResult", *, as_json: bool) -> None:
         return None
     removed = f", removed {_count(len(pushed.removed), 'older file')}" if pushed.removed else ""
     echo(f"pushed {_count(len(pushed.files), 'file')}{removed}: {pushed.url}")
+    moved = {"uploaded": pushed.uploaded_bytes, "copied on the Hub": pushed.copied_bytes, "there": pushed.skipped_bytes}
+    echo(", ".join(f"{format_bytes(size)} {how}" for how, size in moved.items() if size))
     return None
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slrmerge.errors import BusyError, NoSpaceError, OutputError, Problem, raise_all
+from slrmerge.errors import BusyError, OutputError, Problem, raise_all
 from slrmerge.io import files
-from slrmerge.io.pieces import translate_os_errors
+from slrmerge.io.pieces import require_free_bytes, translate_os_errors
 from slrmerge.io.progress import Progress
 
 WhyNotReplaceable = Callable[[Path], str | None]
@@ -96,14 +96,7 @@ class OutputFolder:
 
     def require_space(self, needed_bytes: int, *, what: str = "the output", remedy: str = "") -> None:
         """Raise NoSpaceError unless the disk has `needed_bytes` free."""
-        free = files.free_bytes(self.path)
-        if needed_bytes > free and hasattr(os, "sync"):
-            os.sync()  # btrfs frees the space of deleted files when it next writes to the disk
-            free = files.free_bytes(self.path)
-        if needed_bytes > free:
-            short = f"{what} needs {needed_bytes / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free"
-            remedy = remedy or f"free {(needed_bytes - free) / 1e9:,.2f} GB, or choose an output folder on another disk"
-            raise NoSpaceError(Problem("no-space", str(self.path), short, remedy))
+        require_free_bytes(self.path, needed_bytes, what, remedy or "choose an output folder on another disk")
 
     @contextmanager
     def locked(self, progress: Progress) -> Iterator[None]:

@@ -1,11 +1,12 @@
 """Files written and digested in pieces, by any number of threads."""
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 
@@ -127,6 +128,25 @@ def digest_file(path: Path) -> FileDigest:
     with translate_os_errors(path):
         file_bytes = path.stat().st_size
     return FileDigest(file_bytes, combine(digest_piece(path, *piece) for piece in pieces(file_bytes)))
+
+
+def git_digest(file: BinaryIO) -> str:
+    """The digest by which git, and the Hub for small files, names the content of a file."""
+    content = file.read()
+    named = b"blob %d\0" % len(content) + content
+    return f"git-sha1:{hashlib.sha1(named, usedforsecurity=False).hexdigest()}"
+
+
+def require_free_bytes(path: Path, needed_bytes: int, what: str, remedy: str) -> None:
+    """Raise NoSpaceError unless the disk that `path` is or would be on has `needed_bytes` free for `what`."""
+    free = files.free_bytes(path)
+    if needed_bytes > free and hasattr(os, "sync"):
+        os.sync()  # btrfs frees the space of deleted files when it next writes to the disk
+        free = files.free_bytes(path)
+    if needed_bytes > free:
+        short = f"{what} needs {needed_bytes / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free"
+        remedy = f"free {(needed_bytes - free) / 1e9:,.2f} GB, or {remedy}"
+        raise NoSpaceError(Problem("no-space", str(path), short, remedy))
 
 
 def output_error(path: Path, error: OSError) -> OutputError:

@@ -112,6 +112,14 @@ def output_folder(plan: MergePlan, out: str | os.PathLike[str], options: MergeOp
     )
 
 
+def require_space(plan: MergePlan, output: OutputFolder) -> None:
+    """Raise NoSpaceError where a merge by `plan` would, without writing anything."""
+    place = next(folder for folder in output.path.parents if folder.exists())
+    with plan.pair.open() as readers:
+        needed = needed_bytes(missing_pieces(plan, HybridReader(readers), place))
+    output.require_space(needed + plan.side_bytes)
+
+
 def why_not_a_checkpoint(folder: Path) -> str | None:
     """Why a folder is not exactly one model: nothing else is replaced by a merge.
 
@@ -157,9 +165,8 @@ def _write(
         total = sum(1 for shard in plan.shards for _ in pieces_of(shard))
         with output.staged(lambda error: journal.what_is_kept(error, total)):
             resumed = journal.resume(plan.shards, progress)
-            missing = missing_pieces(plan, reader, journal)
-            side_bytes = sum(file.file_bytes for file in plan.files)
-            output.require_space(needed_bytes(missing, journal) + side_bytes)
+            missing = missing_pieces(plan, reader, output.staging, journal.finished)
+            output.require_space(needed_bytes(missing, journal.allocated_bytes) + plan.side_bytes)
             written = dict(_write_side_files(plan, output, name=name))
             write_shards(missing, plan, reader, journal, threads, progress)
             written |= {

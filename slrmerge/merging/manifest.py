@@ -31,10 +31,11 @@ _MAX_BYTES = 1 << 27
 
 
 class FileEntry(Model):
-    """A file of the merge."""
+    """A file of the merge; `sha256` is what the Hub says of the post-trained shard that it is a copy of."""
 
     bytes: int
     digest: str
+    sha256: str = ""
 
 
 class SourceEntry(Model):
@@ -83,6 +84,8 @@ def build_manifest(plan: MergePlan, written: Mapping[str, FileDigest]) -> Iterat
     for side, source in plan.pair.items():  # files that this disk had already
         is_own = ((file, source.side_files.get(file.name)) for file in plan.files)
         read[side] |= {file.name for file, own in is_own if isinstance(own, LocalFile) and file.source == own}
+    unchanged = (shard.name for shard in plan.shards if shard.is_unchanged)
+    digests = {name: {"sha256": digest} for name in unchanged if (digest := plan.pair.posttrained.sha256(name))}
     manifest = Manifest(
         format=FORMAT,
         slrmerge=__version__,
@@ -92,7 +95,10 @@ def build_manifest(plan: MergePlan, written: Mapping[str, FileDigest]) -> Iterat
             side: {"model": source.model_name, **source.fingerprint(), **source.provenance(read[side])}
             for side, source in plan.pair.items()
         },
-        files={name: {"bytes": file.file_bytes, "digest": file.digest} for name, file in sorted(written.items())},
+        files={
+            name: {"bytes": file.file_bytes, "digest": file.digest, **digests.get(name, {})}
+            for name, file in sorted(written.items())
+        },
         tensors={},
     )
     content = manifest.model_dump(exclude_unset=True)

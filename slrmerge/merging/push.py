@@ -5,9 +5,10 @@ Killed at any moment before the commit, the branch has not moved: large files ar
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,14 @@ from slrmerge.checkpoint.side_files import (
     select_side_files,
 )
 from slrmerge.errors import CheckpointError, HubError, OptionError, Problem, VerificationError, raise_all
+from slrmerge.io.pieces import git_digest
 from slrmerge.io.progress import Progress
 from slrmerge.merging.finding import TRADEOFF_NAME
-from slrmerge.merging.manifest import read_manifest
+from slrmerge.merging.manifest import SourceEntry, read_manifest
 from slrmerge.merging.verify import verify
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+    from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy
 
     from slrmerge.checkpoint.hub.repository import Snapshot
 
@@ -45,7 +47,8 @@ _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index
 class PushResult:
     """A commit on the Hub, its `files`, and the `removed` files of an older merge.
 
-    With `unchanged` the branch had the same files already, and no commit was made.
+    With `unchanged` the branch had the same files already, and no commit was made. Of the files' bytes some were
+    uploaded, some copied by the Hub from the post-trained repository, and some skipped, since they were there already.
     """
 
     url: str
@@ -53,6 +56,9 @@ class PushResult:
     files: tuple[str, ...]
     removed: tuple[str, ...]
     unchanged: bool
+    uploaded_bytes: int
+    copied_bytes: int
+    skipped_bytes: int
 
     def __repr__(self) -> str:
         return f"<PushResult {self.url}: {len(self.files)} files>"
@@ -69,7 +75,8 @@ def push(
 ) -> PushResult:
     """Verify the merge in `folder` and push it to `repository`, as one commit on the branch `revision`.
 
-    Creates a missing repository, `private` or not, and a missing branch. The commit removes other shards of a model and
+    Creates a missing repository, `private` or not, and a missing branch. Shards that the post-trained repository has
+    are copied on the Hub where it permits that, and otherwise uploaded. The commit removes other shards of a model and
     tokenizer files of an older merge; everything else in the repository stays. Raises VerificationError, also where a
     link leads out of `folder`; HubError where the repository is not writable or was changed meanwhile.
     """
@@ -83,8 +90,9 @@ def push(
     pre, post = manifest.sources["pretrained"], manifest.sources["posttrained"]
 
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.errors import FileDuplicationError
 
-    from slrmerge.checkpoint.hub.errors import with_retries
+    from slrmerge.checkpoint.hub.errors import is_refused, with_retries
     from slrmerge.checkpoint.hub.file import RESPONSE_TIMEOUT_S, client
     from slrmerge.checkpoint.hub.repository import pin
 
@@ -100,24 +108,42 @@ def push(
         with_retries(lambda: client().create_branch(target.name, branch=branch, exist_ok=True), where=where)
     before = pin(target)
     removed = tuple(sorted(_stale_files(before, files) - {*files}))
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=_upload(folder, name)) for name in files
-    ]
-    operations += [CommitOperationDelete(path_in_repo=name) for name in removed]
+    additions = {name: CommitOperationAdd(name, _upload(folder, name)) for name in files}
+    skipped = {name for name, file in additions.items() if _is_there(file, before)}
+    copies = _copies({name: file for name, file in additions.items() if name not in skipped}, post)
+    deletions = [CommitOperationDelete(path_in_repo=name) for name in removed]
     progress.message(f"pushing {len(files)} files to {target}")
 
-    def commit() -> "CommitInfo":
+    def commit(copies: "Mapping[str, CommitOperationCopy]") -> "CommitInfo":
         return client().create_commit(
             target.name,
-            operations,
+            [*(copies.get(name, addition) for name, addition in additions.items()), *deletions],
             commit_message=f"Merge of {pre.model} and {post.model}",
             revision=branch,
             parent_commit=before.commit,
         )
 
     # Only retried where the Hub surely made no commit: the answer to one that it made may have been lost.
-    made = with_retries(commit, where=where, remedy=_REMEDY, statuses=(429, 503))
-    return PushResult(made.commit_url, made.oid, files, removed, unchanged=made.oid == before.commit)
+    push_with = partial(with_retries, where=where, remedy=_REMEDY, statuses=(429, 503))
+    try:
+        made = push_with(lambda: commit(copies))
+    except (FileDuplicationError, HubError) as error:
+        if not copies or (isinstance(error, HubError) and not is_refused(error.__cause__)):
+            raise
+        copies = {}
+        made = push_with(lambda: commit(copies))
+    sizes = {name: file.upload_info.size for name, file in additions.items()}
+    copied_bytes, skipped_bytes = (sum(sizes[name] for name in names) for names in (copies, skipped))
+    return PushResult(
+        made.commit_url,
+        made.oid,
+        files,
+        removed,
+        unchanged=made.oid == before.commit,
+        uploaded_bytes=sum(sizes.values()) - copied_bytes - skipped_bytes,
+        copied_bytes=copied_bytes,
+        skipped_bytes=skipped_bytes,
+    )
 
 
 def parse_target(repository: str | Repository, revision: str | None = None) -> Repository:
@@ -168,6 +194,41 @@ def _upload(folder: Path, name: str) -> Path | bytes:
     return content if len(content) <= _SMALL_BYTES else folder / name
 
 
+def _is_there(file: "CommitOperationAdd", snapshot: "Snapshot") -> bool:
+    """Whether a repository has a file already."""
+    there = snapshot.files.get(file.path_in_repo)
+    if there is None or there.digest.startswith("sha256:"):
+        return there is not None and there.digest == f"sha256:{file.upload_info.sha256.hex()}"
+    with file.as_file() as opened:
+        return there.file_bytes == file.upload_info.size and there.digest == git_digest(opened)
+
+
+def _copies(additions: "Mapping[str, CommitOperationAdd]", source: SourceEntry) -> "dict[str, CommitOperationCopy]":
+    """Those of the shards to push that the repository of a source has, as operations that copy them from there."""
+    from huggingface_hub import CommitOperationCopy, RepoFile
+
+    from slrmerge.checkpoint.hub.errors import with_retries
+    from slrmerge.checkpoint.hub.file import client
+
+    shards = {name: file.upload_info.sha256.hex() for name, file in additions.items() if name in source.files}
+    if not (source.repository and shards):
+        return {}
+    try:
+        listed = with_retries(
+            lambda: client().get_paths_info(source.repository, [*shards], revision=source.commit),
+            where=source.repository,
+        )
+    except HubError:  # private, or no longer there
+        return {}
+    # The Hub copies what is in its Xet storage.
+    there = {file.path: file.lfs.sha256 for file in listed if isinstance(file, RepoFile) and file.lfs and file.xet_hash}
+    return {
+        name: CommitOperationCopy(name, name, source.commit, src_repo_id=source.repository, src_repo_type="model")
+        for name, sha256 in shards.items()
+        if there.get(name) == sha256
+    }
+
+
 def _require_valid_card(folder: Path) -> None:
     """Raise HubError where the Hub would refuse the model card, before anything is uploaded."""
     from huggingface_hub import ModelCard
@@ -200,7 +261,8 @@ def _stale_files(snapshot: "Snapshot", files: Iterable[str]) -> set[str]:
     if MANIFEST_NAME in snapshot.files:
         with suppress(VerificationError):
             older = read_manifest(snapshot.files[MANIFEST_NAME].fetch().parent).files
-            possible = {*_WRITTEN, *filter(is_tokenizer_file, select_side_files(older))}
+            shards = (name for name in older if name.endswith(".safetensors"))
+            possible = {*_WRITTEN, *shards, *filter(is_tokenizer_file, select_side_files(older))}
             names |= {
                 name
                 for name, entry in older.items()

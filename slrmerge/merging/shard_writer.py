@@ -4,7 +4,7 @@ Where the file system can, a piece of a kept shard is first cloned from the post
 part. A piece is cloned again by the run that finishes it: nothing depends on what an earlier run cloned.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from itertools import zip_longest
@@ -53,14 +53,16 @@ class ShardJobs(NamedTuple):
     is_cloned: bool
 
 
-def missing_pieces(plan: MergePlan, reader: HybridReader, journal: Journal) -> list[ShardJobs]:
-    """The pieces that the journal lacks, by shard."""
+def missing_pieces(
+    plan: MergePlan, reader: HybridReader, folder: Path, finished: Container[Piece] = ()
+) -> list[ShardJobs]:
+    """The pieces that are not finished, by shard, as they are to be written to `folder` or one on the same disk."""
     missing: list[ShardJobs] = []
     for shard in plan.shards:
-        left = [job for job in pieces_of(shard) if job[0] not in journal.finished]
+        left = [job for job in pieces_of(shard) if job[0] not in finished]
         if left:
             stream = ShardStream(plan, shard, reader)
-            is_cloned = _can_clone(shard, reader, journal.folder)
+            is_cloned = _can_clone(shard, reader, folder)
             jobs = [
                 Job(piece, start, stop, _written_bytes(stream, start, stop) if is_cloned else stop - start)
                 for piece, start, stop in left
@@ -69,14 +71,14 @@ def missing_pieces(plan: MergePlan, reader: HybridReader, journal: Journal) -> l
     return missing
 
 
-def needed_bytes(missing: Iterable[ShardJobs], journal: Journal) -> int:
-    """The disk space that the missing pieces need, beyond what is reserved for them already."""
+def needed_bytes(missing: Iterable[ShardJobs], allocated_bytes: Callable[[PlannedShard], int] = lambda _: 0) -> int:
+    """The disk space that the missing pieces need, beyond what their shards occupy already."""
     needed = 0
     for stream, jobs, is_cloned in missing:
         if is_cloned:
             needed += sum(job.written_bytes for job in jobs)
         else:
-            needed += stream.shard.file_bytes - journal.allocated_bytes(stream.shard)
+            needed += stream.shard.file_bytes - allocated_bytes(stream.shard)
     return needed
 
 

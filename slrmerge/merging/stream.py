@@ -8,10 +8,13 @@ from math import prod
 from threading import Lock, local
 from typing import NamedTuple
 
+import xxhash
+
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, unreadable
 from slrmerge.checkpoint.header import DTYPE_BITS
 from slrmerge.checkpoint.pair import PairReader, Side
+from slrmerge.errors import CheckpointError, Problem
 from slrmerge.io.pieces import CHUNK_BYTES, Chunk
 from slrmerge.merging.blend import CHUNK_ELEMENTS, Blender
 from slrmerge.merging.plan.model import MergePlan, PlannedFile, PlannedShard, PlannedTensor
@@ -127,12 +130,12 @@ class ShardStream:
                 continue
             yield from map(Chunk, self._reader.chunks(tensors))
             tensors = []
-            if self.shard.kept:
+            if begin < self.shard.data_start:
+                yield Chunk(memoryview(self._header)[begin:end], kept=self.shard.kept is not None)
+            else:
                 stream = self._reader.pair.posttrained.stream_file(self.shard.name, begin, end)
                 for data in _fill(self._reader.blender.inputs[0][:CHUNK_BYTES], stream, end - begin):
                     yield Chunk(data, kept=True)
-            else:
-                yield Chunk(memoryview(self.shard.header)[begin:end])
         yield from map(Chunk, self._reader.chunks(tensors))
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[PlannedTensor | None, int, int]]:
@@ -149,6 +152,18 @@ class ShardStream:
             yield (None, begin, end) if first is None else (first, begin - run_begin, end - run_begin)
 
     @cached_property
+    def _header(self) -> bytes:
+        """The header. Raises CheckpointError where that of a kept shard is not the one that was planned."""
+        if self.shard.kept is None:
+            return self.shard.header
+        header = bytearray(self.shard.data_start)
+        self._reader.pair.posttrained.stream_file(self.shard.name, 0, len(header)).readinto(memoryview(header))
+        if xxhash.xxh3_128_hexdigest(header) != self.shard.kept.header_digest:
+            where, what = f"{self._pair.posttrained}/{self.shard.name}", "has another header than when it was planned"
+            raise CheckpointError(Problem("header-changed", where, what, "run again"))
+        return bytes(header)
+
+    @cached_property
     def _runs(self) -> tuple[list[PlannedTensor | None], Sequence[int]]:
         """The first tensor and the end of each run, in bytes of the file.
 
@@ -160,7 +175,7 @@ class ShardStream:
 
         def add(tensor: PlannedTensor | None, end: int) -> None:
             nonlocal last
-            if self._continues(last, tensor):
+            if len(firsts) > 1 and self._continues(last, tensor):  # the header is a run of its own
                 ends[-1] = end
             else:
                 firsts.append(tensor)

@@ -3,6 +3,7 @@
 Without the sources a digest shows that a file changed; with them the tensor that changed is named.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -99,6 +100,10 @@ def verify(
         progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
         with sources.plan.pair.open() as readers:
             places |= _compare(sources.plan, shards, folder, HybridReader(readers), threads, progress)
+    copies: list[str] = []
+    if isinstance(sources, _NotComparable):
+        copies = [name for name in present if manifest.files[name].sha256 and name not in altered]
+        places |= dict(_differing_copies(folder, manifest, copies, progress))
     problems = [
         *(Problem("file-missing", str(folder / name), "is missing", "merge again") for name in missing),
         *(
@@ -110,14 +115,14 @@ def verify(
     problems = problems or list(_unreadable(folder, manifest))
     raise_all(problems, VerificationError)
     checked_bytes = sum(file.file_bytes for file in expected.values())
-    return VerifyResult(
-        folder, len(expected) + 1, checked_bytes, isinstance(sources, _Comparable), _describe_sources(sources)
-    )
+    described = _describe_sources(sources, copies)
+    return VerifyResult(folder, len(expected) + 1, checked_bytes, isinstance(sources, _Comparable), described)
 
 
-def _describe_sources(sources: _Comparable | _NotComparable) -> str:
+def _describe_sources(sources: _Comparable | _NotComparable, copies: list[str]) -> str:
     if isinstance(sources, _NotComparable):
-        return f"not compared: {sources.reason}"
+        checked = f"; {len(copies)} unchanged shards match the Hub's digests" if copies else ""
+        return f"not compared: {sources.reason}{checked}"
     checked = sum(len(checkpoint.verified) for _, checkpoint in sources.plan.pair.items())
     return "the weights are equal bit by bit" + (f"; {checked} source files match the Hub's digests" if checked else "")
 
@@ -209,6 +214,19 @@ def _with_checked_sources(plan: MergePlan, progress: Progress) -> MergePlan:
     for _, checkpoint in plan.pair.items():
         checkpoint.require_digests()
     return replace(plan, pair=plan.pair.download(progress, plan.read_files(), recheck=True))
+
+
+def _differing_copies(
+    folder: Path, manifest: Manifest, names: list[str], progress: Progress
+) -> Iterator[tuple[str, str]]:
+    """Shards that should be the post-trained side's, byte for byte, and have not the SHA-256 that the Hub gave."""
+    if names:
+        progress.start("comparing with the Hub's digests", sum(manifest.files[name].bytes for name in names))
+    for name in names:
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.files[name].sha256:
+                yield name, "the Hub has another SHA-256 for the post-trained shard"
+        progress.advance(manifest.files[name].bytes)
 
 
 def _altered_side_files(plan: MergePlan, folder: Path, present: Iterable[str]) -> Iterator[tuple[str, str]]:

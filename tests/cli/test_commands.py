@@ -233,8 +233,9 @@ def test_plan_prints_every_tensor_as_json(pair: Pair, command: list[str], out: b
     assert {name for name, entry in value["tensors"].items() if entry["alpha"] == 1} == {
         name for name in pair.post if ".2." in name or ".3." in name
     }
-    assert value["shards"].keys() == {"model.safetensors"}
-    assert value["read_bytes"] == sum(len(tensor.data) for tensor in pair.post.values())
+    assert value["shards"].keys() == {f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    assert (value["resharded"], value["unchanged_shards"]) == ("", [])
+    assert value["read_bytes"] == sum(value["shards"].values())
     assert (value["download_bytes"], value["full_download_bytes"]) == (0, 0)  # both sides are folders
     assert (value["pretrained"], value["posttrained"]) == (str(pair.folder / "pre"), str(pair.folder / "post"))
     assert (value.get("out"), "free_bytes" in value) == (str(pair.out) if out else None, out)

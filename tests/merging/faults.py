@@ -202,6 +202,8 @@ def _die_at(number: int, report: int, *, exchange: bool) -> None:
         writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
             step(f"{event} {args[0]}")
+        elif event == "fcntl.ioctl":
+            step("clone")
 
     def torn_write(fd: int, data: memoryview) -> int:
         step("write", lambda: write(fd, data[: len(data) // 2]))
@@ -271,5 +273,7 @@ if __name__ == "__main__":
         made = plan_merge(words[0])
         if "pieces" in command:
             pieces.PIECE_BYTES = 1024  # of shards of some 2,000 bytes
+        if "cloned" in command:
+            pieces.PIECE_BYTES = 1 << 14  # of shards of some 40,000 bytes, in whole blocks
         rows = kill_everywhere(made, Path(words[1]), overwrite="overwrite" in command, exchange="swap" in command)
         json.dump(list(rows), sys.stdout)

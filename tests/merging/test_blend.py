@@ -26,7 +26,7 @@ from slrmerge.merging.blend import Blender, one_core_per_chunk
 from slrmerge.merging.executor import execute
 from slrmerge.merging.export import export_mergekit
 from slrmerge.merging.options import MergeOptions
-from slrmerge.merging.plan.model import MergePlan, PlannedFile
+from slrmerge.merging.plan.model import MergePlan, PlannedFile, PlannedShard
 from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.merging.plan.summary import summarise_parts
 from slrmerge.merging.stream import HybridReader, file_chunks
@@ -693,16 +693,21 @@ def test_overflow_names_its_tensor_whatever_the_stretch(
     assert caught.value.problems[0].where == "norm.weight"
 
 
+def header_of(shard: PlannedShard, pair: Pair) -> bytes:
+    """A shard's own header, or that of the post-trained file where it is kept."""
+    kept = (pair.folder / "post" / shard.name).read_bytes() if shard.kept else shard.header
+    return kept[: shard.data_start]
+
+
 def test_a_blended_shard_is_its_header_and_every_tensor_in_turn(pair: Pair) -> None:
     plan = pair.plan(alpha=0.25)
-    (shard,) = plan.shards
-    (raw,) = shard_bytes(plan)
-    expected = b""
-    for tensor in shard.tensors:
-        sides = zip(*(memoryview(side[tensor.name].data).cast("H") for side in (pair.pre, pair.post)), strict=True)
-        for one, two in sides:
-            expected += blend_reference("BF16", 0.25, ("BF16", one), ("BF16", two)).to_bytes(2, "little")
-    assert raw == shard.header + expected
+    for shard, raw in zip(plan.shards, shard_bytes(plan), strict=True):
+        expected = header_of(shard, pair)
+        for tensor in shard.tensors:
+            sides = zip(*(memoryview(side[tensor.name].data).cast("H") for side in (pair.pre, pair.post)), strict=True)
+            for one, two in sides:
+                expected += blend_reference("BF16", 0.25, ("BF16", one), ("BF16", two)).to_bytes(2, "little")
+        assert raw == expected
 
 
 @pytest.mark.parametrize("size", ["5GB", "1KB"])
@@ -712,18 +717,20 @@ def test_copied_shards_are_their_headers_and_the_tensors_of_both_sides(pair: Pai
     for shard, raw in zip(plan.shards, shard_bytes(plan), strict=True):
         sides = [pair.pre if tensor.name.startswith(restored) else pair.post for tensor in shard.tensors]
         expected = [side[tensor.name].data for side, tensor in zip(sides, shard.tensors, strict=True)]
-        assert raw == shard.header + b"".join(expected)
+        assert raw == header_of(shard, pair) + b"".join(expected)
 
 
 def test_copies_longer_than_a_chunk_come_in_chunks(tmp_path: Path) -> None:
     big = Tensor("U8", (2 * CHUNK_BYTES + 5,), Random(1).randbytes(2 * CHUNK_BYTES + 5))
     for side in ("pre", "post"):
         write_checkpoint(tmp_path / side, {"big": big, "small": random_tensor("F32", (3,), side)}, {})
-    plan = plan_of(tmp_path, alpha=0)
-    with plan.pair.open() as readers:
-        chunks = list(shard_chunks(plan, plan.shards[0], HybridReader(readers)))
-    assert max(map(len, chunks)) == CHUNK_BYTES
-    assert b"".join(chunks[1:]) == random_tensor("F32", (3,), "post").data + big.data
+    for alpha in (0, 1):
+        plan = plan_of(tmp_path, alpha=alpha)
+        with plan.pair.open() as readers:
+            chunks = list(shard_chunks(plan, plan.shards[0], HybridReader(readers)))
+        assert max(map(len, chunks)) == CHUNK_BYTES
+        small = random_tensor("F32", (3,), "pre" if alpha else "post").data
+        assert b"".join(chunks)[plan.shards[0].data_start :] == big.data + small
 
 
 def test_a_side_file_comes_whole_from_disk_or_from_the_plan(tmp_path: Path) -> None:

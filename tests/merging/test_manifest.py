@@ -58,7 +58,7 @@ def test_a_manifest_names_sources_files_and_the_origin_of_every_tensor(pair: Pai
     assert content["tensors"].keys() == pair.post.keys()
     name = "model.layers.2.mlp.up_proj.weight"
     assert content["tensors"][name] == {
-        "file": "model.safetensors",
+        "file": "model-00001-of-00002.safetensors",
         "dtype": "BF16",
         "shape": [16, 8],
         "alpha": 1.0,

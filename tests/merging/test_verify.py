@@ -123,8 +123,9 @@ def test_a_flipped_bit_in_the_weights_names_its_tensor(hybrid: Pair) -> None:
 
 def test_a_flipped_bit_in_a_blend_names_its_tensor(pair: Pair) -> None:
     execute(plan := pair.plan(alpha=0.5), pair.out, options=MergeOptions(fsync=False))
-    flip(pair.out / "model.safetensors", plan.shards[0].file_bytes - 1, 0)
-    assert problems(pair.out) == altered("model.safetensors", f"in {plan.shards[0].tensors[-1].name}")
+    (shard, _) = plan.shards
+    flip(pair.out / shard.name, shard.file_bytes - 1, 0)
+    assert problems(pair.out) == altered(shard.name, f"in {shard.tensors[-1].name}")
 
 
 def cut(path: Path) -> None:

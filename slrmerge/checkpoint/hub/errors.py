@@ -232,6 +232,12 @@ def is_transient_status(status: int) -> bool:
     return status in (408, 429) or status >= 500
 
 
+def is_refused(error: BaseException | None) -> bool:
+    """Whether the Hub answered that it does not do what was asked, for another reason than a newer commit."""
+    status = _status(error) if isinstance(error, Exception) else 0
+    return 400 <= status < 500 and status != 412
+
+
 def _is_transient(error: Exception) -> bool:
     status = _status(error)
     if status:

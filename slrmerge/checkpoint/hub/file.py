@@ -1,7 +1,6 @@
 """One file of a repository at one commit: read by ranges, or downloaded into the Hub's cache."""
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from slrmerge.checkpoint.hub.ranges import Ranges
 from slrmerge.checkpoint.hub.session import session
 from slrmerge.checkpoint.location import Repository
 from slrmerge.errors import HubError, Problem, first_line
+from slrmerge.io.pieces import git_digest
 
 RESPONSE_TIMEOUT_S = 60.0
 """How long the Hub may take to answer a request that is not a download."""
@@ -113,8 +113,7 @@ class HubFile:
     def _digest_of(self, path: Path) -> str:
         with open(path, "rb") as file:
             if self.digest.startswith("git-sha1:"):
-                start = f"blob {os.fstat(file.fileno()).st_size}\0".encode()
-                return f"git-sha1:{hashlib.sha1(start + file.read(), usedforsecurity=False).hexdigest()}"
+                return git_digest(file)
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
     def _download(self, on_bytes: Callable[[int], None], cancelled: Event, *, force: bool) -> Path:

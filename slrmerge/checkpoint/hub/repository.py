@@ -32,9 +32,9 @@ from slrmerge.checkpoint.side_files import (
     INDEX_NAME,
     select_side_files,
 )
-from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem
-from slrmerge.io.files import free_bytes
+from slrmerge.errors import CheckpointError, HubError, Problem
 from slrmerge.io.names import is_inside
+from slrmerge.io.pieces import require_free_bytes
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import cancellable_pool
 
@@ -96,6 +96,10 @@ class HubRepository(SafetensorsCheckpoint):
                 file: known[file].digest if file in known else None for file in sorted({*files} - self.verified)
             },
         }
+
+    def sha256(self, file: str) -> str | None:
+        known = self.snapshot.files.get(file)
+        return known.digest.removeprefix("sha256:") if known and known.digest.startswith("sha256:") else None
 
     def require_digests(self) -> None:
         if not self.snapshot.files:
@@ -243,7 +247,4 @@ def _incomplete(repository: Repository) -> Problem:
 def require_space(needed: int) -> None:
     """Raise NoSpaceError unless the disk of the Hub's cache has `needed` bytes free."""
     cache = Path(constants.HF_HUB_CACHE)
-    free = free_bytes(cache)
-    if needed > free:
-        what = f"the download needs {needed / 1e9:,.2f} GB there, the disk has {free / 1e9:,.2f} GB free"
-        raise NoSpaceError(Problem("no-space", str(cache), what, "set HF_HUB_CACHE to a folder on another disk"))
+    require_free_bytes(cache, needed, "the download", "set HF_HUB_CACHE to a folder on another disk")

@@ -87,6 +87,7 @@ class PlannedShard:
     @cached_property
     def header(self) -> bytes:
         """The header of a shard that is not kept."""
+        assert self.kept is None
         return header_bytes((tensor.name, tensor.info) for tensor in self.tensors)
 
     @property
@@ -179,7 +180,12 @@ class MergePlan:
 
     @property
     def output_bytes(self) -> int:
-        return sum(shard.file_bytes for shard in self.shards) + sum(file.file_bytes for file in self.files)
+        return sum(shard.file_bytes for shard in self.shards) + self.side_bytes
+
+    @property
+    def side_bytes(self) -> int:
+        """The bytes of the files beside the weights."""
+        return sum(file.file_bytes for file in self.files)
 
     @property
     def changed_bytes(self) -> int:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Self
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import pytest
 import yaml
@@ -89,7 +89,7 @@ def tree_entry(path: str, data: bytes) -> dict[str, Any]:
     if not is_lfs(path, len(data)):
         return {"path": path, "size": len(data), "oid": git_oid(data)}
     lfs = {"oid": sha256(data), "size": len(data), "pointerSize": len(pointer(data))}
-    return {"path": path, "size": len(data), "oid": git_oid(pointer(data)), "lfs": lfs}
+    return {"path": path, "size": len(data), "oid": git_oid(pointer(data)), "lfs": lfs, "xetHash": sha256(data)[::-1]}
 
 
 def sibling(path: str, data: bytes, in_full: bool) -> dict[str, Any]:
@@ -132,8 +132,11 @@ class HubServer:
     """A hub and its content delivery, two ports of 127.0.0.1, from `with` to the end of it.
 
     With `signs_ranges`, the address of a large file is good for no other Range than it was asked for with. With `xet`,
-    an empty folder, the client uploads large files through Xet, as it does by default; downloads never go there.
+    an empty folder, the client uploads large files through Xet, as it does by default; downloads never go there. With
+    `copies_refused`, no large file is copied from one repository to another.
     """
+
+    copies_refused = False
 
     def __init__(self, *, signs_ranges: bool = False, xet: Path | None = None) -> None:
         self.signs_ranges, self.xet = signs_ranges, xet
@@ -319,6 +322,24 @@ class HubServer:
             [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
             + [{"type": "file", **tree_entry(path, files[path])} for path in here]
         )
+
+    @route("hub POST /api/{repo}/paths-info/{rev}")
+    def _paths_info(self, asked: Asked, repo: str, rev: str) -> Answer:
+        files = self._repo(asked, repo, "to see").at(rev).files
+        wanted = parse_qs(asked.body.decode())["paths"]
+        return Answer.of([{"type": "file", **tree_entry(path, files[path])} for path in wanted if path in files])
+
+    @route("hub POST /api/{repo}/lfs-files/duplicate")
+    def _duplicate(self, asked: Asked, repo: str) -> Answer:
+        kept, given = self._repo(asked, repo, "to read"), asked.json()
+        target = self._repo(asked, given["target"]["name"], "to write")
+        failed = []
+        for file in given["files"]:
+            if self.copies_refused or file["sha256"] not in kept.uploaded or file["xetHash"] != file["sha256"][::-1]:
+                failed.append({"sha256": file["sha256"], "error": "another region"})
+            else:
+                target.uploaded.add(file["sha256"])
+        return Answer.of({"success": not failed, "failed": failed})
 
     @route("hub GET /api/{repo}/refs")
     def _refs(self, asked: Asked, repo: str) -> Answer:

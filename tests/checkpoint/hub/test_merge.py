@@ -1,5 +1,6 @@
 """A merge of repositories downloads what it needs, once, and equals a merge of folders."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -24,6 +25,7 @@ from tests.checkpoints import read_back
 from tests.cli import run
 from tests.merging.faults import Recorder, Stop, leftovers, stop
 from tests.merging.plan.test_findings import FIGURE, SUMMARY
+from tests.merging.test_manifest import signed
 from tests.problems import refused
 
 BLOBS = "GET /blobs/"
@@ -71,7 +73,7 @@ def test_served_bytes_stay_within_five_percent_of_what_is_needed(pair: HubPair, 
 
 def test_a_restoration_costs_one_model_and_not_two(pair: HubPair) -> None:
     plan = pair.plan(restore=[2, 3])
-    one = sum(len(tensor.data) for tensor in pair.post.values())
+    one = sum(file.file_bytes for file in plan.pair.posttrained.weight_files.values())
     side_files = sum(file.file_bytes for file in plan.files if file.source)
     assert one <= plan.download_bytes <= one + side_files
     assert plan.full_download_bytes >= 2 * one
@@ -83,7 +85,33 @@ def test_a_plan_counts_downloads_and_downloads_no_weights(pair: HubPair) -> None
     headers = sum(file.data_start for _, side in plan.pair.items() for file in side.shards.values())
     assert pair.hub.served("^/blobs/") == headers
     assert not any(request.path.endswith("tokenizer.json") for request in pair.hub.requests)
-    assert (plan.download_bytes, plan.full_download_bytes) == (361346, 730034)
+    assert (plan.download_bytes, plan.full_download_bytes) == (365026, 730034)
+
+
+def test_an_unchanged_shard_is_compared_with_the_hubs_digest_without_the_source(pair: HubPair) -> None:
+    merge(pair.recipe(restore=[4, 5]), pair.out)
+    content = json.loads((pair.out / "slrmerge.json").read_bytes())
+    name = "model-00001-of-00002.safetensors"
+    digest = hashlib.sha256(pair.hub.files(CHAT)[name]).hexdigest()
+    assert {file: entry["sha256"] for file, entry in content["files"].items() if "sha256" in entry} == {name: digest}
+    pair.hub.requests.clear()
+    result = verify(pair.out)
+    assert (result.against_sources, pair.hub.served("^/blobs/")) == (False, 0)
+    content["files"][name]["sha256"] = "0" * 64
+    (pair.out / "slrmerge.json").write_bytes(signed(content))
+    with refused(VerificationError, "sources-differ") as caught:
+        verify(pair.out)
+    assert caught.value.problems[0].where == str(pair.out / name)
+
+
+def test_neighbouring_ranges_of_one_side_are_one_request(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A soup reads two ranges for each piece of each shard, and its header; here each shard is one piece."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 24)
+    plan = pair.plan(alpha=0.5)
+    pair.hub.requests.clear()
+    execute(plan, pair.out)
+    ranges = [request for request in pair.hub.requests if request.host == "cdn"]
+    assert len(ranges) == 3 * len(plan.shards)
 
 
 def test_a_pickled_plan_of_repositories_is_equal_and_executes(pair: HubPair) -> None:
@@ -253,7 +281,7 @@ def test_a_stopped_merge_downloads_only_the_missing_pieces(pair: HubPair) -> Non
     pair.hub.requests.clear()
     recorder = Recorder()
     result = execute(pair.plan(restore=[2, 3]), pair.out, progress=recorder)
-    missing = plan.shards[0].file_bytes - result.resumed_pieces * (1 << 15)
+    missing = sum(shard.file_bytes for shard in plan.shards) - result.resumed_pieces * (1 << 15)
     assert ([total for _, total in recorder.started], result.resumed_pieces > 2) == ([missing], True)
     assert pair.hub.served("^/blobs/") <= missing + 10_000
     assert read_back(pair.out) == pair.mixed(2, 3)

@@ -23,6 +23,7 @@ from tests.problems import refused
 MINE = "ann/hybrid"
 TOKEN = "hf_ann"
 ATTRIBUTES = ".gitattributes"
+FIRST = "model-00001-of-00002.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,40 @@ def test_a_push_is_one_commit_of_exactly_the_files_of_the_merge(pair: HubPair, m
     assert len(pair.hub.log(MINE)) == 2  # the first is the Hub's own
 
 
+def uploads(pair: HubPair) -> set[str]:
+    """The paths of the large files that were uploaded."""
+    return {request.path for request in pair.hub.requests if request.host == "cdn" and request.method == "PUT"}
+
+
+def test_unchanged_shards_are_copied_on_the_hub(pair: HubPair, other: Path) -> None:
+    """Layers 4 and 5 are in the second of the post-trained side's shards; the first is the same file."""
+    sizes = {path.name: path.stat().st_size for path in other.iterdir()}
+    same = "model-00001-of-00002.safetensors"
+    assert files_of(other)[same] == pair.hub.files(CHAT)[same]
+    pushed = push(other, MINE)
+    assert there(pair) == files_of(other)
+    assert (pushed.copied_bytes, pushed.skipped_bytes) == (sizes[same], 0)
+    assert pushed.uploaded_bytes == sum(sizes.values()) - sizes[same]
+    assert len(uploads(pair)) == 1
+    again = push(other, MINE)
+    assert (again.uploaded_bytes, again.copied_bytes, again.skipped_bytes) == (0, 0, sum(sizes.values()))
+
+
+@pytest.mark.parametrize("refusal", ["by file", "by status", "source is gone"])
+def test_shards_that_the_hub_does_not_copy_are_uploaded(pair: HubPair, other: Path, refusal: str) -> None:
+    if refusal == "by file":
+        pair.hub.copies_refused = True
+    elif refusal == "by status":
+        pair.hub.misbehave("status", "/lfs-files/duplicate", status=403)
+    else:
+        pair.hub.private.add(CHAT)
+    pushed = push(other, MINE)
+    assert there(pair) == files_of(other)
+    assert pushed.copied_bytes == 0
+    assert pushed.uploaded_bytes == sum(path.stat().st_size for path in other.iterdir())
+    assert len(uploads(pair)) == len(list(other.glob("*.safetensors")))
+
+
 def test_a_pushed_merge_verifies_and_merges_again(pair: HubPair, merged: Path) -> None:
     push(merged, MINE)
     fetched = Path(snapshot_download(MINE))
@@ -72,12 +107,11 @@ def test_a_push_removes_shards_of_an_older_merge_and_nothing_else(pair: HubPair,
     pair.hub.commit(MINE, {"notes.md": b"mine", "gguf/model.gguf": b"mine too", "sub/model.safetensors": b"and this"})
     merge(pair.recipe(restore=[2, 3], max_shard_size="100KB"), pair.folder / "sharded")
     pushed = push(pair.folder / "sharded", MINE)
-    assert pushed.removed == ("model.safetensors",)
+    assert pushed.removed == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     others = {"notes.md": b"mine", "gguf/model.gguf": b"mine too", "sub/model.safetensors": b"and this"}
     assert there(pair) == files_of(pair.folder / "sharded") | others
     pushed = push(merged, MINE)
-    shards = (f"model-0000{number}-of-00004.safetensors" for number in range(1, 5))
-    assert pushed.removed == (*shards, "model.safetensors.index.json")
+    assert pushed.removed == tuple(f"model-0000{number}-of-00004.safetensors" for number in range(1, 5))
     assert there(pair) == files_of(merged) | others
     assert len(pair.hub.log(MINE)) == 5
 
@@ -106,7 +140,7 @@ def test_the_folder_is_checked_before_a_token_is_needed(
     assert pair.hub.requests == []
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "model.safetensors", "slrmerge.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md", FIRST, "slrmerge.json"])
 def test_a_link_that_leads_out_of_the_folder_is_not_pushed(pair: HubPair, merged: Path, name: str) -> None:
     (merged / name).rename(pair.folder / "elsewhere")  # the same bytes: verify has nothing to object
     (merged / name).symlink_to(pair.folder / "elsewhere")
@@ -217,7 +251,7 @@ def test_the_hub_refuses_a_commit_on_top_of_another_parent(
     monkeypatch.setattr("slrmerge.merging.push._stale_files", meanwhile)
     refusal("changed-meanwhile", other)
     assert there(pair)["notes.md"] == b"theirs"
-    assert there(pair)["model.safetensors"] == (merged / "model.safetensors").read_bytes()
+    assert there(pair)[FIRST] == (merged / FIRST).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_a_plan_can_be_printed_as_json(pair: Pair) -> None:
     content = json.loads(json.dumps(pair.plan(restore=[1, 2]).to_dict()))
     assert content["recipe"] == {"pretrained": "./pre", "posttrained": "./post", "restore": [1, 2]}
     assert content["tensors"]["model.layers.1.mlp.up_proj.weight"] == {
-        "file": "model.safetensors",
+        "file": "model-00001-of-00002.safetensors",
         "dtype": "BF16",
         "shape": [16, 8],
         "alpha": 1.0,
@@ -138,14 +138,23 @@ def test_a_plan_can_be_printed_as_json(pair: Pair) -> None:
     }
     assert content["tensors"].keys() == pair.post.keys()
     assert content["output_bytes"] == sum(content["shards"].values()) + sum(content["files"].values())
+    assert (content["resharded"], content["unchanged_shards"]) == ("", ["model-00002-of-00002.safetensors"])
 
 
 def test_a_restoration_reads_one_side_of_each_tensor_and_a_blend_both(pair: Pair) -> None:
     total = sum(len(tensor.data) for tensor in pair.post.values())
-    assert (pair.plan(restore=[1, 2]).read_bytes, pair.plan(restore=[1, 2]).needs_arithmetic) == (total, False)
-    assert (pair.plan(alpha=0.5).read_bytes, pair.plan(alpha=0.5).needs_arithmetic) == (2 * total, True)
+    headers = headers_of(pair)
+    restored, blended = pair.plan(restore=[1, 2]), pair.plan(alpha=0.5)
+    assert (restored.read_bytes, restored.needs_arithmetic) == (total + headers, False)
+    assert (blended.read_bytes, blended.needs_arithmetic) == (2 * total + headers, True)
     cast = pair.plan(restore=[1, 2], dtype="float32")
     assert (cast.read_bytes, cast.needs_arithmetic) == (total, True)
+
+
+def headers_of(pair: Pair) -> int:
+    """The bytes of the headers of the post-trained shards, which are kept."""
+    files = sorted((pair.folder / "post").glob("*.safetensors"))
+    return sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
 
 
 @pytest.mark.parametrize("blend", BLEND_RULES)
@@ -153,7 +162,7 @@ def test_a_merge_reads_as_many_bytes_as_planned(pair: Pair, monkeypatch: pytest.
     """Every pass counts: a rule that needs sums over whole tensors reads them twice."""
     planned = pair.plan(alpha=0.5, blend=blend)
     total = sum(len(tensor.data) for tensor in pair.post.values())
-    assert planned.read_bytes == 2 * total * BLEND_RULES[blend].passes
+    assert planned.read_bytes == 2 * total * BLEND_RULES[blend].passes + headers_of(pair)
     read = 0
     read_at = files._read_at
 

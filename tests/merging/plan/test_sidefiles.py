@@ -138,10 +138,27 @@ def test_an_index_is_written_for_several_shards_only(tmp_path: Path, size: str, 
         assert contents(plan)[INDEX_NAME].decode() == json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
 
-def test_the_index_of_the_post_trained_shards_is_not_copied(tmp_path: Path) -> None:
+def test_the_index_of_the_post_trained_shards_is_written_anew_and_only_where_it_is_needed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "pre", llama_tensors("pre"))
     write_checkpoint(tmp_path / "post", llama_tensors("post"), shards=3)
-    assert contents(plan_of(tmp_path, restore=[1, 2])).keys() == {"config.json", "tokenizer.json"}
+    path = tmp_path / "post" / INDEX_NAME
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "metadata": {"total_size": 1, "more": 2}}))
+    kept = contents(plan_of(tmp_path, restore=[1, 2]))
+    assert json.loads(kept[INDEX_NAME]) == index
+    one_file = contents(plan_of(tmp_path, restore=[1, 2], dtype="float32"))
+    assert one_file.keys() == {"config.json", "tokenizer.json"}
+
+
+def test_a_single_kept_shard_with_a_number_has_an_index(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre"))
+    write_checkpoint(tmp_path / "post", post := llama_tensors("post"))
+    name = "model-00001-of-00001.safetensors"
+    (tmp_path / "post/model.safetensors").rename(tmp_path / "post" / name)
+    (tmp_path / "post" / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(post, name)}))
+    plan = plan_of(tmp_path, restore=[1, 2])
+    assert [shard.name for shard in plan.shards] == [name]
+    assert json.loads(contents(plan)[INDEX_NAME])["weight_map"] == dict.fromkeys(post, name)
 
 
 def test_files_of_the_hubs_cache_are_followed_through_their_links(tmp_path: Path) -> None:
