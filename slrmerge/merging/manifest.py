@@ -85,7 +85,7 @@ def build_manifest(plan: MergePlan, written: Mapping[str, FileDigest]) -> Iterat
         is_own = ((file, source.side_files.get(file.name)) for file in plan.files)
         read[side] |= {file.name for file, own in is_own if isinstance(own, LocalFile) and file.source == own}
     unchanged = (shard.name for shard in plan.shards if shard.is_unchanged)
-    digests = {name: {"sha256": digest} for name in unchanged if (digest := plan.pair.posttrained.sha256(name))}
+    digests = {name: {"sha256": known} for name in unchanged if (known := plan.pair.posttrained.sha256(name))}
     manifest = Manifest(
         format=FORMAT,
         slrmerge=__version__,

@@ -121,8 +121,8 @@ def verify(
 
 def _describe_sources(sources: _Comparable | _NotComparable, copies: list[str]) -> str:
     if isinstance(sources, _NotComparable):
-        checked = f"; {len(copies)} unchanged shards match the Hub's digests" if copies else ""
-        return f"not compared: {sources.reason}{checked}"
+        matching = f"; {len(copies)} unchanged shards match the Hub's digests" if copies else ""
+        return f"not compared: {sources.reason}{matching}"
     checked = sum(len(checkpoint.verified) for _, checkpoint in sources.plan.pair.items())
     return "the weights are equal bit by bit" + (f"; {checked} source files match the Hub's digests" if checked else "")
 

@@ -46,7 +46,7 @@ def _why_not_kept(tensors: Sequence[PlannedTensor], posttrained: Mapping[str, Sh
     infos = {name: info for shard in posttrained.values() for name, info in shard.tensors.items()}
     for tensor in tensors:
         if tensor.info != infos.get(tensor.name):
-            return f"{tensor.name} has another dtype or shape"
+            return f"{tensor.name} changes its dtype or shape"
     return "" if len(infos) == len(tensors) else "some tensors are left out"
 
 
