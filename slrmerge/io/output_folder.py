@@ -201,10 +201,10 @@ class OutputFolder:
         """How a source and the folders that this run writes get in each other's way, links resolved."""
         target = self.path
         source = Path(os.path.realpath(place))
-        if place.is_dir():
-            linked = [Path(os.path.realpath(entry)) for entry in place.iterdir()]
-        else:  # a file; where it is a link, the link itself must stay too
+        if place.is_file():  # where it is a link, the link must stay too
             linked = [Path(os.path.realpath(place.parent)) / place.name]
+        else:
+            linked = [Path(os.path.realpath(entry)) for entry in place.iterdir()]
         for workplace in (self.staging, set_aside_folder(target)):
             if any(path.is_relative_to(workplace) for path in (source, *linked)):
                 what = f"is where {target} would be written"
