@@ -71,7 +71,7 @@ class AdapterCheckpoint(Checkpoint):
         return str(self.adapter)
 
     @property
-    def folders(self) -> tuple[Path, ...]:
+    def locations(self) -> tuple[Path, ...]:
         return self.base.folder, self.adapter.folder
 
     @property

@@ -6,7 +6,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 from slrmerge.checkpoint.files import ByteStream, SourceFile
 from slrmerge.checkpoint.header import DTYPE_BITS, Shard, TensorInfo
@@ -36,6 +36,8 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
 
     left_out: tuple[str, ...] = ()
     """The names of its other files and folders, which a merge leaves behind; a folder's ends in `/`."""
+    format: ClassVar[Literal["safetensors", "gguf"]] = "safetensors"
+    """The format of the weight files, which both sides of a pair share."""
 
     verified: frozenset[str] = frozenset()
     """The weight files that were downloaded and match the Hub's digests."""
@@ -47,11 +49,6 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     def has_own_config(self) -> bool:
         """Whether `config` is not what config.json in `side_files` says."""
         return False
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """The folders that its files are in."""
-        return (self.folder,)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -127,6 +124,11 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     @abstractmethod
     def model_name(self) -> str:
         """The repository's name where it comes from the Hub or its cache, else the folder's own name."""
+
+    @property
+    def locations(self) -> tuple[Path, ...]:
+        """The folders and files that an output must not replace."""
+        return (self.folder,)
 
     @property
     def identity(self) -> tuple[object, ...]:

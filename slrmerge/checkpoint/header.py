@@ -187,7 +187,7 @@ def _check_entries(
         problems.append(Problem("invalid-header", str(file), "__metadata__ does not map strings to strings"))
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
-        what = _name_problem(name) or ("" if isinstance(entry, TensorInfo) else _entry_problem(entry))
+        what = name_problem(name) or ("" if isinstance(entry, TensorInfo) else _entry_problem(entry))
         if what:
             problems.append(Problem("invalid-header", str(file), f"tensor {name!r}: {what}"))
         else:
@@ -198,7 +198,8 @@ def _check_entries(
     return tensors
 
 
-def _name_problem(name: str) -> str:
+def name_problem(name: str) -> str:
+    """What is wrong with a tensor's name, or an empty string."""
     if not name:
         return "the name is empty"
     if not name.isprintable():  # control characters, and halves of surrogate pairs

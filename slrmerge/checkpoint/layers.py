@@ -27,6 +27,7 @@ STACK_PREFIXES = (
     "transformer.h",
     "gpt_neox.layers",
     "model.decoder.layers",
+    "blk",  # GGUF
 )
 """Prefixes of decoder layers. Only needed where a model has two stacks of the right length: the first here wins."""
 

@@ -42,9 +42,9 @@ Source = Place | AdapterOnBase
 
 
 def parse_source(text: str | os.PathLike[str], *, base: Path = Path()) -> Source:
-    """The folder or repository that `text` names; a relative folder counts from `base`.
+    """The folder, GGUF file or repository that `text` names; a relative path counts from `base`.
 
-    An existing folder takes precedence over a repository of the same name. A path object is always a folder.
+    An existing folder takes precedence over a repository of the same name. A path object is never a repository.
     """
     place = parse_place(text, base=base)
     if not isinstance(place, Path) or not isinstance(text, str) or os.path.exists(place):  # noqa: PTH110 (see below)
@@ -61,7 +61,7 @@ def parse_place(text: str | os.PathLike[str], *, base: Path = Path()) -> Place:
         return base / text
     folder = base / os.path.expanduser(text)  # noqa: PTH111 (an unknown user is not an error here)
     exists = os.path.exists(folder)  # noqa: PTH110 (nor is a name that is too long)
-    return folder if exists else Repository.parse(text) or folder
+    return folder if exists or text.endswith(".gguf") else Repository.parse(text) or folder
 
 
 def snapshot_of(folder: Path) -> Path:

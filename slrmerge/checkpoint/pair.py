@@ -115,11 +115,11 @@ class PairReader:
 
 
 CheckpointLike = str | os.PathLike[str] | Repository | AdapterOnBase | Checkpoint
-"""What names a checkpoint: a folder, `organisation/name@revision`, `base+adapter`, or an open checkpoint."""
+"""What names a checkpoint: a folder or GGUF file, `organisation/name@revision`, `base+adapter`, an open checkpoint."""
 
 
 def open_checkpoint(source: CheckpointLike, *, local_files_only: bool = False) -> Checkpoint:
-    """Open a checkpoint in a folder, or in a repository on the Hub as `organisation/name@revision`.
+    """Open a checkpoint in a folder, a GGUF file, or a repository on the Hub as `organisation/name@revision`.
 
     Reads the config, the index and every header; weights stay where they are. A LoRA adapter is opened on the base that
     its config names, or on another as `base+adapter`. With `local_files_only`, or where HF_HUB_OFFLINE is set, a

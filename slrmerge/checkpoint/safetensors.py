@@ -24,7 +24,7 @@ _MAX_OPEN = 8
 _MAX_JSON_BYTES = 50_000_000
 """More than the index of any model: DeepSeek-V3's has 9 MB."""
 
-_NAME_A_FOLDER = "name a folder with config.json and safetensors files"
+_NAME_A_FOLDER = "name a folder with config.json and safetensors files, or a .gguf file"
 
 
 @dataclass(frozen=True, repr=False)
@@ -254,7 +254,9 @@ def _no_model(names: set[str], where: str) -> Problem:
         )
         return Problem("pickles-only", where, "has only pickles, no safetensors files", remedy)
     if ".gguf" in suffixes:
-        return Problem("gguf-only", where, "has only GGUF files, no safetensors files", "name the original checkpoint")
+        what = "has only GGUF files, which are not read from the Hub"
+        remedy = f"download one and name it: hf download {where.partition('@')[0]} FILE.gguf --local-dir ."
+        return Problem("gguf-only", where, what, remedy)
     return Problem("no-checkpoint", where, "has no safetensors files", _NAME_A_FOLDER)
 
 

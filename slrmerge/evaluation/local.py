@@ -25,7 +25,8 @@ class LocalModel:
     """A ChatModel from a folder or a repository on the Hub, in float32 on a CPU, otherwise in its stored dtype.
 
     A sample depends only on its prompt and its seed, not on the rest of its batch, except for rounding and where the
-    longest prompt of the batch leaves less than `max_tokens`. Raises CheckpointError and HubError.
+    longest prompt of the batch leaves less than `max_tokens`. Raises CheckpointError and HubError, and
+    UnsupportedModelError for a GGUF file.
     """
 
     def __init__(self, at: Place, *, device: str, batch: int, progress: Progress) -> None:
@@ -34,6 +35,9 @@ class LocalModel:
             what = "is an adapter, which an evaluation does not load"
             remedy = "write the whole model first: merge with alpha: 0, and evaluate the result"
             raise UnsupportedModelError(Problem("adapter", str(self._checkpoint), what, remedy))
+        if self._checkpoint.format == "gguf":
+            what, remedy = "is a GGUF file, which is not run here", "serve it with llama-server, and name the URL"
+            raise UnsupportedModelError(Problem("gguf", str(self._checkpoint), what, remedy))
         self._device, self._batch, self._progress = torch.device(device), batch, progress
         self._loaded: tuple[Any, Any] | None = None
 

@@ -69,7 +69,7 @@ class OutputFolder:
                 "mount-point", str(target), "is a mount point, which cannot be replaced", "name a folder in it"
             )
             return
-        overlaps = [problem for folder in self._sources for problem in self._overlaps(folder)]
+        overlaps = [problem for place in self._sources for problem in self._overlaps(place)]
         yield from overlaps
         if overlaps:
             return
@@ -204,11 +204,14 @@ class OutputFolder:
         os.replace(aside, self.path)
         return True
 
-    def _overlaps(self, folder: Path) -> Iterator[Problem]:
+    def _overlaps(self, place: Path) -> Iterator[Problem]:
         """How a source and the folders that this run writes get in each other's way, links resolved."""
         target = self.path
-        source = Path(os.path.realpath(folder))
-        linked = [Path(os.path.realpath(entry)) for entry in folder.iterdir()]
+        source = Path(os.path.realpath(place))
+        if place.is_file():  # where it is a link, the link must stay too
+            linked = [Path(os.path.realpath(place.parent)) / place.name]
+        else:
+            linked = [Path(os.path.realpath(entry)) for entry in place.iterdir()]
         for workplace in (self.staging, set_aside_folder(target)):
             if any(path.is_relative_to(workplace) for path in (source, *linked)):
                 what = f"is where {target} would be written"

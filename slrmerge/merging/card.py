@@ -1,6 +1,7 @@
 """The hybrid's model card (README.md), as the Hub reads it."""
 
 import re
+import shlex
 from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,15 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     """
     pre, post = plan.pair.pretrained.model_name, plan.pair.posttrained.model_name
     is_restoration = _is_restoration(plan)
-    tags = ["merge", "slrmerge", *(["selective-layer-restoration"] if is_restoration else [])]
+    is_gguf = plan.pair.posttrained.format == "gguf"
+    tags = [
+        *("merge", "slrmerge"),
+        *(["selective-layer-restoration"] if is_restoration else []),
+        *(["gguf"] if is_gguf else []),
+    ]
     front = {
         **(_base_models(pre, relation="adapter") if plan.whole else _base_models(pre, post)),
-        "library_name": "peft" if plan.whole else "transformers",
+        **({} if is_gguf else {"library_name": "peft" if plan.whole else "transformers"}),
         "tags": ["mergekit", *tags] if len(plan.recipe.written_as) > 1 else tags,
         **_inherited_front_matter(plan.pair.posttrained.folder),
     }
@@ -56,14 +62,7 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
         *(_search_section(plan.finding) if plan.finding else ()),
         "## Usage",
         "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        *([] if "/" in name else ["# this folder, or its repository on the Hub"]),
-        f'chat = pipeline("text-generation", model={to_json(name)})',
-        'messages = [{"role": "user", "content": "Write a short poem."}]',
-        'print(chat(messages, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])',
-        "```",
+        *(_llama_cpp_usage(plan.shards[0].name, name) if is_gguf else _transformers_usage(name)),
         "",
         "## Recipe",
         "",
@@ -102,6 +101,23 @@ def _in_names(sentence: str, plan: MergePlan, pre: str, post: str) -> str:
     where, separator, source = sentence.rpartition(": ")
     names = {"pre": pre, "pre-trained": pre, "post": post, "post-trained": post}
     return where + separator + re.sub(r"\b(pre|post)(-trained)?\b", lambda found: names[found[0]], source)
+
+
+def _transformers_usage(name: str) -> Iterator[str]:
+    yield "```python"
+    yield "from transformers import pipeline"
+    yield ""
+    if "/" not in name:
+        yield "# this folder, or its repository on the Hub"
+    yield f'chat = pipeline("text-generation", model={to_json(name)})'
+    yield 'messages = [{"role": "user", "content": "Write a short poem."}]'
+    yield 'print(chat(messages, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])'
+    yield "```"
+
+
+def _llama_cpp_usage(file: str, name: str) -> Iterator[str]:
+    options = ["--hf-repo", name, "--hf-file", file] if "/" in name else ["--model", f"{name}/{file}"]
+    yield markdown_block("sh", shlex.join(["llama-server", *options]))
 
 
 def _side_files_sentence(plan: MergePlan) -> str:

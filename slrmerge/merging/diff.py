@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slrmerge.checkpoint.fused import is_regrouped
+from slrmerge.checkpoint.gguf_header import QUANTISED
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
 from slrmerge.errors import PlanError, Problem, raise_all, require_extra
 from slrmerge.io.figures import figure_text, save_figure
 from slrmerge.io.files import write_file
-from slrmerge.io.pieces import translate_os_errors
+from slrmerge.io.pieces import CHUNK_BYTES, translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.io.text import to_csv
 from slrmerge.io.threads import cancellable_pool, thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
 from slrmerge.merging.executor import default_threads
+from slrmerge.merging.plan.tensors import group_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +63,7 @@ class Distance:
 class DiffResult:
     """Distances by (layer, module), modules as `self_attn.q_proj`; `OUTSIDE` is the layer of everything else.
 
-    `notes` name the tensors that could not be compared.
+    `notes` name the tensors that were not compared by value.
     """
 
     layers: int
@@ -127,20 +129,23 @@ class DiffResult:
 def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:
     """Compare every floating tensor that both sides of a pair have in the same shape.
 
+    Quantised tensors of GGUF files are compared as bytes, and a note names those that differ.
+
     Raises PlanError for models of different depth, SourceChangedError where a file changes meanwhile.
     """
     require_pair(pair)
     threads = thread_count(threads, default_threads(pair))
     raise_all(require_same_depth(pair), PlanError)
     progress = progress or Progress()
-    names, notes = _comparable(pair)
-    if not names:
+    names, blocks, notes = _comparable(pair)
+    if not names and not blocks:
         what = "has no floating tensor in common with the pre-trained checkpoint"
         raise PlanError(
             Problem("nothing-in-common", str(pair.posttrained), what, "name a model and the one it was trained from")
         )
     twins = pair.correspondence.twins
-    total = sum(pair.pretrained[twins[name]].nbytes + pair.posttrained[name].nbytes for name in names)
+    compared = (*names, *blocks)
+    total = sum(pair.pretrained[twins[name]].nbytes + pair.posttrained[name].nbytes for name in compared)
     progress.start("comparing", total)
     with (
         pair.open() as reader,
@@ -154,12 +159,22 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
             progress.advance(pair.pretrained[twin].nbytes + pair.posttrained[name].nbytes)
             return distance
 
+        def differ(name: str) -> bool:
+            twin = twins[name]
+            found = any(takewhile(lambda _: not cancelled.is_set(), _differing_chunks(reader, name, twin)))
+            progress.advance(pair.pretrained[twin].nbytes + pair.posttrained[name].nbytes)
+            return found
+
         try:
             distances = dict(zip(names, pool.map(measure, names), strict=True))
+            differing = [name for name, found in zip(blocks, pool.map(differ, blocks), strict=True) if found]
         except BaseException:
             reader.cancel()
             raise
         reader.check_unchanged()
+    if blocks:
+        which = f": {', '.join(group_names(differing))}" if differing else ""
+        notes.append(f"quantised, compared as bytes: {len(differing):,} of {len(blocks):,} tensors differ{which}")
     by_module: dict[tuple[int, str], Distance] = {}
     for name, distance in distances.items():
         layer, inner = (pair.stack.locate(name) if pair.stack else None) or (OUTSIDE, name)
@@ -192,9 +207,10 @@ def diff_figure(result: DiffResult) -> "Figure":
     return figure
 
 
-def _comparable(pair: ModelPair) -> tuple[list[str], list[str]]:
-    """The names of tensors to compare, and notes on the others."""
+def _comparable(pair: ModelPair) -> tuple[list[str], list[str], list[str]]:
+    """The names of tensors to compare by value, of those to compare as bytes, and notes on the others."""
     names: list[str] = []
+    blocks: list[str] = []
     skipped: dict[str, list[str]] = {}
     twins = pair.correspondence.twins
     for name, info in pair.posttrained.items():
@@ -203,6 +219,8 @@ def _comparable(pair: ModelPair) -> tuple[list[str], list[str]]:
             skipped.setdefault("only post-trained", []).append(name)
         elif not is_regrouped(pre.shape, info.shape):
             skipped.setdefault("different shapes", []).append(name)
+        elif info.dtype == pre.dtype and info.dtype in QUANTISED:
+            blocks.append(name)
         elif not {info.dtype, pre.dtype} <= FLOATING:
             skipped.setdefault("not floating", []).append(name)
         else:
@@ -212,7 +230,18 @@ def _comparable(pair: ModelPair) -> tuple[list[str], list[str]]:
         skipped["only pre-trained"] = missing
     more = {why: f" and {len(found) - 1} more" if len(found) > 1 else "" for why, found in skipped.items()}
     renamed = [pair.correspondence.note] if pair.correspondence.note else []
-    return names, renamed + [f"not compared, {why}: {found[0]}{more[why]}" for why, found in skipped.items()]
+    return names, blocks, renamed + [f"not compared, {why}: {found[0]}{more[why]}" for why, found in skipped.items()]
+
+
+def _differing_chunks(reader: PairReader, name: str, twin: str) -> Iterator[bool]:
+    """Whether a tensor differs from its pre-trained twin, a chunk of bytes at a time."""
+    pre, post = bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)
+    nbytes = reader.posttrained.checkpoint[name].nbytes
+    for start in range(0, nbytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES, nbytes - start)
+        reader.pretrained.read_into(twin, start, memoryview(pre)[:size])
+        reader.posttrained.read_into(name, start, memoryview(post)[:size])
+        yield pre[:size] != post[:size]
 
 
 def _chunks(reader: PairReader, name: str, twin: str) -> Iterator[Distance]:

@@ -108,7 +108,7 @@ def output_folder(plan: MergePlan, out: str | os.PathLike[str], options: MergeOp
     """The folder that a merge by `plan` writes."""
     return OutputFolder(
         out,
-        sources=[folder for _, checkpoint in plan.pair.items() for folder in checkpoint.folders],
+        sources=[place for _, checkpoint in plan.pair.items() for place in checkpoint.locations],
         overwrite=options.overwrite,
         why_not_replaceable=why_not_a_checkpoint,
         durable=options.fsync,
@@ -129,7 +129,8 @@ def why_not_a_checkpoint(folder: Path) -> str | None:
     A merge may contain what its manifest names, any other checkpoint what checkpoints commonly do.
     """
     has_config = (folder / CONFIG_NAME).exists() or (folder / ADAPTER_CONFIG_NAME).exists()
-    if not has_config or not any(folder.glob("*.safetensors")):
+    is_checkpoint = has_config and any(folder.glob("*.safetensors"))
+    if not is_checkpoint and not any(folder.glob("*.gguf")):
         return "is not a checkpoint"
     try:
         written = {*read_manifest(folder).files, MANIFEST_NAME}

@@ -3,6 +3,7 @@
 from typing import Any
 
 from slrmerge.checkpoint.pair import require_layers
+from slrmerge.errors import PlanError, Problem
 from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.merging.blend import DTYPES
 from slrmerge.merging.plan.model import MergePlan
@@ -13,8 +14,12 @@ from slrmerge.recipe.mergekit.write import write_config
 def export_mergekit(plan: MergePlan) -> str:
     """The YAML of a mergekit config that gives the merge of `plan`; folders are absolute, repositories pinned.
 
-    Raises PlanError where the decoder layers are unknown, RecipeError where mergekit cannot express the merge.
+    Raises PlanError where the decoder layers are unknown, and for GGUF files; RecipeError where mergekit cannot express
+    the merge.
     """
+    if plan.pair.posttrained.format == "gguf":
+        what, remedy = "mergekit does not read GGUF files", "export a recipe for the original checkpoints"
+        raise PlanError(Problem("gguf-mergekit", str(plan.pair.posttrained), what, remedy))
     alphas = TensorAlphas({tensor.name: tensor.alpha for tensor in plan.tensors()}, blend=plan.recipe.blend)
     names = {side: checkpoint.reference for side, checkpoint in plan.pair.items()}
     config: dict[str, Any] = write_config(alphas, require_layers(plan.pair), **names)

@@ -107,7 +107,7 @@ def push(
     if branch:
         with_retries(lambda: client().create_branch(target.name, branch=branch, exist_ok=True), where=where)
     before = pin(target)
-    removed = tuple(sorted(_stale_files(before) - {*files}))
+    removed = tuple(sorted(_stale_files(before, files) - {*files}))
     additions = {name: CommitOperationAdd(name, _upload(folder, name)) for name in files}
     skipped = {name for name, file in additions.items() if _is_there(file, before)}
     copies = _copies({name: file for name, file in additions.items() if name not in skipped}, post)
@@ -253,12 +253,13 @@ def _require_valid_card(folder: Path) -> None:
         raise HubError(Problem("card-refused", str(path), what, remedy))
 
 
-def _stale_files(snapshot: "Snapshot") -> set[str]:
-    """What an older merge left in a repository, and what a loader would read as weights of this one.
+def _stale_files(snapshot: "Snapshot", files: Iterable[str]) -> set[str]:
+    """What an older merge left in a repository, and what a loader would read as weights of this one, of `files`.
 
     Its manifest is the repository's: it is believed about files that a merge can have, of the size that it gives.
     """
-    names = {name for name in snapshot.files if _SHARD.fullmatch(name)}
+    is_sharded = any(map(_SHARD.fullmatch, files))  # GGUF files stand beside other formats
+    names = {name for name in snapshot.files if is_sharded and _SHARD.fullmatch(name)}
     if MANIFEST_NAME in snapshot.files:
         with suppress(VerificationError):
             older = read_manifest(snapshot.files[MANIFEST_NAME].fetch().parent).files

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slrmerge._version import __version__
+from slrmerge.checkpoint.files import LocalFile
+from slrmerge.checkpoint.gguf_header import read_gguf
 from slrmerge.checkpoint.location import Source, parse_source
 from slrmerge.checkpoint.pair import Side, open_pair
 from slrmerge.checkpoint.side_files import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME
@@ -126,20 +128,30 @@ def _describe_sources(sources: _Comparable | _NotComparable, copies: list[str]) 
 
 
 def _unreadable(folder: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Shards that the safetensors library does not read as the manifest describes them."""
-    from safetensors import SafetensorError, safe_open
-
+    """Shards that a reader of their format does not read as the manifest describes them."""
     names: dict[str, set[str]] = {}
     for name, origin in manifest.tensors.items():
         names.setdefault(origin["file"], set()).add(name)
     for file, expected in names.items():
         is_valid = False
         if file in manifest.files:
-            with suppress(SafetensorError), safe_open(folder / file, framework="numpy") as opened:
-                is_valid = set(opened.keys()) == expected
+            is_valid = _tensor_names(folder / file) == expected
         if not is_valid:
-            what = "is not read by the safetensors library as it was written"
+            what = "is not read as it was written"
             yield Problem("unreadable-shard", str(folder / file), what, "please report this")
+
+
+def _tensor_names(path: Path) -> set[str]:
+    """The tensors of a shard, as the safetensors library reads them; none where it cannot be read."""
+    if path.suffix == ".gguf":
+        with suppress(CheckpointError):
+            return set(read_gguf(LocalFile.at(path)).tensors)
+        return set()
+    from safetensors import SafetensorError, safe_open
+
+    with suppress(SafetensorError), safe_open(path, framework="numpy") as opened:
+        return set(opened.keys())
+    return set()
 
 
 def _added_files(folder: Path, expected: Mapping[str, FileDigest]) -> Iterator[str]:

@@ -98,8 +98,8 @@ class Recipe(Rules):
 
     pretrained: Annotated[CheckpointName, BeforeValidator(_require_given, json_schema_input_type=Text)] = Field(
         default=None,  # type: ignore[assignment]  # where it is left out; None cannot be written
-        description="The pre-trained checkpoint: a folder, or organisation/name@revision on the Hub. Default: the base "
-        "of the post-trained side, where that is an adapter.",
+        description="The pre-trained checkpoint: a folder, a GGUF file, or organisation/name@revision on the Hub. "
+        "Default: the base of the post-trained side, where that is an adapter.",
     )
     posttrained: CheckpointName = Field(
         description="The post-trained checkpoint. It supplies names, shapes, dtypes, config and tokenizer. It may be a "

@@ -126,6 +126,10 @@ class Search:
         Raises CheckpointError, HubError, PlanError and UnsupportedModelError.
         """
         pair = self._open or self.recipe.open_pair()
+        if pair.posttrained.format == "gguf":
+            what = "is a GGUF file, which a search cannot run"
+            remedy = "search the original checkpoints; the recipe that it writes merges the GGUF files too"
+            raise UnsupportedModelError(Problem("gguf", str(pair.posttrained), what, remedy))
         raise_all(require_same_depth(pair), PlanError)
         require_layers(pair)
         raise_all(self._other_pairs(pair), PlanError)
@@ -148,7 +152,7 @@ class Search:
         pair = self.prepared.pair
         output = OutputFolder(
             out,
-            sources=[folder for _, checkpoint in pair.items() for folder in checkpoint.folders],
+            sources=[place for _, checkpoint in pair.items() for place in checkpoint.locations],
             overwrite=overwrite,
             why_not_replaceable=why_not_results,
             durable=False,
@@ -327,7 +331,7 @@ def _is_at(checkpoint: Checkpoint, source: Source) -> bool:
     if isinstance(source, Repository):
         name, _, commit = checkpoint.reference.rpartition("+")[2].rpartition("@")
         return source.name == name and source.revision in (None, "main", commit)
-    return os.path.realpath(source) == os.path.realpath(checkpoint.folders[-1])
+    return os.path.realpath(source) == os.path.realpath(checkpoint.locations[-1])
 
 
 def _replace_scores(first: PassResult, exact: PassResult) -> PassResult:

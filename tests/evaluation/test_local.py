@@ -21,6 +21,7 @@ from slrmerge.evaluation.samples import Answer, SampleKey, Settings
 from slrmerge.io.progress import Progress
 from slrmerge.searching.prompts import render
 from tests.conftest import TINY
+from tests.gguf_files import write_gguf
 from tests.problems import refused
 
 POST = TINY / "posttrained"
@@ -190,3 +191,9 @@ def test_a_model_unknown_to_transformers_is_refused(copied: Path) -> None:
     changed(copied / "config.json", model_type="unheard-of")
     with refused(UnsupportedModelError, "model-not-loadable"), closing(opened(copied)) as model:
         asked(model, GREEDY, DIGIT)
+
+
+def test_a_gguf_file_is_left_to_a_server(tmp_path: Path) -> None:
+    with refused(UnsupportedModelError, "gguf") as caught:
+        opened(write_gguf(tmp_path / "m.gguf", 1))
+    assert "llama-server" in caught.value.problems[0].remedy

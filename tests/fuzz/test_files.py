@@ -27,6 +27,7 @@ from slrmerge.searching.results import read_result
 from tests.checkpoints import llama_config, llama_tensors, raw_file, write_checkpoint
 from tests.conftest import Pair
 from tests.fuzz.damage import RAW, YAML_ONLY, damaged, damaged_bytes, fuzzed
+from tests.gguf_files import write_gguf
 from tests.merging.test_manifest import signed
 from tests.problems import refused
 
@@ -93,6 +94,42 @@ def test_indexes(tmp_path: Path, data: st.DataObject) -> None:
     index = json.loads((tmp_path / "index").read_bytes())
     (folder / "model.safetensors.index.json").write_bytes(data.draw(damaged_bytes(damaged(index))))
     attempt(lambda: open_folder(folder))
+
+
+NUMBERS = [0, 1, 2**16, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
+
+
+@fuzzed
+@given(data=st.data())
+def test_gguf_files(tmp_path: Path, data: st.DataObject) -> None:
+    for side in ("pre", "post"):
+        if not (tmp_path / f"{side}.gguf").exists():
+            values = {
+                "a": ["b", "c"],
+                "llama.list": [1, 2],
+                "split.count": 1,
+                "general.alignment": 32,
+                "llama.text": "d",
+            }
+            write_gguf(tmp_path / f"{side}.gguf", side, layers=1, values=values)
+            (tmp_path / f"{side}.valid").write_bytes((tmp_path / f"{side}.gguf").read_bytes())
+    content = bytearray((tmp_path / "post.valid").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content)) | st.integers(0, 1500))
+        if data.draw(st.booleans()):
+            number = data.draw(st.sampled_from(NUMBERS) | st.integers(0, 300))
+            content[start : start + 8] = number.to_bytes(8, "little")[: data.draw(st.sampled_from([1, 4, 8]))]
+        else:
+            content[start : start + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+    (tmp_path / "post.gguf").write_bytes(content)
+    recipe = {"pretrained": str(tmp_path / "pre.gguf"), "posttrained": str(tmp_path / "post.gguf"), "restore": [0, 0]}
+
+    def use() -> None:
+        list(describe_plan(plan(recipe)))
+        merge(recipe, tmp_path / "out", overwrite=True, fsync=False)
+        verify(tmp_path / "out")
+
+    attempt(use)
 
 
 @fuzzed

@@ -19,6 +19,7 @@ from slrmerge.errors import MissingExtraError, OptionError, OutputError, PlanErr
 from slrmerge.merging.diff import OUTSIDE, DiffResult, Distance, diff
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
 from tests.conftest import Pair
+from tests.gguf_files import write_gguf
 from tests.merging.faults import Recorder, age
 from tests.problems import refused
 
@@ -356,3 +357,21 @@ def test_the_heat_map_needs_matplotlib(pair: Pair, monkeypatch: pytest.MonkeyPat
     with refused(MissingExtraError, "missing-extra"):
         found.save(pair.folder / "moved")
     assert not (pair.folder / "moved").exists()
+
+
+def test_quantised_tensors_of_gguf_files_are_compared_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slrmerge.merging.diff.CHUNK_BYTES", 100)
+    pre, same, post = (write_gguf(tmp_path / f"{n}.gguf", seed) for n, seed in (("a", 1), ("b", 1), ("c", 2)))
+    content = bytearray(same.read_bytes())
+    content[-1] ^= 1  # in the last tensor, output.weight
+    same.write_bytes(content)
+    one, all_of_them = (diff(open_pair(pre, other)) for other in (same, post))
+    assert one.notes == ("quantised, compared as bytes: 1 of 14 tensors differ: output.weight",)
+    assert all_of_them.notes[0].startswith("quantised, compared as bytes: 14 of 14 tensors differ: ")
+    for found in (one, all_of_them):
+        assert {(layer, name) for layer, name in found.by_module} == {
+            *((layer, "attn_norm") for layer in range(4)),
+            (OUTSIDE, "output_norm"),
+        }
+    assert {each.relative_change for each in one.by_module.values()} == {0}
+    assert all(each.relative_change > 0.5 for each in all_of_them.by_module.values())

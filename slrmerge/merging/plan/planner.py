@@ -1,5 +1,6 @@
 """Recipe and headers → MergePlan. Pure: reads no weights, writes nothing."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from slrmerge.checkpoint.config_differences import compare_configs
@@ -11,6 +12,7 @@ from slrmerge.io.garbage import collector_paused
 from slrmerge.merging.finding import Finding, find_search_result
 from slrmerge.merging.plan.adapter import as_adapter
 from slrmerge.merging.plan.files import plan_files
+from slrmerge.merging.plan.gguf import plan_gguf_tensors
 from slrmerge.merging.plan.metadata import plan_metadata
 from slrmerge.merging.plan.model import MergePlan, PlannedTensor
 from slrmerge.merging.plan.shards import lay_out
@@ -41,15 +43,19 @@ def plan_merge(
     require_pair(pair)
     alphas, problems = recipe.resolve(pair)
     raise_all(_empty_problems(pair, alphas), PlanError)
-    planner = TensorPlanner(pair, recipe.dtype, blend=alphas.blend, shares_vocabulary=recipe.vocabulary == "shared")
-    planned = planner.plan(alphas)
+    if pair.posttrained.format == "gguf":
+        planned, limit_bytes = plan_gguf_tensors(recipe, pair, alphas), sys.maxsize
+    else:
+        shared = recipe.vocabulary == "shared"
+        planner = TensorPlanner(pair, recipe.dtype, blend=alphas.blend, shares_vocabulary=shared)
+        planned, limit_bytes = planner.plan(alphas), recipe.max_shard_size
     metadata = plan_metadata(pair, planned.tensors)
     problems += [*require_same_depth(pair), *_head_problems(pair, alphas), *planned.problems, *metadata.problems]
     raise_all([*problems, *_size_problems(planned.tensors, recipe)], PlanError)
     shards, resharded = lay_out(
         planned.tensors,
         pair.posttrained.shards,
-        limit_bytes=recipe.max_shard_size,
+        limit_bytes=limit_bytes,
         metadata=metadata.metadata,
         keeps_metadata=metadata.is_posttrained,
     )

@@ -16,6 +16,7 @@ from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
 from tests.checkpoints import read_back
 from tests.cli import run
+from tests.gguf_files import write_gguf
 from tests.merging.faults import snapshot
 from tests.merging.test_manifest import signed
 from tests.problems import refused
@@ -415,3 +416,12 @@ def test_a_push_uploads_through_xet_by_default(
         found = {name: data for name, data in hub.files(MINE).items() if name != ATTRIBUTES}
         assert found == snapshot(merged)
         assert not any(request.method == "PUT" for request in hub.requests)
+
+
+def test_gguf_files_are_pushed_beside_the_safetensors_of_a_repository(pair: HubPair, tmp_path: Path) -> None:
+    pair.hub.commit(MINE, {"model.safetensors": b"another format", "config.json": b"{}"})
+    sides = {side: str(write_gguf(tmp_path / f"{side}.gguf", side)) for side in ("pretrained", "posttrained")}
+    merge({**sides, "restore": [1, 2]}, tmp_path / "gguf")
+    pushed = push(tmp_path / "gguf", MINE)
+    assert pushed.removed == ()
+    assert there(pair) == snapshot(tmp_path / "gguf") | {"model.safetensors": b"another format", "config.json": b"{}"}
