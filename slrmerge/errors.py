@@ -127,7 +127,7 @@ class HubError(SlrmergeError):
 
 
 class DataError(SlrmergeError):
-    """The questions of an evaluation cannot be read, or do not fit its task."""
+    """The questions of an evaluation or of a proxy task cannot be read, or are not valid."""
 
     exit_code = 15
 

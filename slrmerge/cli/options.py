@@ -60,7 +60,7 @@ def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorato
         more["multiple"] = True
     if default not in (None, ()):
         more["default"] = default
-    if known.choices:
+    if known.choices and not known.or_file:
         more["type"] = click.Choice(known.choices)
     elif float in kinds:
         lowest = known.above if known.above is not None else known.minimum

@@ -7,6 +7,7 @@ line is generated from it (`cli.options`), and `takes_options` gives a function 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from datetime import date
 from math import inf
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,8 +24,9 @@ class Option:
     """What is known of an option besides its type and default.
 
     `flag` is its name on the command line where that is not the field's.
-    `above` is an open lower bound. `is_size` marks a number of bytes, which may be given as text such as 4GB.
-    `default_help` describes a default of None.
+    `above` is an open lower bound. `is_size` marks a number of bytes, which may be given as text such as 4GB; `is_date`
+    a date, as text such as 2025-03-07.
+    `default_help` describes a default of None. `or_file` are suffixes of files that may be named instead of a choice.
     """
 
     help: str
@@ -32,9 +34,11 @@ class Option:
     above: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
+    or_file: tuple[str, ...] = ()
     metavar: str | None = None
     flag: str | None = None
     is_size: bool = False
+    is_date: bool = False
     default_help: str = ""
 
 
@@ -110,12 +114,17 @@ def _type_problems(name: str, value: Any, annotation: Any) -> list[Problem]:
 def _problems(name: str, value: Any, known: Option) -> list[Problem]:
     if value is None:
         return []
+    if known.is_date:
+        try:
+            date.fromisoformat(value)
+        except ValueError:
+            return [Problem("invalid-date", name, f"{shorten(value)} is not a date", "write YEAR-MONTH-DAY")]
     if known.choices:
         chosen = value if isinstance(value, tuple) else (value,)
         return [
             Problem("invalid-choice", name, f"{shorten(each)} is not a choice", did_you_mean(str(each), known.choices))
             for each in chosen
-            if each not in known.choices
+            if each not in known.choices and not str(each).endswith(known.or_file)
         ]
     bounds = {"at least": known.minimum, "above": known.above, "at most": known.maximum}
     bounds = {word: bound for word, bound in bounds.items() if bound is not None}

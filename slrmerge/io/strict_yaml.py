@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from slrmerge.errors import Problem, RecipeError, first_line
+from slrmerge.errors import DataError, Problem, RecipeError, SlrmergeError, first_line
 from slrmerge.io.sizes import shorten
 
 MAX_BYTES = 1_000_000
@@ -32,8 +32,20 @@ _SCALARS = {
 """The core schema of YAML 1.2 (10.3.2): tag, first characters, pattern of the whole."""
 
 
-def read_mapping(path: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file. Raises RecipeError."""
+class YamlFile(NamedTuple):
+    """A kind of YAML file: what messages call it, how one starts, and the error that reading it raises."""
+
+    noun: str
+    start: str
+    error: type[SlrmergeError]
+
+
+RECIPE_FILE = YamlFile("recipe", "pretrained: FOLDER", RecipeError)
+TASK_FILE = YamlFile("task", "questions:", DataError)
+
+
+def read_mapping(path: Path, kind: YamlFile = RECIPE_FILE) -> dict[Any, Any]:
+    """The mapping in a YAML file. Raises the error of its kind."""
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -41,14 +53,14 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         why = error.strerror if isinstance(error, OSError) else error
         what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({why})"
-        raise RecipeError(Problem("recipe-unreadable", str(path), what, "name a recipe file")) from error
+        raise kind.error(Problem(f"{kind.noun}-unreadable", str(path), what, f"name a {kind.noun} file")) from error
     if file_bytes > MAX_BYTES:
-        what = f"has {file_bytes:,} bytes; a recipe has at most {MAX_BYTES:,}"
-        raise RecipeError(Problem("recipe-too-large", str(path), what))
-    content = _parse(path, raw)
+        what = f"has {file_bytes:,} bytes; a {kind.noun} has at most {MAX_BYTES:,}"
+        raise kind.error(Problem(f"{kind.noun}-too-large", str(path), what))
+    content = _parse(path, raw, kind.error)
     if not isinstance(content, dict):
         what = "does not contain a mapping"
-        raise RecipeError(Problem("wrong-type", str(path), what, "start with `pretrained: FOLDER`"))
+        raise kind.error(Problem("wrong-type", str(path), what, f"start with `{kind.start}`"))
     return content
 
 
@@ -65,13 +77,13 @@ def write_yaml(content: Any) -> str:
     return text if text.replace("\n", "").isprintable() else dump(allow_unicode=False)
 
 
-def _parse(path: Path, raw: bytes) -> Any:
+def _parse(path: Path, raw: bytes, failure: type[SlrmergeError]) -> Any:
     try:
         return yaml.load(raw.decode("utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except UnicodeDecodeError as error:
-        raise RecipeError(Problem("not-utf8", str(path), f"is not UTF-8 text (byte {error.start})")) from None
+        raise failure(Problem("not-utf8", str(path), f"is not UTF-8 text (byte {error.start})")) from None
     except yaml.YAMLError as error:
-        raise RecipeError(Problem("invalid-yaml", str(path), f"invalid YAML: {_one_line(error)}")) from None
+        raise failure(Problem("invalid-yaml", str(path), f"invalid YAML: {_one_line(error)}")) from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -39,6 +39,9 @@ class SearchSummary(Model):
     selected: dict[str, SelectedCandidate]
     near_ties: tuple[SelectedCandidate, ...] = ()
     post_quality: dict[str, float]
+    date: str | None = None
+    prompt: str = ""
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     elapsed_s: float

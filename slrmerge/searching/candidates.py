@@ -1,12 +1,14 @@
 """Candidates: the hybrids that a search scores. A space of candidates is one function, registered in `SPACES`."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
+from typing import NamedTuple
 
 from slrmerge.checkpoint.pair import ModelPair, require_layers
 from slrmerge.errors import PlanError, Problem, raise_all
+from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.recipe.alphas import TensorAlphas, resolve_rules
 from slrmerge.recipe.load import AnyRecipe
 from slrmerge.recipe.rules import LayerRule, Rules
@@ -127,6 +129,51 @@ def make_candidates(
         info = CandidateInfo(space="recipe", label=unique, rules=rules, alpha=rules.alpha, layers_restored=layers)
         _add(made, alphas, info)
     return [Candidate(info, alphas) for alphas, info in made.items()]
+
+
+class Askable(NamedTuple):
+    """Candidates that can be scored, and notes about those that are left out."""
+
+    candidates: list[Candidate]
+    notes: list[str]
+
+
+def leave_out_unlike(pair: ModelPair, candidates: Sequence[Candidate], *, shares_vocabulary: bool) -> Askable:
+    """Leave out the pre-trained model and the soups where tensors outside the layers differ in shape.
+
+    Vocabularies of different sizes do that; intervals need neither embedding nor head of the pre-trained side. Raises
+    PlanError for recipes that need such a tensor.
+    """
+    unlike = _unlike_outer_tensors(pair, shares_vocabulary)
+    left_out = [each for each in candidates if any(each.alphas[name] for name in unlike)]
+    remedy = "give them alpha: 0 under `tensors`, or leave the recipe out"
+    what = f"needs tensors that have another shape on the pre-trained side: {', '.join(unlike)}"
+    recipes = [each.info for each in left_out if each.info.space == "recipe"]
+    raise_all((Problem("different-shapes", info.label, what, remedy) for info in recipes), PlanError)
+    if not left_out:
+        return Askable(list(candidates), [])
+    soups_left_out = sum(each.info.space == "soup" for each in left_out)
+    which = "the pre-trained model" + (f" and {soups_left_out} soups" if soups_left_out else "")
+    note = f"left out {which}, because tensors have another shape on the pre-trained side: {', '.join(unlike)}"
+    return Askable([each for each in candidates if each not in left_out], [note])
+
+
+def _unlike_outer_tensors(pair: ModelPair, shares_vocabulary: bool) -> list[str]:
+    """The tensors outside the layers that have another shape on the pre-trained side."""
+    stack = require_layers(pair)
+    outer = [name for name in pair.posttrained if stack.locate(name) is None]
+    if not _is_unlike(pair, outer, shares_vocabulary):
+        return []
+    return [name for name in outer if _is_unlike(pair, [name], shares_vocabulary)]
+
+
+def _is_unlike(pair: ModelPair, names: Sequence[str], shares_vocabulary: bool) -> bool:
+    """Whether one of these tensors cannot be restored because of its shape."""
+    try:
+        plan_tensor_alphas([(name, 1.0) for name in names], pair, dtype=None, shares_vocabulary=shares_vocabulary)
+    except PlanError as error:
+        return any(problem.code in ("different-shapes", "different-vocabularies") for problem in error.problems)
+    return False
 
 
 def _add(made: dict[TensorAlphas, CandidateInfo], alphas: TensorAlphas, info: CandidateInfo) -> None:

@@ -1,5 +1,6 @@
 """The options of searches, and this machine's memory."""
 
+import datetime
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,10 @@ from slrmerge.io.options import Options, option
 
 MIN_QUALITY = 0.9
 """The share of the post-trained model's quality to keep (paper, section 3.3)."""
+
+
+TASK_NAMES = ("crc", "colors", "countries", "dice", "months", "names", "yes-no")
+"""The proxy tasks that slrmerge contains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,20 @@ class SearchOptions(Options):
         choices=("intervals", "soups", "attention", "mlp"),
     )
     also: tuple[Any, ...] = option((), "Another recipe to score; repeat for several.", metavar="RECIPE")
-    task: str = option("crc", "Proxy task.", choices=("crc",))
+    task: str = option(
+        "crc",
+        f"Proxy task: {', '.join(TASK_NAMES)}, or a YAML file.",
+        choices=TASK_NAMES,
+        or_file=(".yaml", ".yml"),
+        metavar="NAME | FILE",
+    )
+    date: str | None = option(
+        None,
+        "Date for chat templates that ask for it, such as 2025-03-07.",
+        metavar="DATE",
+        is_date=True,
+        default_help="today",
+    )
     quick: bool = option(False, "Score all candidates on 8 prompts first, then the finalists on all prompts.")
     dtype: str | None = option(
         None,
@@ -47,7 +65,14 @@ class SearchOptions(Options):
         for name in ("spaces", "also"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list | tuple) else (value,))
+        if isinstance(self.task, os.PathLike):
+            object.__setattr__(self, "task", os.fspath(self.task))
         super().__post_init__()
+
+    @property
+    def day(self) -> datetime.date | None:
+        """`date` as a date."""
+        return datetime.date.fromisoformat(self.date) if self.date else None
 
     @property
     def max_memory_bytes(self) -> int:

@@ -1,14 +1,25 @@
 """Proxy tasks: cheap questions whose answers measure a model's quality and diversity (paper, section 3.2).
 
-A task is one class, registered in `TASKS`.
+CRC is a class, the other tasks are YAML files: those in `tasks`, and any that a user writes.
 """
 
 import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from slrmerge.errors import DataError, SlrmergeError
+from slrmerge.io.model import InvalidValue, Model, validate_as
+from slrmerge.io.sizes import shorten
+from slrmerge.io.strict_yaml import TASK_FILE, read_mapping
+from slrmerge.searching.options import TASK_NAMES
 
 SHORTEST_RANGE = 4
 """The minimum number of characters in a range; shorter ones leave little diversity to measure."""
@@ -23,7 +34,7 @@ LETTER_TEXT = "Generate a random letter from {} to {} (inclusive). " + _ONLY
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question and its valid answers, each of which must be a single token."""
+    """A question and its valid answers, each of one token or more."""
 
     text: str
     answers: tuple[str, ...]
@@ -49,31 +60,147 @@ class ProxyTask(Protocol):
         ...
 
 
+def score(log_probs: NDArray[np.float64]) -> Scores:
+    """Q is the probability of a valid answer, D the entropy (nats) of the distribution over valid answers."""
+    probabilities = np.exp(log_probs)
+    quality = np.nansum(probabilities, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # without probability on valid answers diversity is 0
+        share = probabilities / quality[..., None]
+        diversity = -np.nansum(np.where(share > 0, share * np.log(share), 0.0), axis=-1)
+    return Scores(quality, diversity)
+
+
 class ConstrainedRandomCharacter:
     """CRC: a random digit or letter from a range; 20 prompts of each kind, the same in every run.
 
-    Q is the probability that the first token is valid, D the entropy (nats) of the distribution over valid tokens.
+    Every answer is one token of any usual tokenizer, so Q is the probability that the first token is valid, as in the
+    paper.
     """
 
     prompts_per_kind = 20
 
     def questions(self) -> tuple[Question, ...]:
+        questions: list[Question] = []
         rng = random.Random(0)
-        questions = []
         for text, alphabet in ((DIGIT_TEXT, DIGITS), (LETTER_TEXT, LETTERS)):
-            ends = [(a, b) for a in range(len(alphabet)) for b in range(a + SHORTEST_RANGE - 1, len(alphabet))]
-            for a, b in sorted(rng.sample(ends, self.prompts_per_kind)):
-                questions.append(Question(text.format(alphabet[a], alphabet[b]), tuple(alphabet[a : b + 1])))
+            for first, last in _ranges(len(alphabet), SHORTEST_RANGE, self.prompts_per_kind, rng):
+                answers = tuple(alphabet[first : last + 1])
+                questions.append(Question(text.format(answers[0], answers[-1]), answers))
         return tuple(questions)
 
     def score(self, log_probs: NDArray[np.float64]) -> Scores:
-        probabilities = np.exp(log_probs)
-        quality = np.nansum(probabilities, axis=-1)
-        with np.errstate(divide="ignore", invalid="ignore"):  # without probability on valid answers diversity is 0
-            share = probabilities / quality[..., None]
-            diversity = -np.nansum(np.where(share > 0, share * np.log(share), 0.0), axis=-1)
-        return Scores(quality, diversity)
+        return score(log_probs)
 
 
-TASKS: dict[str, type[ProxyTask]] = {"crc": ConstrainedRandomCharacter}
+@dataclass(frozen=True)
+class ListedTask:
+    """A task whose questions are listed."""
+
+    listed: tuple[Question, ...]
+
+    def questions(self) -> tuple[Question, ...]:
+        return self.listed
+
+    def score(self, log_probs: NDArray[np.float64]) -> Scores:
+        return score(log_probs)
+
+
+def _check_text(value: object) -> object:
+    if isinstance(value, int | float) or value is None:
+        raise InvalidValue("wrong-type", f"expected a string, got {shorten(value)}", "put it in quotes")
+    if isinstance(value, str) and value.strip() != value:
+        raise InvalidValue("invalid-value", f"{shorten(value)} starts or ends with a space", "leave the space out")
+    return value
+
+
+def _check_distinct(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value, count in Counter(values).items():
+        if count > 1:
+            raise InvalidValue("duplicate", f"{shorten(value)} is listed {count} times", "list it once")
+    if len(values) < 2:
+        raise InvalidValue("too-few-answers", "needs two answers or more", "one answer has no diversity")
+    return values
+
+
+_Text = Annotated[str, BeforeValidator(_check_text), Field(min_length=1, strict=True)]
+_Answers = Annotated[tuple[_Text, ...], AfterValidator(_check_distinct)]
+
+
+class ListedQuestion(Model):
+    """A question with its valid answers."""
+
+    text: _Text = Field(description="The question, as the user asks it.")
+    answers: _Answers = Field(description="The valid answers.")
+
+
+class RangeQuestions(Model):
+    """Questions about ranges of an ordered list: from one value to another, both included."""
+
+    text: _Text = Field(description="The question, with {first} and {last} in the place of the ends of a range.")
+    values: _Answers = Field(description="All values, in their order; the valid answers are those in the range.")
+    shortest: int = Field(default=SHORTEST_RANGE, ge=2, strict=True, description="Minimum number of values in a range.")
+    count: int = Field(default=20, ge=1, le=1000, strict=True, description="Number of questions.")
+
+    def model_post_init(self, _: Any) -> None:
+        for place in ("{first}", "{last}"):
+            if place not in self.text:
+                raise InvalidValue("no-place", f"the text has no {place}", f"write {place} where the range is named")
+        if self.shortest > len(self.values):
+            what = f"no range of {len(self.values)} values has {self.shortest}"
+            raise InvalidValue("out-of-range", what, "give a smaller number as shortest")
+
+    def questions(self) -> Iterator[Question]:
+        for first, last in _ranges(len(self.values), self.shortest, self.count, random.Random(0)):
+            answers = self.values[first : last + 1]
+            text = self.text.replace("{first}", answers[0]).replace("{last}", answers[-1])
+            yield Question(text, answers)
+
+
+class TaskFile(Model):
+    """A proxy task as YAML: questions, and templates of questions."""
+
+    error: ClassVar[type[SlrmergeError]] = DataError
+
+    questions: tuple[ListedQuestion, ...] = Field(default=(), description="Questions with their valid answers.")
+    ranges: tuple[RangeQuestions, ...] = Field(default=(), description="Templates with ranges.")
+
+    def model_post_init(self, _: Any) -> None:
+        asked = self.all_questions()
+        if not asked:
+            raise InvalidValue("empty", "asks nothing", "list questions or ranges")
+        _check_distinct_texts(question.text for question in asked)
+
+    def all_questions(self) -> tuple[Question, ...]:
+        listed = [Question(each.text, each.answers) for each in self.questions]
+        return (*listed, *(question for each in self.ranges for question in each.questions()))
+
+
+def load_task(path: Path) -> ListedTask:
+    """The task in a YAML file. Raises DataError with every problem, each with its place in the file."""
+    return ListedTask(validate_as(TaskFile, read_mapping(path, TASK_FILE), str(path)).all_questions())
+
+
+def make_task(name: str) -> ProxyTask:
+    """The task of this name, or the one in this file. Raises DataError."""
+    return TASKS[name]() if name in TASKS else load_task(Path(name))
+
+
+def _ranges(values: int, shortest: int, count: int, rng: random.Random) -> Sequence[tuple[int, int]]:
+    """The first and the last value of `count` ranges, or of all where there are fewer."""
+    ends = [(first, last) for first in range(values) for last in range(first + shortest - 1, values)]
+    return sorted(rng.sample(ends, min(count, len(ends))))
+
+
+def _check_distinct_texts(texts: Iterable[str]) -> None:
+    for text, count in Counter(texts).items():
+        if count > 1:
+            raise InvalidValue("duplicate", f"the question {shorten(text)} is asked {count} times", "ask it once")
+
+
+_FOLDER = Path(__file__).with_name("tasks")
+
+TASKS: dict[str, Callable[[], ProxyTask]] = {
+    name: ConstrainedRandomCharacter if name == "crc" else partial(load_task, _FOLDER / f"{name}.yaml")
+    for name in TASK_NAMES
+}
 """The tasks by the names that options give them."""

@@ -40,6 +40,9 @@ TABLE, PROMPTS = "results.csv", "prompts.npz"
 RECIPES = {"slr": "slr.yaml", "soup": "soup.yaml", "early": "early.yaml", "late": "late.yaml"}
 _MAX_BYTES = 1 << 28
 
+LOW_QUALITY = 0.3
+"""A post-trained model below this quality does not understand the question, or is not asked as it was trained."""
+
 FIGURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg")
 
 
@@ -47,7 +50,8 @@ FIGURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg")
 class SearchResult:
     """A search's result: all candidates with their scores, and the selection among them.
 
-    `post_quality` is the post-trained model's, by conditions. `notes` report how candidates were scored.
+    `post_quality` is the post-trained model's, by conditions. `notes` report how candidates were scored. `prompt` is
+    one of the prompts, as text; `date` is the date that the chat template wrote into them.
     """
 
     rows: tuple[ScoredCandidate, ...]
@@ -57,11 +61,30 @@ class SearchResult:
     task: str
     notes: tuple[str, ...]
     elapsed_s: float
+    prompt: str = ""
+    date: str | None = None
 
     @property
     def intervals(self) -> list[ScoredCandidate]:
         """The candidates of the space in which the selection is made."""
         return intervals_of(self.rows)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why the scores may not mean what they should: the question, or the two sides, may be the wrong ones."""
+        post, pre = self.choice.post, self.choice.pre
+        found = []
+        if post.quality < LOW_QUALITY:
+            found.append(
+                f"the post-trained model answers {self.task} correctly with a probability of only {post.quality:.3f}; "
+                "check the prompt in summary.json, or ask another task"
+            )
+        if pre is not None and pre.quality > post.quality:
+            found.append(
+                f"the pre-trained model answers better (Q {pre.quality:.3f}) than the post-trained one "
+                f"(Q {post.quality:.3f}); check whether the recipe has the two sides swapped"
+            )
+        return tuple(found)
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -95,6 +118,9 @@ class SearchResult:
             selected={name: _selected(row) for name, row in self.choice.named().items()},
             near_ties=tuple(_selected(row) for row in self.choice.near_ties),
             post_quality=dict(self.post_quality),
+            date=self.date,
+            prompt=self.prompt,
+            warnings=self.warnings,
             notes=self.notes,
             doubts=self.doubts,
             elapsed_s=round(self.elapsed_s, 1),
@@ -208,8 +234,11 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
         base = Recipe(pretrained=summary.pretrained, posttrained=summary.posttrained, dtype=summary.dtype)
     except (ValueError, csv.Error, RecipeError) as error:
         raise damaged from error
-    parents = sorted(row.info.space for row in rows if row.exact and row.info.space in ("post", "pre"))
-    if parents != ["post", "pre"] or not {row.conditions for row in rows} <= summary.post_quality.keys():
+    parents = [row.info.space for row in rows if row.exact and row.info.space in ("post", "pre")]
+    conditions = {row.conditions for row in rows}
+    if parents != [name for name in ("post", "pre") if name in summary.selected]:
+        raise damaged
+    if "post" not in parents or not conditions <= summary.post_quality.keys():
         raise damaged
     return SearchResult(
         rows=rows,
@@ -219,6 +248,8 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
         task=summary.task,
         notes=summary.notes,
         elapsed_s=summary.elapsed_s,
+        prompt=summary.prompt,
+        date=summary.date,
     )
 
 

@@ -1,9 +1,10 @@
 """A search: open the pair, tokenize the questions, score all candidates in one pass, the finalists in another."""
 
+import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
@@ -17,16 +18,18 @@ from slrmerge.checkpoint.location import AdapterOnBase, Repository, Source
 from slrmerge.checkpoint.pair import ModelPair, require_layers, require_same_depth
 from slrmerge.checkpoint.side_files import fetch_side_files
 from slrmerge.errors import PlanError, Problem, UnsupportedModelError, raise_all, require_extra
+from slrmerge.io.files import replace_file
 from slrmerge.io.options import make_options, takes_options
-from slrmerge.io.output_folder import OutputFolder, remove
+from slrmerge.io.output_folder import OutputFolder, remove, resolve_target, staging_folder
+from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
 from slrmerge.recipe.model import Recipe
-from slrmerge.searching.candidates import Candidate, make_candidates
+from slrmerge.searching.candidates import Candidate, leave_out_unlike, make_candidates
 from slrmerge.searching.estimate import Estimate, estimate
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
-from slrmerge.searching.proxy_tasks import TASKS, Scores
+from slrmerge.searching.proxy_tasks import Scores, make_task
 from slrmerge.searching.results import (
     PROMPTS,
     RECIPES,
@@ -50,6 +53,9 @@ RESCORED_AT_LEAST = 10
 
 ROUNDING_MARGIN, QUICK_MARGIN = 0.01, 0.05
 """The error of a first pass's scores: bfloat16 changes D by up to 7e-3, eight prompts instead of forty by more."""
+
+_DATE = "date"
+"""A file beside the passes: the date in the prompts, for a search that resumes on another day."""
 
 _PASSES = {"first": "scoring all candidates", "finalists": "re-scoring the finalists"}
 
@@ -77,6 +83,12 @@ class Prepared:
     prompts: list[Prompt]
     candidates: list[Candidate]
     first: Pass
+    notes: tuple[str, ...]
+
+    @property
+    def day(self) -> datetime.date | None:
+        """The date that the chat template wrote into the prompts."""
+        return self.prompts[0].day
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,8 @@ class Search:
         self._open = pair if isinstance(pair, ModelPair) else None
         self.recipe: AnyRecipe = _recipe_of(pair) if isinstance(pair, ModelPair) else as_recipe(pair)
         self.also = [(_label(each, number), as_recipe(each)) for number, each in enumerate(self.options.also, 1)]
-        self.task = TASKS[self.options.task]()
+        self.task = make_task(self.options.task)
+        self._day = self.options.day
         self.questions = self.task.questions()
         self.device = require_device(self.options.device)
         self._make_scorer = make_scorer or self._local_scorer
@@ -134,18 +147,25 @@ class Search:
         require_layers(pair)
         raise_all(self._other_pairs(pair), PlanError)
         fetch_side_files(pair.posttrained.side_files)
-        prompts = tokenize(self.questions, pair.posttrained.tokenizer_folder)
+        prompts = tokenize(self.questions, pair.posttrained.tokenizer_folder, day=self._day)
+        raise_all(_unknown_tokens(pair, prompts), UnsupportedModelError)
         own = [("the recipe's own", self.recipe)] if self.recipe.has_rules else []
-        candidates = make_candidates(pair, self.options.spaces, [*own, *self.also])
+        made = make_candidates(pair, self.options.spaces, [*own, *self.also])
+        shared = self.recipe.vocabulary == "shared"
+        candidates, notes = leave_out_unlike(pair, made, shares_vocabulary=shared)
+        if prompts[0].added:
+            notes.append(f"the prompts end with {prompts[0].added!r}, as the chat template writes before an answer")
         asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if self.options.quick else prompts
         is_big = pair.posttrained.parameters >= BIG_PARAMETERS
         dtype = getattr(torch, self.options.dtype or ("bfloat16" if is_big else "float32"))
-        return Prepared(pair, prompts, candidates, first=Pass("first", candidates, asked, dtype))
+        return Prepared(pair, prompts, candidates, Pass("first", candidates, asked, dtype), tuple(notes))
 
     def estimate(self) -> Estimate:
         """What the first pass would take, from shapes and a matrix product measured here; reads no weights."""
         with _torch_threads(self.options.threads):
-            return estimate(self._local_scorer(self.prepared.pair), self.prepared.first.request, device=self.device)
+            first = self.prepared.first
+            made = estimate(self._local_scorer(self.prepared.pair), first.request, device=self.device)
+            return replace(made, prompts=len(first.prompts))
 
     def output_folder(self, out: str | os.PathLike[str], *, overwrite: bool) -> OutputFolder:
         """The folder of the results. Raises OutputError and NoSpaceError where it cannot be written."""
@@ -169,10 +189,15 @@ class Search:
         A killed search resumes after the last layer that it finished, unless hidden states are not kept.
         """
         started, progress = monotonic(), progress or Progress()
+        if self._day is None and self.options.resume:
+            self._day = _read_date(staging_folder(resolve_target(out)))
+            if self._day:
+                progress.message(f"the prompts keep the date of the interrupted search, {self._day}")
         output = self.output_folder(out, overwrite=overwrite)
         with output.locked(progress), _torch_threads(self.options.threads):
             output.create_staging()
-            remove(path for path in output.staging.iterdir() if path.name not in _PASSES)
+            remove(path for path in output.staging.iterdir() if path.name not in (*_PASSES, _DATE))
+            self._keep_date(output.staging / _DATE)
             with output.staged(lambda _: self._what_is_kept(output.staging)):
                 pair = self.prepared.pair.download(progress)
                 with self._scorer_of(pair) as scorer:
@@ -181,7 +206,7 @@ class Search:
                 questions = [question.text for question in self.questions]
                 write_prompts(output.staging / PROMPTS, result.rows, questions, scored.scores)
                 write_result(output.staging, result)
-                remove(output.staging / name for name in _PASSES)
+                remove(output.staging / name for name in (*_PASSES, _DATE))
                 output.publish(progress)
         return result
 
@@ -189,7 +214,8 @@ class Search:
         """Score all candidates, and then the finalists exactly where the first pass was not exact."""
         prepared = self.prepared
         progress.message("checking the sweep against the model's own forward pass")
-        scorer.check(prepared.candidates[0].alphas, contexts_of([prepared.prompts[0], prepared.prompts[-1]]))
+        ends = [prompt.contexts[place] for prompt in (prepared.prompts[0], prepared.prompts[-1]) for place in (0, -1)]
+        scorer.check(prepared.candidates[0].alphas, list(dict.fromkeys(ends)))
         first = self._run_pass(prepared.first, scorer, output, progress)
         post = first.rows[0]
         if not post.quality > 0:
@@ -230,7 +256,7 @@ class Search:
     def _select(self, scored: PassResult, base: Recipe, *, elapsed_s: float) -> SearchResult:
         min_quality = self.options.min_quality
         rows = mark_feasible(scored.rows, post_quality=scored.post_quality, min_quality=min_quality)
-        notes = []
+        notes = list(self.prepared.notes)
         if len(scored.post_quality) > 1:
             first, final = scored.post_quality
             notes.append(
@@ -242,9 +268,11 @@ class Search:
             choice=select_from(rows, base=base, min_quality=min_quality),
             post_quality=scored.post_quality,
             layers=require_layers(self.prepared.pair).count,
-            task=self.options.task,
+            task=Path(self.options.task).name,
             notes=tuple(notes),
             elapsed_s=elapsed_s,
+            prompt=self.prepared.prompts[0].text,
+            date=self.prepared.day.isoformat() if self.prepared.day else None,
         )
 
     def _scorer_of(self, pair: ModelPair) -> Scorer:
@@ -268,6 +296,15 @@ class Search:
         sides = {side: content[side] for side in ("pretrained", "posttrained")}
         kept = {"dtype": self.recipe.dtype, "vocabulary": self.recipe.vocabulary}
         return Recipe(**sides, **kept).loaded_from(folder / RECIPES["slr"])
+
+    def _keep_date(self, path: Path) -> None:
+        """Write the date of the prompts, for a search that resumes on another day."""
+        day = self.prepared.day
+        with translate_os_errors(path):
+            if self.options.resume and day:
+                replace_file(path, day.isoformat().encode())
+            else:
+                path.unlink(missing_ok=True)
 
     def _uses_disk(self, cost: Cost) -> bool:
         """Whether hidden states are written to files: to resume, or because memory cannot hold them."""
@@ -311,6 +348,24 @@ def search(
     Raises OptionError, RecipeError, CheckpointError, PlanError, UnsupportedModelError, OutputError and HubError.
     """
     return Search(pair, make_options(SearchOptions, options)).run(out, overwrite=overwrite, progress=progress)
+
+
+def _read_date(staging: Path) -> datetime.date | None:
+    """The date in the prompts of an interrupted search, None where there is none."""
+    try:
+        return datetime.date.fromisoformat((staging / _DATE).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _unknown_tokens(pair: ModelPair, prompts: Sequence[Prompt]) -> Iterator[Problem]:
+    """Tokens without a row in the embedding, for example because the tokenizer belongs to another model."""
+    post = pair.posttrained
+    rows = {info.shape[0] for name, info in post.items() if pair.correspondence.is_vocabulary(name)}
+    highest = max(token for context in contexts_of(prompts) for token in (*context.ids, *context.targets))
+    if rows and highest >= min(rows):
+        what = f"the tokenizer makes token {highest}, and the embedding has {min(rows)} rows"
+        yield Problem("token-without-embedding", str(post), what, "give the model its own tokenizer")
 
 
 def _recipe_of(pair: ModelPair) -> Recipe:

@@ -45,13 +45,15 @@ class ScoredCandidate:
 class Selection:
     """The selected candidate `slr`, and the candidates to compare it with; None where there is no feasible one.
 
+    `pre` is None where the pre-trained model cannot be asked, for example because its vocabulary has another size.
+
     `base` is the recipe of the pair, without rules. `merge` accepts a Selection.
     """
 
     base: Recipe
     min_quality: float
     post: ScoredCandidate
-    pre: ScoredCandidate
+    pre: ScoredCandidate | None
     slr: ScoredCandidate | None
     soup: ScoredCandidate | None
     early: ScoredCandidate | None
@@ -106,7 +108,7 @@ def mark_feasible(
 def select_from(rows: Sequence[ScoredCandidate], *, base: Recipe, min_quality: float) -> Selection:
     """The best interval, the best soup and the controls of the interval's length, from rows that are marked.
 
-    `rows` hold each of the two parents once, exactly scored.
+    `rows` hold the post-trained model and, where it was scored, the pre-trained one, each once and exactly scored.
     """
     exact = [row for row in rows if row.exact]
     space = interval_space(rows)
@@ -122,7 +124,7 @@ def select_from(rows: Sequence[ScoredCandidate], *, base: Recipe, min_quality: f
         base,
         min_quality,
         post=next(row for row in exact if row.info.space == "post"),
-        pre=next(row for row in exact if row.info.space == "pre"),
+        pre=next((row for row in exact if row.info.space == "pre"), None),
         slr=slr,
         soup=_best(exact, "soup"),
         early=early,
