@@ -23,10 +23,10 @@ from slrmerge.searching.sweep.check import require_agreement
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import Cost, Shape, cost_of
 from slrmerge.searching.sweep.engine import Sweep
+from slrmerge.searching.sweep.layouts import staged_model, token_count
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import SweepPlan
 from slrmerge.searching.sweep.states import StateStore
-from slrmerge.searching.sweep.trie import pack
 from slrmerge.searching.sweep.weights import HybridWeights
 
 _RESULT = "log_probs.npz"
@@ -96,7 +96,7 @@ class LocalScorer:
     def model(self, dtype: torch.dtype) -> StagedModel:
         """The post-trained side's model, without weights."""
         if dtype not in self._models:
-            self._models[dtype] = StagedModel(self.pair.posttrained, dtype=dtype, device=self._device)
+            self._models[dtype] = staged_model(self.pair.posttrained, dtype=dtype, device=self._device)
         return self._models[dtype]
 
     def cost(self, request: ScoreRequest) -> Cost:
@@ -110,7 +110,7 @@ class LocalScorer:
     def shape(self, request: ScoreRequest) -> Shape:
         """The model and the contexts, as far as the cost of a sweep depends on them."""
         model = self.model(request.dtype)
-        tokens = len(pack([context.ids for context in request.contexts]))
+        tokens = token_count(model, request.contexts)
         return Shape.of(self.pair.posttrained, width=model.width, vocabulary=model.vocabulary, tokens=tokens)
 
     def check(self, post: TensorAlphas, contexts: Sequence[Context]) -> None:
@@ -152,7 +152,7 @@ class LocalScorer:
     def _sweep(self, request: ScoreRequest) -> Iterator[Sweep]:
         plan = self._plan(request)
         planned = plan_tensor_alphas(plan.all_tensors(), self.pair, dtype=self._output_dtype)
-        with HybridWeights(planned, self._reader, dtype=request.dtype, device=self._device) as weights:
+        with HybridWeights(planned, self._reader) as weights:
             yield Sweep(self.model(request.dtype), weights, plan=plan, contexts=request.contexts)
 
 

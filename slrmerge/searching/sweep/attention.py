@@ -139,6 +139,21 @@ class LeafAttention(TrieAttention):
         return super().attend(query, self._key, self._value, scaling=scaling, softcap=softcap)
 
 
+class TokenwiseAttention:
+    """Returns each token's own value in the place of attention; `calls` counts how often the layer called it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        del key, scaling, softcap
+        self.calls += 1
+        per_group = query.shape[1] // value.shape[1]
+        return value.repeat_interleave(per_group, dim=1).transpose(1, 2)
+
+
 class KeyValueCapture:
     """Raises a layer's keys and values, which leaves the layer: the rest of it is needed for the leaves only."""
 
@@ -186,5 +201,7 @@ def trie_attention(
     return trie.attend(query, key, value, scaling=scaling, softcap=softcap), None
 
 
-_IGNORED = frozenset({"dropout", "sliding_window", "position_ids", "use_cache", "is_causal", "past_key_values"})
+_IGNORED = frozenset({
+    "dropout", "sliding_window", "position_ids", "use_cache", "is_causal", "past_key_values", "output_router_logits",
+})  # fmt: skip
 """Arguments that change nothing here: dropout acts in training only, and windows are in the mask."""

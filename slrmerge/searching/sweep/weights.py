@@ -20,20 +20,17 @@ COMPARED_BYTES = 1 << 18
 
 
 class HybridWeights:
-    """Loads tensors at any planned alpha, in `dtype` on `device`, and holds none of them. Use it in a `with`."""
+    """Loads tensors at any planned alpha, in their own dtypes, and holds none of them. Use it in a `with`."""
 
     def __init__(
         self,
         planned: Mapping[tuple[str, float], PlannedTensor],
         reader: HybridReader,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
         compared_bytes: int = COMPARED_BYTES,
     ) -> None:
         self._planned = planned
         self._reader = reader
-        self._dtype, self._device = dtype, device
         self._compared_bytes = compared_bytes
         self._blenders: SimpleQueue[Blender] = SimpleQueue()
         self._closing = ExitStack()
@@ -101,4 +98,4 @@ class HybridWeights:
             self._reader.read_into(tensor, begin, as_bytes(values), blender)
         finally:
             self._blenders.put(blender)
-        return values.to(self._device, self._dtype)
+        return values
