@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slrmerge.checkpoint.pair import ModelPair
+from slrmerge.checkpoint.pair import ModelPair, require_layers
 from slrmerge.errors import OptionError, Problem, first_line
 from slrmerge.io.files import replace_file
 from slrmerge.io.progress import Progress
+from slrmerge.merging.plan.model import PlannedTensor
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.merging.stream import HybridReader
 from slrmerge.recipe.alphas import TensorAlphas
@@ -23,7 +24,7 @@ from slrmerge.searching.sweep.check import require_agreement
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import Cost, Shape, cost_of
 from slrmerge.searching.sweep.engine import Sweep
-from slrmerge.searching.sweep.layouts import staged_model, token_count
+from slrmerge.searching.sweep.layouts import measured_state_s, staged_model, token_count
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import SweepPlan
 from slrmerge.searching.sweep.states import StateStore
@@ -57,7 +58,10 @@ class Scorer(Protocol):
         ...
 
     def cost(self, request: ScoreRequest) -> Cost:
-        """What `score` takes; reads no weights."""
+        """What `score` takes; reads no weights.
+
+        Raises UnsupportedModelError and PlanError for all that can be refused without them.
+        """
         ...
 
     def score(self, request: ScoreRequest, folder: Path | None, progress: Progress) -> NDArray[np.float64]:
@@ -83,7 +87,7 @@ class LocalScorer:
         self._device = device
         self._max_memory_bytes = max_memory_bytes
         self._models: dict[torch.dtype, StagedModel] = {}
-        self._plans: dict[ScoreRequest, SweepPlan] = {}
+        self._plans: dict[ScoreRequest, tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]] = {}
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -102,7 +106,7 @@ class LocalScorer:
     def cost(self, request: ScoreRequest) -> Cost:
         return cost_of(
             self.shape(request),
-            self._plan(request).state_counts,
+            self._plan(request)[0].state_counts,
             contexts=len(request.contexts),
             itemsize=request.dtype.itemsize,
         )
@@ -112,6 +116,12 @@ class LocalScorer:
         model = self.model(request.dtype)
         tokens = token_count(model, request.contexts)
         return Shape.of(self.pair.posttrained, width=model.width, vocabulary=model.vocabulary, tokens=tokens)
+
+    def state_s(self, request: ScoreRequest) -> float:
+        """Seconds that a layer takes for one state, measured with random weights."""
+        model, layer = self.model(request.dtype), require_layers(self.pair).count // 2
+        with torch.inference_mode():
+            return measured_state_s(model, request.contexts, layer=layer)
 
     def check(self, post: TensorAlphas, contexts: Sequence[Context]) -> None:
         """Score the post-trained model in fp32 by a sweep and by its own forward, and compare."""
@@ -143,15 +153,17 @@ class LocalScorer:
             store.clear()
         return log_probs
 
-    def _plan(self, request: ScoreRequest) -> SweepPlan:
+    def _plan(self, request: ScoreRequest) -> tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]:
+        """The stages of a request's hybrids, and how their tensors are made."""
         if request not in self._plans:
-            self._plans[request] = SweepPlan.of(self.model(request.dtype).stages, request.candidates)
+            plan = SweepPlan.of(self.model(request.dtype).stages, request.candidates)
+            planned = plan_tensor_alphas(plan.all_tensors(), self.pair, dtype=self._output_dtype)
+            self._plans[request] = plan, planned
         return self._plans[request]
 
     @contextmanager
     def _sweep(self, request: ScoreRequest) -> Iterator[Sweep]:
-        plan = self._plan(request)
-        planned = plan_tensor_alphas(plan.all_tensors(), self.pair, dtype=self._output_dtype)
+        plan, planned = self._plan(request)
         with HybridWeights(planned, self._reader) as weights:
             yield Sweep(self.model(request.dtype), weights, plan=plan, contexts=request.contexts)
 

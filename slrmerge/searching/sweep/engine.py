@@ -15,15 +15,12 @@ from slrmerge._version import __version__
 from slrmerge.io.progress import Progress
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.embedding_rows import rows_in_use
-from slrmerge.searching.sweep.layouts import lay_out
+from slrmerge.searching.sweep.layouts import chunk_size, lay_out
 from slrmerge.searching.sweep.log_softmax import StreamingLogSoftmax
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import Step, SweepPlan, Transition, plan_step
 from slrmerge.searching.sweep.states import StateStore
 from slrmerge.searching.sweep.weights import HybridWeights
-
-CHUNK_TOKENS, CHUNK_NUMBERS = 2048, 1 << 22
-"""Tokens that go through a layer at a time, or numbers where that is more tokens: enough for the matrix products."""
 
 HEAD_BYTES = 1 << 26
 """Memory for a step of the head: rows of its weights, and the logits that they give in float64."""
@@ -56,7 +53,7 @@ class Sweep:
         self._weights = weights
         self._plan = plan
         self._contexts = contexts
-        self._chunk_tokens = chunk_tokens or max(CHUNK_TOKENS, CHUNK_NUMBERS // model.width)
+        self._chunk_tokens = chunk_tokens or chunk_size(model)
         self._head_bytes = head_bytes
         self._layout = lay_out(model, contexts, chunk_tokens=self._chunk_tokens)
         self._head_stage = len(plan.stages) - 1

@@ -1,21 +1,29 @@
 """How contexts go through a model: as one trie where its layers only attend, else as rows."""
 
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Protocol
 
 import torch
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.searching.sweep.contexts import Context
+from slrmerge.searching.sweep.embedding_rows import rows_in_use
 from slrmerge.searching.sweep.loading import Weights
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.rows import RowLayout
 from slrmerge.searching.sweep.trie import pack
 from slrmerge.searching.sweep.trie_layout import TrieLayout, why_not_trie
 
+CHUNK_TOKENS, CHUNK_NUMBERS = 2048, 1 << 22
+"""Tokens that go through a layer at a time, or numbers where that is more tokens: enough for the matrix products."""
+
 
 class Layout(Protocol):
-    """Contexts laid out for a model. Between layers a state has shape (tokens, width), after the last (contexts, width)."""
+    """Contexts laid out for a model.
+
+    Between layers a state has shape (tokens, width), after the last (contexts, width).
+    """
 
     @property
     def tokens(self) -> int:
@@ -52,8 +60,14 @@ def staged_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.de
     return model
 
 
+def chunk_size(model: StagedModel) -> int:
+    """The tokens that go through a layer at a time."""
+    return max(CHUNK_TOKENS, CHUNK_NUMBERS // model.width)
+
+
 def lay_out(model: StagedModel, contexts: Sequence[Context], *, chunk_tokens: int) -> Layout:
     """The layout of contexts for a model. At most about `chunk_tokens` tokens go through a layer at a time."""
+    model.use_own_attention()
     if model.why_rows is None:
         return TrieLayout(model, contexts)
     return RowLayout(model, contexts, chunk_tokens=chunk_tokens)
@@ -64,3 +78,18 @@ def token_count(model: StagedModel, contexts: Sequence[Context]) -> int:
     if model.why_rows is None:
         return len(pack([context.ids for context in contexts]))
     return sum(len(context.ids) for context in contexts)
+
+
+def measured_state_s(model: StagedModel, contexts: Sequence[Context], *, layer: int) -> float:
+    """Seconds that a layer takes for one state in a full chunk, with random weights: the best of two."""
+    layout = lay_out(model, contexts, chunk_tokens=chunk_size(model))
+    count = len(rows_in_use(layout.token_ids))
+    rows = {name: fake.expand(count, *fake.shape[1:]) for name, fake in model.embedding_fakes.items()}
+    states = layout.embed(0, rows).expand(max(1, chunk_size(model) // layout.tokens), -1, -1).contiguous()
+    weights = {name: weight.contiguous() for name, weight in model.fake_layer(layer, seed=0).items()}
+    times = []
+    for _ in range(2):
+        start = perf_counter()
+        layout.run_layer(layer, weights, states, 0)[0, 0, 0].item()  # waits until the device has computed it
+        times.append(perf_counter() - start)
+    return min(times) / len(states)

@@ -27,7 +27,8 @@ class Placement(NamedTuple):
 class WeightLoader:
     """Converts tensors of a checkpoint into weights of a model that has its parameters on the meta device.
 
-    Works on a copy of the model, so that weights can be loaded while the model runs. Raises UnsupportedModelError where transformers lacks the API.
+    Works on a copy of the model, so that weights can be loaded while the model runs. Raises UnsupportedModelError where
+    transformers lacks the API.
     """
 
     def __init__(self, model: Any, *, where: str, dtype: torch.dtype, device: torch.device, quantizer: Any) -> None:

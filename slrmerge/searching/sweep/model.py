@@ -21,10 +21,16 @@ from slrmerge.searching.sweep.embedding_rows import EmbeddingRows, rows_in_use
 from slrmerge.searching.sweep.fakes import UsedTensors, fake_weight, kind_of
 from slrmerge.searching.sweep.loading import WeightLoader, Weights
 from slrmerge.searching.sweep.slots import Call, LayerAction, LayerSlots, OutputForm, same
-from slrmerge.searching.sweep.stages import model_tensors
+from slrmerge.searching.sweep.stages import model_tensors, require_tensors
+
+VIEWS_FROM_BYTES = 1 << 31
+"""From this size on, a layer's made-up weights are views; a few models take none."""
 
 PROBE_TOKENS = 5
 """Tokens of the forward passes with made-up weights that show how a model calls its layers."""
+
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
+"""What a model's own code raises for arguments that it does not take."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class StagedModel:
         self.embedding, self._head = self._outer_names()
         self.forms: list[OutputForm] = []
         before, after = self._probe()
+        require_tensors(self._tensors.without_tensors(before | after), self.model, self.where)
         self.stages = (self._tensors.of_weights(before), *self._tensors.layers, self._tensors.of_weights(after))
         self.by_row = self._named_by_row(after)
         head = self.by_row[1][0] if self.by_row[1] else None
@@ -269,15 +276,7 @@ class StagedModel:
         try:
             with torch.inference_mode(), self.eager_experts(), used:
                 recording = self.record({}, self.probe_ids, embedded=[0], run=run)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            IndexError,
-            KeyError,
-            AttributeError,
-            NotImplementedError,
-        ) as error:
+        except FAILURES as error:
             what = f"{self.name} cannot be run with its layers one by one ({first_line(error)})"  # the model's own code
             raise self.unsupported("unsupported-layer-call", what) from error
         return recording, (before, set(used.names))
@@ -317,13 +316,21 @@ class StagedModel:
             if not name.startswith(f"{self._tensors.prefix}.")
         }
 
+    @property
+    def embedding_fakes(self) -> dict[str, torch.Tensor]:
+        """The made-up embedding: one row for all tokens."""
+        return {name: rows for name, rows in self.fake_outer.items() if name == self.embedding}
+
     def fake_layer(self, number: int, *, seed: int) -> dict[str, torch.Tensor]:
         """Made-up weights of a layer."""
         prefix = f"{self._tensors.prefix}.{number}."
-        return {
-            prefix + name: fake_weight(own.shape, own.dtype, self.device, seed=seed)
-            for name, own in self.layers[number].named_parameters(remove_duplicate=False)
+        own = dict(self.layers[number].named_parameters(remove_duplicate=False))
+        made = {
+            prefix + name: fake_weight(each.shape, each.dtype, self.device, seed=seed) for name, each in own.items()
         }
+        if sum(each.nbytes for each in own.values()) > VIEWS_FROM_BYTES:
+            return made
+        return {name: each.contiguous() for name, each in made.items()}
 
     def _outer_names(self) -> tuple[str | None, tuple[str, ...]]:
         """The names of the embedding's weight, and of the head's weight and bias, in the model."""
@@ -347,7 +354,19 @@ class StagedModel:
             return tuple(names)
 
         embedding, head = plain([self.embedding]), plain(self._head)
-        return embedding, head if len(head) == len(self._head) and set(self._head) <= after else ()
+        is_whole = len(head) == len(self._head) and set(self._head) <= after
+        return embedding, head if is_whole and self._head_goes_by_row() else ()
+
+    def _head_goes_by_row(self) -> bool:
+        """Whether each row of the head gives its logit whatever the other rows are."""
+        states = torch.linspace(-1, 1, self.width, dtype=self.dtype, device=self.device)[None, None]
+        rows = {name: torch.stack([fake[0], fake[0] + 1]) for name in self._head for fake in [self.fake_outer[name]]}
+        try:
+            both = self.logits(states, rows)
+            one = self.logits(states, {name: each[:1] for name, each in rows.items()})
+        except FAILURES:  # adds something that has the size of the vocabulary
+            return False
+        return both.shape[-1] == 2 and torch.allclose(both[..., :1], one)
 
 
 def by_length(contexts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -9,6 +9,7 @@ import torch
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.header import TensorInfo
+from slrmerge.errors import Problem, UnsupportedModelError, raise_all
 from slrmerge.merging.blend import torch_dtype
 from slrmerge.searching.sweep.architecture import unsupported
 from slrmerge.searching.sweep.loading import Placement, WeightLoader
@@ -18,8 +19,8 @@ from slrmerge.searching.sweep.loading import Placement, WeightLoader
 class ModelTensors:
     """The tensors of a checkpoint by their place in its model.
 
-    `prefix` is that of the layers in the model, `layers` names the tensors of each. `outer` maps the other tensors to the
-    weights that they make; `ties` maps weights that have no tensor of their own to those that they are tied to.
+    `prefix` is that of the layers in the model, `layers` names the tensors of each. `outer` maps the other tensors to
+    the weights that they make; `ties` maps weights that have no tensor of their own to those that they are tied to.
     """
 
     prefix: str
@@ -28,10 +29,10 @@ class ModelTensors:
     placements: Mapping[str, Placement]
     ties: Mapping[str, str]
 
-    @property
-    def outer_weights(self) -> set[str]:
-        """The weights outside the layers that have a value."""
-        return {weight for weights in self.outer.values() for weight in weights} | self.ties.keys()
+    def without_tensors(self, weights: Collection[str]) -> set[str]:
+        """Those of some weights outside the layers that no tensor makes."""
+        made = {weight for weights in self.outer.values() for weight in weights}
+        return set(weights) - made - self.ties.keys()
 
     def of_weights(self, weights: Collection[str]) -> tuple[str, ...]:
         """The tensors outside the layers that make these weights."""
@@ -56,23 +57,35 @@ def model_tensors(checkpoint: Checkpoint, model: Any, loader: WeightLoader) -> M
     layers = tuple(tuple(of_layer[number]) for number in range(stack.count))
     made = [loader.load(_on_meta(checkpoint, names)).keys() for names in layers]
     prefix = _layers_prefix(model, made, where)
+    _require_own_weights(model, prefix, where)
     for number, weights in enumerate(made):
         for weight in weights:
             if not weight.startswith(f"{prefix}.{number}."):
                 what = f"the tensors of layer {number} make {weight}, outside that layer"
                 raise unsupported("layers-not-separate", where, what)
-    _require_own_weights(model, prefix, where)
     outer = _outer_weights(checkpoint, of_layer[None], placements, loader)
     for name, weights in outer.items():
         if inner := next((weight for weight in weights if weight.startswith(f"{prefix}.")), None):
             raise unsupported("layers-not-separate", where, f"{name}, outside its layers, makes {inner} inside one")
     loaded = set().union(*made, *outer.values())
-    ties = _ties(model, loaded)
-    missing = [name for name, _ in model.named_parameters() if name not in loaded and name not in ties]
-    if missing and (in_layers := [name for name in missing if name.startswith(f"{prefix}.")]):
-        what = f"{type(model).__name__} has {in_layers[0]}, the checkpoint has no tensor for it"
-        raise unsupported("parameter-mismatch", where, what, "check that config.json belongs to these weights")
-    return ModelTensors(prefix, layers, outer, placements, ties)
+    tensors = ModelTensors(prefix, layers, outer, placements, _ties(model, loaded))
+    in_layers = {name for name, _ in model.named_parameters() if name.startswith(f"{prefix}.")}
+    require_tensors(in_layers - loaded, model, where)
+    return tensors
+
+
+def require_tensors(missing: Collection[str], model: Any, where: str) -> None:
+    """Raise UnsupportedModelError for weights without a tensor, which transformers would initialise at random."""
+    problems = [
+        Problem(
+            "parameter-mismatch",
+            where,
+            f"{type(model).__name__} has {name}, the checkpoint has no tensor for it",
+            "check that config.json belongs to these weights",
+        )
+        for name in sorted(missing)[:3]
+    ]
+    raise_all(problems, UnsupportedModelError)
 
 
 def _on_meta(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -101,9 +114,9 @@ def _outer_weights(
 def _layers_prefix(model: Any, made: list[Any], where: str) -> str:
     """The module list whose element k has the weights of layer k."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == len(made):
-            if all(any(weight.startswith(f"{name}.{k}.") for weight in weights) for k, weights in enumerate(made)):
-                return str(name)
+        found = [any(weight.startswith(f"{name}.{k}.") for weight in weights) for k, weights in enumerate(made)]
+        if isinstance(module, torch.nn.ModuleList) and len(module) == len(made) and all(found):
+            return str(name)
     what = f"{type(model).__name__} has no list of {len(made)} layers with the tensors of the checkpoint's layers"
     raise unsupported("layers-elsewhere", where, what)
 

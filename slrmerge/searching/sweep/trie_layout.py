@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from slrmerge.errors import UnsupportedModelError
+from slrmerge.errors import UnsupportedModelError, first_line
 from slrmerge.searching.sweep.attention import (
     ATTENTION_NAME,
     AttentionPattern,
@@ -22,15 +22,12 @@ from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.embedding_rows import rows_in_use
 from slrmerge.searching.sweep.fakes import kind_of
 from slrmerge.searching.sweep.loading import Weights
-from slrmerge.searching.sweep.model import StagedModel
+from slrmerge.searching.sweep.model import FAILURES, StagedModel
 from slrmerge.searching.sweep.slots import Call, same
 from slrmerge.searching.sweep.trie import pack
 
 _DEPTHS = (0, 1, 2, 2, 3)
 """Positions of a small trie, by which a model's use of positions is compared with a plain prompt's."""
-
-_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
-"""What a model's own code raises for arguments that it does not take."""
 
 
 class TrieLayout:
@@ -101,7 +98,7 @@ def why_not_trie(model: StagedModel) -> str | None:
         use_trie_attention(model)
         in_trie = model.record({}, torch.zeros_like(depths), embedded=[0], positions=depths)
         plain = model.record({}, torch.zeros_like(depths[:, :length]), embedded=[0])
-        other_rows = {name: torch.ones_like(rows) for name, rows in model.fake_outer.items() if name == model.embedding}
+        other_rows = {name: torch.ones_like(rows) for name, rows in model.embedding_fakes.items()}
         elsewhere = model.record(other_rows, torch.zeros_like(depths), embedded=[0], positions=depths)
         if not same(_gathered(plain.states), in_trie.states):
             return "its embedding does not follow the positions"
@@ -116,8 +113,10 @@ def why_not_trie(model: StagedModel) -> str | None:
         with model.eager_experts():
             reasons = (_why_not_by_attention(model, number, in_trie.calls[number]) for number in kinds.values())
             return next(filter(None, reasons), None)
-    except (*_FAILURES, UnsupportedModelError) as error:
-        return f"its own code fails on a trie ({error})"
+    except FAILURES as error:
+        return f"its own code fails on a trie ({first_line(error)})"
+    except UnsupportedModelError as error:
+        return error.problems[0].what
     finally:
         model.use_own_attention()
 

@@ -17,7 +17,7 @@ _SIZES: dict[str, Any] = {
     "shared_intermediate_size": 32, "vocab_size": 97, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8,
     # depth
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
-    "encoder_layers": 2, "num_encoder_layers": 2, "first_k_dense_replace": 1,
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), LAYERS), "first_k_dense_replace": 1,
     # heads
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
                      "encoder_attention_heads", "mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 4),
@@ -137,7 +137,9 @@ def small_config(architecture: str, **more: Any) -> Any:
         settings[name] = {**made, "model_type": part.model_type}
     fields = _fields(kind)
     for name in fields:
-        if name.endswith(("token_id", "token_index")) and name.startswith(("image", "video", "audio", "boi", "eoi", "vision")):
+        if name.endswith(("token_id", "token_index")) and name.startswith(
+            ("image", "video", "audio", "boi", "eoi", "vision")
+        ):
             settings[name] = 96
     settings |= {name: 4 for name in ("mm_tokens_per_image", "image_seq_length") if name in fields}
     return kind(**settings)
