@@ -1,8 +1,18 @@
-"""Tiny configs of every type of causal and image-text model in transformers, by the settings that their configs have."""
+"""Tiny configs of every type of causal and image-text model in transformers, by the settings that they have."""
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from shutil import copytree
 from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from slrmerge.searching.sweep.contexts import Context
 
 LAYERS = 4
 
@@ -14,16 +24,17 @@ _SIZES: dict[str, Any] = {
                      "dim_ff", "dff"), 64),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank",
                      "qk_head_dim"), 16),
-    "shared_intermediate_size": 32, "vocab_size": 97, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8,
+    "shared_intermediate_size": 32, "vocab_size": 97, "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
     # depth
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
-    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), LAYERS), "first_k_dense_replace": 1,
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers",
+                     "encoder_layers", "num_encoder_layers"), LAYERS), "first_k_dense_replace": 1,
     # heads
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
                      "encoder_attention_heads", "mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "linear_num_key_heads"), 2),
-    **dict.fromkeys(("head_dim", "dim_head", "attention_head_size", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-                     "linear_key_head_dim", "linear_value_head_dim", "rotary_dim", "query_pre_attn_scalar"), 8),
+    **dict.fromkeys(("head_dim", "dim_head", "attention_head_size", "qk_rope_head_dim", "qk_nope_head_dim",
+                     "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "rotary_dim", "query_pre_attn_scalar"), 8),
     # experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2), "n_group": 1, "topk_group": 1,
@@ -50,8 +61,8 @@ _VISION: dict[str, Any] = {
                      "projector_input_dim", "projector_output_dim", "image_size", "window_size", "output_hidden_size",
                      "output_proj_dims", "image_emb_dim", "width"), 32),
     **dict.fromkeys(("intermediate_size", "mlp_dim", "mlp_hidden_size"), 64),
-    **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads", "attention_heads", "default_output_length",
-                     "num_image_tokens"), 4),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads", "attention_heads",
+                     "default_output_length", "num_image_tokens"), 4),
     **dict.fromkeys(("num_hidden_layers", "depth", "num_layers"), 2), "num_global_layers": 1, "patch_size": 16,
     "num_channels": 3, "in_channels": 3, "head_dim": 8, "global_head_dim": 8, "fullatt_block_indexes": [1],
     "deepstack_visual_indexes": [0], "num_position_embeddings": 16, "rms_norm_eps": 1e-6,
@@ -90,16 +101,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 64, "attention_head_dim": 16,
               "use_mamba_kernels": False, "n_mamba_heads": 2, "num_key_value_heads": 4},
     "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2, "layers_block_type": ["mamba", "hybrid"] * 2,
-               "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "hybrid_layer_ids": [1, 3], "num_mem_blocks": 1,
-               "attention_hidden_size": 64, "attention_head_dim": 16},
+               "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "hybrid_layer_ids": [1, 3],
+               "num_mem_blocks": 1, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note", "dots3_note_text",
-                     "glm_moe_dsa", "glm4_moe_lite", "minicpm3", "youtu"), {"num_key_value_heads": 4}),
-    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
-                     "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
-                     "xlm-roberta-xl"), {"is_decoder": True}),
 }  # fmt: skip
 """What types need besides the sizes."""
+
+_AS_MANY_GROUPS = (
+    "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa",
+    "glm4_moe_lite", "minicpm3", "youtu",
+)  # fmt: skip
+"""Types with as many groups of keys as heads."""
+
+_DECODERS_ON_REQUEST = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+)  # fmt: skip
+"""Types that are encoders by default."""
+
+for _name in _AS_MANY_GROUPS:
+    SETTINGS.setdefault(_name, {})["num_key_value_heads"] = 4
+for _name in _DECODERS_ON_REQUEST:
+    SETTINGS.setdefault(_name, {})["is_decoder"] = True
 
 _MROPE = {"rope_type": "default", "rope_theta": 1e4}
 TEXT_SETTINGS: dict[str, dict[str, Any]] = {
@@ -161,3 +184,46 @@ def _fields(kind: Any) -> set[str]:
     if dataclasses.is_dataclass(kind):
         return {field.name for field in dataclasses.fields(kind)}
     return set(inspect.signature(kind.__init__).parameters)
+
+
+def write_family(folder: Path, architecture: str, *, kind: str = "causal", dtype: torch.dtype = torch.float32) -> Path:
+    """Two tiny models of a type, `folder/pre` and `folder/post`, as transformers writes them; of kind `vision` whole."""
+    for seed, side in enumerate(("pre", "post")):
+        torch.manual_seed(seed)
+        model = auto_class(kind).from_config(small_config(architecture), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+            for name, buffer in model.named_buffers():
+                if name.endswith("bias") and buffer.is_floating_point():  # by which experts are chosen
+                    buffer.add_(torch.randn_like(buffer) * 0.05)
+        model.to(dtype).save_pretrained(folder / side)
+    return folder
+
+
+def auto_class(kind: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if kind == "vision" else AutoModelForCausalLM
+
+
+def mixed_by_hand(folder: Path, first: int, last: int, prefix: str) -> Path:
+    """The post-trained model with these layers of the pre-trained one, tensor by tensor, without slrmerge."""
+    pre, post = (load_file(folder / side / "model.safetensors") for side in ("pre", "post"))
+    layers = tuple(f"{prefix}.{number}." for number in range(first, last + 1))
+    out = folder / f"hybrid-{first}-{last}"
+    copytree(folder / "post", out)
+    tensors = {name: pre[name] if name.startswith(layers) else tensor for name, tensor in post.items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def log_probs_of(folder: Path, contexts: Sequence[Context], *, kind: str = "causal") -> NDArray[np.float64]:
+    """By transformers' own loader and forward, in fp32, one context at a time, shape (contexts, targets)."""
+    model = auto_class(kind).from_pretrained(folder, dtype=torch.float32).eval()
+    log_probs = np.full((len(contexts), max(len(context.targets) for context in contexts)), np.nan)
+    with torch.inference_mode():
+        for number, context in enumerate(contexts):
+            logits = model(input_ids=torch.tensor([context.ids])).logits[0, -1].double()
+            log_probs[number, : len(context.targets)] = logits.log_softmax(-1)[list(context.targets)]
+    return log_probs
