@@ -22,7 +22,7 @@ from slrmerge.merging.stream import HybridReader
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.searching.sweep.check import require_agreement
 from slrmerge.searching.sweep.contexts import Context
-from slrmerge.searching.sweep.cost import Cost, Shape, cost_of
+from slrmerge.searching.sweep.cost import LAST_LAYER_SHARE, Cost, Shape, cost_of
 from slrmerge.searching.sweep.engine import Sweep
 from slrmerge.searching.sweep.layouts import measured_state_s, staged_model, token_count
 from slrmerge.searching.sweep.model import StagedModel
@@ -115,7 +115,13 @@ class LocalScorer:
         """The model and the contexts, as far as the cost of a sweep depends on them."""
         model = self.model(request.dtype)
         tokens = token_count(model, request.contexts)
-        return Shape.of(self.pair.posttrained, width=model.width, vocabulary=model.vocabulary, tokens=tokens)
+        return Shape.of(
+            self.pair.posttrained,
+            width=model.width,
+            vocabulary=model.vocabulary,
+            tokens=tokens,
+            last_layer_share=LAST_LAYER_SHARE if model.why_rows is None else 1.0,
+        )
 
     def state_s(self, request: ScoreRequest) -> float:
         """Seconds that a layer takes for one state, measured with random weights."""

@@ -1,4 +1,4 @@
-"""A search of a tiny pair of every type of causal model in transformers: served exactly, or refused by a known guard."""
+"""A search of a tiny pair of every type of causal model in transformers: served exactly, or refused by a guard."""
 
 from pathlib import Path
 

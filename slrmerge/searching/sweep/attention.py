@@ -140,10 +140,14 @@ class LeafAttention(TrieAttention):
 
 
 class TokenwiseAttention:
-    """Returns each token's own value in the place of attention; `calls` counts how often the layer called it."""
+    """Returns each token's own value in the place of attention.
+
+    `calls` counts how often the layer called it, and `mask` is the mask that it called it with.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
+        self.mask: torch.Tensor | None = None
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, softcap: float | None
@@ -177,7 +181,7 @@ def trie_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 (`trie` has the mask)
+    attention_mask: torch.Tensor | None,
     *,
     trie: LayerAttention | None = None,
     scaling: float | None = None,
@@ -196,6 +200,8 @@ def trie_attention(
     if trie is None:
         what = "does not pass the arguments of its layer on to attention"
         raise UnsupportedModelError(Problem("attention-arguments-lost", kind, what, REMEDY))
+    if isinstance(trie, TokenwiseAttention):  # others have the mask of a plain prompt
+        trie.mask = attention_mask
     if scaling is None:
         scaling = float(getattr(module, "head_dim", query.shape[-1])) ** -0.5
     return trie.attend(query, key, value, scaling=scaling, softcap=softcap), None

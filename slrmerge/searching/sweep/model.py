@@ -56,8 +56,10 @@ class StagedModel:
         self.where = str(checkpoint)
         self.model = model_without_weights(checkpoint, dtype=dtype)
         for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
+            for tensors in (module._buffers, vars(module)):  # some keep tensors as plain attributes
+                for name, tensor in list(tensors.items()):
+                    if isinstance(tensor, torch.Tensor):
+                        tensors[name] = tensor.to(device)
         self._own_attention = self.model.config._attn_implementation
         self.accepted = signature(self.model.forward).parameters
         self._loader = WeightLoader(self.model, where=self.where, dtype=dtype, device=device, quantizer=None)
@@ -138,9 +140,16 @@ class StagedModel:
         return Recording(calls[0].hidden, tuple(calls))
 
     def use_attention(self, name: str) -> None:
-        """Use another attention implementation of transformers from now on."""
+        """Use another attention implementation of transformers from now on, where the model lets it be replaced."""
+        from transformers.utils import logging
+
         if self.model.config._attn_implementation != name:
-            self.model.set_attn_implementation(name)
+            verbosity = logging.get_verbosity()
+            logging.set_verbosity_error()  # it warns of vision towers, which are not run
+            try:
+                self.model.set_attn_implementation(name)
+            finally:
+                logging.set_verbosity(verbosity)
 
     def use_own_attention(self) -> None:
         """Use the attention that the model uses when it is loaded."""

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.header import TensorInfo
 from slrmerge.errors import Problem, UnsupportedModelError, raise_all
-from slrmerge.merging.blend import torch_dtype
 from slrmerge.searching.sweep.architecture import unsupported
+from slrmerge.searching.sweep.dtypes import dtype_of
 from slrmerge.searching.sweep.loading import Placement, WeightLoader
 
 
@@ -89,10 +88,10 @@ def require_tensors(missing: Collection[str], model: Any, where: str) -> None:
 
 
 def _on_meta(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    def empty(info: TensorInfo) -> torch.Tensor:
-        return torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
-
-    return {name: empty(checkpoint[name]) for name in names}
+    return {
+        name: torch.empty(checkpoint[name].shape, dtype=dtype_of(name, checkpoint[name]), device="meta")
+        for name in names
+    }
 
 
 def _outer_weights(

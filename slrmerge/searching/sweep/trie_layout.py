@@ -135,6 +135,8 @@ def _why_not_by_attention(model: StagedModel, number: int, call: Call) -> str | 
         output = model.call_layer(number, weights, call.with_hidden(given).with_keywords(trie=attention))
         if attention.calls != 1:
             return f"layer {number} calls attention {attention.calls} times"
+        if attention.mask is not call.keywords.get("attention_mask"):
+            return f"layer {number} makes an attention mask of its own"
         if not output.isfinite().all():
             return f"layer {number} cannot be tried with made-up weights"
         outputs.append(output)

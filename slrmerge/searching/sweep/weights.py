@@ -10,9 +10,10 @@ from typing import Self
 import torch
 
 from slrmerge.checkpoint.header import DTYPE_BITS
-from slrmerge.merging.blend import Blender, as_bytes, one_core_per_chunk, torch_dtype
+from slrmerge.merging.blend import Blender, as_bytes, one_core_per_chunk
 from slrmerge.merging.plan.model import PlannedTensor
 from slrmerge.merging.stream import HybridReader
+from slrmerge.searching.sweep.dtypes import dtype_of
 from slrmerge.searching.sweep.paths import TensorAlpha
 
 COMPARED_BYTES = 1 << 18
@@ -91,7 +92,7 @@ class HybridWeights:
         first, shape = 0, tensor.info.shape
         if rows is not None:
             first, shape = rows.start, (len(rows), *shape[1:])
-        values = torch.empty(shape, dtype=torch_dtype(tensor.info.dtype))
+        values = torch.empty(shape, dtype=dtype_of(tensor.name, tensor.info))
         begin = first * prod(shape[1:]) * DTYPE_BITS[tensor.info.dtype] // 8
         blender = self._blenders.get()
         try:

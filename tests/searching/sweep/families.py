@@ -34,7 +34,8 @@ _SIZES: dict[str, Any] = {
                      "encoder_attention_heads", "mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "linear_num_key_heads"), 2),
     **dict.fromkeys(("head_dim", "dim_head", "attention_head_size", "qk_rope_head_dim", "qk_nope_head_dim",
-                     "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "rotary_dim", "query_pre_attn_scalar"), 8),
+                     "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "rotary_dim",
+                     "query_pre_attn_scalar"), 8),
     # experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2), "n_group": 1, "topk_group": 1,
@@ -187,7 +188,7 @@ def _fields(kind: Any) -> set[str]:
 
 
 def write_family(folder: Path, architecture: str, *, kind: str = "causal", dtype: torch.dtype = torch.float32) -> Path:
-    """Two tiny models of a type, `folder/pre` and `folder/post`, as transformers writes them; of kind `vision` whole."""
+    """Two tiny models of a type, `folder/pre` and `folder/post`, as transformers writes them."""
     for seed, side in enumerate(("pre", "post")):
         torch.manual_seed(seed)
         model = auto_class(kind).from_config(small_config(architecture), dtype=torch.float32)
