@@ -1,6 +1,7 @@
 """Made-up weights that take no memory, for passes that show how a model calls its layers and what it uses."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import sqrt
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ _NUMBERS = ("layer_idx", "layer_id", "layer_number")
 def fake_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, seed: int) -> torch.Tensor:
     """Small numbers that depend on the seed and the place in the last dimension; the other dimensions are views."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    last = torch.randn(shape[-1:], generator=generator) / max(1, *shape[-1:]) ** 0.5
+    last = torch.randn(shape[-1:], generator=generator) / sqrt(max(1, *shape[-1:]))
     return last.to(device, dtype).expand(*shape)
 
 
