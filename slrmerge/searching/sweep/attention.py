@@ -155,7 +155,7 @@ class TokenwiseAttention:
         del key, scaling, softcap
         self.calls += 1
         per_group = query.shape[1] // value.shape[1]
-        return value.repeat_interleave(per_group, dim=1).transpose(1, 2)
+        return value.repeat_interleave(per_group, dim=1).transpose(1, 2).contiguous()
 
 
 class KeyValueCapture:
@@ -209,5 +209,6 @@ def trie_attention(
 
 _IGNORED = frozenset({
     "dropout", "sliding_window", "position_ids", "use_cache", "is_causal", "past_key_values", "output_router_logits",
+    "output_attentions",
 })  # fmt: skip
 """Arguments that change nothing here: dropout acts in training only, and windows are in the mask."""
