@@ -40,7 +40,8 @@ class RowLayout:
             start = self._batches[-1].stop
         self.tokens = start
         self.token_ids = [token for batch in self._batches for token in batch.ids.flatten().tolist()]
-        self._order = torch.tensor([number for batch in self._batches for number in batch.contexts]).argsort()
+        order = [number for batch in self._batches for number in batch.contexts]
+        self._order = torch.tensor(order, device=model.device).argsort()
         most = max(1, chunk_tokens // self.tokens)
         self._sizes = [1 << power for power in reversed(range(most.bit_length()))]  # states in a call
         self._calls: dict[int, dict[tuple[int, int], Sequence[Call]]] = {}
@@ -80,7 +81,7 @@ class RowLayout:
         return output[:, self._order] if is_last else output
 
     def _without_states(self, call: Call) -> Call:
-        return call.with_hidden(torch.empty(0))
+        return call.with_hidden(torch.empty(0, device=self._model.device))
 
 
 def _equal(one: dict[tuple[int, int], Sequence[Call]], other: dict[tuple[int, int], Sequence[Call]]) -> bool:

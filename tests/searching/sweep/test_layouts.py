@@ -45,7 +45,7 @@ def scaled_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Attention that changes its mask by what it sees, as Doge's does."""
 
     def changed(self: Any, hidden_states: torch.Tensor, *args: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        mask = torch.zeros(()) if attention_mask is None else attention_mask * 1
+        mask = torch.zeros(1, 1, 1, 1) if attention_mask is None else attention_mask * 1
         return forward(self, hidden_states, *args, attention_mask=mask, **kwargs)
 
     return changed
