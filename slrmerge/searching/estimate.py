@@ -8,6 +8,9 @@ import torch
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest
 from slrmerge.searching.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate
 
+SMALL_FLOP = 2e10
+"""Operations of a layer for one state below which what it takes is measured."""
+
 
 @dataclass(frozen=True)
 class EstimateRow:
@@ -18,11 +21,13 @@ class EstimateRow:
     dtype: str
     cost: Cost
     flop_per_s: float
+    overhead_s: float = 0.0
+    """What small layers take besides their matrix products."""
 
     @property
     def seconds(self) -> float:
-        """The time of the matrix products alone, without reading weights."""
-        return self.cost.flop / self.flop_per_s
+        """The time of the arithmetic, without reading weights."""
+        return self.cost.flop / self.flop_per_s + self.overhead_s
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,11 @@ def estimate(scorer: LocalScorer, request: ScoreRequest, *, device: torch.device
     """The cost of a first pass, from shapes and a matrix product measured here, and of the paper's models."""
     shape = scorer.shape(request)
     rate = measured_rate(shape.width, request.dtype, device)
-    rows = [EstimateRow(shape.name, len(request.candidates), request.dtype_name, scorer.cost(request), rate)]
+    cost, overhead_s = scorer.cost(request), 0.0
+    state_flop = 2 * shape.layer_parameters * shape.tokens
+    if state_flop < SMALL_FLOP:
+        overhead_s = cost.states * max(0.0, scorer.state_s(request) - state_flop / rate)
+    rows = [EstimateRow(shape.name, len(request.candidates), request.dtype_name, cost, rate, overhead_s)]
     for known in PAPER_MODELS:
         candidates = known.layers * (known.layers + 1) // 2 + 2
         rate = measured_rate(known.width, torch.bfloat16, device)

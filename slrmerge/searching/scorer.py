@@ -12,21 +12,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slrmerge.checkpoint.pair import ModelPair
+from slrmerge.checkpoint.pair import ModelPair, require_layers
 from slrmerge.errors import OptionError, Problem, first_line
 from slrmerge.io.files import replace_file
 from slrmerge.io.progress import Progress
+from slrmerge.merging.plan.model import PlannedTensor
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.merging.stream import HybridReader
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.searching.sweep.check import require_agreement
 from slrmerge.searching.sweep.contexts import Context
-from slrmerge.searching.sweep.cost import Cost, Shape, cost_of
+from slrmerge.searching.sweep.cost import LAST_LAYER_SHARE, Cost, Shape, cost_of
 from slrmerge.searching.sweep.engine import Sweep
+from slrmerge.searching.sweep.layouts import measured_state_s, staged_model, token_count
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import SweepPlan
 from slrmerge.searching.sweep.states import StateStore
-from slrmerge.searching.sweep.trie import pack
 from slrmerge.searching.sweep.weights import HybridWeights
 
 _RESULT = "log_probs.npz"
@@ -57,7 +58,10 @@ class Scorer(Protocol):
         ...
 
     def cost(self, request: ScoreRequest) -> Cost:
-        """What `score` takes; reads no weights."""
+        """What `score` takes; reads no weights.
+
+        Raises UnsupportedModelError and PlanError for all that can be refused without them.
+        """
         ...
 
     def score(self, request: ScoreRequest, folder: Path | None, progress: Progress) -> NDArray[np.float64]:
@@ -91,7 +95,7 @@ class LocalScorer:
         self._device = device
         self._max_memory_bytes = max_memory_bytes
         self._models: dict[torch.dtype, StagedModel] = {}
-        self._plans: dict[ScoreRequest, SweepPlan] = {}
+        self._plans: dict[ScoreRequest, tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]] = {}
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -104,13 +108,13 @@ class LocalScorer:
     def model(self, dtype: torch.dtype) -> StagedModel:
         """The post-trained side's model, without weights."""
         if dtype not in self._models:
-            self._models[dtype] = StagedModel(self.pair.posttrained, dtype=dtype, device=self._device)
+            self._models[dtype] = staged_model(self.pair.posttrained, dtype=dtype, device=self._device)
         return self._models[dtype]
 
     def cost(self, request: ScoreRequest) -> Cost:
         return cost_of(
             self.shape(request),
-            self._plan(request).state_counts,
+            self._plan(request)[0].state_counts,
             contexts=len(request.contexts),
             itemsize=request.dtype.itemsize,
         )
@@ -118,8 +122,20 @@ class LocalScorer:
     def shape(self, request: ScoreRequest) -> Shape:
         """The model and the contexts, as far as the cost of a sweep depends on them."""
         model = self.model(request.dtype)
-        tokens = len(pack([context.ids for context in request.contexts]))
-        return Shape.of(self.pair.posttrained, width=model.width, vocabulary=model.vocabulary, tokens=tokens)
+        tokens = token_count(model, request.contexts)
+        return Shape.of(
+            self.pair.posttrained,
+            width=model.width,
+            vocabulary=model.vocabulary,
+            tokens=tokens,
+            last_layer_share=LAST_LAYER_SHARE if model.why_rows is None else 1.0,
+        )
+
+    def state_s(self, request: ScoreRequest) -> float:
+        """Seconds that a layer takes for one state, measured with random weights."""
+        model, layer = self.model(request.dtype), require_layers(self.pair).count // 2
+        with torch.inference_mode():
+            return measured_state_s(model, request.contexts, layer=layer)
 
     def check(self, post: TensorAlphas, contexts: Sequence[Context]) -> None:
         """Score the post-trained model in fp32 by a sweep and by its own forward, and compare."""
@@ -152,18 +168,20 @@ class LocalScorer:
             store.clear()
         return log_probs
 
-    def _plan(self, request: ScoreRequest) -> SweepPlan:
+    def _plan(self, request: ScoreRequest) -> tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]:
+        """The stages of a request's hybrids, and how their tensors are made."""
         if request not in self._plans:
-            self._plans[request] = SweepPlan.of(self.model(request.dtype).stages, request.candidates)
+            plan = SweepPlan.of(self.model(request.dtype).stages, request.candidates)
+            planned = plan_tensor_alphas(
+                plan.all_tensors(), self.pair, dtype=self._output_dtype, shares_vocabulary=self._shares_vocabulary
+            )
+            self._plans[request] = plan, planned
         return self._plans[request]
 
     @contextmanager
     def _sweep(self, request: ScoreRequest) -> Iterator[Sweep]:
-        plan = self._plan(request)
-        planned = plan_tensor_alphas(
-            plan.all_tensors(), self.pair, dtype=self._output_dtype, shares_vocabulary=self._shares_vocabulary
-        )
-        with HybridWeights(planned, self._reader, dtype=request.dtype, device=self._device) as weights:
+        plan, planned = self._plan(request)
+        with HybridWeights(planned, self._reader) as weights:
             yield Sweep(self.model(request.dtype), weights, plan=plan, contexts=request.contexts)
 
 

@@ -159,7 +159,7 @@ def test_a_dry_run_prints_json(small: SmallPair) -> None:
     assert value.keys() == {"prompts", "prompt_tokens", "packed_tokens", "rows"}
     assert [row["name"] for row in value["rows"]] == ["post", "Llama-3.1-8B", "Qwen2.5-7B", "Gemma-2-9B"]
     for row in value["rows"]:
-        assert row["seconds"] == row["cost"]["flop"] / row["flop_per_s"]
+        assert row["seconds"] == row["cost"]["flop"] / row["flop_per_s"] + row["overhead_s"]
 
 
 @in_a_hurry

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from slrmerge.checkpoint.pair import ModelPair
-from slrmerge.errors import OptionError, SourceChangedError, UnsupportedModelError
+from slrmerge.errors import OptionError, PlanError, SourceChangedError, UnsupportedModelError
 from slrmerge.io.progress import Progress
 from slrmerge.merging.executor import merge
 from slrmerge.recipe.alphas import TensorAlphas
@@ -213,6 +214,21 @@ def test_the_cost_is_known_without_reading_weights(pair: ModelPair, small: Small
     assert scorer.cost(intervals_of(pair)).states == scorer.cost(intervals_of(pair)).states > LAYERS
     assert scorer.cost(intervals_of(pair, 1)).states == LAYERS
     assert watcher.totals == []
+
+
+def test_what_cannot_be_merged_is_refused_with_the_cost(small: SmallPair) -> None:
+    """That is before a download: the weights are not there."""
+    pre = small.folder / "pre" / "model.safetensors"
+    tensors = load_file(pre)
+    tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.2.mlp.up_proj.weight"][:3].clone()
+    save_file(tensors, pre)
+    pair = small.open()
+    for side in ("pre", "post"):
+        (small.folder / side / "model.safetensors").unlink()
+    request = intervals_of(pair)
+    assert local_scorer(pair).cost(replace(request, candidates=request.candidates[:1])).states == LAYERS
+    with refused(PlanError, "different-shapes"):
+        local_scorer(pair).cost(request)
 
 
 def test_targets_past_a_contexts_own_are_nan(scorer: LocalScorer, pair: ModelPair) -> None:

@@ -139,6 +139,25 @@ class LeafAttention(TrieAttention):
         return super().attend(query, self._key, self._value, scaling=scaling, softcap=softcap)
 
 
+class TokenwiseAttention:
+    """Returns each token's own value in the place of attention.
+
+    `calls` counts how often the layer called it, and `mask` is the mask that it called it with.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.mask: torch.Tensor | None = None
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        del key, scaling, softcap
+        self.calls += 1
+        per_group = query.shape[1] // value.shape[1]
+        return value.repeat_interleave(per_group, dim=1).transpose(1, 2).contiguous()
+
+
 class KeyValueCapture:
     """Raises a layer's keys and values, which leaves the layer: the rest of it is needed for the leaves only."""
 
@@ -162,7 +181,7 @@ def trie_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 (`trie` has the mask)
+    attention_mask: torch.Tensor | None,
     *,
     trie: LayerAttention | None = None,
     scaling: float | None = None,
@@ -181,10 +200,15 @@ def trie_attention(
     if trie is None:
         what = "does not pass the arguments of its layer on to attention"
         raise UnsupportedModelError(Problem("attention-arguments-lost", kind, what, REMEDY))
+    if isinstance(trie, TokenwiseAttention):  # others have the mask of a plain prompt
+        trie.mask = attention_mask
     if scaling is None:
         scaling = float(getattr(module, "head_dim", query.shape[-1])) ** -0.5
     return trie.attend(query, key, value, scaling=scaling, softcap=softcap), None
 
 
-_IGNORED = frozenset({"dropout", "sliding_window", "position_ids", "use_cache", "is_causal", "past_key_values"})
+_IGNORED = frozenset({
+    "dropout", "sliding_window", "position_ids", "use_cache", "is_causal", "past_key_values", "output_router_logits",
+    "output_attentions",
+})  # fmt: skip
 """Arguments that change nothing here: dropout acts in training only, and windows are in the mask."""

@@ -1,18 +1,24 @@
 """The cost of a sweep: its arithmetic from shapes alone, its time from the rate of a matrix product on this machine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS
 from slrmerge.searching.sweep.paths import count_states
 
 LAST_LAYER_SHARE = 0.2
-"""The cost of the last layer relative to another: keys and values of all tokens, the rest for the leaves only."""
+"""The cost of a trie's last layer relative to another: keys and values of all tokens, the rest for the leaves only."""
+
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ACTIVE_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""Names of the number of experts in configs, and of those that a token goes through."""
 
 _MEASURED_ROWS = 2048
 
@@ -27,17 +33,40 @@ class Shape:
     width: int
     vocabulary: int
     tokens: int
+    last_layer_share: float = LAST_LAYER_SHARE
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, *, width: int, vocabulary: int, tokens: int) -> "Shape":
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        width: int,
+        vocabulary: int,
+        tokens: int,
+        last_layer_share: float = LAST_LAYER_SHARE,
+    ) -> "Shape":
+        """Of layers that differ, the mean; of experts, as many as a token goes through."""
         stack = checkpoint.stack
         assert stack is not None
+        share = _active_share(checkpoint.config)
         sizes = [
-            prod(info.shape)
+            prod(info.shape) * (share if ".experts." in name else 1)
             for name, info in checkpoint.items()
-            if len(info.shape) == 2 and (place := stack.locate(name)) and place[0] == 0
+            if len(info.shape) > 1 and stack.locate(name)
         ]
-        return cls(checkpoint.model_name, stack.count, sum(sizes), width, vocabulary, tokens)
+        parameters = round(sum(sizes) / stack.count)
+        return cls(checkpoint.model_name, stack.count, parameters, width, vocabulary, tokens, last_layer_share)
+
+
+def _active_share(config: Mapping[str, Any]) -> float:
+    """The share of experts that a token goes through; 1 where there are none."""
+    for section in (config, *(config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict))):
+        experts, active = (
+            next((section[k] for k in keys if section.get(k)), None) for keys in (EXPERT_KEYS, ACTIVE_KEYS)
+        )
+        if isinstance(experts, int) and isinstance(active, int):
+            return min(1.0, active / experts)
+    return 1.0
 
 
 PAPER_MODELS = (
@@ -61,7 +90,7 @@ def cost_of(shape: Shape, state_counts: Sequence[int], *, contexts: int, itemsiz
     """The cost from the number of states that each stage makes: embedding, layers, head."""
     per_state = 2 * shape.layer_parameters * shape.tokens
     *inner, last = state_counts[1:-1]
-    layers = per_state * (sum(inner) + LAST_LAYER_SHARE * last)
+    layers = per_state * (sum(inner) + shape.last_layer_share * last)
     head = 2 * shape.vocabulary * shape.width * contexts * state_counts[-1]
     state_bytes = shape.tokens * shape.width * itemsize
     held = [before + after for before, after in pairwise(state_counts[:-2])]

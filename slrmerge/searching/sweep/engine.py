@@ -4,6 +4,7 @@ Hybrids with the same weights up to a layer share their hidden states, so each i
 weights are read once per variant. Contexts share most of their text, so they are packed as a trie.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,15 +14,13 @@ import xxhash
 from slrmerge._version import __version__
 from slrmerge.io.progress import Progress
 from slrmerge.searching.sweep.contexts import Context
+from slrmerge.searching.sweep.embedding_rows import rows_in_use
+from slrmerge.searching.sweep.layouts import chunk_size, lay_out
 from slrmerge.searching.sweep.log_softmax import StreamingLogSoftmax
-from slrmerge.searching.sweep.model import StagedModel, embedding_rows
+from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import Step, SweepPlan, Transition, plan_step
 from slrmerge.searching.sweep.states import StateStore
-from slrmerge.searching.sweep.trie import pack
 from slrmerge.searching.sweep.weights import HybridWeights
-
-CHUNK_TOKENS = 2048
-"""Tokens that go through a layer at a time: enough for the matrix products, few enough for the caches."""
 
 HEAD_BYTES = 1 << 26
 """Memory for a step of the head: rows of its weights, and the logits that they give in float64."""
@@ -47,16 +46,16 @@ class Sweep:
         *,
         plan: SweepPlan,
         contexts: Sequence[Context],
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         head_bytes: int = HEAD_BYTES,
     ) -> None:
         self._model = model
         self._weights = weights
         self._plan = plan
         self._contexts = contexts
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens = chunk_tokens or chunk_size(model)
         self._head_bytes = head_bytes
-        self._layout = model.lay_out(pack([context.ids for context in contexts]))
+        self._layout = lay_out(model, contexts, chunk_tokens=self._chunk_tokens)
         self._head_stage = len(plan.stages) - 1
 
     @torch.inference_mode()
@@ -66,8 +65,11 @@ class Sweep:
         Resumes an earlier run of the same sweep where `store` has its states.
         """
         resumed = store.resume(progress.message)
+        step = self._step(0, (0,) * self._plan.hybrid_count)
+        origins, embedded = step.hybrid_states, self._embed(step)
         if resumed is None:
-            done, (hybrid_states, states) = 1, self._embed(store)
+            done, hybrid_states, states = 1, origins, store.allocate(embedded.shape, embedded.dtype).copy_(embedded)
+            store.commit(1, hybrid_states, states)
         else:
             done, hybrid_states, states = resumed.stages_done, resumed.hybrid_states, resumed.states
             finished = f"layer {done - 1} of {self._head_stage - 1}" if done > 1 else "the embedding"
@@ -76,7 +78,8 @@ class Sweep:
         for stage in range(done, self._head_stage):
             progress.stage(f"layer {stage} of {self._head_stage - 1}, {len(hybrid_states)} candidates")
             step = self._step(stage, hybrid_states)
-            states = self._run_layer(stage, step, states, store, progress)
+            origin_of = dict(zip(hybrid_states, origins, strict=True))
+            states = self._run_layer(stage, step, states, origin_of, store, progress)
             hybrid_states = step.hybrid_states
             store.commit(stage + 1, hybrid_states, states)
         progress.stage("head")
@@ -89,7 +92,7 @@ class Sweep:
         Holds the weights of one stage at a time.
         """
         ids = [context.ids for context in self._contexts]
-        rows = embedding_rows(token for context in ids for token in context)
+        rows = rows_in_use(token for context in ids for token in context)
 
         def stage_weights(stage: int) -> Mapping[str, torch.Tensor]:
             variant = self._plan.hybrid_variants[stage][0]
@@ -108,39 +111,46 @@ class Sweep:
             merged.append(first.setdefault(key, variant))
         return plan_step(hybrid_states, [merged[variant] for variant in self._plan.hybrid_variants[stage]])
 
-    def _embed(self, store: StateStore) -> tuple[tuple[int, ...], torch.Tensor]:
-        """The state of every hybrid after the embedding, and the states, shape (states, tokens, width)."""
-        step = self._step(0, (0,) * self._plan.hybrid_count)
-        rows = embedding_rows(self._layout.trie.ids)
+    def _embed(self, step: Step) -> torch.Tensor:
+        """The states after the embedding, shape (states, tokens, width)."""
+        rows = rows_in_use(self._layout.token_ids)
         made: dict[int, torch.Tensor] = {}
         for variant, ((_, after),) in step.transitions.items():  # all hybrids start from one state
-            made[after] = self._model.embed(self._layout, self._embedding_weights(variant, rows)).cpu()
-        states = store.allocate((step.state_count, *made[0].shape[1:]), made[0].dtype)
-        for after, state in made.items():
-            states[after] = state[0]
-        store.commit(1, step.hybrid_states, states)
-        return step.hybrid_states, states
+            made[after] = self._layout.embed(after, self._embedding_weights(variant, rows)).cpu()
+        return torch.stack([made[number] for number in range(step.state_count)])
 
     def _embedding_weights(self, variant: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """The weights of the first stage, of the embedding only these rows."""
-        embedding, *others = self._plan.tensors(0, variant)
-        return {embedding.name: self._weights.load_rows(embedding, rows), **self._weights.load(others)}
+        tensors, by_row = self._plan.tensors(0, variant), self._model.by_row[0]
+        some = {tensor.name: self._weights.load_rows(tensor, rows) for tensor in tensors if tensor.name in by_row}
+        whole = self._weights.load(tensor for tensor in tensors if tensor.name not in by_row)
+        return self._model.weights(whole) | self._model.row_weights(some)
 
     def _stage_weights(self, stage: int, variant: int) -> dict[str, torch.Tensor]:
-        return self._weights.load(self._plan.tensors(stage, variant))
+        return self._model.weights(self._weights.load(self._plan.tensors(stage, variant)))
 
     def _run_layer(
-        self, stage: int, step: Step, states: torch.Tensor, store: StateStore, progress: Progress
+        self,
+        stage: int,
+        step: Step,
+        states: torch.Tensor,
+        origin_of: Mapping[int, int],
+        store: StateStore,
+        progress: Progress,
     ) -> torch.Tensor:
-        """(states before, tokens, width) → (states after, tokens, width), of the last layer the leaves only."""
+        """(states before, tokens, width) → (states after, tokens, width), of the last layer the leaves only.
+
+        `origin_of` is, for every state before, the number of the state after the embedding that it began with.
+        """
         tokens = states.shape[1] if stage < self._head_stage - 1 else len(self._contexts)
         made = store.allocate((step.state_count, tokens, states.shape[2]), states.dtype)
         for variant, transitions in step.transitions.items():
             weights = self._stage_weights(stage, variant)
-            for before, after in _chunks(transitions, self._chunk_tokens // states.shape[1]):
-                chunk = states[before].to(self._model.device)
-                made[after] = self._model.run_layer(stage - 1, self._layout, weights, chunk).to(made.device)
-                progress.advance(len(before))
+            for origin, alike in _by_origin(transitions, origin_of):
+                for before, after in _chunks(alike, self._chunk_tokens // states.shape[1]):
+                    chunk = states[before].to(self._model.device)
+                    made[after] = self._layout.run_layer(stage - 1, weights, chunk, origin).to(made.device)
+                    progress.advance(len(before))
             del weights  # before the next are loaded
         return made
 
@@ -150,18 +160,21 @@ class Sweep:
         softmax = StreamingLogSoftmax(step.state_count, self._contexts)
         for variant, transitions in step.transitions.items():
             tensors = self._plan.tensors(self._head_stage, variant)
-            by_row = [tensor for tensor in tensors if tensor.name in self._model.vocabulary_names]
-            norms = self._weights.load(tensor for tensor in tensors if tensor not in by_row)
+            by_row = [tensor for tensor in tensors if tensor.name in self._model.by_row[1]]
+            others = self._model.weights(self._weights.load(tensor for tensor in tensors if tensor not in by_row))
             for rows in self._vocabulary_runs(states.shape[2]):
-                weights = norms | {tensor.name: self._weights.load_rows(tensor, rows) for tensor in by_row}
+                some = {tensor.name: self._weights.load_rows(tensor, rows) for tensor in by_row}
+                weights = others | self._model.row_weights(some)
                 for before, after in _chunks(transitions, self._head_bytes // (len(self._contexts) * len(rows) * 8)):
                     logits = self._model.logits(states[before].to(self._model.device), weights)
                     softmax.add(after, rows, logits.double().cpu())
         return softmax.log_probs()[list(step.hybrid_states)]
 
     def _vocabulary_runs(self, width: int) -> Iterator[range]:
-        """The vocabulary in runs of rows that fit in half of `head_bytes`."""
+        """The vocabulary in runs of rows that fit in half of `head_bytes`; in one run where rows cannot be loaded."""
         rows = max(1, self._head_bytes // (width * self._model.dtype.itemsize) // 2)
+        if not self._model.by_row[1]:
+            rows = self._model.vocabulary
         for start in range(0, self._model.vocabulary, rows):
             yield range(start, min(start + rows, self._model.vocabulary))
 
@@ -177,6 +190,16 @@ class Sweep:
             sources,
         ]
         return xxhash.xxh3_128_hexdigest("\n".join(map(repr, parts)).encode())
+
+
+def _by_origin(
+    transitions: Sequence[Transition], origin_of: Mapping[int, int]
+) -> Iterator[tuple[int, list[Transition]]]:
+    """Transitions by the origin of the states that they start from."""
+    groups: dict[int, list[Transition]] = defaultdict(list)
+    for transition in transitions:
+        groups[origin_of[transition.before]].append(transition)
+    yield from groups.items()
 
 
 def _chunks(transitions: Sequence[Transition], size: int) -> Iterator[_Chunk]:

@@ -9,9 +9,10 @@ from typing import Self
 import torch
 
 from slrmerge.checkpoint.header import DTYPE_BITS
-from slrmerge.merging.blend import as_bytes, one_core_per_chunk, torch_dtype
+from slrmerge.merging.blend import as_bytes, one_core_per_chunk
 from slrmerge.merging.plan.model import PlannedTensor
 from slrmerge.merging.stream import HybridReader
+from slrmerge.searching.sweep.dtypes import dtype_of
 from slrmerge.searching.sweep.paths import TensorAlpha
 
 COMPARED_BYTES = 1 << 18
@@ -19,20 +20,17 @@ COMPARED_BYTES = 1 << 18
 
 
 class HybridWeights:
-    """Loads tensors at any planned alpha, in `dtype` on `device`, and holds none of them. Use it in a `with`."""
+    """Loads tensors at any planned alpha, in their own dtypes, and holds none of them. Use it in a `with`."""
 
     def __init__(
         self,
         planned: Mapping[tuple[str, float], PlannedTensor],
         reader: HybridReader,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
         compared_bytes: int = COMPARED_BYTES,
     ) -> None:
         self._planned = planned
         self._reader = reader
-        self._dtype, self._device = dtype, device
         self._compared_bytes = compared_bytes
         self._closing = ExitStack()
         self._pool = self._closing.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
@@ -88,7 +86,7 @@ class HybridWeights:
         first, shape = 0, tensor.info.shape
         if rows is not None:
             first, shape = rows.start, (len(rows), *shape[1:])
-        values = torch.empty(shape, dtype=torch_dtype(tensor.info.dtype))
+        values = torch.empty(shape, dtype=dtype_of(tensor.name, tensor.info))
         begin = first * prod(shape[1:]) * DTYPE_BITS[tensor.info.dtype] // 8
         self._reader.read_into(tensor, begin, as_bytes(values))
-        return values.to(self._device, self._dtype)
+        return values

@@ -25,7 +25,7 @@ from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter, Scores
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.engine import Sweep
-from slrmerge.searching.sweep.model import StagedModel
+from slrmerge.searching.sweep.layouts import staged_model
 from slrmerge.searching.sweep.paths import SweepPlan
 from slrmerge.searching.sweep.states import StateStore
 from slrmerge.searching.sweep.weights import HybridWeights
@@ -183,13 +183,10 @@ def swept(
 def made_sweep(folder: Path, hybrids: Sequence[Rules], contexts: Sequence[Context], **sizes: int) -> Iterator[Sweep]:
     """The sweep itself, in fp32."""
     pair = open_pair(folder / "pre", folder / "post")
-    model = StagedModel(pair.posttrained, dtype=torch.float32, device=CPU)
+    model = staged_model(pair.posttrained, dtype=torch.float32, device=CPU)
     plan = SweepPlan.of(model.stages, [alphas_of(pair, rules) for rules in hybrids])
     planned = plan_tensor_alphas(plan.all_tensors(), pair, dtype=None)
-    with (
-        pair.open() as reader,
-        HybridWeights(planned, HybridReader(reader), dtype=torch.float32, device=CPU) as weights,
-    ):
+    with pair.open() as reader, HybridWeights(planned, HybridReader(reader)) as weights:
         yield Sweep(model, weights, plan=plan, contexts=contexts, **sizes)
 
 

@@ -1,5 +1,7 @@
 """The predicted cost of a sweep, compared with sums made by hand and with what the sweep then does."""
 
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import slrmerge.searching.sweep.cost
 from slrmerge.checkpoint.pair import open_checkpoint
 from slrmerge.searching.sweep.cost import PAPER_MODELS, Cost, Shape, all_intervals_cost, cost_of, measured_rate
 from slrmerge.searching.sweep.trie import pack
+from tests.searching.sweep.families import write_family
 from tests.searching.sweep.models import (
     INTERVALS,
     LAYERS,
@@ -108,3 +111,26 @@ def test_the_rate_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch
     ends = iter([0.0, 2.0, 10.0, 11.0, 20.0, 20.5, 30.0, 33.0, 40.0, 41.0])
     monkeypatch.setattr(slrmerge.searching.sweep.cost, "perf_counter", lambda: next(ends))
     assert measured_rate(16, torch.float32, torch.device("cpu")) == 2 * 2048 * 16 * 16 / 0.5
+
+
+def test_of_experts_those_count_that_a_token_goes_through(tmp_path: Path) -> None:
+    """Four experts, of which a token goes through two; layers that differ count as their mean."""
+    post = write_family(tmp_path, "qwen3_moe") / "post"
+    checkpoint = open_checkpoint(post)
+    experts, others = (
+        sum(prod(info.shape) for name, info in checkpoint.items()
+            if ".layers." in name and len(info.shape) > 1 and (".experts." in name) == is_expert)
+        for is_expert in (True, False)
+    )  # fmt: skip
+    shape = Shape.of(checkpoint, width=WIDTH, vocabulary=VOCABULARY, tokens=9)
+    assert shape.layer_parameters == (experts / 2 + others) / LAYERS
+
+
+def test_the_last_layer_of_rows_costs_as_much_as_another(tmp_path: Path) -> None:
+    write_family(tmp_path, "lfm2")
+    with local_scorer(tmp_path) as scorer:
+        shape = scorer.shape(request(scorer, [POST], contexts()))
+    assert shape.tokens == sum(len(context.ids) for context in contexts())
+    assert shape.last_layer_share == 1
+    one, other = (cost_of(replace(shape, last_layer_share=share), [1] * 6, contexts=1, itemsize=4) for share in (0, 1))
+    assert other.flop - one.flop == 2 * shape.layer_parameters * shape.tokens

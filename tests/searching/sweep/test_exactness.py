@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 import torch
 
 from slrmerge.searching.sweep.contexts import Context
-from slrmerge.searching.sweep.model import Layout, StagedModel
-from slrmerge.searching.sweep.trie import TokenTrie
+from slrmerge.searching.sweep.model import StagedModel
 from tests.searching.sweep.models import (
     ARCHITECTURES,
     INTERVALS,
@@ -153,15 +151,12 @@ def test_contexts_that_are_prefixes_of_each_other_are_exact(tmp_path: Path, arch
 @contextmanager
 def windows_ignored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every layer sees everything before it in the trie, as if there were no sliding windows."""
-    lay_out = StagedModel.lay_out
 
-    def without_windows(self: StagedModel, trie: TokenTrie) -> Layout:
-        layout = lay_out(self, trie)
-        causal = torch.full((trie.max_length, trie.max_length), -torch.inf).triu(1)
-        return replace(layout, masks=[causal] * len(layout.masks))
+    def without_windows(model: StagedModel, length: int) -> list[torch.Tensor]:
+        return [torch.full((length, length), -torch.inf).triu(1)] * len(model.layers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StagedModel, "lay_out", without_windows)
+        patch.setattr("slrmerge.searching.sweep.trie_layout.layer_masks", without_windows)
         yield
 
 

@@ -1,20 +1,22 @@
-"""A model run stage by stage, compared with the same model whole."""
+"""A model run stage by stage, and the models that cannot be: every guard with a model that needs it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers.models.llama import modeling_llama
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.pair import open_checkpoint
 from slrmerge.errors import UnsupportedModelError
-from slrmerge.searching.sweep.model import StagedModel, embedding_rows
-from slrmerge.searching.sweep.trie import pack
+from slrmerge.searching.sweep.layouts import lay_out, staged_model
+from slrmerge.searching.sweep.model import StagedModel
 from tests.problems import refused
+from tests.searching.sweep.families import small_config
 from tests.searching.sweep.models import (
     ARCHITECTURES,
     LAYERS,
@@ -30,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def staged(folder: Path, dtype: torch.dtype = torch.float32) -> StagedModel:
-    return StagedModel(open_checkpoint(folder), dtype=dtype, device=CPU)
+    return staged_model(open_checkpoint(folder), dtype=dtype, device=CPU)
 
 
 def written(folder: Path, architecture: str, **more: Any) -> Any:
@@ -40,98 +42,58 @@ def written(folder: Path, architecture: str, **more: Any) -> Any:
     return model
 
 
-@torch.inference_mode()
-def watched(whole: Any, tokens: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What goes into the first layer and comes out of each, and the logits at the end."""
-    inside: list[torch.Tensor] = []
-    first, *_ = layers = whole.model.layers
-    hooks = [first.register_forward_pre_hook(lambda _, given: inside.append(given[0]))]
-    hooks += [layer.register_forward_hook(lambda *seen: inside.append(seen[-1])) for layer in layers]
-    logits = whole(input_ids=torch.tensor([tokens])).logits[0, -1]
-    for hook in hooks:
-        hook.remove()
-    return inside, logits
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, to be read only."""
+    folder = tmp_path_factory.mktemp("llama")
+    written(folder, "llama")
+    return folder
+
+
+# stages
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_stages_name_exactly_the_tensors_of_the_checkpoint(tmp_path: Path, architecture: str, tied: bool) -> None:
+def test_each_stage_names_the_tensors_that_it_uses(tmp_path: Path, architecture: str, tied: bool) -> None:
     written(tmp_path, architecture, tie_word_embeddings=tied)
     checkpoint, model = open_checkpoint(tmp_path), staged(tmp_path)
     first, *layers, last = model.stages
     assert {name for stage in model.stages for name in stage} == set(checkpoint.weight_map)
-    assert len(layers) == LAYERS
-    for number, stage in enumerate(layers):
-        assert len(set(stage)) == len(stage)
-        assert set(stage) == {name for name in checkpoint.weight_map if f".layers.{number}." in name}
-    assert first == ("model.embed_tokens.weight", "model.norm.weight")
-    assert last == ("model.embed_tokens.weight" if tied else "lm_head.weight", "model.norm.weight")
-    assert (model.width, model.vocabulary) == (WIDTH, VOCABULARY)
+    assert [set(stage) for stage in layers] == [
+        {name for name in checkpoint.weight_map if f".layers.{number}." in name} for number in range(LAYERS)
+    ]
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert (first, set(last)) == (("model.embed_tokens.weight",), {head, "model.norm.weight"})
+    assert model.by_row == (first, (head,))
+    assert (model.width, model.vocabulary, model.why_rows) == (WIDTH, VOCABULARY, None)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_states_after_each_stage_are_those_of_the_whole_model(tmp_path: Path, architecture: str) -> None:
-    whole, model = written(tmp_path, architecture), staged(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    ids = [context.ids for context in contexts()]
-    layout = model.lay_out(pack(ids))
-    rows = {stage: {name: stored[name] for name in names} for stage, names in enumerate(model.stages)}
-    rows[0][model.embedding_name] = rows[0][model.embedding_name][embedding_rows(layout.trie.ids)]
-    states = [model.embed(layout, rows[0])]
-    for number in range(LAYERS):
-        with torch.inference_mode():
-            states.append(model.run_layer(number, layout, rows[number + 1], states[-1]))
-    paths = layout.trie.paths_to(layout.trie.leaves)
-    for context, (tokens, path) in enumerate(zip(ids, paths, strict=True)):
-        inside, logits = watched(whole, tokens)
-        for expected, found in zip(inside[:-1], states[:-1], strict=True):
-            torch.testing.assert_close(found[0, list(path)], expected[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(states[-1][0, context], inside[-1][0, -1], rtol=1e-4, atol=1e-5)
-        with torch.inference_mode():
-            found = model.logits(states[-1], rows[LAYERS + 1])[0, context]
-        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+def test_a_stage_leaves_out_what_text_does_not_use(tmp_path: Path) -> None:
+    """Neither a vision tower nor its projector is read for text."""
+    random_model(small_config("gemma3"), seed=0).save_pretrained(tmp_path)
+    model = staged(tmp_path)
+    used = {name for stage in model.stages for name in stage}
+    assert any("vision_tower" in name for name in open_checkpoint(tmp_path))
+    assert [name for name in used if "vision" in name or "projector" in name] == []
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_logits_of_some_rows_are_some_of_the_logits(tmp_path: Path, architecture: str) -> None:
     written(tmp_path, architecture)
     model, stored = staged(tmp_path), load_file(tmp_path / "model.safetensors")
     states = torch.randn(2, 3, WIDTH)
-    weights = {name: stored[name] for name in model.stages[-1]}
-    with torch.inference_mode():
-        whole = model.logits(states, weights)
-        some = model.logits(states, weights | {model.head_name: weights[model.head_name][10:20]})
+    by_row = model.by_row[1]
+    others = model.weights({name: stored[name] for name in model.stages[-1] if name not in by_row})
+    whole = model.logits(states, others | model.row_weights({name: stored[name] for name in by_row}))
+    some = model.logits(states, others | model.row_weights({name: stored[name][10:20] for name in by_row}))
     assert whole.shape == (2, 3, VOCABULARY)
     torch.testing.assert_close(some, whole[:, :, 10:20])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mistral"])
-def test_the_reference_forward_gives_the_states_at_the_end_of_each_context(tmp_path: Path, architecture: str) -> None:
-    """All contexts are one padded batch; padding changes nothing."""
-    whole, model = written(tmp_path, architecture), staged(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    ids = [context.ids for context in contexts()]
-    stages: list[int] = []
-
-    def weights(stage: int) -> dict[str, torch.Tensor]:
-        stages.append(stage)
-        given = {name: stored[name] for name in model.stages[stage]}
-        if stage == 0:
-            given[model.embedding_name] = given[model.embedding_name][embedding_rows(t for p in ids for t in p)]
-        return given
-
-    with torch.inference_mode():
-        states = model.reference_states(ids, weights)
-        logits = model.logits(states, {name: stored[name] for name in model.stages[-1]})
-        assert stages == list(range(LAYERS + 1))
-        for number, tokens in enumerate(ids):
-            expected = whole(input_ids=torch.tensor([tokens])).logits[0, -1]
-            torch.testing.assert_close(logits[0, number], expected, rtol=1e-4, atol=1e-5)
-
-
 def test_sliding_layers_have_the_mask_of_their_window(tmp_path: Path) -> None:
     written(tmp_path, "gemma3_text")
-    layout = staged(tmp_path).lay_out(pack([context.ids for context in contexts()]))
+    layout: Any = lay_out(staged(tmp_path), contexts(), chunk_tokens=1000)
     longest = layout.trie.max_length
     assert longest > WINDOW
     places = torch.arange(longest)
@@ -142,9 +104,132 @@ def test_sliding_layers_have_the_mask_of_their_window(tmp_path: Path) -> None:
         assert (mask[~allowed] < -1e30).all()
 
 
-def test_layers_elsewhere_in_the_checkpoint_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(tmp_path, "llama")
+# what a checkpoint must have
+
+
+def test_layers_elsewhere_in_the_checkpoint_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for stack in (None, LayerStack("model.blocks", LAYERS), LayerStack("model.layers", LAYERS - 1)):
         monkeypatch.setattr(Checkpoint, "stack", stack)
         with refused(UnsupportedModelError, "layers-elsewhere"):
-            staged(tmp_path)
+            staged(llama)
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_tensors_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    written(tmp_path, "llama")
+    change(tmp_path, lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 4)}))
+    with refused(UnsupportedModelError, "parameter-mismatch") as caught:
+        staged(tmp_path)
+    assert "model.layers.1.mlp.up_proj.weight of shape [64, 32], the checkpoint has [3, 4]" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_missing_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """transformers would initialise it at random."""
+    written(tmp_path, "llama")
+    change(tmp_path, lambda tensors: tensors.pop(name))
+    with refused(UnsupportedModelError, "parameter-mismatch") as caught:
+        staged(tmp_path)
+    assert name in str(caught.value)
+
+
+# what a model must do: each guard with a Llama that is changed so
+
+
+Forward = Callable[..., Any]
+
+
+@pytest.fixture
+def patched(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, Callable[[Forward], Forward]], None]:
+    """Change the forward of a class of transformers."""
+
+    def patch(kind: type, change: Callable[[Forward], Forward]) -> None:
+        monkeypatch.setattr(kind, "forward", change(kind.forward))  # type: ignore[attr-defined]
+
+    return patch
+
+
+def layers_share_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = modeling_llama.LlamaModel.__init__
+
+    def sharing(self: Any, config: Any) -> None:
+        init(self, config)
+        self.layers[2].mlp = self.layers[0].mlp
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "__init__", sharing)
+
+
+def states_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_loop(monkeypatch, lambda number, hidden, first, extra: hidden * 0.5 if number == 2 else hidden)
+
+
+def layers_see_earlier_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_loop(monkeypatch, lambda number, hidden, first, extra: extra.update(seen=hidden) or hidden)
+
+
+def layers_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = modeling_llama.LlamaModel.forward
+
+    def twice(self: Any, *args: Any, **kwargs: Any) -> Any:
+        forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", twice)
+
+
+def layers_return_a_wider_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = modeling_llama.LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaDecoderLayer, "forward", lambda *args, **kwargs: forward(*args, **kwargs)[..., None]
+    )
+
+
+def replace_loop(monkeypatch: pytest.MonkeyPatch, between: Callable[..., torch.Tensor]) -> None:
+    """Run the layers with something between them, and with one more argument."""
+
+    def forward(self: Any, input_ids: torch.Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
+        hidden = first = self.embed_tokens(input_ids)
+        positions = torch.arange(hidden.shape[1])[None] if position_ids is None else position_ids
+        rotary = self.rotary_emb(hidden, position_ids=positions)
+        mask = modeling_llama.create_causal_mask(
+            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
+        )
+        extra: dict[str, Any] = {}
+        for number, layer in enumerate(self.layers):
+            hidden = between(number, hidden, first, extra)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **extra)
+        return modeling_llama.BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
+
+
+GUARDS = {
+    "shared-weights": layers_share_a_weight,
+    "states-change-between-layers": states_change,
+    "layers-depend-on-layers": layers_see_earlier_outputs,
+    "layers-not-in-order": layers_run_twice,
+    "unknown-layer-output": layers_return_a_wider_state,
+}
+
+
+@pytest.mark.parametrize(("code", "edit"), GUARDS.items(), ids=GUARDS)
+def test_a_model_that_cannot_be_run_stage_by_stage_is_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, edit: Callable[..., None]
+) -> None:
+    staged(llama)
+    edit(tmp_path, monkeypatch)
+    with refused(UnsupportedModelError, code) as caught:
+        staged(llama)
+    assert caught.value.problems[0].where == str(llama)
+
+
+def test_an_argument_that_depends_on_the_embedding_leads_to_rows(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_loop(monkeypatch, lambda number, hidden, first, extra: extra.update(first=first) or hidden)
+    why = staged(llama).why_rows
+    assert why is not None
+    assert "embedding" in why

@@ -29,17 +29,15 @@ def weights(
     names: Mapping[str, Tensor],
     *,
     alphas: tuple[float, ...] = ALPHAS,
-    dtype: torch.dtype = torch.float32,
     output: str | None = None,
     compared_bytes: int = COMPARED_BYTES,
 ) -> Iterator[HybridWeights]:
     """The pair in `folder`, its tensors planned at each of the alphas."""
     pair = open_pair(folder / "pre", folder / "post")
     planned = plan_tensor_alphas([(name, alpha) for name in names for alpha in alphas], pair, dtype=output)
-    cpu = torch.device("cpu")
     with (
         pair.open() as reader,
-        HybridWeights(planned, HybridReader(reader), dtype=dtype, device=cpu, compared_bytes=compared_bytes) as loader,
+        HybridWeights(planned, HybridReader(reader), compared_bytes=compared_bytes) as loader,
     ):
         yield loader
 
@@ -75,24 +73,12 @@ def test_every_tensor_has_the_bits_of_a_merge(tmp_path: Path, dtypes: tuple[str,
     names = write(tmp_path, dtypes)
     for alpha in ALPHAS:
         expected = merged(tmp_path, alpha, output=output)
-        for dtype in {tensor.dtype for tensor in expected.values()}:
-            with weights(tmp_path, names, dtype=dtype, output=output) as loader:
-                loaded = load(loader, names, alpha)
-            assert loaded.keys() == expected.keys()
-            for name, tensor in expected.items():
-                if tensor.dtype == dtype:
-                    assert torch.equal(bits(loaded[name]), bits(tensor)), (name, alpha)
-
-
-def test_the_values_of_a_merge_are_converted_to_the_dtype_of_the_sweep(tmp_path: Path) -> None:
-    names = write(tmp_path, ("F32", "BF16"))
-    expected = merged(tmp_path, 0.3, output=None)
-    with weights(tmp_path, names, dtype=torch.float32) as loader:
-        loaded = load(loader, names, 0.3)
-    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
-    assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16, torch.float32}
-    for name, tensor in expected.items():
-        assert torch.equal(loaded[name], tensor.float())
+        with weights(tmp_path, names, output=output) as loader:
+            loaded = load(loader, names, alpha)
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert loaded[name].dtype == tensor.dtype
+            assert torch.equal(bits(loaded[name]), bits(tensor)), (name, alpha)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -118,7 +104,7 @@ def test_threads_do_not_change_a_bit(tmp_path: Path) -> None:
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        with weights(tmp_path, names, dtype=torch.bfloat16) as loader:
+        with weights(tmp_path, names) as loader:
             found.append(load(loader, names, 0.3))
             assert torch.get_num_threads() == threads
     assert all(torch.equal(bits(found[0][name]), bits(found[1][name])) for name in names)

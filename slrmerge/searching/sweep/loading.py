@@ -1,0 +1,156 @@
+"""A checkpoint's tensors as a model's weights, through transformers' own conversion on load.
+
+Renamed tensors, experts that are stored one by one, and stored buffers come out as in `from_pretrained`. This is the
+only module that uses transformers' internal API.
+"""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+
+from slrmerge.errors import Problem, UnsupportedModelError, raise_all
+
+Weights = Mapping[str, torch.Tensor]
+"""Parameters and buffers of a model by their names in the model."""
+
+
+class Placement(NamedTuple):
+    """Where a tensor of the checkpoint goes: a name in the model, alone and unchanged or as a part of a conversion."""
+
+    target: str
+    is_converted: bool
+
+
+class WeightLoader:
+    """Converts tensors of a checkpoint into weights of a model that has its parameters on the meta device.
+
+    Works on a copy of the model, so that weights can be loaded while the model runs. Raises UnsupportedModelError where
+    transformers lacks the API.
+    """
+
+    def __init__(self, model: Any, *, where: str, dtype: torch.dtype, device: torch.device, quantizer: Any) -> None:
+        api = _transformers_api(where)
+        self._convert, self._rename_key = api.convert, api.rename_key
+        self._model, self._where = deepcopy(model), where
+        self._mapping = api.mapping_of(self._model, None, quantizer)
+        self._settings = {
+            "dtype": dtype,
+            "dtype_plan": model._get_dtype_plan(dtype),
+            "weight_mapping": self._mapping,
+            "hf_quantizer": quantizer,
+        }
+        self._make_config = api.make_config
+        self._device = device
+        self._renamings = [each for each in self._mapping if isinstance(each, api.renaming)]
+        self._converters = [each for each in self._mapping if isinstance(each, api.converter)]
+        self._always_converts = quantizer is not None
+        self._own = dict(self._model.state_dict(keep_vars=True))
+
+    def placements(self, names: Iterable[str]) -> dict[str, Placement]:
+        """Where tensors of the checkpoint go; those that the model has no place for are left out."""
+        found = {}
+        for name in names:
+            target, pattern = self._rename(name, self._renamings, self._converters)
+            if target not in self._own and name in self._own:  # as transformers does
+                target, pattern = self._rename(name, [], [])
+            if target in self._own:
+                found[name] = Placement(target, pattern is not None or self._always_converts)
+        return found
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights from tensors by their names in the checkpoint, on the device and in the dtype that the model wants.
+
+        Tensors on the meta device give weights there. Raises UnsupportedModelError where they do not fit the model.
+        """
+        from transformers.utils import logging
+
+        device = next((each.device for each in tensors.values() if each.is_meta), self._device)
+        config = self._make_config(device_map={"": device}, **self._settings)
+        shows_progress = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            info, _ = self._convert(self._model, dict(tensors), config)
+            loaded = {
+                name: tensor.detach()
+                for name, tensor in self._model.state_dict(keep_vars=True).items()
+                if tensor is not self._own[name]
+            }
+        finally:
+            self._restore()
+            if shows_progress:
+                logging.enable_progress_bar()
+        problems = [
+            f"transformers cannot convert {name} ({text.splitlines()[-1]})"
+            for name, text in info.conversion_errors.items()
+        ] + [
+            f"{type(self._model).__name__} has {name} of shape {list(wanted)}, the checkpoint has {list(shape)}"
+            for name, shape, wanted in sorted(info.mismatched_keys)
+        ]
+        remedy = "check that config.json belongs to these weights"
+        raise_all(
+            [Problem("parameter-mismatch", self._where, what, remedy) for what in problems[:3]], UnsupportedModelError
+        )
+        return loaded
+
+    def dtype_of(self, placement: Placement) -> torch.dtype:
+        """The dtype that the model wants a weight in."""
+        return self._own[placement.target].dtype
+
+    def _rename(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        renamed: tuple[str, str | None] = self._rename_key(
+            name, renamings, converters, self._model.base_model_prefix, self._own
+        )
+        return renamed
+
+    def _restore(self) -> None:
+        """Put the model's own tensors back in the place of loaded ones."""
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
+            own = self._own[name]
+            if tensor is not own:
+                path, _, last = name.rpartition(".")
+                module = self._model.get_submodule(path)
+                (module._buffers if last in module._buffers else module._parameters)[last] = own
+
+
+class _Api(NamedTuple):
+    convert: Any
+    rename_key: Any
+    mapping_of: Any
+    make_config: Any
+    renaming: type
+    converter: type
+
+
+def _transformers_api(where: str) -> _Api:
+    """What is used of transformers' internal API. Raises UnsupportedModelError where this version has another."""
+    import transformers
+
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            convert_and_load_state_dict_in_model,
+            rename_source_key,
+        )
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        wanted = ["model", "state_dict", "load_config", "disk_offload_index"]
+        is_known = list(signature(convert_and_load_state_dict_in_model).parameters) == wanted
+    except ImportError:
+        is_known = False
+    if not is_known:
+        what = f"transformers {transformers.__version__} loads weights in a way that is not known here"
+        remedy = "install transformers 5.20 to 5.23, with which searches are tested"
+        raise UnsupportedModelError(Problem("unknown-transformers", where, what, remedy))
+    return _Api(
+        convert_and_load_state_dict_in_model,
+        rename_source_key,
+        get_model_conversion_mapping,
+        LoadStateDictConfig,
+        WeightRenaming,
+        WeightConverter,
+    )

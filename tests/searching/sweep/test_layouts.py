@@ -1,0 +1,105 @@
+"""Tries and rows: which models have which, and the devices on which their tensors are."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.searching.sweep.embedding_rows import EmbeddingRows, rows_in_use
+from slrmerge.searching.sweep.layouts import Layout, lay_out, staged_model, token_count
+from slrmerge.searching.sweep.model import StagedModel
+from slrmerge.searching.sweep.rows import RowLayout
+from slrmerge.searching.sweep.trie_layout import TrieLayout
+from tests.searching.sweep.families import write_family
+from tests.searching.sweep.models import CPU, contexts
+
+CONTEXTS = contexts()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose prompts are a trie, and one whose prompts are rows."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for architecture in ("llama", "lfm2"):
+        write_family(folder / architecture, architecture)
+    return folder
+
+
+def staged(folder: Path) -> StagedModel:
+    return staged_model(open_checkpoint(folder / "post"), dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("llama", TrieLayout), ("lfm2", RowLayout)])
+def test_a_state_has_as_many_tokens_as_are_counted(pairs: Path, architecture: str, kind: type) -> None:
+    model = staged(pairs / architecture)
+    layout = lay_out(model, CONTEXTS, chunk_tokens=100)
+    assert isinstance(layout, kind)
+    assert token_count(model, CONTEXTS) == layout.tokens == len(layout.token_ids)
+
+
+def scaled_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Attention that changes its mask by what it sees, as Doge's does."""
+
+    def changed(self: Any, hidden_states: torch.Tensor, *args: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        mask = torch.zeros(1, 1, 1, 1) if attention_mask is None else attention_mask * 1
+        return forward(self, hidden_states, *args, attention_mask=mask, **kwargs)
+
+    return changed
+
+
+def shifted(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """An MLP that sees the token before, as a recurrence does."""
+    return lambda self, hidden: forward(self, hidden) + hidden.roll(1, dims=1)
+
+
+MIXING = {"mask": (modeling_llama.LlamaAttention, scaled_mask), "tokens": (modeling_llama.LlamaMLP, shifted)}
+
+
+@pytest.mark.parametrize(("kind", "change"), MIXING.values(), ids=MIXING)
+def test_a_layer_that_does_more_than_attend_leads_to_rows(
+    pairs: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, change: Callable[..., Any]
+) -> None:
+    assert staged(pairs / "llama").why_rows is None
+    monkeypatch.setattr(kind, "forward", change(kind.forward))
+    assert staged(pairs / "llama").why_rows is not None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_every_tensor_is_made_on_the_device_of_the_model(pairs: Path, architecture: str) -> None:
+    """With another default device, a tensor that is made without one meets the others and fails."""
+    model = staged(pairs / architecture)
+    stored = {name: torch.randn(info.shape) for name, info in open_checkpoint(pairs / architecture / "post").items()}
+    layers = [model.weights({name: stored[name] for name in stage}) for stage in model.stages[1:-1]]
+    by_row = {name: stored[name] for name in (*model.by_row[0], *model.by_row[1])}
+    norms = model.weights({name: stored[name] for name in model.stages[-1] if name not in by_row})
+
+    def run() -> torch.Tensor:
+        layout: Layout = lay_out(model, CONTEXTS, chunk_tokens=200)
+        rows = rows_in_use(layout.token_ids)
+        states = layout.embed(0, model.row_weights({name: by_row[name][rows] for name in model.by_row[0]}))[None]
+        for number, weights in enumerate(layers):
+            states = layout.run_layer(number, weights, states, 0)
+        return model.logits(states, norms | model.row_weights({name: by_row[name] for name in model.by_row[1]}))
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    assert found.device == CPU
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_embedding_of_some_rows_is_looked_up_by_token() -> None:
+    whole = torch.nn.Embedding(9, 4, padding_idx=2)
+    ids, used = torch.tensor([[7, 2, 2, 5]]), rows_in_use([7, 2, 2, 5])
+    rows = whole.weight.detach()[used].clone()
+    some = torch.nn.Embedding(9, 4, padding_idx=2)
+    with EmbeddingRows(rows, used):
+        found = torch.func.functional_call(some, {"weight": rows}, (ids,))
+        other = whole(ids)
+    assert used == [2, 5, 7]
+    assert torch.equal(found, whole(ids))
+    assert torch.equal(other, whole(ids))

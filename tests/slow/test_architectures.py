@@ -1,0 +1,68 @@
+"""A search of a tiny pair of every type of causal model in transformers: served exactly, or refused by a guard."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slrmerge.checkpoint.pair import open_pair
+from slrmerge.errors import UnsupportedModelError
+from slrmerge.io.progress import Progress
+from slrmerge.searching.scorer import LocalScorer
+from tests.searching.sweep.families import causal_types, log_probs_of, mixed_by_hand, write_family
+from tests.searching.sweep.models import CPU, POST, PRE, contexts, gaps, hybrid, local_scorer, request
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+TOLERANCE = 1e-5
+FEW = contexts()[2:5]
+"""Of two lengths."""
+
+IMAGE_TEXT = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")
+
+REFUSED: dict[str, str] = {}
+"""Types that are refused, and the code of the refusal."""
+
+NOT_MADE: tuple[str, ...] = ()
+"""Types of which no tiny pair is made here: transformers itself fails to build, save or run one."""
+
+SERVED = sorted({*causal_types()} - REFUSED.keys() - {*NOT_MADE})
+
+
+def test_at_least_150_types_are_served() -> None:
+    assert len(SERVED) >= 150
+    assert {*REFUSED, *NOT_MADE} <= {*causal_types()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [*((each, "causal") for each in SERVED), *((each, "vision") for each in IMAGE_TEXT)]
+)
+def test_hybrids_of_a_type_are_scored_as_transformers_scores_them(tmp_path: Path, architecture: str, kind: str) -> None:
+    write_family(tmp_path, architecture, kind=kind)
+    with local_scorer(tmp_path) as scorer:
+        wanted = request(scorer, [POST, PRE, hybrid(restore=[1, 2])], FEW)
+        scorer.check(wanted.candidates[0], FEW[:2])
+        log_probs = scorer.score(wanted, None, Progress())
+        stack = scorer.pair.stack
+    assert stack is not None
+    folders = [tmp_path / "pre", mixed_by_hand(tmp_path, 1, 2, stack.prefix)]
+    expected = np.stack([log_probs_of(folder, FEW, kind=kind) for folder in folders])
+    assert max(gaps(log_probs[1:], expected)) < TOLERANCE
+    assert np.nanmax(np.abs(np.exp(log_probs[1]) - np.exp(log_probs[2]))) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(("architecture", "code"), REFUSED.items())
+def test_a_type_that_cannot_be_served_is_refused_from_its_headers(tmp_path: Path, architecture: str, code: str) -> None:
+    write_family(tmp_path, architecture)
+    pair = open_pair(tmp_path / "pre", tmp_path / "post")
+    for side in ("pre", "post"):
+        (tmp_path / side / "model.safetensors").unlink()
+    if code == "no-layers":  # as `require_layers` says before a search looks at the model
+        assert pair.stack is None
+        return
+    scorer = LocalScorer(pair, output_dtype=None, device=CPU, max_memory_bytes=0)
+    with pytest.raises(UnsupportedModelError) as caught:
+        scorer.model(torch.float32)
+    assert [problem.code for problem in caught.value.problems] == [code]
+    assert "\n" not in caught.value.problems[0].what
