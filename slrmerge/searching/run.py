@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +34,7 @@ from slrmerge.searching.results import (
     write_prompts,
     write_result,
 )
-from slrmerge.searching.scorer import LocalScorer, Scorer, ScoreRequest, require_device
+from slrmerge.searching.scorer import LocalScorer, Scorer, ScoreRequest, require_device, torch_threads
 from slrmerge.searching.selection import ScoredCandidate, finalists, mark_feasible, select_from
 from slrmerge.searching.sweep.cost import Cost
 
@@ -140,7 +139,7 @@ class Search:
 
     def estimate(self) -> Estimate:
         """What the first pass would take, from shapes and a matrix product measured here; reads no weights."""
-        with _torch_threads(self.options.threads):
+        with torch_threads(self.options.threads):
             return estimate(self._local_scorer(self.prepared.pair), self.prepared.first.request, device=self.device)
 
     def output_folder(self, out: str | os.PathLike[str], *, overwrite: bool) -> OutputFolder:
@@ -166,7 +165,7 @@ class Search:
         """
         started, progress = monotonic(), progress or Progress()
         output = self.output_folder(out, overwrite=overwrite)
-        with output.locked(progress), _torch_threads(self.options.threads):
+        with output.locked(progress), torch_threads(self.options.threads):
             output.create_staging()
             remove(path for path in output.staging.iterdir() if path.name not in _PASSES)
             with output.staged(lambda _: self._what_is_kept(output.staging)):
@@ -335,14 +334,3 @@ def _replace_scores(first: PassResult, exact: PassResult) -> PassResult:
         rows[place] = row
         scores.quality[place], scores.diversity[place] = exact.scores.quality[number], exact.scores.diversity[number]
     return PassResult(rows, scores, {**first.post_quality, **exact.post_quality})
-
-
-@contextmanager
-def _torch_threads(count: int | None) -> Iterator[None]:
-    """Use `count` threads in torch for the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
