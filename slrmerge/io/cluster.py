@@ -74,7 +74,7 @@ class Cluster:
         """One worker per GPU, or per machine with all its cores. Raises ClusterError where the cluster has none."""
         import ray
 
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         machines = [each for each in machines if each.get("GPU" if gpus else "CPU", 0) >= 1]
         if not machines:
             what = f"the cluster has no {'GPU' if gpus else 'CPU'}"
@@ -95,7 +95,7 @@ class Cluster:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        reports = ray.remote(num_cpus=0)(_Reports).remote()
+        reports = _actor(_Reports)
         remote = ray.remote(_call)
         options = {
             "num_cpus": workers.cpus,
@@ -173,6 +173,14 @@ class _RemoteProgress(Progress):
     def flush(self) -> None:
         self._reports.advance.remote(self._job, self._unsent)
         self._unsent, self._last = 0, monotonic()
+
+
+def _actor(kind: type[Any]) -> Any:
+    """A new actor, which needs no core."""
+    import ray
+
+    remote: Any = ray.remote(num_cpus=0)(kind)
+    return remote.remote()
 
 
 def _knock(address: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -76,10 +77,7 @@ class RayScorer:
     def parts(self, request: ScoreRequest) -> list[ScoreRequest]:
         """The request of each worker: consecutive contexts, which have the most in common."""
         bounds = np.linspace(0, len(request.contexts), min(self.workers.count, len(request.contexts)) + 1).astype(int)
-        return [
-            replace(request, contexts=request.contexts[begin:end])
-            for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        return [replace(request, contexts=request.contexts[begin:end]) for begin, end in pairwise(bounds)]
 
     def cost(self, request: ScoreRequest) -> Cost:
         """The cost of all workers together."""
