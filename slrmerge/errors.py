@@ -138,6 +138,12 @@ class ServerError(SlrmergeError):
     exit_code = 16
 
 
+class ClusterError(SlrmergeError):
+    """A Ray cluster cannot be reached, or its workers died."""
+
+    exit_code = 17
+
+
 def raise_all(problems: Iterable[Problem], error: type[SlrmergeError]) -> None:
     """Raise `error` with all of `problems`; do nothing when there are none."""
     found = tuple(problems)

@@ -3,7 +3,6 @@
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +37,7 @@ from slrmerge.searching.results import (
     write_prompts,
     write_result,
 )
-from slrmerge.searching.scorer import LocalScorer, Scorer, ScoreRequest, require_device
+from slrmerge.searching.scorer import LocalScorer, Scorer, ScoreRequest, require_device, torch_threads
 from slrmerge.searching.selection import ScoredCandidate, finalists, mark_feasible, select_from
 from slrmerge.searching.sweep.cost import Cost
 
@@ -162,7 +161,7 @@ class Search:
 
     def estimate(self) -> Estimate:
         """What the first pass would take, from shapes and a matrix product measured here; reads no weights."""
-        with _torch_threads(self.options.threads):
+        with torch_threads(self.options.threads):
             first = self.prepared.first
             made = estimate(self._local_scorer(self.prepared.pair), first.request, device=self.device)
             return replace(made, prompts=len(first.prompts))
@@ -194,7 +193,7 @@ class Search:
             if self._day:
                 progress.message(f"the prompts keep the date of the interrupted search, {self._day}")
         output = self.output_folder(out, overwrite=overwrite)
-        with output.locked(progress), _torch_threads(self.options.threads):
+        with output.locked(progress), torch_threads(self.options.threads):
             output.create_staging()
             remove(path for path in output.staging.iterdir() if path.name not in (*_PASSES, _DATE))
             self._keep_date(output.staging / _DATE)
@@ -398,14 +397,3 @@ def _replace_scores(first: PassResult, exact: PassResult) -> PassResult:
         rows[place] = row
         scores.quality[place], scores.diversity[place] = exact.scores.quality[number], exact.scores.diversity[number]
     return PassResult(rows, scores, {**first.post_quality, **exact.post_quality})
-
-
-@contextmanager
-def _torch_threads(count: int | None) -> Iterator[None]:
-    """Use `count` threads in torch for the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

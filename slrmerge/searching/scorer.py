@@ -197,6 +197,17 @@ def require_device(device: str) -> torch.device:
     return found
 
 
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Use `count` threads in torch for the block, None for as many as now."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _read_result(path: Path, fingerprint: str) -> NDArray[np.float64] | None:
     """The result of a complete pass; None where there is none, or another one, or a damaged one."""
     try:
