@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from slrmerge.cli.group import Command
-from slrmerge.cli.options import FOLDER, json_option, options_from, quiet_option
+from slrmerge.cli.options import json_option, options_from, out_option, quiet_option
 from slrmerge.evaluation.options import EvaluationOptions
 
 _TASKS = ("open-qa", "creative", "reasoning")  # evaluation.tasks.TASKS, without importing it
@@ -28,7 +28,7 @@ _TASKS = ("open-qa", "creative", "reasoning")  # evaluation.tasks.TASKS, without
     metavar="LABEL=MODEL",
     help="A folder, a repository, or MODEL@URL of an OpenAI-compatible server; others are compared with the first.",
 )
-@click.option("--out", required=True, type=FOLDER, help="Folder for samples and results.")
+@out_option("samples and results", required=True)
 @options_from(EvaluationOptions)
 @json_option
 @quiet_option

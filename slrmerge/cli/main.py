@@ -8,7 +8,9 @@ import click
 from slrmerge._version import __version__
 from slrmerge.cli.evaluate import evaluate
 from slrmerge.cli.group import Command, DefaultGroup
+from slrmerge.cli.init import init
 from slrmerge.cli.options import (
+    FOLDER,
     all_of,
     branch_option,
     dry_run_option,
@@ -25,6 +27,7 @@ from slrmerge.cli.options import (
 from slrmerge.cli.output import echo_text
 from slrmerge.cli.push import push, push_folder
 from slrmerge.cli.search import diff, search, select
+from slrmerge.cli.shell import completion, environment, help_command
 from slrmerge.errors import SlrmergeError
 from slrmerge.merging.options import MergeOptions
 
@@ -36,9 +39,11 @@ Exit codes:
   0 success   1 a bug   2 usage   3 recipe   4 checkpoint   5 recipe and checkpoints do not fit
   6 output   7 disk space   8 output in use   9 source changed   10 verification failed
   11 result does not fit the output dtype   12 unsupported model   13 missing package
-  14 Hub   15 questions of an evaluation   16 model server   130 interrupted by Ctrl-C
+  14 Hub   15 questions   16 model server   17 Ray cluster   130 interrupted by Ctrl-C
   141 the reader of stdout has left
 """
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 _merge_options = all_of(
     recipe_argument,
@@ -48,8 +53,8 @@ _merge_options = all_of(
 )
 
 
-@click.group(cls=DefaultGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="slrmerge")
+@click.group(cls=DefaultGroup, epilog=_EPILOG, context_settings=_CONTEXT)
+@click.version_option(__version__, "--version", "-V", prog_name="slrmerge")
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Merge a pre-trained and a post-trained checkpoint, layer by layer, without loading either.
@@ -66,6 +71,7 @@ def main(ctx: click.Context) -> None:
 
 @main.command(cls=Command)
 @_merge_options
+@click.argument("folder", type=FOLDER, required=False, metavar="[OUT]")
 @dry_run_option
 @click.option(
     "--push-to-hub", "repository", metavar="USER/REPO", help="Verify the merge and push it to this repository."
@@ -79,6 +85,7 @@ def merge(
     ctx: click.Context,
     /,
     recipe: Path,
+    folder: Path | None,
     out: Path | None,
     *,
     max_shard_size: str | None,
@@ -91,9 +98,11 @@ def merge(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Merge two checkpoints by RECIPE into the folder --out. The default command.
+    """Merge two checkpoints by RECIPE into the folder OUT. The default command.
 
-    Killed at any moment, --out is absent or as it was; the same command then resumes.
+    RECIPE may be a mergekit config.
+
+    Killed at any moment, OUT is absent or as it was; the same command then resumes.
 
     \b
     slrmerge recipe.yaml --out ./hybrid
@@ -101,6 +110,9 @@ def merge(
     """
     if repository is None and (private or revision):
         raise click.UsageError(f"{'--private' if private else '--revision'} requires --push-to-hub", ctx)
+    if folder is not None and out is not None:
+        raise click.UsageError(f"two output folders: {out} and {folder}", ctx)
+    out = out or folder
     if out is None and not dry_run:
         raise click.MissingParameter(ctx=ctx, param_hint="'--out'", param_type="option")
     chosen, target = MergeOptions(**options), None
@@ -230,7 +242,7 @@ def schema() -> None:
     echo_text(files("slrmerge.recipe").joinpath("recipe.schema.json").read_text("utf-8"))
 
 
-for _command in (diff, evaluate, push, search, select):
+for _command in (completion, diff, environment, evaluate, help_command, init, push, search, select):
     main.add_command(_command)
 
 

@@ -28,6 +28,15 @@ class FolderType(click.Path):
 FOLDER = FolderType(path_type=Path, readable=False)
 
 
+class DtypeType(click.Choice[str]):
+    """A dtype by torch's name, or by its short one."""
+
+    _SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}  # noqa: RUF012
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(self._SHORT.get(value, value), param, ctx)
+
+
 def options_from(kind: type[Any], *only: str) -> Decorator:
     """The options of an option class, all or `only` some, for a command that takes them as `**options`."""
     hints = get_type_hints(kind)
@@ -60,7 +69,9 @@ def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorato
         more["multiple"] = True
     if default not in (None, ()):
         more["default"] = default
-    if known.choices and not known.or_file:
+    if "bfloat16" in known.choices:
+        more["type"] = DtypeType(known.choices)
+    elif known.choices and not known.or_file:
         more["type"] = click.Choice(known.choices)
     elif float in kinds:
         lowest = known.above if known.above is not None else known.minimum
@@ -75,7 +86,7 @@ def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorato
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-quiet_option = click.option("--quiet", is_flag=True, help="Print errors only.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the results of an older run at --out.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
 private_option = click.option("--private", is_flag=True, help="Create the repository as private.")
@@ -87,12 +98,12 @@ recipe_argument = click.argument("recipe", type=PATH)
 folder_argument = click.argument("folder", type=FOLDER)
 recipe_overrides = all_of(
     click.option("--max-shard-size", metavar="SIZE", help="Maximum size of one file, such as 5GB."),
-    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Output dtype."),
+    click.option("--dtype", type=DtypeType(("float32", "float16", "bfloat16", "float64")), help="Output dtype."),
 )
 
 
 def out_option(what: str, *, required: bool = False) -> Decorator:
     """`--out`, the folder for `what`."""
     return click.option(
-        "--out", type=FOLDER, required=required, help=f"Folder for {what}; it appears complete or not at all."
+        "--out", "-o", type=FOLDER, required=required, help=f"Folder for {what}; it appears complete or not at all."
     )

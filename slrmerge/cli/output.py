@@ -2,25 +2,37 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Mapping
 from io import BufferedWriter, FileIO, TextIOWrapper
-from typing import Any, Never, TextIO
+from typing import TYPE_CHECKING, Any, Never, TextIO
 
 import click
 
 from slrmerge.errors import OutputError, Problem, without_credentials
 from slrmerge.io.text import printable, to_json
 
-_CURSOR_UP = "\x1b[A"
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_KEPT = re.compile(r"(\x1b\[(?:A|0m|1;3[136]m))")
+"""What is not escaped on stderr: the cursor moves of progress bars, and the colours of `echo`."""
+
+_COLOURS = {"error": "\x1b[1;31m", "warning": "\x1b[1;33m", "note": "\x1b[1;36m"}
+_PLAIN = "\x1b[0m"
 
 READER_LEFT = 141
 """The exit code that shells report for a closed pipe."""
 
 
 def echo(line: str = "", *, err: bool = False) -> None:
-    """Print one line on stdout or stderr."""
-    click.echo(shown(line), err=err)
+    """Print one line on stdout or stderr; on a terminal `error:`, `warning:` and `note:` are in colour."""
+    text = shown(line)
+    head, colon, rest = text.partition(": ")
+    if colon and head in _COLOURS and "NO_COLOR" not in os.environ:
+        text = f"{_COLOURS[head]}{head}:{_PLAIN} {rest}"  # click removes the colour where there is no terminal
+    click.echo(text, err=err)
 
 
 def shown(text: str, *, keep: str = "") -> str:
@@ -38,30 +50,50 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 class Table:
-    """A table; columns that start with > are aligned right, cells may have several lines."""
+    """A table; columns that start with > are aligned right, cells may have several lines.
+
+    On a terminal that is too narrow each row becomes a block of lines, so that nothing is cut.
+    """
 
     def __init__(self, *columns: str) -> None:
-        self._columns, self._rows = columns, list[tuple[str, ...]]()
+        self._columns, self._rows, self._styles = columns, list[tuple[str, ...]](), list[str]()
 
-    def add_row(self, *cells: str) -> None:
+    def add_row(self, *cells: str, style: str = "") -> None:
+        """Add a row; `style` is rich's, such as bold."""
         self._rows.append(cells)
+        self._styles.append(style)
 
     def print(self) -> None:
         from rich.console import Console
+        from rich.measure import Measurement
         from rich.table import Table as RichTable
 
         table = RichTable(box=None, pad_edge=False, header_style="bold")
         for column in self._columns:
             name, justify = column.removeprefix(">"), "right" if column[:1] == ">" else "left"
             table.add_column(shown(name, keep="\n"), justify=justify, no_wrap=True)  # type: ignore[arg-type]  # a literal type
-        for row in self._rows:
-            table.add_row(*(shown(cell, keep="\n") for cell in row))
+        for row, style in zip(self._rows, self._styles, strict=True):
+            table.add_row(*(shown(cell, keep="\n") for cell in row), style=style)
         console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        if not console.is_terminal:
-            console.width = 10_000
+        width, console.width = console.width, 10_000
+        needed = Measurement.get(console, console.options, table).maximum
         with console.capture() as captured:
-            console.print(table)
+            if needed <= width or not console.is_terminal:
+                console.print(table)
+            else:
+                for row, style in zip(self._rows, self._styles, strict=True):
+                    self._print_block(console, row, style)
         click.echo(captured.get())
+
+    def _print_block(self, console: "Console", row: tuple[str, ...], style: str) -> None:
+        """A row as its first cell and, below it, the others, each with its column's name."""
+        names = [shown(column.removeprefix(">")) for column in self._columns]
+        head, *others = (shown(cell.replace("\n", " ")) for cell in row)
+        console.print(f"{names[0]} {head}".strip(), style=f"bold {style}")
+        widest = max(map(len, names[1:]), default=0)
+        for name, cell in zip(names[1:], others, strict=True):
+            if cell:
+                console.print(f"  {name:{widest}}  {cell}", style=style)
 
 
 def open_streams() -> None:
@@ -90,7 +122,8 @@ class _Messages(TextIOWrapper):
     """stderr, where other libraries print too: their warnings and logs, and progress bars that move the cursor."""
 
     def write(self, text: str) -> int:
-        super().write(_CURSOR_UP.join(printable(part, keep="\n\r\t") for part in text.split(_CURSOR_UP)))
+        parts = _KEPT.split(text)  # what is between, and what is kept
+        super().write("".join(part if _KEPT.fullmatch(part) else printable(part, keep="\n\r\t") for part in parts))
         return len(text)
 
 

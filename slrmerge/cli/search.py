@@ -90,7 +90,7 @@ def select(folder: Path, *, min_quality: float, as_json: bool) -> None:
 
 @click.command(cls=Command)
 @click.argument("sources", nargs=-1, required=True, metavar="RECIPE | PRETRAINED POSTTRAINED")
-@click.option("--out", type=FOLDER, help="Folder for diff.csv and the heat map, as PNG and SVG.")
+@click.option("--out", "-o", type=FOLDER, help="Folder for diff.csv and the heat map, as PNG and SVG.")
 @options_from(MergeOptions, "threads")
 @json_option
 @quiet_option

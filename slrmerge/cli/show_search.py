@@ -74,6 +74,9 @@ def print_estimate(search: "Search", *, as_json: bool) -> None:
     echo(f"{estimate.prompts} prompts{answers}, {tokens}")
     for note in prepared.notes:
         echo(f"note: {as_typed(note)}")
+    if estimate.workers > 1:
+        downloads = f", and downloads {format_bytes(estimate.download_bytes)}" if estimate.download_bytes else ""
+        echo(f"each of {estimate.workers} workers asks so many{downloads}; time at the rate of this machine")
     rows = Table("search of", ">candidates", ">arithmetic", ">states", "dtype", ">rate here", ">time here")
     for row in estimate.rows:
         cost = (f"{row.cost.flop / 1e12:,.3g} TFLOP", format_bytes(row.cost.states_bytes))

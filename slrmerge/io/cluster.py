@@ -7,7 +7,7 @@ import logging
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -50,10 +50,8 @@ class Cluster:
     def __enter__(self) -> Self:
         import ray
 
-        self._closing = ExitStack()
         self._was_connected = ray.is_initialized()
         if not self._was_connected:
-            self._closing.enter_context(redirect_stdout(sys.stderr))  # Ray prints what happens to workers
             try:
                 _knock(self.address)
                 ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
@@ -68,7 +66,6 @@ class Cluster:
 
         if not self._was_connected:
             ray.shutdown()
-        self._closing.close()
 
     def workers(self, *, gpus: bool) -> Workers:
         """One worker per GPU, or per machine with all its cores. Raises ClusterError where the cluster has none."""
@@ -110,8 +107,9 @@ class Cluster:
         counted = 0
         try:
             while pending:
-                done, _ = ray.wait(list(pending), timeout=_POLL_S)
-                total, messages = ray.get(reports.take.remote())
+                with redirect_stdout(sys.stderr):  # where Ray prints what happens to workers
+                    done, _ = ray.wait(list(pending), timeout=_POLL_S)
+                    total, messages = ray.get(reports.take.remote())
                 for text in messages:
                     progress.message(text)
                 if total > counted:  # a job that starts again counts from its beginning

@@ -143,7 +143,17 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, but strings are quoted where YAML 1.1 or 1.2 reads something else."""
+    """PyYAML's safe dumper, but strings are quoted where YAML 1.1 or 1.2 reads something else.
+
+    The outermost mapping has a line for each key, also where all its values are scalars.
+    """
+
+    def represent_data(self, data: Any) -> yaml.Node:
+        is_outermost = not self.represented_objects
+        node = super().represent_data(data)
+        if is_outermost and isinstance(node, yaml.MappingNode) and node.value:
+            node.flow_style = False
+        return node
 
 
 for _tag, (_first, _pattern) in _SCALARS.items():

@@ -29,6 +29,7 @@ class ScorerSetup:
     posttrained: str
     fingerprints: tuple[dict[str, object], dict[str, object]]
     output_dtype: str | None
+    shares_vocabulary: bool
     device: str
     max_memory_bytes: int
     threads: int
@@ -50,12 +51,17 @@ class RayScorer:
         device: str,
         max_memory_bytes: int,
         threads: int | None,
+        shares_vocabulary: bool = False,
     ) -> None:
-        self._local = LocalScorer(
-            pair, output_dtype=output_dtype, device=require_device("cpu"), max_memory_bytes=max_memory_bytes
+        self.local = LocalScorer(
+            pair,
+            output_dtype=output_dtype,
+            device=require_device("cpu"),
+            max_memory_bytes=max_memory_bytes,
+            shares_vocabulary=shares_vocabulary,
         )
         self._pair, self._address = pair, address
-        self._output_dtype, self._device = output_dtype, device
+        self._output_dtype, self._shares_vocabulary, self._device = output_dtype, shares_vocabulary, device
         self._max_memory_bytes, self._threads = max_memory_bytes, threads
         self._closing = ExitStack()
         self._cluster: Cluster | None = None
@@ -71,8 +77,7 @@ class RayScorer:
     @property
     def workers(self) -> Workers:
         """What the cluster can run at a time. Raises ClusterError."""
-        with Cluster(self._address) as cluster:
-            return cluster.workers(gpus=self._device.startswith("cuda"))
+        return self._connected().workers(gpus=self._device.startswith("cuda"))
 
     def parts(self, request: ScoreRequest) -> list[ScoreRequest]:
         """The request of each worker: consecutive contexts, which have the most in common."""
@@ -81,7 +86,7 @@ class RayScorer:
 
     def cost(self, request: ScoreRequest) -> Cost:
         """The cost of all workers together."""
-        costs = [self._local.cost(part) for part in self.parts(request)]
+        costs = [self.local.cost(part) for part in self.parts(request)]
         return Cost(
             sum(cost.flop for cost in costs),
             sum(cost.states_bytes for cost in costs),
@@ -118,6 +123,7 @@ class RayScorer:
             post.reference,
             (pre.fingerprint(), post.fingerprint()),
             self._output_dtype,
+            self._shares_vocabulary,
             self._device,
             self._max_memory_bytes,
             self._threads or self.workers.cpus,
@@ -162,6 +168,7 @@ def _local_scorer(setup: ScorerSetup, progress: Progress) -> LocalScorer:
     return LocalScorer(
         pair.download(progress),
         output_dtype=setup.output_dtype,
+        shares_vocabulary=setup.shares_vocabulary,
         device=require_device(setup.device),
         max_memory_bytes=setup.max_memory_bytes,
     )

@@ -1,6 +1,7 @@
 """What a search would take on this machine, without reading weights."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -38,9 +39,23 @@ class Estimate:
     prompt_tokens: int
     packed_tokens: int
     rows: tuple[EstimateRow, ...]
+    workers: int = 1
+    """With more than one, everything else is about the worker with the most to do."""
+
+    download_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [{**asdict(row), "seconds": row.seconds} for row in self.rows]}
+
+
+def estimate_parts(scorer: LocalScorer, parts: Sequence[ScoreRequest]) -> Estimate:
+    """The cost of the largest part of a first pass that several workers share, at the rate of this machine."""
+    largest = max(parts, key=lambda part: scorer.cost(part).flop)
+    made = estimate(scorer, largest, device=torch.device("cpu"))
+    weights = (file for _, side in scorer.pair.items() for file in side.weight_files.values())
+    return replace(
+        made, rows=made.rows[:1], workers=len(parts), download_bytes=sum(file.download_bytes for file in weights)
+    )
 
 
 def estimate(scorer: LocalScorer, request: ScoreRequest, *, device: torch.device) -> Estimate:

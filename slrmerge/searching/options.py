@@ -59,6 +59,7 @@ class SearchOptions(Options):
         default_help="half of the memory",
     )
     resume: bool = option(True, "Keep hidden states so that a killed search resumes.", flag="--resume/--no-resume")
+    ray: str | None = option(None, "Run on a Ray cluster: auto, local, or HOST:PORT.", metavar="ADDRESS")
     threads: int | None = option(None, "Number of threads.", minimum=1, default_help="one per core")
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from slrmerge.io.progress import Progress
 from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.candidates import Candidate, leave_out_unlike, make_candidates
-from slrmerge.searching.estimate import Estimate, estimate
+from slrmerge.searching.estimate import Estimate, estimate, estimate_parts
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
 from slrmerge.searching.proxy_tasks import Scores, make_task
@@ -40,6 +40,9 @@ from slrmerge.searching.results import (
 from slrmerge.searching.scorer import LocalScorer, Scorer, ScoreRequest, require_device, torch_threads
 from slrmerge.searching.selection import ScoredCandidate, finalists, mark_feasible, select_from
 from slrmerge.searching.sweep.cost import Cost
+
+if TYPE_CHECKING:
+    from slrmerge.searching.cluster import RayScorer
 
 BIG_PARAMETERS = 1_000_000_000
 """From this size a first pass runs in bfloat16 by default."""
@@ -124,8 +127,8 @@ class Search:
         self.task = make_task(self.options.task)
         self._day = self.options.day
         self.questions = self.task.questions()
-        self.device = require_device(self.options.device)
-        self._make_scorer = make_scorer or self._local_scorer
+        self.device = require_device("cpu" if self.options.ray else self.options.device)
+        self._make_scorer = make_scorer or (self._ray_scorer if self.options.ray else self._local_scorer)
         self._scorer: tuple[ModelPair, Scorer] | None = None
 
     def __repr__(self) -> str:
@@ -162,8 +165,11 @@ class Search:
     def estimate(self) -> Estimate:
         """What the first pass would take, from shapes and a matrix product measured here; reads no weights."""
         with torch_threads(self.options.threads):
-            first = self.prepared.first
-            made = estimate(self._local_scorer(self.prepared.pair), first.request, device=self.device)
+            pair, first = self.prepared.pair, self.prepared.first
+            if self.options.ray:
+                with self._ray_scorer(pair) as scorer:
+                    return estimate_parts(scorer.local, scorer.parts(first.request))
+            made = estimate(self._local_scorer(pair), first.request, device=self.device)
             return replace(made, prompts=len(first.prompts))
 
     def output_folder(self, out: str | os.PathLike[str], *, overwrite: bool) -> OutputFolder:
@@ -198,7 +204,9 @@ class Search:
             remove(path for path in output.staging.iterdir() if path.name not in (*_PASSES, _DATE))
             self._keep_date(output.staging / _DATE)
             with output.staged(lambda _: self._what_is_kept(output.staging)):
-                pair = self.prepared.pair.download(progress)
+                pair = self.prepared.pair
+                if not self.options.ray:  # whose workers download into their own caches
+                    pair = pair.download(progress)
                 with self._scorer_of(pair) as scorer:
                     scored = self._score(scorer, output, progress)
                 result = self._select(scored, self._base(pair, output.path), elapsed_s=monotonic() - started)
@@ -286,6 +294,20 @@ class Search:
             device=self.device,
             max_memory_bytes=self.options.max_memory_bytes,
             shares_vocabulary=self.recipe.vocabulary == "shared",
+        )
+
+    def _ray_scorer(self, pair: ModelPair) -> "RayScorer":
+        from slrmerge.searching.cluster import RayScorer
+
+        assert self.options.ray is not None
+        return RayScorer(
+            pair,
+            self.options.ray,
+            output_dtype=self.recipe.dtype,
+            shares_vocabulary=self.recipe.vocabulary == "shared",
+            device=self.options.device,
+            max_memory_bytes=self.options.max_memory_bytes,
+            threads=self.options.threads,
         )
 
     def _base(self, pair: ModelPair, folder: Path) -> Recipe:

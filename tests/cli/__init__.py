@@ -61,3 +61,23 @@ def at_a_terminal(command: Sequence[str], *, columns: int, **environment: str) -
         os.close(ours)
     printed, _ = done.communicate()
     return done.returncode, printed, seen
+
+
+def on_a_terminal(command: Sequence[str], *, columns: int, cwd: Path, **environment: str) -> str:
+    """What a terminal shows of a command's stdout and stderr."""
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    environment = {**os.environ, "TERM": "xterm", **environment}
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment, cwd=cwd)
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    except OSError:  # how Linux says that the other side has closed
+        pass
+    finally:
+        os.close(ours)
+        process.wait()
+    return seen.decode().replace("\r\n", "\n")
