@@ -160,8 +160,6 @@ def test_a_file_name_too_long_for_the_disk_is_refused(sharded: Path) -> None:
         b"null",
         b"",
         b'{"a" 1}',
-        b'{"a": 1, "\\u0061": 2}',
-        b'{"a": {"b": 1, "b": 1}}',
         b"\xff",
         pytest.param(b'{"a":' * 200_000, id="deeply nested"),
     ],
@@ -170,6 +168,12 @@ def test_a_file_name_too_long_for_the_disk_is_refused(sharded: Path) -> None:
 def test_a_config_or_index_that_is_not_a_json_object_is_refused(sharded: Path, file: str, text: bytes) -> None:
     (sharded / file).write_bytes(text)
     assert places(refusal(sharded, "invalid-json"), sharded) == [file]
+
+
+@pytest.mark.parametrize("text", [b'{"a": 1, "\\u0061": 2}', b'{"a": {"b": 1, "b": 1}}'])
+def test_an_index_with_duplicate_keys_is_refused(sharded: Path, text: bytes) -> None:
+    (sharded / INDEX).write_bytes(text)
+    assert places(refusal(sharded, "invalid-json"), sharded) == [INDEX]
 
 
 @pytest.mark.parametrize("file", [CONFIG, INDEX])

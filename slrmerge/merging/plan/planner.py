@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from slrmerge.checkpoint.config_differences import compare_configs
 from slrmerge.checkpoint.header import FLOATING
@@ -62,7 +63,6 @@ def plan_merge(
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
     notes = (
         *_config_notes(pair),
-        *tokenizer_notes(recipe.tokenizer, pair, planned.tensors),
         *_idle_notes(alphas),
         *recipe.notes(pair),
         *pair.posttrained.notes,
@@ -77,9 +77,13 @@ def plan_merge(
 def plan(
     recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False, output: str = "model"
 ) -> MergePlan:
-    """Plan a merge as `merge` would execute it: `plan_merge`, with the result of the search that wrote the recipe."""
+    """Plan a merge as `merge` would execute it: `plan_merge`, with what files beside recipe and weights say.
+
+    They are the result of the search that wrote the recipe, and the tokenizer, which may not fit the embedding.
+    """
     recipe = as_recipe(recipe)
-    return plan_merge(recipe, pair, allow_code=allow_code, output=output, finding=find_search_result(recipe))
+    made = plan_merge(recipe, pair, allow_code=allow_code, output=output, finding=find_search_result(recipe))
+    return replace(made, notes=(*tokenizer_notes(recipe.tokenizer, made.pair, made.tensors()), *made.notes))
 
 
 def _config_notes(pair: ModelPair) -> Iterator[str]:

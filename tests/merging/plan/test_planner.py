@@ -9,6 +9,7 @@ import pytest
 
 from slrmerge import merge
 from slrmerge.errors import PlanError
+from slrmerge.merging.plan.planner import plan as make_plan
 from slrmerge.merging.plan.tokenizer import highest_token_id
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
 from tests.merging.plan import plan_of, write_pair
@@ -80,12 +81,13 @@ def test_a_tokenizer_past_the_rows_of_the_embedding_is_noted(
 ) -> None:
     write_checkpoint(tmp_path / "pre", llama_tensors("pre"), side_files=files)
     write_checkpoint(tmp_path / "post", llama_tensors("post"), side_files={"tokenizer.json": tokenizer(16)})
-    plan = plan_of(tmp_path, restore=[1, 2], tokenizer="pretrained")
+    recipe = {"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post"), "restore": [1, 2]}
+    plan = make_plan({**recipe, "tokenizer": "pretrained"})
     assert highest_token_id(plan.pair.pretrained) == highest
     noted = [note for note in plan.notes if "tokenizer" in note]
     assert len(noted) == (highest is not None and highest >= 16)
     assert all(f"{highest}" in note and "16 rows" in note for note in noted)
-    assert not [note for note in plan_of(tmp_path, restore=[1, 2]).notes if "tokenizer" in note]
+    assert not [note for note in make_plan(recipe).notes if "tokenizer" in note]
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_a_tied_post_trained_model_leaves_the_pre_trained_head_out(tmp_path: Pat
     plan = plan_of(tmp_path, alpha=0.5)
     assert "lm_head.weight" not in by_name(plan)
     assert [note.rpartition(": ")[2] for note in plan.notes] == ["lm_head.weight"]
-    assert plan_of(tmp_path, alpha=0).notes == ()
+    assert not any("lm_head" in note for note in plan_of(tmp_path, alpha=0).notes)
 
 
 ROTARY = [f"model.layers.{k}.self_attn.rotary_emb.inv_freq" for k in range(6)]
