@@ -48,7 +48,7 @@ def search(
 
     \b
     slrmerge search recipe.yaml --out ./search
-    slrmerge search recipe.yaml --dry-run
+    slrmerge search recipe.yaml --task my-task.yaml --dry-run
     """
     if out is None and not dry_run:
         raise click.MissingParameter(ctx=ctx, param_hint="'--out'", param_type="option")
@@ -62,7 +62,7 @@ def search(
     if out is None or dry_run:
         if out is not None:
             prepared.output_folder(out, overwrite=overwrite)
-        show_search.print_estimate(prepared.estimate(), as_json=as_json)
+        show_search.print_estimate(prepared, as_json=as_json)
         return
     with TerminalProgress(quiet=quiet or as_json) as progress:
         result = prepared.run(out, overwrite=overwrite, progress=progress)

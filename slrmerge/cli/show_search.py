@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from slrmerge.cli.group import as_typed
 from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.io.sizes import format_bytes
-from slrmerge.searching.results import RECIPES, SearchResult
+from slrmerge.searching.results import LOW_QUALITY, RECIPES, SearchResult
 from slrmerge.searching.selection import ScoredCandidate, ten_best
 
 if TYPE_CHECKING:
-    from slrmerge.searching.estimate import Estimate
+    from slrmerge.searching.run import Search
 
 _NAMES = {
     "post": "post-trained",
@@ -26,6 +26,8 @@ _NAMES = {
 def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     """The selected candidate next to the parents and controls, then the ten best."""
     best = ten_best(result.rows)
+    for warning in result.warnings:
+        echo(f"warning: {as_typed(warning)}", err=True)
     if as_json:
         summary = result.summary().model_dump(mode="json", exclude_defaults=True)
         print_json({"out": str(folder), **summary, "ten_best": [_plain(row) for row in best]})
@@ -35,7 +37,11 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     for name, row in choice.named().items():
         gains = (_gain(choice.slr, row, "quality"), _gain(choice.slr, row, "diversity"))
         layers = str(row.info.layers_restored or "")
-        compared.add_row(_NAMES[name], row.info.full_label, layers, *_scores(row), *gains)
+        is_doubtful = (name == "post" and row.quality < LOW_QUALITY) or (
+            name == "pre" and row.quality > choice.post.quality
+        )
+        named = _NAMES[name] + (" (!)" if is_doubtful else "")
+        compared.add_row(named, row.info.full_label, layers, *_scores(row), *gains)
     compared.print()
     ranked = Table(">rank", "hybrid", ">layers", ">Q", ">D")
     for rank, row in enumerate(best, 1):
@@ -55,13 +61,19 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     echo(f"merge it: slrmerge {_quoted(folder / RECIPES['slr'])} --out ./hybrid")
 
 
-def print_estimate(estimate: "Estimate", *, as_json: bool) -> None:
-    """What the search would take, and what the paper's three models would take on this machine."""
+def print_estimate(search: "Search", *, as_json: bool) -> None:
+    """What the search asks and would take, and what the paper's three models would take on this machine."""
+    estimate, prepared = search.estimate(), search.prepared
     if as_json:
-        print_json(estimate.to_dict())
+        asked = {"prompt": prepared.prompts[0].text, "date": prepared.day and prepared.day.isoformat()}
+        print_json({**estimate.to_dict(), **asked, "notes": prepared.notes})
         return
     tokens = f"{estimate.prompt_tokens:,} tokens, packed into {estimate.packed_tokens:,}"
-    echo(f"{estimate.prompts} prompts, {tokens}")
+    lengths = [len(path) for prompt in prepared.prompts for path in prompt.answers]
+    answers = f", {len(lengths):,} answers of up to {max(lengths)} tokens" if max(lengths) > 1 else ""
+    echo(f"{estimate.prompts} prompts{answers}, {tokens}")
+    for note in prepared.notes:
+        echo(f"note: {as_typed(note)}")
     rows = Table("search of", ">candidates", ">arithmetic", ">states", "dtype", ">rate here", ">time here")
     for row in estimate.rows:
         cost = (f"{row.cost.flop / 1e12:,.3g} TFLOP", format_bytes(row.cost.states_bytes))

@@ -234,11 +234,11 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
         base = Recipe(pretrained=summary.pretrained, posttrained=summary.posttrained, dtype=summary.dtype)
     except (ValueError, csv.Error, RecipeError) as error:
         raise damaged from error
-    parents = sorted(row.info.space for row in rows if row.exact and row.info.space in ("post", "pre"))
-    if (
-        parents not in (["post"], ["post", "pre"])
-        or not {row.conditions for row in rows} <= summary.post_quality.keys()
-    ):
+    parents = [row.info.space for row in rows if row.exact and row.info.space in ("post", "pre")]
+    conditions = {row.conditions for row in rows}
+    if parents != [name for name in ("post", "pre") if name in summary.selected]:
+        raise damaged
+    if "post" not in parents or not conditions <= summary.post_quality.keys():
         raise damaged
     return SearchResult(
         rows=rows,

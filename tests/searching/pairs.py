@@ -4,6 +4,7 @@ Also scores without a model, and a Progress that records a run or stops it.
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from slrmerge.recipe.model import Recipe
 from slrmerge.recipe.rules import Rules
 from slrmerge.searching.candidates import CandidateInfo
 from slrmerge.searching.options import SearchOptions
+from slrmerge.searching.prompts import Prompt
 from slrmerge.searching.proxy_tasks import TASKS, ConstrainedRandomCharacter
 from slrmerge.searching.results import FIGURES, SearchResult
 from slrmerge.searching.run import Search
@@ -83,9 +85,9 @@ def make_pair(folder: Path, *, layers: int = LAYERS) -> SmallPair:
     return SmallPair(folder)
 
 
-def make_model(folder: Path, *, seed: int, layers: int = LAYERS, **config: Any) -> Path:
+def make_model(folder: Path, *, seed: int, layers: int = LAYERS, more_words: int = 0, **config: Any) -> Path:
     """A Llama checkpoint in float32 with a tokenizer, as a Hub folder has them."""
-    words = vocabulary()
+    words = [*vocabulary(), *(f"word-{number}" for number in range(more_words))]
     folder.mkdir(parents=True)
     values = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers,
@@ -191,6 +193,23 @@ def made_result(
         "post_quality": post_quality, "layers": max(ends, default=0) + 1, "task": "crc", "notes": (), "elapsed_s": 1.5,
     }  # fmt: skip
     return SearchResult(**{**values, **more})
+
+
+def scores_of_paths(folder: Path, prompt: Prompt) -> tuple[float, float]:
+    """Q and D of a checkpoint by transformers: each answer is written out, and its tokens' probabilities multiplied."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    valid = []
+    for path in prompt.answers:
+        tokens = [prompt.contexts[context].targets[target] for context, target in path]
+        ids = prompt.contexts[0].ids
+        with torch.inference_mode():
+            log_probs = model(torch.tensor([[*ids, *tokens]])).logits[0].double().log_softmax(-1)
+        places = range(len(ids) - 1, len(ids) - 1 + len(tokens))
+        valid.append(math.exp(sum(log_probs[place, token].item() for place, token in zip(places, tokens, strict=True))))
+    shares = [probability / sum(valid) for probability in valid]
+    return sum(valid), -sum(share * math.log(share) for share in shares)
 
 
 # recording and stopping

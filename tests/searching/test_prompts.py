@@ -1,17 +1,21 @@
 """Questions become the right tokens, or are refused, with templates and tokenizers that have traps."""
 
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from slrmerge.errors import Problem, UnsupportedModelError
 from slrmerge.searching import prompts
-from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
+from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, load_tokenizer, render, tokenize
 from slrmerge.searching.proxy_tasks import Question
 from slrmerge.searching.sweep.contexts import Context
+from tests.problems import refused
 
 ASK = "Pick A or B."
 MARKS = ("<s>", "</s>", "<user>", "<bot>", "<think>", "</think>", "[INST]", "[/INST]")
@@ -68,8 +72,27 @@ def refusals(folder: Path, *answers: str) -> list[Problem]:
     return list(caught.value.problems)
 
 
+def paths(folder: Path, *answers: str) -> list[str]:
+    """The tokens of each answer along its path, and the context that each of them follows."""
+    from transformers import AutoTokenizer
+
+    (prompt,) = tokenize([Question(ASK, answers)], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    start = len(prompt.contexts[0].ids)
+    for path in prompt.answers:
+        written: tuple[int, ...] = ()
+        for number, target in path:
+            context = prompt.contexts[number]
+            assert context.ids == prompt.contexts[0].ids + written
+            written = (*context.ids[start:], context.targets[target])
+    return [
+        " ".join(tokenizer.convert_ids_to_tokens([prompt.contexts[c].targets[t] for c, t in path]))
+        for path in prompt.answers
+    ]
+
+
 def refused_answers(folder: Path, *answers: str) -> list[str]:
-    """The answers that are refused because they are not one token."""
+    """The answers that are refused because they have no tokens of their own."""
     problems = refusals(folder, *answers)
     assert {problem.code for problem in problems} == {"answer-not-a-token"}
     return [problem.what.split("'")[1] for problem in problems]
@@ -118,8 +141,13 @@ def test_without_a_space_in_the_template_the_answer_has_none(tmp_path: Path) -> 
     assert valid == ["A", "B"]
 
 
-def test_a_space_that_is_a_token_of_its_own_is_refused(tmp_path: Path) -> None:
-    assert refused_answers(save(tmp_path, SPACED), "A", "B") == ["A", "B"]
+def test_a_space_that_is_a_token_of_its_own_is_one_more_step(tmp_path: Path) -> None:
+    """Q = P(space) · (P(A | space) + P(B | space))."""
+    (prompt,) = tokenize([Question(ASK, ("A", "B"))], save(tmp_path, SPACED))
+    space, answer = prompt.contexts
+    assert answer.ids == space.ids + space.targets
+    assert prompt.answers == (((0, 0), (1, 0)), ((0, 0), (1, 1)))
+    assert paths(tmp_path, "A", "B") == ["  A", "  B"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\n\n", ": "])
@@ -149,13 +177,160 @@ def test_a_template_that_renders_past_turns_differently_is_supported(tmp_path: P
     )
 
 
-def test_a_model_that_always_thinks_first_is_refused(tmp_path: Path) -> None:
-    template = PLAIN.replace("{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}")
-    assert refused_answers(save(tmp_path, template), "A") == ["A"]
+EMPTY_THOUGHT = PLAIN.replace("{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}")
 
 
-def test_answers_of_several_tokens_are_refused(tmp_path: Path) -> None:
-    assert refused_answers(save(tmp_path, PLAIN), "1", "10") == ["10"]
+@pytest.mark.parametrize(
+    ("template", "added"),
+    [(EMPTY_THOUGHT, "<think></think>"), (EMPTY_THOUGHT.replace("<bot>{%", "<bot><think>{%"), "</think>")],
+    ids=["a whole block", "its end"],
+)
+def test_what_the_template_writes_before_every_answer_belongs_to_the_prompt(
+    tmp_path: Path, template: str, added: str
+) -> None:
+    (prompt,) = tokenize([Question(ASK, ("A", "B"))], save(tmp_path, template))
+    assert (prompt.added, prompt.text) == (added, f"<user>{ASK}</s><bot><think></think>")
+    assert ask(tmp_path, "A", "B") == (["<user>", *ASK, "</s>", "<bot>", "<think>", "</think>"], ["A", "B"])
+
+
+def test_a_channel_of_the_answer_belongs_to_the_prompt(tmp_path: Path) -> None:
+    channel = "{{ '<|channel|>final<|message|>' if m.role == 'assistant' }}{{ m.content }}"
+    (prompt,) = tokenize([Question(ASK, ("a", "f"))], save(tmp_path, PLAIN.replace("{{ m.content }}", channel)))
+    assert prompt.added == "<|channel|>final<|message|>"
+    assert [len(path) for path in prompt.answers] == [1, 1]
+
+
+OPEN_BLOCKS = [
+    "<think>\n",
+    "<|begin_of_thought|>",
+    "[THINK]",
+    "<seed:think>",
+    "<|channel|>analysis<|message|>",
+    "◁think▷",
+]
+
+
+@pytest.mark.parametrize("mark", OPEN_BLOCKS)
+def test_a_thinking_block_that_stays_open_is_refused(tmp_path: Path, mark: str) -> None:
+    save(tmp_path, f"{{% set mark = {mark!r} %}}" + PLAIN.replace("<bot>{% endif %}", "<bot>{{ mark }}{% endif %}"))
+    assert refusal_code(tmp_path) == "open-thinking"
+
+
+@pytest.mark.parametrize(
+    "mark", ["<think></think>", "<no_think>", "[THINK][/THINK]", "<|begin_of_thought|><|end_of_thought|>"]
+)
+def test_a_thinking_block_that_ends_is_no_reason_to_refuse(tmp_path: Path, mark: str) -> None:
+    save(tmp_path, PLAIN.replace("<bot>{% endif %}", f"<bot>{mark}{{% endif %}}"))
+    (prompt,) = tokenize([Question(ASK, ("A", "B"))], tmp_path)
+    assert (prompt.text.endswith(mark), prompt.added) == (True, "")
+
+
+def test_the_remedy_for_an_open_thinking_block_helps(tmp_path: Path) -> None:
+    end = "<bot><think>{{ '</think>' if enable_thinking is false }}{% endif %}"
+    assert ask(save(tmp_path, PLAIN.replace("<bot>{% endif %}", end)), "A", "B")[0][-2:] == ["<think>", "</think>"]
+
+
+def test_a_question_about_thinking_opens_no_block(tmp_path: Path) -> None:
+    save(tmp_path, PLAIN)
+    (prompt,) = tokenize([Question("What does <think> mean, A or B?", ("A", "B"))], tmp_path)
+    assert prompt.added == ""
+
+
+# the question in the prompt
+
+PARTS = PLAIN.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+
+
+def test_a_template_that_iterates_over_parts_gets_parts(tmp_path: Path) -> None:
+    assert ask(save(tmp_path, PARTS), "A", "B") == (["<user>", *ASK, "</s>", "<bot>"], ["A", "B"])
+
+
+def test_a_template_that_fails_with_text_gets_parts(tmp_path: Path) -> None:
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content[0]['text'].strip() }}")
+    assert ask(save(tmp_path, template), "A", "B")[0] == ["<user>", *ASK, "</s>", "<bot>"]
+
+
+@pytest.mark.parametrize("content", ["{{ m.text }}", "{{ m.content | upper }}", "{{ m.content[:5] }}"])
+def test_a_template_that_leaves_out_the_question_is_refused(tmp_path: Path, content: str) -> None:
+    assert refusal_code(save(tmp_path, PLAIN.replace("{{ m.content }}", content))) == "question-not-in-prompt"
+
+
+def test_questions_with_the_same_tokens_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, PLAIN)
+    with refused(UnsupportedModelError, "prompts-alike"):
+        tokenize([Question("é?", ("A", "B")), Question("ü?", ("A", "B"))], tmp_path)
+
+
+# the date
+
+DATED = "\n   {% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %-d/%m, 100%%') }}{% endif %}" + PLAIN
+
+
+def test_a_template_gets_the_date_that_is_given(tmp_path: Path) -> None:
+    (prompt,) = tokenize([Question(ASK, ("A", "B"))], save(tmp_path, DATED), day=date(2025, 3, 7))
+    assert prompt.day == date(2025, 3, 7)
+    assert prompt.text == f"\n07 Mar 2025, 7/03, 100%<user>{ASK}</s><bot>"
+
+
+def test_the_date_today_gives_the_prompt_that_transformers_renders(tmp_path: Path) -> None:
+    save(tmp_path, DATED)
+    today = date.today()
+    (prompt,) = tokenize([Question(ASK, ("A", "B"))], tmp_path)
+    plain = render(load_tokenizer(tmp_path), ASK)
+    if date.today() == today:  # not at midnight
+        assert (prompt.text, prompt.day) == (plain, today)
+
+
+def test_a_template_that_asks_for_no_date_has_none(tmp_path: Path) -> None:
+    (prompt,) = tokenize([Question(ASK, ("A", "B"))], save(tmp_path, PLAIN), day=date(2025, 3, 7))
+    assert prompt.day is None
+
+
+# answers of several tokens
+
+
+def test_answers_of_several_tokens_are_paths(tmp_path: Path) -> None:
+    assert paths(save(tmp_path, PLAIN), "12", "13", "2") == ["1 2", "1 3", "2"]
+
+
+def test_an_answer_that_is_the_start_of_another_ends_with_the_turn(tmp_path: Path) -> None:
+    assert paths(save(tmp_path, PLAIN), "1", "10", "2") == ["1 </s>", "1 0", "2"]
+
+
+def test_the_end_of_a_turn_is_everything_up_to_its_mark(tmp_path: Path) -> None:
+    save(tmp_path, PLAIN.replace("{{ m.content }}</s>", "{{ m.content }}.</s>\n"))
+    assert paths(tmp_path, "1", "10") == ["1 . </s>", "1 0"]
+
+
+def test_without_a_mark_the_end_of_a_turn_is_its_first_token(tmp_path: Path) -> None:
+    save(tmp_path, PLAIN.replace("{{ m.content }}</s>", "{{ m.content }};\n"))
+    assert paths(tmp_path, "1", "10") == ["1 ;", "1 0"]
+
+
+def test_a_template_that_renders_past_turns_differently_ends_them_all_the_same(tmp_path: Path) -> None:
+    assert paths(save(tmp_path, "{{ '<s>' if messages|length == 2 }}" + PLAIN), "1", "10") == ["1 </s>", "1 0"]
+
+
+def test_answers_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    """The turn ends with 0, so that 1 and its end look like 10."""
+    save(tmp_path, PLAIN.replace("{{ m.content }}</s>", "{{ m.content }}0\n"))
+    with refused(UnsupportedModelError, "ambiguous-answers"):
+        tokenize([Question(ASK, ("1", "10"))], tmp_path)
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=4), min_size=2, max_size=8, unique=True))
+@settings(deadline=None, max_examples=25)
+def test_no_answer_is_the_start_of_another(plain_folder: Path, answers: list[str]) -> None:
+    """So the probabilities of answers add up to at most one."""
+    found = [tuple(path.split()) for path in paths(plain_folder, *answers)]
+    for path, answer in zip(found, answers, strict=True):
+        assert "".join(path).removesuffix("</s>") == answer
+        assert not any(other != path and other[: len(path)] == path for other in found)
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("plain"), PLAIN)
 
 
 def test_answers_of_several_characters_and_one_token_are_supported(tmp_path: Path) -> None:
@@ -178,7 +353,7 @@ def test_an_unknown_token_is_refused(tmp_path: Path) -> None:
 
 
 def test_three_refused_answers_are_reported(tmp_path: Path) -> None:
-    assert refused_answers(save(tmp_path, PLAIN), "10", "11", "12", "13", "1") == ["10", "11", "12"]
+    assert refused_answers(save(tmp_path, PLAIN), "é", "ü", "ö", "ä", "1") == ["é", "ü", "ö"]
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
@@ -221,7 +396,7 @@ def test_a_folder_without_a_valid_tokenizer_is_refused(tmp_path: Path, content: 
     assert "\n" not in problem.what
 
 
-# answers of several tokens
+# log-probabilities of whole answers
 
 
 def prompt_of(*contexts: Context, answers: tuple[tuple[tuple[int, int], ...], ...]) -> Prompt:

@@ -1,14 +1,17 @@
-"""Proxy tasks: the forty questions of CRC, word for word; its scores, compared with sums worked out by hand."""
+"""Proxy tasks: the forty questions of CRC, word for word; scores worked out by hand; tasks that YAML files define."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from slrmerge.errors import DataError, OptionError
 from slrmerge.io.options import options_of
 from slrmerge.searching.options import SearchOptions
-from slrmerge.searching.proxy_tasks import TASKS, ConstrainedRandomCharacter
+from slrmerge.searching.proxy_tasks import TASKS, ConstrainedRandomCharacter, Question, load_task, make_task
+from tests.problems import refused
 
 NAN = math.nan
 TASK = ConstrainedRandomCharacter()
@@ -88,6 +91,78 @@ def test_candidates_and_prompts_are_scored_independently() -> None:
             alone = TASK.score(log_probs[candidate : candidate + 1, prompt : prompt + 1])
             assert alone.quality.item() == together.quality[candidate, prompt]
             assert alone.diversity.item() == together.diversity[candidate, prompt]
+
+
+# tasks in YAML
+
+
+def task_file(folder: Path, text: str) -> Path:
+    path = folder / "task.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_lists_questions_and_ranges(tmp_path: Path) -> None:
+    text = """
+questions:
+  - text: "Heads or tails?"
+    answers: [heads, tails]
+ranges:
+  - text: "A day from {first} to {last}?"
+    values: [Monday, Tuesday, Wednesday]
+    shortest: 2
+"""
+    assert make_task(str(task_file(tmp_path, text))).questions() == (
+        Question("Heads or tails?", ("heads", "tails")),
+        Question("A day from Monday to Tuesday?", ("Monday", "Tuesday")),
+        Question("A day from Monday to Wednesday?", ("Monday", "Tuesday", "Wednesday")),
+        Question("A day from Tuesday to Wednesday?", ("Tuesday", "Wednesday")),
+    )
+
+
+def test_count_limits_the_questions_of_ranges(tmp_path: Path) -> None:
+    text = 'ranges: [{text: "{first}-{last}", values: [a, b, c, d, e], shortest: 2, count: 3}]'
+    questions = load_task(task_file(tmp_path, text)).questions()
+    assert len(questions) == 3
+    assert questions == load_task(task_file(tmp_path, text)).questions()
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        ("questions: []", ["empty"]),
+        ("question: []", ["unknown-key"]),
+        ("- a", ["wrong-type"]),
+        ("questions: [{text: a?, answers: [x]}]", ["too-few-answers"]),
+        ("questions: [{text: a?, answers: [x, y, x]}]", ["duplicate"]),
+        ("questions: [{text: a?, answers: [1, 2]}]", ["wrong-type"]),
+        ("questions: [{text: a?, answers: [true, x]}]", ["wrong-type"]),
+        ("questions: [{text: a?, answers: [' x', y]}]", ["invalid-value"]),
+        ("questions: [{text: '', answers: ['', y]}]", ["empty"]),
+        ("questions: [{text: a?, answers: [x, y]}, {text: a?, answers: [x, z]}]", ["duplicate"]),
+        ("ranges: [{text: '{first}', values: [a, b, c, d]}]", ["no-place"]),
+        ("ranges: [{text: '{first} {last}', values: [a, b, c]}]", ["out-of-range"]),
+        ("questions: [{text: a?}, {answers: [1, x], colour: red}]", ["missing-key", "wrong-type", "unknown-key"]),
+    ],
+)
+def test_an_invalid_task_is_refused_with_every_problem(tmp_path: Path, text: str, codes: list[str]) -> None:
+    path = task_file(tmp_path, text)
+    with pytest.raises(DataError) as caught:
+        load_task(path)
+    assert {problem.code for problem in caught.value.problems} == set(codes)
+    assert all(problem.where.startswith(str(path)) for problem in caught.value.problems)
+
+
+def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with refused(DataError, "task-unreadable"):
+        make_task(str(tmp_path / "nothing.yaml"))
+
+
+def test_a_word_that_is_neither_a_task_nor_a_file_is_refused() -> None:
+    with refused(OptionError, "invalid-choice"):
+        SearchOptions(task="month")
+    assert SearchOptions(task="month.yaml").task == "month.yaml"
+    assert SearchOptions(task=Path("month.yml")).task == "month.yml"  # type: ignore[arg-type]  # also a path
 
 
 # every task

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import slrmerge as slr
-from slrmerge.checkpoint.pair import open_checkpoint, open_pair
+from slrmerge.checkpoint.pair import ModelPair, open_checkpoint, open_pair
 from slrmerge.errors import (
     BusyError,
     MissingExtraError,
@@ -34,16 +34,29 @@ from slrmerge.io.output_folder import OutputFolder, staging_folder
 from slrmerge.io.progress import Progress
 from slrmerge.merging.executor import merge
 from slrmerge.searching.options import SearchOptions
+from slrmerge.searching.plots import draw_result
 from slrmerge.searching.results import SearchResult, read_result
 from slrmerge.searching.run import Search, search
 from slrmerge.searching.scorer import LocalScorer
+from slrmerge.searching.select import select
 from slrmerge.searching.selection import NEAR_TIE
 from slrmerge.searching.sweep.cost import Cost
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.conftest import TINY
 from tests.merging.faults import Stop, age, leftovers, snapshot, stop, tree, write_files
 from tests.problems import refused
-from tests.searching.pairs import LAYERS, ROOT, SmallPair, Watcher, hurry, make_model, no_pictures, prompts_of
+from tests.searching.pairs import (
+    LAYERS,
+    ROOT,
+    TEMPLATE,
+    SmallPair,
+    Watcher,
+    hurry,
+    make_model,
+    no_pictures,
+    prompts_of,
+    scores_of_paths,
+)
 
 ALL = ["early.yaml", "heatmaps.png", "heatmaps.svg", "late.yaml", "prompts.npz", "results.csv", "slr.yaml",
        "soup.yaml", "summary.json", "tradeoff.png", "tradeoff.svg"]  # fmt: skip
@@ -741,6 +754,135 @@ def test_the_example_pair_has_no_near_ties(exact: SearchResult) -> None:
         if each.info.space == "interval" and each.feasible and each is not exact.choice.slr
     )  # fmt: skip
     assert NEAR_TIE < exact.choice.slr.diversity - runner_up < 0.01
+
+
+# the right question
+
+
+def spoil_template(pair: SmallPair, template: str) -> None:
+    (pair.folder / "post" / "chat_template.jinja").write_text(template)
+
+
+DATED = "{{ strftime_now('%d') }}" + TEMPLATE
+
+
+@hurried
+@pytest.mark.parametrize("code", ["question-not-in-prompt", "open-thinking"])
+def test_a_wrong_prompt_is_refused_before_anything_is_downloaded_or_written(
+    small: SmallPair, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    changed = {
+        "question-not-in-prompt": TEMPLATE.replace("message.content", "message.text"),
+        "open-thinking": TEMPLATE.replace("<|assistant|>{%", "<|assistant|><think>{%"),
+    }
+    spoil_template(small, changed[code])
+    downloads: list[object] = []
+    monkeypatch.setattr(ModelPair, "download", lambda *args, **_: downloads.append(args))
+    for attempt in (lambda: small.run(), lambda: small.search().estimate()):
+        with refused(UnsupportedModelError, code):
+            attempt()
+    assert downloads == []
+    assert leftovers(small.out) == []
+
+
+@hurried
+def test_a_token_without_a_row_in_the_embedding_is_refused(small: SmallPair) -> None:
+    path = small.folder / "post" / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    content["model"]["vocab"]["0"] = 9999
+    path.write_text(json.dumps(content))
+    with refused(UnsupportedModelError, "token-without-embedding"):
+        small.search().estimate()
+
+
+@hurried
+def test_the_summary_has_a_prompt_and_the_date_in_it(small: SmallPair) -> None:
+    spoil_template(small, DATED)
+    result = small.run(spaces=(), date="2025-03-07")
+    assert (result.date, result.prompt[:20]) == ("2025-03-07", "07<|user|>Generate a")
+    summary = json.loads((small.out / "summary.json").read_bytes())
+    assert (summary["date"], summary["prompt"]) == (result.date, result.prompt)
+    assert read_result(small.out).summary() == result.summary()
+
+
+@hurried
+def test_a_search_that_resumes_on_another_day_keeps_its_date(small: SmallPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_template(small, DATED)
+    with pytest.raises(Stop):
+        small.run(progress=Watcher(3, stop), date="2025-03-07")
+    again = Watcher()
+    result = small.run(progress=again)
+    assert (result.date, len(again.stages)) == ("2025-03-07", STAGES - 2)
+    assert sorted(snapshot(small.out) or {}) == ALL
+
+
+@hurried
+def test_another_date_starts_a_search_anew(small: SmallPair) -> None:
+    spoil_template(small, DATED)
+    with pytest.raises(Stop):
+        small.run(progress=Watcher(3, stop), date="2025-03-07")
+    again = Watcher()
+    assert small.run(progress=again, date="2025-03-08").date == "2025-03-08"
+    assert len(again.stages) == STAGES
+
+
+@hurried
+def test_a_task_of_answers_of_any_length_is_searched(small: SmallPair) -> None:
+    """Scores are those of transformers, token by token."""
+    task = small.folder / "mine.yaml"
+    task.write_text("questions: [{text: Generate a random letter, answers: [A, A B, A B C, D E, F]}]")
+    result = small.run(task=str(task), spaces="intervals")
+    assert result.task == "mine.yaml"
+    assert read_result(small.out).rows == result.rows
+    (prompt,) = small.search(task=str(task)).prepared.prompts
+    assert [len(path) for path in prompt.answers] == [2, 3, 3, 2, 1]
+    for row, side in ((result.choice.post, "post"), (result.choice.pre, "pre")):
+        assert row is not None
+        quality, diversity = scores_of_paths(small.folder / side, prompt)
+        assert (row.quality, row.diversity) == (
+            pytest.approx(quality, abs=1e-6), pytest.approx(diversity, abs=1e-6),
+        )  # fmt: skip
+
+
+# vocabularies of different sizes
+
+
+@pytest.fixture
+def unlike(made_pair: Path, tmp_path: Path) -> SmallPair:
+    """A pair whose post-trained side has more tokens."""
+    shutil.copytree(made_pair / "pre", tmp_path / "pre")
+    make_model(tmp_path / "post", seed=126, more_words=8)
+    return SmallPair(tmp_path)
+
+
+@hurried
+def test_vocabularies_of_different_sizes_leave_out_what_cannot_be_asked(unlike: SmallPair) -> None:
+    result = unlike.run()
+    assert {row.info.space for row in result.rows} == {"post", "interval"}
+    assert len(result.rows) == 1 + LAYERS * (LAYERS + 1) // 2
+    (note,) = result.notes
+    assert "lm_head.weight" in note
+    assert "3 soups" in note
+    assert result.choice.pre is None
+    found = read_result(unlike.out)
+    assert (found.rows, found.choice, found.summary()) == (result.rows, result.choice, result.summary())
+    best = select(unlike.out, min_quality=0.0).choice
+    assert best.slr is not None
+    merge(best, unlike.folder / "merged", fsync=False)
+    pictures = unlike.folder / "pictures"
+    pictures.mkdir()
+    draw_result(pictures, result.rows, result.choice, result.layers)
+    assert (pictures / "tradeoff.png").is_file()
+
+
+@hurried
+def test_a_recipe_that_needs_another_vocabulary_is_refused_and_its_remedy_helps(unlike: SmallPair) -> None:
+    with refused(PlanError, "different-shapes") as caught:
+        unlike.search(also=unlike.recipe_file("soup.yaml", alpha=0.3)).estimate()
+    assert caught.value.problems[0].where == "soup.yaml"
+    kept = [{"match": name, "alpha": 0} for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    better = unlike.recipe_file("soup.yaml", alpha=0.3, tensors=kept)
+    assert unlike.run(spaces=(), also=better).rows[-1].info.label == "soup.yaml"
 
 
 # costs
