@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from slrmerge.errors import Problem, UnsupportedModelError
 from slrmerge.searching import prompts
 from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, load_tokenizer, render, tokenize
-from slrmerge.searching.proxy_tasks import Question
+from slrmerge.searching.proxy_tasks import TASKS, Question
 from slrmerge.searching.sweep.contexts import Context
 from tests.problems import refused
 
@@ -234,6 +234,18 @@ def test_a_question_about_thinking_opens_no_block(tmp_path: Path) -> None:
     save(tmp_path, PLAIN)
     (prompt,) = tokenize([Question("What does <think> mean, A or B?", ("A", "B"))], tmp_path)
     assert prompt.added == ""
+
+
+def test_the_prompts_of_crc_are_the_papers(tmp_path: Path) -> None:
+    """One context for each question, and one token for each answer, in their order: nothing else is computed."""
+    questions = TASKS["crc"]().questions()
+    prompts = tokenize(questions, save(tmp_path, PLAIN))
+    tokenizer = load_tokenizer(tmp_path)
+    for question, prompt in zip(questions, prompts, strict=True):
+        ids = tokenizer(f"<user>{question.text}</s><bot>", add_special_tokens=False)["input_ids"]
+        targets = tokenizer.convert_tokens_to_ids(list(question.answers))
+        assert prompt.contexts == (Context(tuple(ids), tuple(targets)),)
+        assert prompt.answers == tuple(((0, number),) for number in range(len(targets)))
 
 
 # the question in the prompt

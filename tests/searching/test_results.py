@@ -126,6 +126,24 @@ def test_labels_are_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, 
     assert read_result(folder) == result
 
 
+@pytest.mark.parametrize(
+    ("post", "pre", "warnings"), [(0.96, 0.5, 0), (0.3, 0.3, 0), (0.29, 0.1, 1), (0.9, 0.91, 1), (0.2, 0.9, 2)]
+)
+def test_a_low_quality_and_swapped_sides_are_warnings(tmp_path: Path, post: float, pre: float, warnings: int) -> None:
+    rows = made_rows(SCORES)
+    rows[:2] = [replace(rows[0], quality=post), replace(rows[1], quality=pre)]
+    result = write(tmp_path, made_result(rows))
+    assert len(result.warnings) == warnings
+    assert read_result(tmp_path) == result
+    assert tuple(json.loads((tmp_path / "summary.json").read_bytes()).get("warnings", ())) == result.warnings
+
+
+def test_a_result_without_the_pre_trained_model_is_read_back_as_it_was(tmp_path: Path) -> None:
+    result = write(tmp_path, made_result([row for row in made_rows(SCORES) if row.info.space != "pre"]))
+    assert result.choice.pre is None
+    assert read_result(tmp_path) == result
+
+
 # the table
 
 

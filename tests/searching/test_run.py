@@ -763,7 +763,7 @@ def spoil_template(pair: SmallPair, template: str) -> None:
     (pair.folder / "post" / "chat_template.jinja").write_text(template)
 
 
-DATED = "{{ strftime_now('%d') }}" + TEMPLATE
+DATED = "{{ 'integer' if strftime_now('%d') == '07' else 'letter' }}" + TEMPLATE
 
 
 @hurried
@@ -789,7 +789,7 @@ def test_a_wrong_prompt_is_refused_before_anything_is_downloaded_or_written(
 def test_a_token_without_a_row_in_the_embedding_is_refused(small: SmallPair) -> None:
     path = small.folder / "post" / "tokenizer.json"
     content = json.loads(path.read_bytes())
-    content["model"]["vocab"]["0"] = 9999
+    content["model"]["vocab"]["integer"] = 9999
     path.write_text(json.dumps(content))
     with refused(UnsupportedModelError, "token-without-embedding"):
         small.search().estimate()
@@ -799,7 +799,7 @@ def test_a_token_without_a_row_in_the_embedding_is_refused(small: SmallPair) -> 
 def test_the_summary_has_a_prompt_and_the_date_in_it(small: SmallPair) -> None:
     spoil_template(small, DATED)
     result = small.run(spaces=(), date="2025-03-07")
-    assert (result.date, result.prompt[:20]) == ("2025-03-07", "07<|user|>Generate a")
+    assert (result.date, result.prompt[:21]) == ("2025-03-07", "integer<|user|>Genera")
     summary = json.loads((small.out / "summary.json").read_bytes())
     assert (summary["date"], summary["prompt"]) == (result.date, result.prompt)
     assert read_result(small.out).summary() == result.summary()

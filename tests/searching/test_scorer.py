@@ -10,6 +10,8 @@ from typing import Self
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slrmerge.checkpoint.pair import ModelPair
@@ -20,8 +22,8 @@ from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.candidates import make_candidates
 from slrmerge.searching.options import SearchOptions
-from slrmerge.searching.prompts import Prompt, contexts_of, tokenize
-from slrmerge.searching.proxy_tasks import TASKS
+from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
+from slrmerge.searching.proxy_tasks import TASKS, Question, score
 from slrmerge.searching.results import SearchResult, read_result
 from slrmerge.searching.run import Search
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest, require_device
@@ -30,7 +32,7 @@ from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import Cost
 from tests.merging.faults import age, harm
 from tests.problems import refused
-from tests.searching.pairs import LAYERS, SmallPair, Watcher, hurry
+from tests.searching.pairs import LAYERS, SmallPair, Watcher, hurry, scores_of_paths
 
 HYBRIDS = [
     "post-trained", "pre-trained", "layers 1–2", "layer 3", "soup 0.50", "soup 0.75", "layers 0–1, self_attn only",
@@ -82,6 +84,34 @@ def test_scores_are_those_of_the_merged_checkpoint(
     quality, diversity = scores_by_transformers(merged(pair, result.choice.recipe_for(row)), prompts)
     assert row.quality == pytest.approx(quality, abs=1e-5)
     assert row.diversity == pytest.approx(diversity, abs=1e-5)
+
+
+answers = st.lists(st.lists(st.sampled_from(["A", "B", "C", "1", "2", "letter", "random"]), min_size=1, max_size=4).map(" ".join),
+                   min_size=2, max_size=6, unique=True)  # fmt: skip
+
+
+@given(st.lists(answers, min_size=1, max_size=2), st.sampled_from(["post-trained", "layers 1–2"]))
+@settings(deadline=None, max_examples=10)
+def test_scores_of_answers_of_any_length_are_those_of_whole_sequences(
+    searched: tuple[SmallPair, list[Prompt], SearchResult], asked: list[list[str]], label: str
+) -> None:
+    """Also where an answer is the start of another: it ends with the end of the turn."""
+    pair, _, result = searched
+    folder = merged(pair, result.choice.recipe_for(row_named(result, label)))
+    questions = [
+        Question(f"Generate a random {word}", tuple(valid)) for word, valid in zip(("letter", "integer"), asked)
+    ]
+    prompts = tokenize(questions, pair.folder / "post")
+    opened = pair.open()
+    candidates = {each.info.label: each.alphas for each in make_candidates(opened, ["intervals"])}
+    scorer = LocalScorer(opened, output_dtype=None, device=torch.device("cpu"), max_memory_bytes=1 << 30)
+    with scorer:
+        request = ScoreRequest("any", [candidates[label]], contexts_of(prompts), torch.float32)
+        scores = score(answer_log_probs(prompts, scorer.score(request, None, Progress())))
+    for number, prompt in enumerate(prompts):
+        quality, diversity = scores_of_paths(folder, prompt)
+        assert scores.quality[0, number] == pytest.approx(quality, abs=1e-6)
+        assert scores.diversity[0, number] == pytest.approx(diversity, abs=1e-6)
 
 
 def test_those_checkpoints_have_distinct_scores(searched: tuple[SmallPair, list[Prompt], SearchResult]) -> None:
