@@ -1,6 +1,7 @@
 """Proxy tasks: the forty questions of CRC, word for word; scores worked out by hand; tasks that YAML files define."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from slrmerge.io.options import options_of
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.proxy_tasks import TASKS, ConstrainedRandomCharacter, Question, load_task, make_task
 from tests.problems import refused
+from tests.searching.pairs import ROOT
 
 NAN = math.nan
 TASK = ConstrainedRandomCharacter()
@@ -118,6 +120,14 @@ ranges:
         Question("A day from Monday to Wednesday?", ("Monday", "Tuesday", "Wednesday")),
         Question("A day from Tuesday to Wednesday?", ("Tuesday", "Wednesday")),
     )
+
+
+def test_the_task_in_the_documentation_is_valid(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    questions = load_task(task_file(tmp_path, text)).questions()
+    assert len(questions) > 2
+    assert {len(question.answers) for question in questions} > {2}
 
 
 def test_count_limits_the_questions_of_ranges(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def test_scores_are_those_of_the_merged_checkpoint(
     assert row.diversity == pytest.approx(diversity, abs=1e-5)
 
 
-answers = st.lists(st.lists(st.sampled_from(["A", "B", "C", "1", "2", "letter", "random"]), min_size=1, max_size=4).map(" ".join),
-                   min_size=2, max_size=6, unique=True)  # fmt: skip
+words = st.sampled_from(["A", "B", "C", "1", "2", "letter", "random"])
+answers = st.lists(st.lists(words, min_size=1, max_size=4).map(" ".join), min_size=2, max_size=6, unique=True)
 
 
 @given(st.lists(answers, min_size=1, max_size=2), st.sampled_from(["post-trained", "layers 1–2"]))
@@ -98,9 +98,8 @@ def test_scores_of_answers_of_any_length_are_those_of_whole_sequences(
     """Also where an answer is the start of another: it ends with the end of the turn."""
     pair, _, result = searched
     folder = merged(pair, result.choice.recipe_for(row_named(result, label)))
-    questions = [
-        Question(f"Generate a random {word}", tuple(valid)) for word, valid in zip(("letter", "integer"), asked)
-    ]
+    texts = ("Generate a random letter", "Generate a random integer")
+    questions = [Question(text, tuple(valid)) for text, valid in zip(texts, asked, strict=False)]
     prompts = tokenize(questions, pair.folder / "post")
     opened = pair.open()
     candidates = {each.info.label: each.alphas for each in make_candidates(opened, ["intervals"])}
