@@ -162,7 +162,7 @@ class _Turn:
             except UnsupportedModelError as error:
                 failures.append(error)
                 continue
-            if question.strip() in self.prompt and not _PART.search(self.prompt):
+            if question.strip() in self.prompt and not (self._in_parts and _PART.search(self.prompt)):
                 return
         if failures:
             raise failures[0]
@@ -208,6 +208,8 @@ def _answer_tokens(tokenizer: Any, turn: _CompleteTurn, ids: tuple[int, ...], an
     encoded = tuple(_encode(tokenizer, turn.prompt + turn.space + answer + after))
     where, remedy = str(tokenizer.name_or_path), "use another proxy task"
     if encoded[: len(ids)] != ids:
+        if turn.prompt.endswith(" "):  # which the tokenizer joins with any answer
+            remedy = "remove the space at the end of the chat template's generation prompt"
         what = f"the answer {answer!r} changes the tokens of the prompt before it"
         return Problem("answer-not-a-token", where, what, remedy)
     rest = encoded[len(ids) :]

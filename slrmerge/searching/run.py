@@ -185,7 +185,10 @@ class Search:
         A killed search resumes after the last layer that it finished, unless hidden states are not kept.
         """
         started, progress = monotonic(), progress or Progress()
-        self._day = self._day or _read_date(staging_folder(resolve_target(out)))
+        if self._day is None and self.options.resume:
+            self._day = _read_date(staging_folder(resolve_target(out)))
+            if self._day:
+                progress.message(f"the prompts keep the date of the interrupted search, {self._day}")
         output = self.output_folder(out, overwrite=overwrite)
         with output.locked(progress), _torch_threads(self.options.threads):
             output.create_staging()

@@ -355,6 +355,14 @@ def test_an_answer_that_merges_with_the_prompt_is_refused(tmp_path: Path) -> Non
     assert refused_answers(tmp_path, "A", "B") == ["A"]
 
 
+def test_a_prompt_that_ends_in_a_space_is_refused_and_the_remedy_helps(tmp_path: Path) -> None:
+    answered = PLAIN.replace("{{ m.content }}", "{{ ' ' if m.role == 'assistant' }}{{ m.content }}")
+    save(tmp_path, answered.replace("<bot>{% endif", "<bot> {% endif"), spaced=True)
+    (problem,) = refusals(tmp_path, "A")
+    assert "space" in problem.remedy
+    assert ask(save(tmp_path, answered, spaced=True), "A", "B")[1] == ["▁A", "▁B"]
+
+
 def test_an_answer_that_merges_with_what_follows_is_refused(tmp_path: Path) -> None:
     save(tmp_path, PLAIN.replace("{{ m.content }}</s>", "{{ m.content }}.</s>"), words=("A.",))
     assert refused_answers(tmp_path, "A", "B") == ["A"]
