@@ -183,8 +183,8 @@ def _find(source: CheckpointLike, *, local_files_only: bool) -> Checkpoint | Ada
 def _is_adapter_folder(folder: Path) -> bool:
     try:
         return is_adapter({path.name for path in folder.iterdir()})
-    except OSError:
-        return False  # `open_folder` reports it
+    except (OSError, ValueError):
+        return False  # `open_folder` reports it; a ValueError: a name that no folder can have
 
 
 def _on_base(adapter: AdapterFolder, pretrained: Checkpoint | None, *, local_files_only: bool) -> AdapterCheckpoint:

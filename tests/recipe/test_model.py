@@ -200,7 +200,6 @@ def test_all_problems_of_a_recipe_are_reported_together() -> None:
         "shards": 1,
     }
     assert set(problems_of(content)) == {
-        ("missing-key", "$.pretrained"),
         ("invalid-interval", "$.restore[0]"),
         ("invalid-alpha", "$.alpha"),
         ("invalid-interval", "$.layers[1].range"),
