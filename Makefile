@@ -42,6 +42,8 @@ peer: $(PEER)/.installed
 
 bench: $(VENV)/.test $(PEER)/.installed
 	$(BIN)/python benchmarks/merge.py --mergekit $(PEER)/bin/mergekit-yaml
+	$(BIN)/python benchmarks/merge.py --filesystem xfs
+	$(BIN)/python benchmarks/merge.py --filesystem btrfs
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/hub.py
 
