@@ -11,7 +11,7 @@ INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test suite slow peer lint bench clean
+.PHONY: demo test suite slow peer lint bench bench-clone clean
 
 demo: $(VENV)/.search
 	$(BIN)/slrmerge search examples/tiny/recipe.yaml --out ./search --overwrite --threads 1
@@ -44,6 +44,11 @@ bench: $(VENV)/.test $(PEER)/.installed
 	$(BIN)/python benchmarks/merge.py --mergekit $(PEER)/bin/mergekit-yaml
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/hub.py
+
+# Mounts loop files: needs root, xfsprogs and btrfs-progs.
+bench-clone: $(VENV)/.test
+	$(BIN)/python benchmarks/merge.py --filesystem xfs
+	$(BIN)/python benchmarks/merge.py --filesystem btrfs
 
 clean:
 	rm -rf $(VENV) $(PEER) $(GGUF) hybrid search build *.egg-info

@@ -14,6 +14,7 @@ from slrmerge.errors import NoSpaceError, OutputError
 from slrmerge.io import files
 from slrmerge.io import pieces as writer
 from slrmerge.io.pieces import (
+    Chunk,
     FileDigest,
     combine,
     digest_file,
@@ -29,6 +30,10 @@ CHUNKS = [b"head", b"", b"x" * 100_000, b"tail"]
 DATA = b"".join(CHUNKS)
 
 
+def written(*data: bytes) -> list[Chunk]:
+    return [Chunk(memoryview(each)) for each in data]
+
+
 def digest(*pieces: bytes) -> str:
     """The digest of a file with these pieces."""
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(b''.join(map(xxhash.xxh3_128_digest, pieces)))}"
@@ -42,11 +47,27 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_piece_has_the_given_bytes_and_their_digest(path: Path) -> None:
     counts: list[int] = []
-    found = write_piece(path, 0, map(memoryview, CHUNKS), on_bytes=counts.append)
+    found = write_piece(path, 0, written(*CHUNKS), on_bytes=counts.append)
     assert path.read_bytes() == DATA
     assert found == xxhash.xxh3_128_digest(DATA)
     assert digest_file(path) == FileDigest(len(DATA), digest(DATA))
     assert counts == [4, 0, 100_000, 4]
+
+
+@pytest.mark.parametrize("is_cloned", [False, True])
+def test_kept_chunks_are_written_only_where_nothing_was_cloned(path: Path, is_cloned: bool) -> None:
+    """What was cloned is digested and left as it is; the rest is written at its place."""
+    path.write_bytes(b"." * 10)
+    chunks = [Chunk(memoryview(b"aa"), kept=True), Chunk(memoryview(b"bb")), Chunk(memoryview(b"cc"), kept=True)]
+    found = write_piece(path, 2, chunks, clone=lambda _: is_cloned)
+    assert path.read_bytes() == (b"....bb...." if is_cloned else b"..aabbcc..")
+    assert found == xxhash.xxh3_128_digest(b"aabbcc")
+
+
+def test_a_sparse_file_has_its_size_and_keeps_its_content(path: Path) -> None:
+    path.write_bytes(b"ab")
+    reserve(path, 100_000, sparse=True)
+    assert path.read_bytes() == b"ab" + bytes(99_998)
 
 
 def test_a_reserved_file_has_its_size_and_its_space_at_once(path: Path) -> None:
@@ -54,7 +75,7 @@ def test_a_reserved_file_has_its_size_and_its_space_at_once(path: Path) -> None:
     if sys.platform == "linux":
         assert path.stat().st_size == 100_000
         assert files.allocated_bytes(path) >= 100_000
-    write_piece(path, 50_000, [memoryview(b"x" * 50_000)])
+    write_piece(path, 50_000, written(b"x" * 50_000))
     reserve(path, 100_000)
     assert path.read_bytes() == bytes(50_000) + b"x" * 50_000
 
@@ -81,7 +102,7 @@ def test_where_space_cannot_be_reserved_a_file_grows_as_it_is_written(
     fallocate_fails(monkeypatch, number)
     reserve(path, 100_000)
     assert path.stat().st_size == 0
-    write_piece(path, 5, [memoryview(b"tail")])
+    write_piece(path, 5, written(b"tail"))
     assert path.read_bytes() == bytes(5) + b"tail"
 
 
@@ -96,7 +117,7 @@ def test_pieces_written_in_any_order_make_the_file(path: Path, monkeypatch: pyte
     monkeypatch.setattr(writer, "PIECE_BYTES", 4096 * 10)
     places = list(writer.pieces(len(DATA)))
     assert places == [(0, 40960), (40960, 81920), (81920, 100_008)]
-    found = {place: write_piece(path, place[0], [memoryview(DATA)[slice(*place)]]) for place in reversed(places)}
+    found = {place: write_piece(path, place[0], written(DATA[slice(*place)])) for place in reversed(places)}
     assert path.read_bytes() == DATA
     assert digest_file(path).digest == combine(found[place] for place in places)
     assert digest_file(path).digest == digest(*(DATA[slice(*place)] for place in places))
@@ -109,10 +130,10 @@ def test_an_empty_file_is_one_empty_piece(path: Path) -> None:
 def test_a_buffer_may_be_reused_for_every_chunk(path: Path) -> None:
     buffer = bytearray(1)
 
-    def chunks() -> Iterator[memoryview]:
+    def chunks() -> Iterator[Chunk]:
         for value in b"abc":
             buffer[0] = value
-            yield memoryview(buffer)
+            yield Chunk(memoryview(buffer))
 
     write_piece(path, 0, chunks())
     assert path.read_bytes() == b"abc"
@@ -121,7 +142,7 @@ def test_a_buffer_may_be_reused_for_every_chunk(path: Path) -> None:
 def test_short_writes_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:999]))
-    write_piece(path, 0, map(memoryview, CHUNKS))
+    write_piece(path, 0, written(*CHUNKS))
     assert path.read_bytes() == DATA
 
 

@@ -458,7 +458,7 @@ def test_a_blend_does_not_depend_on_its_chunks(
     assert shard_bytes(plan) == whole
 
 
-@pytest.mark.parametrize("stretch", [8, 24, 1000])
+@pytest.mark.parametrize("stretch", [8, 7, 1000])
 @each_rule
 def test_a_blend_does_not_depend_on_the_ranges_that_are_requested(tmp_path: Path, rule: str, stretch: int) -> None:
     plan = any_plan(tmp_path, rule)
@@ -666,7 +666,7 @@ def test_any_bits_do_not_depend_on_the_chunks_they_are_computed_in(
     assert shard_bytes(plan) == whole
 
 
-@pytest.mark.parametrize("stretch", [8, 24, 1000])
+@pytest.mark.parametrize("stretch", [8, 7, 1000])
 def test_any_bits_do_not_depend_on_the_ranges_that_are_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stretch: int
 ) -> None:
