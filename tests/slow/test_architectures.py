@@ -21,10 +21,26 @@ FEW = contexts()[2:5]
 
 IMAGE_TEXT = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")
 
-REFUSED: dict[str, str] = {}
+REFUSED = {
+    "blt": "no-layers",  # a patcher and a decoder
+    "cpmant": "unsupported-layer-call",  # adds prompt tokens of its own
+    "deepseek_v4": "unknown-layer-input",  # several states for each token
+    "emu3": "no-language-model",
+    "gemma3n_text": "shared-keys-and-values",
+    "glm_moe_dsa": "layers-depend-on-layers",  # layers use the indices of earlier ones
+    "hrm_text": "no-layers",
+    "hy_v4": "unknown-layer-input",
+    "inkling2_text": "layers-not-separate",
+    "mllama": "no-language-model",
+    "prophetnet": "unknown-layer-input",
+    "reformer": "unsupported-layer-call",  # reversible layers, of two streams
+}
 """Types that are refused, and the code of the refusal."""
 
-NOT_MADE: tuple[str, ...] = ()
+NOT_MADE = (
+    "cohere_compass_text", "dbrx", "dots3_note", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant",
+    "kimi_linear", "musicgen", "musicgen_melody", "qwen4_exp", "qwen4_exp_text",
+)  # fmt: skip
 """Types of which no tiny pair is made here: transformers itself fails to build, save or run one."""
 
 SERVED = sorted({*causal_types()} - REFUSED.keys() - {*NOT_MADE})

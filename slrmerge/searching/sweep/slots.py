@@ -43,9 +43,9 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputForm:
-    """What a layer returns: the states alone, or a tuple with the states at one place."""
+    """What a layer returns: the states alone, or a tuple or list with the states at one place."""
 
-    whole: tuple[Any, ...] | None = None
+    whole: Sequence[Any] | None = None
     place: int = 0
 
     @classmethod
@@ -53,7 +53,7 @@ class OutputForm:
         """The form of an output for these input states; None where no part of it has their shape."""
         if isinstance(output, torch.Tensor):
             return cls() if output.shape == hidden.shape else None
-        if isinstance(output, tuple):
+        if isinstance(output, tuple | list):
             for place, part in enumerate(output):
                 if isinstance(part, torch.Tensor) and part.shape == hidden.shape:
                     return cls(output, place)
@@ -68,7 +68,8 @@ class OutputForm:
         """An output of this form."""
         if self.whole is None:
             return states
-        return (*self.whole[: self.place], states, *self.whole[self.place + 1 :])
+        parts = [*self.whole[: self.place], states, *self.whole[self.place + 1 :]]
+        return parts if isinstance(self.whole, list) else tuple(parts)
 
 
 LayerAction = Callable[[Call], Any]

@@ -56,7 +56,7 @@ def test_tensors_inside_arguments_are_mapped() -> None:
     assert same(dict(call.keywords), {"pair": (X + 1, 1), "more": {"y": Y + 1}, "name": "n"})
 
 
-@pytest.mark.parametrize("output", [Y, (Y, None), ("weights", Y, 3)], ids=["alone", "first", "second"])
+@pytest.mark.parametrize("output", [Y, (Y, None), ("weights", Y, 3), [Y, 1]], ids=["alone", "first", "second", "list"])
 def test_states_are_taken_from_an_output_and_put_into_one(output: Any) -> None:
     form = OutputForm.of(output, X)
     assert form is not None
@@ -66,7 +66,7 @@ def test_states_are_taken_from_an_output_and_put_into_one(output: Any) -> None:
     assert type(wrapped) is type(output)
 
 
-@pytest.mark.parametrize("output", [Y[:, :1], (None, 1), None, [Y]], ids=["shape", "none", "nothing", "list"])
+@pytest.mark.parametrize("output", [Y[:, :1], (None, 1), None, {"states": Y}], ids=["shape", "none", "nothing", "dict"])
 def test_an_output_without_states_has_no_form(output: Any) -> None:
     assert OutputForm.of(output, X) is None
 
