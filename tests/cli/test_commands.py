@@ -248,7 +248,7 @@ def test_verify_prints_its_report_as_json(hybrid: Pair, full: list[str]) -> None
     assert value.pop("sources")
     assert value == {
         "folder": str(hybrid.out),
-        "files": 6,
+        "files": 8,
         "against_sources": True,
         "verified": True,
     }
