@@ -34,12 +34,16 @@ REFUSED = {
     "mllama": "no-language-model",
     "prophetnet": "unknown-layer-input",
     "reformer": "unsupported-layer-call",  # reversible layers, of two streams
+    "xlm": "no-layers",  # attentions in one list, MLPs in another
+    "zaya": "layers-depend-on-layers",
+    "xlnet": "unknown-layer-input",  # tokens before prompts
 }
 """Types that are refused, and the code of the refusal."""
 
 NOT_MADE = (
     "cohere_compass_text", "dbrx", "dots3_note", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant",
     "kimi_linear", "musicgen", "musicgen_melody", "qwen4_exp", "qwen4_exp_text",
+    "xlstm",
 )  # fmt: skip
 """Types of which no tiny pair is made here: transformers itself fails to build, save or run one."""
 

@@ -43,7 +43,9 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
         raise unsupported("no-language-model", where, what)
     try:
         with _parameters_on_meta():
-            model = known[0].from_config(config, dtype=dtype, trust_remote_code=False)
+            model = known[0].from_config(  # type: ignore[no-untyped-call]  # transformers' own lack of types
+                config, dtype=dtype, trust_remote_code=False
+            )
     except Exception as error:  # constructors of unsupported models fail in any way
         what = f"transformers cannot build it ({first_line(error)})"
         raise unsupported("model-not-buildable", where, what) from error

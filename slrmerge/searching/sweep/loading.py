@@ -65,8 +65,9 @@ class WeightLoader:
 
         Tensors on the meta device give weights there. Raises UnsupportedModelError where they do not fit the model.
         """
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
+        logging: Any = transformers_logging  # without types
         device = next((each.device for each in tensors.values() if each.is_meta), self._device)
         config = self._make_config(device_map={"": device}, **self._settings)
         shows_progress = logging.is_progress_bar_enabled()
@@ -97,7 +98,8 @@ class WeightLoader:
 
     def dtype_of(self, placement: Placement) -> torch.dtype:
         """The dtype that the model wants a weight in."""
-        return self._own[placement.target].dtype
+        dtype: torch.dtype = self._own[placement.target].dtype
+        return dtype
 
     def _rename(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         renamed: tuple[str, str | None] = self._rename_key(

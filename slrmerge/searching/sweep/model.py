@@ -141,8 +141,9 @@ class StagedModel:
 
     def use_attention(self, name: str) -> None:
         """Use another attention implementation of transformers from now on, where the model lets it be replaced."""
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
+        logging: Any = transformers_logging  # without types
         if self.model.config._attn_implementation != name:
             verbosity = logging.get_verbosity()
             logging.set_verbosity_error()  # it warns of vision towers, which are not run

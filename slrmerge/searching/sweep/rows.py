@@ -71,7 +71,9 @@ class RowLayout:
             for place, batch in enumerate(self._batches):
                 rows, length = batch.ids.shape
                 # (size, rows * length, width) -> (size * rows, length, width)
-                hidden = states[first : first + size, batch.start : batch.stop].reshape(size * rows, length, -1)
+                hidden = (
+                    states[first : first + size, batch.start : batch.stop].reshape(size * rows, length, -1).contiguous()
+                )
                 output = self._model.call_layer(number, weights, calls[place, size][number].with_hidden(hidden))
                 # -> (size, rows or rows * length, width)
                 parts.append((output[:, -1] if is_last else output).reshape(size, -1, output.shape[-1]))

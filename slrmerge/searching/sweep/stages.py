@@ -63,8 +63,8 @@ def model_tensors(checkpoint: Checkpoint, model: Any, loader: WeightLoader) -> M
                 what = f"the tensors of layer {number} make {weight}, outside that layer"
                 raise unsupported("layers-not-separate", where, what)
     outer = _outer_weights(checkpoint, of_layer[None], placements, loader)
-    for name, weights in outer.items():
-        if inner := next((weight for weight in weights if weight.startswith(f"{prefix}.")), None):
+    for name, outside in outer.items():
+        if inner := next((weight for weight in outside if weight.startswith(f"{prefix}.")), None):
             raise unsupported("layers-not-separate", where, f"{name}, outside its layers, makes {inner} inside one")
     loaded = set().union(*made, *outer.values())
     tensors = ModelTensors(prefix, layers, outer, placements, _ties(model, loaded))
@@ -104,7 +104,7 @@ def _outer_weights(
     converted = [group for group in groups.values() if any(placements[name].is_converted for name in group)]
     plain = [name for group in groups.values() if group not in converted for name in group]
     loader.load(_on_meta(checkpoint, plain))  # compares shapes
-    made = {name: (placements[name].target,) for name in plain}
+    made: dict[str, tuple[str, ...]] = {name: (placements[name].target,) for name in plain}
     for group in converted:
         made |= dict.fromkeys(group, tuple(loader.load(_on_meta(checkpoint, group))))
     return made
@@ -137,7 +137,7 @@ def _ties(model: Any, loaded: Collection[str]) -> dict[str, str]:
     groups: dict[str, set[str]] = defaultdict(set)
     for one, other in model.all_tied_weights_keys.items():
         groups[other] |= {one, other}
-    ties = {}
+    ties: dict[str, str] = {}
     for group in groups.values():
         if source := next((name for name in sorted(group) if name in loaded), None):
             ties |= {name: source for name in group if name not in loaded}
