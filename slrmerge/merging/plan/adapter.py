@@ -96,6 +96,7 @@ def as_adapter(plan: MergePlan) -> MergePlan:
         pair=ModelPair(plan.pair.pretrained, own),
         shards=(PlannedShard(ADAPTER_WEIGHTS_NAME, tuple(ordered)),),
         files=tuple(sorted((config, *tokenizer), key=lambda file: file.name)),
+        resharded="",
         whole=plan,
     )
 
