@@ -71,7 +71,7 @@ class Cluster:
         """One worker per GPU, or per machine with all its cores. Raises ClusterError where the cluster has none."""
         import ray
 
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         machines = [each for each in machines if each.get("GPU" if gpus else "CPU", 0) >= 1]
         if not machines:
             what = f"the cluster has no {'GPU' if gpus else 'CPU'}"
