@@ -99,8 +99,7 @@ def execute(
         if options.download == "full":
             output.require_space(plan.changed_bytes)  # where everything else can be cloned
             plan = replace(plan, pair=plan.pair.download(progress, plan.read_files()))
-        threads = options.threads or default_threads(plan.pair)
-        written, resumed, notes = _write(plan, output, threads, name=name or output.path.name, progress=progress)
+        written, resumed, notes = _write(plan, output, options, name=name or output.path.name, progress=progress)
     return MergeResult(output.path, written, (*notes, *plan.notes), resumed, time.monotonic() - started)
 
 
@@ -168,7 +167,7 @@ def default_threads(pair: ModelPair) -> int:
 
 
 def _write(
-    plan: MergePlan, output: OutputFolder, threads: int, *, name: str, progress: Progress
+    plan: MergePlan, output: OutputFolder, options: MergeOptions, *, name: str, progress: Progress
 ) -> tuple[dict[str, FileDigest], int, list[str]]:
     """Fill the staging folder and publish it; returns its files, how many pieces were there already, and notes."""
     with plan.pair.open() as readers:
@@ -182,7 +181,14 @@ def _write(
             missing = missing_pieces(plan, reader, output.staging, journal.finished)
             output.require_space(needed_bytes(missing, journal.allocated_bytes) + plan.side_bytes)
             written = dict(_write_side_files(plan, output, name=name))
-            write_shards(missing, plan, reader, journal, threads, progress)
+            if options.ray:
+                from slrmerge.merging.cluster import write_shards_on_cluster
+
+                nan_names = write_shards_on_cluster(missing, plan, journal, options.ray, progress)
+            else:
+                threads = options.threads or default_threads(plan.pair)
+                write_shards(missing, plan, reader, journal, threads, progress)
+                nan_names = reader.nan_names
             written |= {
                 shard.name: FileDigest(
                     shard.file_bytes, combine(journal.finished[piece] for piece, _, _ in pieces_of(shard))
@@ -193,7 +199,7 @@ def _write(
             written[MANIFEST_NAME] = write_file(output.staging / MANIFEST_NAME, manifest, durable=output.durable)
             with journal.removed(lambda: output.published):
                 output.publish(progress)
-    return written, resumed, list(_nan_notes(reader.nan_names))
+    return written, resumed, list(_nan_notes(nan_names))
 
 
 def _nan_notes(names: Collection[str]) -> Iterator[str]:

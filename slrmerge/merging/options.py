@@ -23,4 +23,5 @@ class MergeOptions(Options):
         choices=("ranges", "full"),
     )
     threads: int | None = option(None, "Number of threads.", minimum=1, default_help="one per core; 8 from the Hub")
+    ray: str | None = option(None, "Run on a Ray cluster: auto, local, or HOST:PORT.", metavar="ADDRESS")
     fsync: bool = option(True, "Wait until everything is on the disk.", flag="--fsync/--no-fsync")

@@ -1,4 +1,4 @@
-"""A search on a real Ray cluster of two workers, one of which is killed."""
+"""A search and a merge on a real Ray cluster of two workers, one of which is killed."""
 
 import os
 import signal
@@ -12,6 +12,8 @@ import torch
 from slrmerge.errors import ClusterError
 from slrmerge.io.cluster import Cluster
 from slrmerge.io.progress import Progress
+from slrmerge.merging.executor import merge
+from slrmerge.merging.verify import verify
 from slrmerge.searching.cluster import RayScorer
 from slrmerge.searching.prompts import answer_log_probs
 from slrmerge.searching.proxy_tasks import TASKS
@@ -78,6 +80,21 @@ def test_scores_on_a_cluster_are_those_of_one_machine_though_a_worker_is_killed(
     task = TASKS["crc"]()
     here, there = (task.score(answer_log_probs(prepared.prompts, each)) for each in (expected, scores))
     assert max(np.abs(here.quality - there.quality).max(), np.abs(here.diversity - there.diversity).max()) < 1e-6
+
+
+def test_a_merge_on_a_cluster_is_that_of_one_machine_though_a_worker_is_killed(
+    small: SmallPair, address: str, tmp_path: Path
+) -> None:
+    recipe = small.recipe_file("soup.yaml", alpha=0.3, max_shard_size="20KB")
+    here = merge(recipe, tmp_path / "here", fsync=False)
+    progress = Killer()
+    there = merge(recipe, tmp_path / "there", ray=address, progress=progress)
+    assert len(there.files) > 5
+    assert progress.killed
+    assert {name: file.digest for name, file in there.files.items() if name.endswith(".safetensors")} == {
+        name: file.digest for name, file in here.files.items() if name.endswith(".safetensors")
+    }
+    assert verify(tmp_path / "there").files == verify(tmp_path / "here").files
 
 
 def test_an_address_without_a_cluster_is_one_clear_error() -> None:
