@@ -206,8 +206,8 @@ def test_a_tied_head_is_kept_only_with_its_embedding(tmp_path: Path, named: str,
     plan = plan_of(tmp_path, alpha=0.5, tensors=[{"match": named, "alpha": 0}])
     found = {tensor.name: tensor for tensor in plan.tensors()}
     assert found[EMBED].alpha == found[HEAD].alpha == alpha
-    notes = [note for note in plan.notes if EMBED in note and HEAD in note]
-    assert [f"alpha {alpha:g}" in note for note in notes] == [True] * (alpha > 0)
+    stated = any(f"{alpha:g}" in note for note in plan.notes if EMBED in note and HEAD in note)
+    assert stated == (alpha > 0)
 
 
 def test_a_mergekit_config_that_parts_tied_tensors_is_refused(tmp_path: Path) -> None:
