@@ -116,7 +116,7 @@ def _empty_problems(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[Pr
     for side, checkpoint in pair.items():
         empty = (name for name, info in checkpoint.items() if info.shape == (0,) and info.dtype in FLOATING)
         for where in group_names(name for name in empty if side == "posttrained" or alphas.get(name)):
-            what = f"has no elements in {checkpoint}: was it saved by DeepSpeed ZeRO-3 without gathering the weights?"
+            what = f"has no elements in {checkpoint}, as DeepSpeed ZeRO-3 saves weights that it has not gathered"
             remedy = "gather them while saving (stage3_gather_16bit_weights_on_model_save), or run its zero_to_fp32.py"
             yield Problem("empty-tensor", where, what, remedy)
 

@@ -228,8 +228,9 @@ class TensorPlanner:
                     f"are tied, and would have different alphas: {', '.join(f'{alpha:g}' for alpha in sorted(found))}"
                 )
                 self._refuse(" and ".join(sorted(found.values())), "tied-tensors", what, "give them one alpha")
-            elif any(found) and len(group) > 1:
-                self._notes["tied, so treated as one tensor"].append(" and ".join(group))
+            elif any(found):
+                (alpha,) = found
+                self._notes[f"tied, so treated as one tensor, at alpha {alpha:g}"].append(" and ".join(group))
 
     def _check_unmatched(self, alphas: Mapping[str, float]) -> None:
         """Refuse tensors that only one side has, wherever they would matter; each kind of reason once."""

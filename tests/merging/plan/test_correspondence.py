@@ -203,8 +203,11 @@ def test_a_rule_that_changes_one_of_two_tied_tensors_changes_both(tmp_path: Path
 @pytest.mark.parametrize(("named", "alpha"), [(HEAD, 0.5), (EMBED, 0.0)])
 def test_a_tied_head_is_kept_only_with_its_embedding(tmp_path: Path, named: str, alpha: float) -> None:
     tied_pair(tmp_path)
-    found = planned(tmp_path, alpha=0.5, tensors=[{"match": named, "alpha": 0}])
+    plan = plan_of(tmp_path, alpha=0.5, tensors=[{"match": named, "alpha": 0}])
+    found = {tensor.name: tensor for tensor in plan.tensors()}
     assert found[EMBED].alpha == found[HEAD].alpha == alpha
+    stated = any(f"{alpha:g}" in note for note in plan.notes if EMBED in note and HEAD in note)
+    assert stated == (alpha > 0)
 
 
 def test_a_mergekit_config_that_parts_tied_tensors_is_refused(tmp_path: Path) -> None:
