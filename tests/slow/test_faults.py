@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.adapters import Q, lora_tensors, write_adapter
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.evaluation.openai_server import OpenAIServer
+from tests.gguf_files import write_gguf
 from tests.merging.faults import OLD, leftovers, snapshot
 from tests.searching.pairs import make_pair
 from tests.slow.faults import FAULTS, Job, Runner
@@ -33,7 +35,25 @@ ANY = {"merge": 10**6, "soup": 10**6, "overwrite": 10**6}
 def merge_job(folder: Path, *more: str, before: dict[str, bytes] | None = None, **rules: object) -> Job:
     write_checkpoint(folder / "pre", llama_tensors("pre"))
     write_checkpoint(folder / "post", llama_tensors("post"), shards=2)
-    recipe = {"pretrained": "./pre", "posttrained": "./post", "max_shard_size": "2KB", **rules}
+    sources = {"pretrained": "./pre", "posttrained": "./post", "max_shard_size": "2KB"}
+    return recipe_job(folder, {**sources, **rules}, *more, before=before)
+
+
+def adapter_job(folder: Path, server: OpenAIServer) -> Job:
+    base = llama_tensors("base")
+    write_checkpoint(folder / "base", base, shards=2)
+    factors = lora_tensors(base, [f"model.layers.{layer}.{Q}" for layer in range(6)])
+    write_adapter(folder / "lora", factors, base_model_name_or_path=f"{folder}/base")
+    return recipe_job(folder, {"posttrained": "./lora", "restore": [2, 3]})
+
+
+def gguf_job(folder: Path, server: OpenAIServer) -> Job:
+    write_gguf(folder / "pre.gguf", "pre")
+    write_gguf(folder / "post" / "post.gguf", "post", parts=2)
+    return recipe_job(folder, {"pretrained": "./pre.gguf", "posttrained": "./post", "restore": [1, 2]})
+
+
+def recipe_job(folder: Path, recipe: object, *more: str, before: dict[str, bytes] | None = None) -> Job:
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     out = folder / "work" / "hybrid"
     out.parent.mkdir()
@@ -71,6 +91,8 @@ JOBS: dict[str, Callable[[Path, OpenAIServer], Job]] = {
     "merge": lambda folder, _: merge_job(folder, restore=[2, 3]),
     "soup": lambda folder, _: merge_job(folder, alpha=0.5),
     "overwrite": lambda folder, _: merge_job(folder, "--overwrite", before=OLD, restore=[2, 3]),
+    "adapter": adapter_job,
+    "gguf": gguf_job,
     "search": search_job,
     "eval": evaluation_job,
 }

@@ -160,6 +160,7 @@ def test_key_values_that_differ_are_noted_with_both_values(tmp_path: Path) -> No
         ({"dtype": "float32"}, "gguf-dtype"),
         ({"max_shard_size": "1GB"}, "gguf-shard-size"),
         ({"tokenizer": "pretrained"}, "gguf-tokenizer"),
+        ({"vocabulary": "shared"}, "gguf-vocabulary"),
     ],
 )
 def test_keys_of_a_recipe_that_have_no_meaning_are_refused(tmp_path: Path, content: dict[str, Any], code: str) -> None:
