@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
     where = str(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+        if checkpoint.has_own_config:
+            config = type(config).from_dict(deepcopy(dict(checkpoint.config)))
     except Exception as error:  # configs of unsupported models fail in any way
         what = f"transformers cannot read its config ({first_line(error)})"
         raise unsupported("config-not-readable", where, what) from error

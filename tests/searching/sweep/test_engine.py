@@ -86,7 +86,7 @@ def test_a_layer_of_which_a_part_is_the_same_is_computed_for_both_sides(tmp_path
     assert sum(recorder.states) == 1 + 2 + 4 + 4
 
 
-def test_blends_of_equal_tensors_are_computed_as_rounding_may_change_them(tmp_path: Path) -> None:
+def test_blends_of_equal_tensors_are_computed_as_those_of_others(tmp_path: Path) -> None:
     write_models(tmp_path, "llama")
     share(tmp_path, "model.layers.0.")
     hybrids = [POST, hybrid(layers=[{"range": [0, 0], "alpha": 0.3}]), hybrid(restore=[0, 0])]
@@ -96,9 +96,6 @@ def test_blends_of_equal_tensors_are_computed_as_rounding_may_change_them(tmp_pa
     assert same(log_probs[0], log_probs[2])
     expected = merged_log_probs(tmp_path, hybrids, contexts(), tmp_path)
     assert max(gaps(log_probs, expected)) < 1e-5
-    name = "model.layers.0.mlp.up_proj.weight"
-    post, blend = (load_file(tmp_path / side / "model.safetensors")[name] for side in ("post", "hybrid-1"))
-    assert not torch.equal(post, blend)
 
 
 def test_a_hybrid_that_overflows_gives_no_target_any_probability(tmp_path: Path) -> None:
