@@ -51,7 +51,10 @@ def help_command(ctx: click.Context, command: str | None) -> None:
 @click.command("env", cls=Command)
 @json_option
 def environment(*, as_json: bool) -> None:
-    """Show versions, hardware and settings, for bug reports. Imports torch only where it is installed."""
+    """Show versions, hardware and settings, for bug reports.
+
+    Environment variables are named; their values, which may be secret, are not shown.
+    """
     found = _environment()
     if as_json:
         print_json(found)
@@ -107,10 +110,7 @@ def _environment() -> dict[str, Any]:
     }
     found |= {package: _version(package) for package in _PACKAGES}
     found["cuda"] = _cuda()
-    names = sorted(
-        name for name in os.environ if name.startswith(("HF_", "HUGGING", "SLRMERGE", "OMP_", "CUDA_", "RAY_"))
-    )
-    found["variables"] = ", ".join(names) or "none"  # their values may be secrets
+    found["variables"] = ", ".join(sorted(name for name in os.environ if name.startswith(_VARIABLES))) or "none"
     return found
 
 
