@@ -105,6 +105,7 @@ def compare(name: str, arguments: list[str], printed: tuple[str, str, int], fold
     text = text.replace(str(folder), "HERE")
     text = re.sub(r"in \d+\.\d s \([\d.]+ \w+/s\)", "in TIME (RATE)", text)
     text = re.sub(r"[\d.]+ \w+ free", "FREE free", text)
+    text = re.sub(r"2> layer \d+ of \d+, .*\n", "", text)  # progress that only a slow machine shows
     text = re.sub(r" +\n", "\n", text)
     text = re.sub(r"\(Expected one of .* device string: ", "(TORCH: ", text)
     path = GOLDEN / f"{name}.txt"
