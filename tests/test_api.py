@@ -143,7 +143,7 @@ def test_whatever_a_caller_causes_is_one_kind_of_error(
 
 
 def test_every_error_has_an_exit_code_and_a_docstring_of_its_own() -> None:
-    assert len({error.exit_code for error in ERRORS}) == len(ERRORS) == 16
+    assert len({error.exit_code for error in ERRORS}) == len(ERRORS) == 17
     assert all(error.__doc__ and error.__doc__ != SlrmergeError.__doc__ for error in ERRORS[1:])
 
 

@@ -31,7 +31,7 @@ MODULES_NAME = "modules.json"
 """Lists the modules of a sentence-transformers model; each may have a folder, such as `1_Pooling`."""
 
 COPIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-_TERMS = re.compile(rf"([A-Z0-9]+[-_. ])*({'|'.join(COPIED_STEMS)}).*")
+_TERMS = re.compile(rf"([A-Z0-9]+[-_. ])*({'|'.join(COPIED_STEMS)}).*", re.DOTALL)
 """Upper-case names of terms of use, which belong to the weights, whatever their suffix."""
 
 _MAX_MODULES_BYTES = 1_000_000

@@ -45,6 +45,11 @@ def echo_text(text: str) -> None:
     click.echo(printable(text, keep="\n"), nl=False)
 
 
+def describe_stdout() -> str:
+    """The encoding of stdout, and whether it is a terminal."""
+    return f"{sys.stdout.encoding}, {'a terminal' if sys.stdout.isatty() else 'not a terminal'}"
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     click.echo(to_json(value, indent=2, keep=""))
 

@@ -14,14 +14,15 @@ from slrmerge.cli.options import (
     out_option,
     overwrite_option,
     quiet_option,
-    recipe_argument,
 )
 from slrmerge.merging.options import MergeOptions
 from slrmerge.searching.options import SearchOptions
 
+_sources_argument = click.argument("sources", nargs=-1, required=True, metavar="RECIPE | PRETRAINED POSTTRAINED")
+
 
 @click.command(cls=Command)
-@recipe_argument
+@_sources_argument
 @out_option("the results")
 @overwrite_option
 @options_from(SearchOptions)
@@ -32,7 +33,7 @@ from slrmerge.searching.options import SearchOptions
 def search(
     ctx: click.Context,
     /,
-    recipe: Path,
+    sources: tuple[str, ...],
     out: Path | None,
     *,
     overwrite: bool,
@@ -43,22 +44,28 @@ def search(
 ) -> None:
     """Find the layers to restore.
 
-    Scores every interval and soup of RECIPE's two checkpoints in one pass. RECIPE may name only the two checkpoints;
-    rules that it has are scored too. The results contain recipes that are ready to merge.
+    Scores every interval and soup of RECIPE's two checkpoints, or of PRETRAINED and POSTTRAINED, in one pass. RECIPE
+    may name only the two checkpoints; rules that it has are scored too. The results contain recipes that are ready to
+    merge.
 
     \b
     slrmerge search recipe.yaml --out ./search
+    slrmerge search ./llama-3.1-8b ./llama-3.1-8b-instruct --out ./search
     slrmerge search recipe.yaml --task my-task.yaml --dry-run
     """
     if out is None and not dry_run:
         raise click.MissingParameter(ctx=ctx, param_hint="'--out'", param_type="option")
+    _require_one_or_two(ctx, sources)
     chosen = SearchOptions(**options)
     from slrmerge.cli import show_search
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.recipe.load import load_recipe
+    from slrmerge.recipe.model import Recipe
     from slrmerge.searching.run import Search
 
-    prepared = Search(load_recipe(recipe), chosen)
+    is_pair = len(sources) == 2
+    recipe = Recipe(pretrained=sources[0], posttrained=sources[1]) if is_pair else load_recipe(sources[0])
+    prepared = Search(recipe, chosen)
     if out is None or dry_run:
         if out is not None:
             prepared.output_folder(out, overwrite=overwrite)
@@ -89,7 +96,7 @@ def select(folder: Path, *, min_quality: float, as_json: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("sources", nargs=-1, required=True, metavar="RECIPE | PRETRAINED POSTTRAINED")
+@_sources_argument
 @click.option("--out", "-o", type=FOLDER, help="Folder for diff.csv and the heat map, as PNG and SVG.")
 @options_from(MergeOptions, "threads")
 @json_option
@@ -112,8 +119,7 @@ def diff(
     slrmerge diff recipe.yaml
     slrmerge diff ./llama-3.1-8b ./llama-3.1-8b-instruct --out ./moved
     """
-    if len(sources) > 2:
-        raise click.UsageError("give one recipe, or the pre-trained and the post-trained checkpoint", ctx)
+    _require_one_or_two(ctx, sources)
     from slrmerge.checkpoint.pair import open_pair
     from slrmerge.cli import show_diff
     from slrmerge.cli.progress import TerminalProgress
@@ -130,3 +136,8 @@ def diff(
         result.save(out)
     if as_json or not quiet:
         show_diff.print_result(result, as_json=as_json)
+
+
+def _require_one_or_two(ctx: click.Context, sources: tuple[str, ...]) -> None:
+    if len(sources) > 2:
+        raise click.UsageError("give one recipe, or the pre-trained and the post-trained checkpoint", ctx)

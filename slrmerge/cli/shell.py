@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from click.shell_completion import get_completion_class
 from slrmerge._version import __version__
 from slrmerge.cli.group import Command
 from slrmerge.cli.options import json_option
-from slrmerge.cli.output import echo, echo_text, print_json
+from slrmerge.cli.output import describe_stdout, echo, echo_text, print_json
 
 _PACKAGES = (
     "torch", "transformers", "safetensors", "huggingface_hub", "hf_xet", "numpy", "pydantic", "tokenizers",
@@ -35,23 +34,33 @@ _COMPLETIONS = {
 @click.argument("command", required=False)
 @click.pass_context
 def help_command(ctx: click.Context, command: str | None) -> None:
-    """Show the help of COMMAND, or of slrmerge."""
+    """Show the help of COMMAND, or of slrmerge.
+
+    \b
+    slrmerge help search
+    """
     parent = ctx.parent
     assert parent is not None
     assert isinstance(parent.command, click.Group)
     if command is None:
-        click.echo(parent.get_help())
+        echo_text(parent.get_help() + "\n")
         return
     found = parent.command.get_command(parent, command)
     if found is None:
         raise click.UsageError(f"no command {command!r}", ctx)
-    click.echo(found.get_help(click.Context(found, info_name=command, parent=parent)))
+    echo_text(found.get_help(click.Context(found, info_name=command, parent=parent)) + "\n")
 
 
 @click.command("env", cls=Command)
 @json_option
 def environment(*, as_json: bool) -> None:
-    """Show versions, hardware and settings, for bug reports. Imports torch only where it is installed."""
+    """Show versions, hardware and settings, for bug reports.
+
+    Environment variables are named; their values, which may be secret, are not shown.
+
+    \b
+    slrmerge env --json > env.json
+    """
     found = _environment()
     if as_json:
         print_json(found)
@@ -103,14 +112,11 @@ def _environment() -> dict[str, Any]:
         "system": platform.platform(),
         "cores": available_cores(),
         "memory": format_bytes(physical_memory_bytes()),
-        "terminal": f"{sys.stdout.encoding}, {'a terminal' if sys.stdout.isatty() else 'not a terminal'}",
+        "stdout": describe_stdout(),
     }
     found |= {package: _version(package) for package in _PACKAGES}
     found["cuda"] = _cuda()
-    names = sorted(
-        name for name in os.environ if name.startswith(("HF_", "HUGGING", "SLRMERGE", "OMP_", "CUDA_", "RAY_"))
-    )
-    found["variables"] = ", ".join(names) or "none"  # their values may be secrets
+    found["variables"] = ", ".join(sorted(name for name in os.environ if name.startswith(_VARIABLES))) or "none"
     return found
 
 

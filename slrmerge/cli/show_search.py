@@ -1,4 +1,4 @@
-"""A search on the terminal: the selection and what it gains, the ten best; or what a search would take."""
+"""A search on the terminal: the selection next to the two models, the ten best; or what a search would take."""
 
 import shlex
 from pathlib import Path
@@ -33,16 +33,17 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
         print_json({"out": str(folder), **summary, "ten_best": [_plain(row) for row in best]})
         return
     choice = result.choice
-    compared = Table("", "hybrid", ">layers", ">Q", ">D", ">gain in Q", ">gain in D")
-    for name, row in choice.named().items():
-        gains = (_gain(choice.slr, row, "quality"), _gain(choice.slr, row, "diversity"))
+    compared = Table("", "hybrid", ">layers", ">Q", ">D", ">ΔQ", ">ΔD")
+    for names, row in _compared(result):
+        changes = (_change(choice.post, row, "quality"), _change(choice.post, row, "diversity"))
         layers = str(row.info.layers_restored or "")
-        is_doubtful = (name == "post" and row.quality < LOW_QUALITY) or (
-            name == "pre" and row.quality > choice.post.quality
+        is_doubtful = (row is choice.post and row.quality < LOW_QUALITY) or (
+            row is choice.pre and row.quality > choice.post.quality
         )
-        named = _NAMES[name] + (" (!)" if is_doubtful else "")
-        compared.add_row(named, row.info.full_label, layers, *_scores(row), *gains)
+        named = names + (" (!)" if is_doubtful else "")
+        compared.add_row(named, row.info.full_label, layers, *_scores(row), *changes)
     compared.print()
+    echo("ΔQ, ΔD: change from the post-trained model")
     ranked = Table(">rank", "hybrid", ">layers", ">Q", ">D")
     for rank, row in enumerate(best, 1):
         label = row.info.full_label + ("" if row.exact else " (roughly)")
@@ -98,11 +99,22 @@ def _scores(row: ScoredCandidate) -> tuple[str, str]:
     return f"{row.quality:.3f}", f"{row.diversity:.3f}"
 
 
-def _gain(selected: ScoredCandidate | None, other: ScoredCandidate, score: Literal["quality", "diversity"]) -> str:
-    """How much more of a score the selected candidate has than another, relative to the other."""
-    if selected is None or selected is other or not getattr(other, score):
+def _compared(result: SearchResult) -> list[tuple[str, ScoredCandidate]]:
+    """The rows of the first table: each hybrid once, with all its names; recipes that were scored come last."""
+    groups: dict[str, tuple[list[str], ScoredCandidate]] = {}
+    for name, row in result.choice.named().items():
+        groups.setdefault(row.info.label, ([], row))[0].append(_NAMES[name])
+    for row in result.rows:
+        if row.info.space == "recipe" or row.info.also_named:
+            groups.setdefault(row.info.label, (["recipe"], row))
+    return [(", ".join(names), row) for names, row in groups.values()]
+
+
+def _change(post: ScoredCandidate, row: ScoredCandidate, score: Literal["quality", "diversity"]) -> str:
+    """The change of a score from the post-trained model, relative to it."""
+    if row is post or not getattr(post, score):
         return ""
-    return f"{getattr(selected, score) / getattr(other, score) - 1:+.0%}"
+    return f"{getattr(row, score) / getattr(post, score) - 1:+.0%}"
 
 
 def _plain(row: ScoredCandidate) -> dict[str, Any]:

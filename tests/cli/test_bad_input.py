@@ -74,10 +74,9 @@ USAGE: dict[str, Arguments] = {
     "--revision without --push-to-hub": merge("--revision", "main"),
     "verify without folder": lambda pair: ["verify"],
     "search without recipe": lambda pair: ["search"],
-    "search of two recipes": lambda pair: ["search", "a.yaml", "b.yaml"],
+    "search of three folders": lambda pair: ["search", pair.folder, pair.folder, pair.folder, "--dry-run"],
     "search without output folder": lambda pair: ["search", pair.recipe_file()],
     "unknown space": search("--space", "heads"),
-    "unknown proxy task": search("--task", "poems"),
     "unknown dtype of a search": search("--dtype", "int8"),
     "quality above 1": search("--min-quality", 2),
     "quality below 0": search("--min-quality", -0.1),
@@ -96,6 +95,7 @@ USAGE: dict[str, Arguments] = {
 
 BAD: dict[str, tuple[Arguments, int, str]] = {
     "empty word": (lambda pair: ["", "--out", pair.out], 3, "recipe-unreadable"),
+    "unknown proxy task": (search("--task", "poems"), 2, "invalid-choice"),
     "folder as recipe": (lambda pair: [pair.folder, "--out", pair.out], 3, "recipe-unreadable"),
     "recipe with a long name": (lambda pair: ["x" * 300 + ".yaml", "--out", pair.out], 3, "recipe-unreadable"),
     "empty recipe": (bad_text(b""), 3, "wrong-type"),

@@ -116,7 +116,7 @@ def test_every_field_of_an_option_class_is_an_option_of_its_command(command: str
         assert option.help == known.help
         assert (option.to_info_dict()["default"] or None) == (default or None), name
         assert default is not None or option.show_default == (known.default_help or True)
-        if known.choices:
+        if known.choices and not known.or_file:
             assert isinstance(option.type, click.Choice)
             assert tuple(option.type.choices) == known.choices
         elif {known.minimum, known.maximum, known.above} != {None}:
@@ -136,12 +136,20 @@ def test_select_has_the_minimum_quality_of_a_search() -> None:
 
 @pytest.mark.parametrize(
     ("command", "parameter", "registry"),
-    [("search", "spaces", SPACES), ("search", "task", PROXY_TASKS), ("eval", "task", EVALUATION_TASKS)],
+    [("search", "spaces", SPACES), ("eval", "task", EVALUATION_TASKS)],
 )
 def test_a_command_offers_everything_that_is_registered(command: str, parameter: str, registry: dict[str, Any]) -> None:
     (offered,) = (each.type for each in main.commands[command].params if each.name == parameter)
     assert isinstance(offered, click.Choice)
     assert list(offered.choices) == list(registry)
+
+
+def test_search_names_every_proxy_task() -> None:
+    (help_text,) = (
+        each.help for each in main.commands["search"].params if isinstance(each, click.Option) and each.name == "task"
+    )
+    assert help_text is not None
+    assert [name for name in PROXY_TASKS if name not in help_text] == []
 
 
 # errors

@@ -74,6 +74,14 @@ def test_a_recipe_without_rules_is_enough_for_search_and_diff_but_not_for_a_merg
 
 
 @in_a_hurry
+def test_search_takes_two_folders_in_place_of_a_recipe(small: SmallPair) -> None:
+    sides = [small.folder / "pre", small.folder / "post"]
+    assert run("search", *sides, "--out", small.out, "--threads", 1, "--quiet", "--space", "soups").exit_code == 0
+    assert run("plan", small.out / "soup.yaml", "--json").exit_code == 0
+    assert run("search", *sides, "more", "--out", small.out).exit_code == 2
+
+
+@in_a_hurry
 def test_other_recipes_are_scored_under_their_file_names(small: SmallPair) -> None:
     also = [small.recipe_file("a soup.yaml", alpha=0.5), small.recipe_file("edges.yaml", restore=[[0, 0], [3, 3]])]
     arguments = ["search", small.recipe_file(), "--out", small.out, "--threads", 1, "--space", "intervals", "--json"]
