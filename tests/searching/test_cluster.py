@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from slrmerge.errors import ClusterError
 from slrmerge.io.cluster import Cluster
 from slrmerge.io.progress import Progress
+from slrmerge.searching import cluster
 from slrmerge.searching.cluster import RayScorer
 from slrmerge.searching.prompts import answer_log_probs
 from slrmerge.searching.proxy_tasks import TASKS
@@ -28,52 +30,54 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A head without cores, and two machines with one core each, as processes here."""
+    """A head without cores, and two machines with one core each, as processes here: only those that work needs."""
     from ray.cluster_utils import Cluster as LocalCluster
 
-    cluster = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
-    yield cluster.address
-    cluster.shutdown()
+    head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        machines = LocalCluster(initialize_head=True, head_node_args=head)
+        try:
+            for _ in range(2):
+                machines.add_node(num_cpus=1, include_log_monitor=False)
+            yield machines.address
+        finally:
+            machines.shutdown()
 
 
-class Killer(Progress):
-    """Kills a worker when the first progress arrives."""
-
-    killed = 0
+class Counter(Progress):
     counted = 0
 
     def on_advance(self, count: int) -> None:
         self.counted += count
-        if not self.killed:
-            self.killed = next(_workers())
-            os.kill(self.killed, signal.SIGKILL)
-
-
-def _workers() -> Iterator[int]:
-    """The processes of jobs, which Ray names after the function that they run."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        if b"ray::_call" in (folder / "cmdline").read_bytes():
-            yield int(folder.name)
 
 
 def test_scores_on_a_cluster_are_those_of_one_machine_though_a_worker_is_killed(
-    small: SmallPair, address: str, tmp_path: Path
+    small: SmallPair, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    killed, score = tmp_path / "killed", cluster._score
+
+    def killed_once(job: Any, progress: Progress) -> Any:
+        """Runs on a worker, which dies in the middle of its first job."""
+        if job.number == 0 and not killed.exists():
+            killed.touch()
+            progress.on_advance = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        return score(job, progress)
+
+    monkeypatch.setattr(cluster, "_score", killed_once)
     prepared = small.search(spaces=("intervals", "soups")).prepared
     request = prepared.first.request
     local = LocalScorer(prepared.pair, output_dtype=None, device=torch.device("cpu"), max_memory_bytes=1 << 30)
     with local:
         expected = local.score(request, None, Progress())
     remote = RayScorer(prepared.pair, address, output_dtype=None, device="cpu", max_memory_bytes=1 << 30, threads=None)
-    progress = Killer()
+    progress = Counter()
     with remote:
         remote.check(request.candidates[0], request.contexts[:2])
         assert len(remote.parts(request)) == 2
         scores = remote.score(request, tmp_path / "first", progress)
         states = remote.cost(request).states
-    assert progress.killed
+    assert killed.exists()
     assert progress.counted == states
     task = TASKS["crc"]()
     here, there = (task.score(answer_log_probs(prepared.prompts, each)) for each in (expected, scores))
