@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,10 @@ def address() -> Iterator[str]:
     head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray gives these 15 s to start, of which their first import, which compiles them, would take most.
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        agents = "import ray.dashboard.agent, ray._private.runtime_env.agent.main"
+        subprocess.run([sys.executable, "-c", agents], check=True)
         machines = LocalCluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(2):
