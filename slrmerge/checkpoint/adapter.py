@@ -144,7 +144,7 @@ class AdapterCheckpoint(Checkpoint):
 
 def put_on_base(adapter: AdapterFolder, base: Checkpoint, *notes: str) -> AdapterCheckpoint:
     """The adapter on its base. Raises CheckpointError with everything that does not fit."""
-    if not isinstance(base, SafetensorsCheckpoint):
+    if not isinstance(base, SafetensorsCheckpoint) or base.format == "gguf":
         what = f"is an adapter on {base}, which is not a whole model in safetensors files"
         raise CheckpointError(Problem("unsupported-adapter", str(adapter), what, "name the base in safetensors files"))
     fitting = Fitting(adapter, base)

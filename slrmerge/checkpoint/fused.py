@@ -24,6 +24,8 @@ def fusion(name: str) -> tuple[str, bool] | None:
 
 def is_regrouped(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
     """Whether two shapes differ only in how neighbouring dimensions are grouped: the elements have the same order."""
+    if first == second:
+        return True
     short, long = sorted(([size for size in shape if size != 1] for shape in (first, second)), key=len)
     remaining = iter(long)
     for size in short:

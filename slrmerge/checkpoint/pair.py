@@ -12,6 +12,7 @@ from slrmerge.checkpoint.adapter import AdapterCheckpoint, put_on_base
 from slrmerge.checkpoint.adapter_config import AdapterFolder, is_adapter, read_adapter_folder
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.correspondence import Correspondence, correspond
+from slrmerge.checkpoint.gguf import open_gguf
 from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.location import AdapterOnBase, Place, Repository, parse_source
 from slrmerge.checkpoint.safetensors import open_folder
@@ -149,6 +150,10 @@ def open_pair(
             what, remedy = "is not an adapter, so its base is unknown", "name the pre-trained side too"
             raise CheckpointError(Problem("no-pretrained", str(post), what, remedy))
         pre = post.base
+    if pre.format != post.format:
+        gguf, other = (pre, post) if pre.format == "gguf" else (post, pre)
+        what, remedy = f"is in GGUF, {other} is not", "convert that one in the same way, or name both originals"
+        raise CheckpointError(Problem("different-formats", str(gguf), what, remedy))
     if pre.reference == post.reference or pre.identity == post.identity:
         what = f"has the same weights as the pre-trained side, {pre}"
         raise CheckpointError(
@@ -174,7 +179,10 @@ def _find(source: CheckpointLike, *, local_files_only: bool) -> Checkpoint | Ada
             raise CheckpointError(Problem("not-an-adapter", str(wrong), f"is {kind}", remedy))
         return put_on_base(adapter, base)
     if isinstance(where, Path):
-        return read_adapter_folder(where) if _is_adapter_folder(where) else open_folder(where)
+        if _is_adapter_folder(where):
+            return read_adapter_folder(where)
+        gguf = open_gguf(where)
+        return open_folder(where) if gguf is None else gguf
     from slrmerge.checkpoint.hub.repository import open_cached, open_repository
 
     return open_cached(where) if local_files_only else open_repository(where)

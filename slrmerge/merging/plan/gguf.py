@@ -89,6 +89,9 @@ def _recipe_problems(recipe: AnyRecipe) -> Iterator[Problem]:
     if recipe.max_shard_size != DEFAULT_SHARD_BYTES:
         what, remedy = "the output has as many GGUF files as the post-trained side", "leave it out"
         yield Problem("gguf-shard-size", recipe.place("$.max_shard_size"), what, remedy)
+    if recipe.vocabulary != "same":
+        what, remedy = "the embeddings of GGUF files are blended only where they have the same shape", "leave it out"
+        yield Problem("gguf-vocabulary", recipe.place("$.vocabulary"), what, remedy)
     if recipe.tokenizer != "posttrained":
         what, remedy = "the tokenizer is in the post-trained side's GGUF file", "leave it out"
         yield Problem("gguf-tokenizer", recipe.place("$.tokenizer"), what, remedy)

@@ -50,9 +50,10 @@ def plan_merge(
         shared = recipe.vocabulary == "shared"
         planner = TensorPlanner(pair, recipe.dtype, blend=alphas.blend, shares_vocabulary=shared)
         planned, limit_bytes = planner.plan(alphas), recipe.max_shard_size
+        problems += _size_problems(planned.tensors, recipe)
     metadata = plan_metadata(pair, planned.tensors)
     problems += [*require_same_depth(pair), *_head_problems(pair, alphas), *planned.problems, *metadata.problems]
-    raise_all([*problems, *_size_problems(planned.tensors, recipe)], PlanError)
+    raise_all(problems, PlanError)
     shards, resharded = lay_out(
         planned.tensors,
         pair.posttrained.shards,
