@@ -35,6 +35,7 @@ lint: $(VENV)/.test
 slow: $(VENV)/.slow $(PEER)/.installed $(GGUF)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --durations 0
 	$(BIN)/python benchmarks/merge.py --size 100MB --runs 1 --mergekit $(PEER)/bin/mergekit-yaml
+	$(BIN)/python benchmarks/merge.py --size 100MB --runs 1 --filesystem xfs
 	$(BIN)/python benchmarks/hub.py --size 50MB --runs 1
 	$(BIN)/python benchmarks/sweep.py --layers 3 --hidden 64 --sample 2 --no-prediction
 

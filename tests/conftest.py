@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,13 +100,31 @@ def _search_tiny(folder: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with 128 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
+    with mounted("tmpfs", tmp_path / "disk", "128k") as folder:
+        yield folder
+
+
+@contextmanager
+def mounted(kind: str, folder: Path, size: str) -> Iterator[Path]:
+    """A new file system at `folder`: tmpfs, or another kind in a file beside it. Skips where that is not possible."""
+    folder.mkdir(exist_ok=True)
+    image = folder.with_name(f"{folder.name}.img")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if kind != "tmpfs":
+        make = shutil.which(f"mkfs.{kind}", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        if make is None:
+            pytest.skip(f"mkfs.{kind} is not installed")
+        subprocess.run(["truncate", "-s", size, image], check=True)
+        subprocess.run([make, "-q", image], check=True, capture_output=True)
+        command = ["mount", "-o", "loop", image, folder]
     if shutil.which("mount") is None:
         pytest.skip("no mount here")
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
+        image.unlink(missing_ok=True)
         pytest.skip(f"no file system may be mounted: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    try:
+        yield folder
+    finally:  # lazily: also while a process that a test left behind is in it
+        subprocess.run(["umount", "--lazy", folder], check=True)
+        image.unlink(missing_ok=True)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import slrmerge
 from tests.conftest import made_once
+from tests.slow.llama_cpp import gguf_of
 
 SLRMERGE = Path(sys.executable).with_name("slrmerge")
+RESTORED = [17, 28]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 # For the steps that all tests wait for. Waiting torch threads would otherwise spin, and take the core from other tests.
 ON_EVERY_CORE = {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "passive"}
@@ -27,6 +30,18 @@ def run(*command: object, cwd: Path | None = None) -> str:
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as `pretrained` and `posttrained`, beside the example's recipe; read-only."""
     return made_once(tmp_path_factory, "smollm2", _make_pair)
+
+
+@pytest.fixture(scope="session")
+def real_hybrid(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers 17–28 of the pair restored, in float32: the checkpoint `hybrid` and its conversion `hybrid.gguf`."""
+
+    def merge(folder: Path) -> None:
+        sides = {side: str(real_pair / side) for side in ("pretrained", "posttrained")}
+        slrmerge.merge({**sides, "restore": RESTORED, "dtype": "float32"}, folder / "hybrid")
+        gguf_of(folder / "hybrid", folder / "hybrid.gguf")
+
+    return made_once(tmp_path_factory, "smollm2-hybrid", merge)
 
 
 @pytest.fixture(scope="session")

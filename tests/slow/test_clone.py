@@ -22,7 +22,7 @@ from slrmerge.merging.executor import execute
 from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.verify import verify
 from tests.checkpoints import Tensor, llama_tensors, write_checkpoint
-from tests.conftest import Pair
+from tests.conftest import Pair, mounted
 from tests.merging.faults import ROOT, Recorder, Stop, age, harm, leftovers, snapshot, stop
 from tests.problems import refused
 
@@ -34,20 +34,9 @@ FAST = MergeOptions(fsync=False, threads=1)
 @pytest.fixture(scope="module", params=["xfs", "btrfs"])
 def disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The root of an empty file system of 400 MB."""
-    make = shutil.which(f"mkfs.{request.param}", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    if make is None:
-        pytest.skip(f"mkfs.{request.param} is not installed")
     folder = tmp_path_factory.mktemp(request.param)
-    image, root = folder / "image", folder / "root"
-    root.mkdir()
-    image.touch()
-    os.truncate(image, 400 << 20)
-    subprocess.run([make, "-q", image], check=True, capture_output=True)
-    mounted = subprocess.run(["mount", "-o", "loop", image, root], check=False, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
-    yield root
-    subprocess.run(["umount", root], check=True)
+    with mounted(request.param, folder / "root", "400M") as root:
+        yield root
 
 
 @pytest.fixture

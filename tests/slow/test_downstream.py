@@ -1,15 +1,12 @@
 """transformers, llama.cpp and CTranslate2 load a merged model and continue a prompt in the same way."""
 
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import slrmerge
-from tests.slow.llama_cpp import convert, gguf_of, serve
+from tests.slow.llama_cpp import convert, serve
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,13 +19,8 @@ NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def hybrid(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The pair merged in fp32; conversions of it, 540 MB each, are written next to it and removed with it."""
-    folder = tmp_path_factory.mktemp("downstream")
-    sides = {side: str(real_pair / side) for side in ("pretrained", "posttrained")}
-    slrmerge.merge({**sides, "restore": [17, 28], "dtype": "float32"}, folder / "hybrid")
-    yield folder / "hybrid"
-    shutil.rmtree(folder)
+def hybrid(real_hybrid: Path) -> Path:
+    return real_hybrid / "hybrid"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +37,7 @@ def prompts(tokenizer: Any) -> list[str]:
     return [*OPENINGS, tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)]
 
 
-def continued_by_transformers(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+def continued_by_transformers(folder: Path, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -54,7 +46,7 @@ def continued_by_transformers(folder: Path, prompts: list[list[int]]) -> list[li
     for ids in prompts:
         inputs = torch.tensor([ids])
         mask = torch.ones_like(inputs)
-        made = model.generate(inputs, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+        made = model.generate(inputs, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
         continued.append(made[0, len(ids) :].tolist())
     return continued
 
@@ -71,19 +63,19 @@ def expected(hybrid: Path, real_pair: Path, tokenizer: Any, prompts: list[str]) 
 
 
 def test_llama_cpp_continues_prompts_alike(hybrid: Path, prompts: list[str], expected: list[list[int]]) -> None:
-    server = serve(gguf_of(hybrid, hybrid.with_suffix(".gguf")))
+    server = serve(hybrid.with_suffix(".gguf"))
     options = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1}
     answers = [server.handle_completions({"prompt": prompt, **options})["choices"][0] for prompt in prompts]
     assert [[token["id"] for token in answer["logprobs"]["content"]] for answer in answers] == expected
 
 
 def test_ctranslate2_continues_prompts_alike(
-    hybrid: Path, tokenizer: Any, prompts: list[str], expected: list[list[int]]
+    hybrid: Path, tokenizer: Any, prompts: list[str], expected: list[list[int]], tmp_path: Path
 ) -> None:
     import ctranslate2
 
     command = Path(sys.executable).with_name("ct2-transformers-converter")
-    folder = hybrid.with_name("ctranslate2")
+    folder = tmp_path / "ctranslate2"
     convert(command, "--model", hybrid, "--output_dir", folder, "--quantization", "float32")
     model = ctranslate2.Generator(str(folder), compute_type="float32", intra_threads=1)
     options = {"max_length": NEW_TOKENS, "include_prompt_in_result": False, "return_end_token": True}

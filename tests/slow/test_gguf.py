@@ -8,37 +8,43 @@ import pytest
 
 import slrmerge
 from slrmerge.checkpoint.pair import open_checkpoint
+from tests.slow.conftest import RESTORED
 from tests.slow.llama_cpp import gguf_of, serve
-from tests.slow.test_downstream import NEW_TOKENS, OPENINGS, continued_by_transformers
+from tests.slow.test_downstream import OPENINGS, continued_by_transformers
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),  # the first test may wait for the pair
+    pytest.mark.timeout(600),  # the first test may wait for the pair
 ]
 
-RESTORE = [17, 28]
+NEW_TOKENS = 6
 
 
 @pytest.fixture(scope="module")
-def folder(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The merge of the pair, in `hybrid`; conversions of both sides and of it are written next to it."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """For conversions of both sides, and their merges: up to 1.6 GB at a time."""
     folder = tmp_path_factory.mktemp("gguf")
-    sides = {side: str(real_pair / side) for side in ("pretrained", "posttrained")}
-    slrmerge.merge({**sides, "restore": RESTORE}, folder / "hybrid")
     yield folder
     shutil.rmtree(folder)
 
 
-def merged_gguf(folder: Path, real_pair: Path, outtype: str) -> Path:
+def merged(folder: Path, real_pair: Path, outtype: str) -> Path:
     """The merge of conversions of the pair."""
     sides = {
-        side: str(gguf_of(real_pair / side, folder / f"{side}-{outtype}.gguf", outtype=outtype))
+        side: gguf_of(real_pair / side, folder / f"{side}-{outtype}.gguf", outtype=outtype)
         for side in ("pretrained", "posttrained")
     }
     out = folder / f"merged-{outtype}"
-    slrmerge.merge({**sides, "restore": RESTORE}, out)
+    slrmerge.merge({**{side: str(path) for side, path in sides.items()}, "restore": RESTORED}, out)
     assert slrmerge.verify(out).against_sources
+    for path in sides.values():
+        path.unlink()
     return out / f"posttrained-{outtype}.gguf"
+
+
+@pytest.fixture(scope="module")
+def merged_f32(folder: Path, real_pair: Path) -> Path:
+    return merged(folder, real_pair, "f32")
 
 
 def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
@@ -52,27 +58,23 @@ def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
     return found
 
 
-@pytest.mark.parametrize("outtype", ["f32", "bf16", "q8_0"])
-def test_a_merge_of_conversions_is_the_conversion_of_the_merge(folder: Path, real_pair: Path, outtype: str) -> None:
-    merged = merged_gguf(folder, real_pair, outtype)
-    converted = gguf_of(folder / "hybrid", folder / f"hybrid-{outtype}.gguf", outtype=outtype)
-    assert tensors(merged) == tensors(converted)
+def test_a_merge_of_conversions_is_the_conversion_of_the_merge(merged_f32: Path, real_hybrid: Path) -> None:
+    assert tensors(merged_f32) == tensors(real_hybrid / "hybrid.gguf")
 
 
-def continued_by_llama_cpp(gguf: Path) -> list[list[int]]:
-    server = serve(gguf)
-    options = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1}
-    answers = [server.handle_completions({"prompt": prompt, **options})["choices"][0] for prompt in OPENINGS]
-    return [[token["id"] for token in answer["logprobs"]["content"]] for answer in answers]
+def test_a_merge_of_quantised_conversions_is_the_quantised_conversion_of_the_merge(
+    folder: Path, real_pair: Path, real_hybrid: Path
+) -> None:
+    converted = gguf_of(real_hybrid / "hybrid", folder / "hybrid-q8_0.gguf", outtype="q8_0")
+    assert tensors(merged(folder, real_pair, "q8_0")) == tensors(converted)
 
 
-def test_llama_cpp_continues_prompts_with_the_hybrid_as_transformers_does(folder: Path, real_pair: Path) -> None:
+def test_llama_cpp_continues_prompts_with_the_merge_as_transformers_does(merged_f32: Path, real_hybrid: Path) -> None:
     from transformers import AutoTokenizer
 
-    merged = folder / "merged-f32" / "posttrained-f32.gguf"
-    merged = merged if merged.exists() else merged_gguf(folder, real_pair, "f32")
-    prompts = AutoTokenizer.from_pretrained(folder / "hybrid")(list(OPENINGS))["input_ids"]
-    hybrid = continued_by_llama_cpp(merged)
-    assert hybrid == continued_by_transformers(folder / "hybrid", prompts)
-    for side in ("pretrained", "posttrained"):
-        assert continued_by_llama_cpp(folder / f"{side}-f32.gguf") != hybrid
+    server = serve(merged_f32)
+    options = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1}
+    answers = [server.handle_completions({"prompt": prompt, **options})["choices"][0] for prompt in OPENINGS]
+    prompts = AutoTokenizer.from_pretrained(real_hybrid / "hybrid")(list(OPENINGS))["input_ids"]
+    expected = continued_by_transformers(real_hybrid / "hybrid", prompts, NEW_TOKENS)
+    assert [[token["id"] for token in answer["logprobs"]["content"]] for answer in answers] == expected
