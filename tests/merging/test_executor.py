@@ -259,6 +259,26 @@ def test_the_signature_of_merge_lists_its_options() -> None:
     assert "options" not in names
 
 
+@pytest.mark.parametrize("blend", ["linear", "slerp"])
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_blend_with_a_value_that_is_not_a_number_is_noted_by_name(
+    tmp_path: Path, blend: str, dtype: str | None
+) -> None:
+    pre, post = llama_tensors("pre"), llama_tensors("post")
+    norm = post["model.norm.weight"]
+    post["model.norm.weight"] = norm._replace(data=b"\xc0\x7f" + norm.data[2:])
+    write_checkpoint(tmp_path / "pre", pre)
+    write_checkpoint(tmp_path / "post", post)
+    pair = Pair(tmp_path, pre, post)
+    rules = {"blend": blend, "dtype": dtype}
+    result = merge(pair.recipe(alpha=0.5, **rules), pair.out, fsync=False)
+    assert [note for note in result.notes if "NaN" in note] == [note for note in result.notes if "model.norm" in note]
+    assert any("model.norm.weight" in note for note in result.notes)
+    kept = [{"match": "model.norm.weight", "alpha": 0}]
+    clean = merge(pair.recipe(alpha=0.5, tensors=kept, **rules), pair.out, overwrite=True, fsync=False)
+    assert not any("NaN" in note for note in clean.notes)
+
+
 # the same every time
 
 

@@ -233,14 +233,14 @@ def of_sizes(folder: Path, pre: int, post: int, *tokenizers: str) -> tuple[dict[
 
 
 @pytest.mark.parametrize(("pre", "post"), [(16, 18), (18, 16)])
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize(("alpha", "blend"), [(0.5, "linear"), (0.5, "slerp"), (1.0, "linear")])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_a_shared_vocabulary_takes_the_rows_of_one_side_from_the_post_trained(
-    tmp_path: Path, pre: int, post: int, alpha: float, dtype: str
+    tmp_path: Path, pre: int, post: int, alpha: float, blend: str, dtype: str
 ) -> None:
     sides = of_sizes(tmp_path, pre, post)
-    names = {"BF16": None, "F32": "float32"}
-    plan = plan_of(tmp_path, alpha=alpha, vocabulary="shared", dtype=names[dtype])
+    rules = {"alpha": alpha, "blend": blend, "dtype": {"BF16": None, "F32": "float32"}[dtype]}
+    plan = plan_of(tmp_path, vocabulary="shared", **rules)
     found = {tensor.name: tensor for tensor in plan.tensors()}
     assert {name for name, tensor in found.items() if tensor.rows is not None} == {EMBED, HEAD}
     assert found[EMBED].rows == 16
@@ -263,9 +263,7 @@ def test_a_shared_vocabulary_takes_the_rows_of_one_side_from_the_post_trained(
             for model, side in zip(same, sides, strict=True)
         ]
         write_pair(tmp_path / "cut", *cut)
-        assert (
-            written[: 16 * row_bytes] == tensor_bytes(plan_of(tmp_path / "cut", alpha=alpha, dtype=names[dtype]))[EMBED]
-        )
+        assert written[: 16 * row_bytes] == tensor_bytes(plan_of(tmp_path / "cut", **rules))[EMBED]
 
 
 def test_vocabularies_of_different_size_are_refused_without_the_key(tmp_path: Path) -> None:
