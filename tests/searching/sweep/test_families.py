@@ -43,8 +43,17 @@ FAMILIES = {
 }
 """A type, its kind, and whether its prompts are packed as a trie."""
 
+IN_EVERY_RUN = ("qwen3_moe", "qwen3_next", "falcon_h1", "gpt2", "gemma3")
+"""The others are compared in slow runs, as every type is in `tests/slow/test_architectures.py`."""
 
-@pytest.mark.parametrize(("architecture", "kind", "in_trie"), FAMILIES.values(), ids=FAMILIES)
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "in_trie"),
+    [
+        pytest.param(*each, id=name, marks=() if each[0] in IN_EVERY_RUN else pytest.mark.slow)
+        for name, each in FAMILIES.items()
+    ],
+)
 def test_hybrids_give_the_log_probs_of_hybrids_mixed_by_hand(
     tmp_path: Path, architecture: str, kind: str, in_trie: bool
 ) -> None:
