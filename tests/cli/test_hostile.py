@@ -131,7 +131,7 @@ def test_only_one_module_prints() -> None:
                     "progress.py",
                     "push.py",
                     "cluster.py",
-                )  # is it a terminal; where Ray prints
+                )  # terminals; Ray
                 assert path.parts[-2:] == ("cli", "output.py") or (reads_stderr and node.attr == "stderr"), path
 
 
