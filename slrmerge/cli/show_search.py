@@ -43,12 +43,12 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
         named = names + (" (!)" if is_doubtful else "")
         compared.add_row(named, row.info.full_label, layers, *_scores(row), *changes)
     compared.print()
-    echo("ΔQ, ΔD: change from the post-trained model")
     ranked = Table(">rank", "hybrid", ">layers", ">Q", ">D")
     for rank, row in enumerate(best, 1):
         label = row.info.full_label + ("" if row.exact else " (roughly)")
         ranked.add_row(str(rank), label, str(row.info.layers_restored), *_scores(row))
     ranked.print()
+    echo("ΔQ, ΔD: change from the post-trained model")
     for line in (*result.notes, *result.doubts):
         echo(f"note: {as_typed(line)}")
     kept = f"quality ≥ {choice.min_quality:.0%} of the post-trained model"

@@ -34,7 +34,7 @@ def shown_rows(capsys: pytest.CaptureFixture[str], rows: list[ScoredCandidate]) 
     """The cells of the first table."""
     with click.Context(search):
         print_result(made_result(rows), Path("search"), as_json=False)
-    table = capsys.readouterr().out.split("\nΔQ, ΔD")[0]
+    table = capsys.readouterr().out.split("\n\n")[0]
     return [re.split(r"  +", line.strip()) for line in table.splitlines()[1:]]
 
 
