@@ -37,7 +37,7 @@ def prompts(tokenizer: Any) -> list[str]:
     return [*OPENINGS, tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)]
 
 
-def continued_by_transformers(folder: Path, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
+def continued_by_transformers(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -46,7 +46,7 @@ def continued_by_transformers(folder: Path, prompts: list[list[int]], new_tokens
     for ids in prompts:
         inputs = torch.tensor([ids])
         mask = torch.ones_like(inputs)
-        made = model.generate(inputs, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+        made = model.generate(inputs, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
         continued.append(made[0, len(ids) :].tolist())
     return continued
 
