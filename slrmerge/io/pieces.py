@@ -137,7 +137,9 @@ def digest_file(path: Path) -> FileDigest:
 
 def git_digest(file: BinaryIO) -> str:
     """The digest by which git, and the Hub for small files, names the content of a file."""
-    start = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size, usedforsecurity=False)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     return f"git-sha1:{hashlib.file_digest(file, lambda: start).hexdigest()}"  # type: ignore[arg-type]
 
 
