@@ -25,6 +25,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 EVERY = "default"
 """The file system on which every operation of a merge is tried."""
 
+HEAVY = ("search", "eval")
+"""Jobs that are tried on `EVERY` alone."""
+
 PER_FAULT = 3
 """Operations of each kind of fault that are tried elsewhere, and of other jobs twice as many on `EVERY`."""
 
@@ -129,6 +132,8 @@ def trial(
     server: OpenAIServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Trial]:
+    if request.param in HEAVY and system[0] != EVERY:
+        pytest.skip("its imports take half a minute on each file system")
     folder = system[1] / request.param
     folder.mkdir()
     job = JOBS[request.param](folder, server)
