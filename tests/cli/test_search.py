@@ -28,7 +28,8 @@ in_a_hurry = pytest.mark.usefixtures("hurried")
 @in_a_hurry
 def test_search_reports_on_stderr_and_prints_its_result_on_stdout(small: SmallPair) -> None:
     result = run("search", small.recipe_file(), "--out", small.out, "--threads", 1)
-    assert (result.exit_code, len(result.stderr.splitlines())) == (0, 1)
+    assert result.exit_code == 0
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()][1:] == ["warning"]  # after what it checks
     found = read_result(small.out)
     assert len(found.rows) == 15
     assert found.choice.slr is not None
@@ -48,7 +49,8 @@ def test_a_folder_with_spaces_is_quoted_in_commands(small: SmallPair) -> None:
 def test_search_prints_its_result_as_json_and_nothing_else(small: SmallPair) -> None:
     result = run("search", small.recipe_file(), "--out", small.out, "--threads", 1, "--json")
     value = strict_json(result.stdout)
-    assert (value.pop("out"), result.stderr, result.exit_code) == (str(small.out), "", 0)
+    assert (value.pop("out"), result.exit_code) == (str(small.out), 0)
+    assert result.stderr.startswith("warning: the post-trained model answers crc correctly")
     best = value.pop("ten_best")
     assert value == strict_json((small.out / "summary.json").read_text())
     assert {key: best[0][key] for key in ("label", "quality", "diversity")} == {
@@ -86,7 +88,7 @@ def test_other_recipes_are_scored_under_their_file_names(small: SmallPair) -> No
     also = [small.recipe_file("a soup.yaml", alpha=0.5), small.recipe_file("edges.yaml", restore=[[0, 0], [3, 3]])]
     arguments = ["search", small.recipe_file(), "--out", small.out, "--threads", 1, "--space", "intervals", "--json"]
     result = run(*arguments, "--also", also[0], "--also", also[1])
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
     assert [row.info.label for row in read_result(small.out).rows[-2:]] == ["a soup.yaml", "edges.yaml"]
 
 
@@ -164,7 +166,8 @@ def test_a_dry_run_estimates_this_search_and_those_of_the_paper_and_writes_nothi
 @in_a_hurry
 def test_a_dry_run_prints_json(small: SmallPair) -> None:
     value = strict_json(run("search", small.recipe_file(), "--dry-run", "--threads", 1, "--json").stdout)
-    assert value.keys() == {"prompts", "prompt_tokens", "packed_tokens", "rows"}
+    about_prompts = {"prompts", "prompt_tokens", "packed_tokens", "prompt", "date"}
+    assert value.keys() == {*about_prompts, "rows", "workers", "download_bytes", "notes"}
     assert [row["name"] for row in value["rows"]] == ["post", "Llama-3.1-8B", "Qwen2.5-7B", "Gemma-2-9B"]
     for row in value["rows"]:
         assert row["seconds"] == row["cost"]["flop"] / row["flop_per_s"] + row["overhead_s"]
@@ -255,10 +258,10 @@ def test_diff_prints_json_even_where_a_side_is_zero(tmp_path: Path) -> None:
 
 def test_diff_notes_what_it_did_not_compare(pair: Pair) -> None:
     shutil.rmtree(pair.folder / "pre")
-    odd = {name: tensor for name, tensor in llama_tensors("pre").items() if name != "lm_head.weight"}
+    odd = {name: tensor for name, tensor in llama_tensors("pre").items() if name != "model.norm.weight"}
     write_checkpoint(pair.folder / "pre", odd)
     (note,) = strict_json(run("diff", pair.folder / "pre", pair.folder / "post", "--json").stdout)["notes"]
-    assert "lm_head.weight" in note
+    assert "model.norm.weight" in note
     assert f"\nnote: {note}\n" in run("diff", pair.folder / "pre", pair.folder / "post").stdout
 
 
@@ -342,7 +345,7 @@ def test_a_terminal_shows_layers_states_and_the_time_left(small: SmallPair) -> N
         assert f"layer {layer} of {LAYERS}" in text
     assert re.search(r"head: 100%\|.+\| [\d.]+/[\d.]+ \[00:\d\d<00:00, +[\d.]+k? states/s\]", text)
     assert b"\x1b" not in summary
-    assert summary.decode().startswith("               hybrid")
+    assert summary.decode().split()[:3] == ["hybrid", "layers", "Q"]
 
 
 @in_a_hurry

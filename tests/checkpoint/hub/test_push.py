@@ -245,7 +245,7 @@ def test_the_hub_refuses_a_commit_on_top_of_another_parent(
 ) -> None:
     push(merged, MINE)
 
-    def meanwhile(there: object) -> set[str]:
+    def meanwhile(*_: object) -> set[str]:
         pair.hub.commit(MINE, {"notes.md": b"theirs"})
         return set()
 

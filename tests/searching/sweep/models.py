@@ -139,7 +139,7 @@ MIXED = [
 
 
 def alphas_of(pair: ModelPair, rules: Rules) -> TensorAlphas:
-    alphas, problems = resolve_rules(rules, pair.posttrained, pair.stack)
+    alphas, problems = resolve_rules(rules, pair.posttrained, pair.stack, tied=pair.correspondence.tied)
     assert not problems
     return alphas
 
