@@ -54,6 +54,7 @@ _HEADERS_AT_A_TIME = 8
 _FILES_AT_A_TIME = 4
 
 _MAX_ENTRIES = 100_000
+_MAX_FOLDERS = 1_000
 _DIGEST = re.compile("sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
 
 _READ_TO_OPEN = frozenset({
@@ -236,11 +237,15 @@ def _with_folders(snapshot: Snapshot, folders: Iterable[str]) -> Snapshot:
     """The snapshot with the files in those of `folders` that it has, and in the folders in them."""
     files = dict(snapshot.files)
     left = [folder for folder in folders if f"{folder.partition('/')[0]}/" in snapshot.folders]
+    listed = 0
     while left:
-        entries = _list_files(snapshot.pinned, left.pop())
+        folder = left.pop()
+        entries = _list_files(snapshot.pinned, folder)
         files |= _usable_files(snapshot.pinned, entries)
-        left += [entry.path for entry in entries if isinstance(entry, RepoFolder) and _is_usable(entry.path)]
-        if len(files) > _MAX_ENTRIES:
+        inner = (entry.path for entry in entries if isinstance(entry, RepoFolder) and _is_usable(entry.path))
+        left += [path for path in inner if path.startswith(f"{folder}/")]  # a list that names itself would not end
+        listed += 1
+        if len(files) > _MAX_ENTRIES or listed > _MAX_FOLDERS:
             raise HubError(Problem("too-many-files", str(snapshot), f"lists more than {_MAX_ENTRIES:,} files"))
     return replace(snapshot, files=files)
 
