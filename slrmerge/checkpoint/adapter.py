@@ -58,15 +58,6 @@ class AdapterCheckpoint(Checkpoint):
     def __getitem__(self, name: str) -> TensorInfo:
         return self.infos[name] if name in self.infos else self.base[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weight_map)
-
-    def __len__(self) -> int:
-        return len(self.weight_map)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.weight_map
-
     def __str__(self) -> str:
         return str(self.adapter)
 

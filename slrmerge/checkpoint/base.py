@@ -64,6 +64,18 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
         """Whether tensor `name` is known to be that of `other`, byte for byte."""
         return False
 
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self.shards[self.weight_map[name]].tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weight_map)
+
+    def __len__(self) -> int:
+        return len(self.weight_map)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weight_map
+
     @cached_property
     def weight_map(self) -> Mapping[str, str]:
         """The file of each tensor, in the order of the data."""

@@ -9,10 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.embeddings import TOWER, Embeddings, are_halves, find_embeddings, is_vocabulary_tensor, synonym
 from slrmerge.checkpoint.layers import LayerStack
+
+K = TypeVar("K", bound=Hashable)
 
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing insert anywhere in a name."""
@@ -177,12 +180,11 @@ def _match(
 
 
 def _unique(names: Iterable[str], key: Callable[[str], Hashable]) -> dict[Hashable, str]:
-    keys = {name: found for name in names if (found := key(name)) is not None}
-    counts = Counter(keys.values())
-    return {found: name for name, found in keys.items() if counts[found] == 1}
+    return _by_key({name: found for name in names if (found := key(name)) is not None})
 
 
-def _by_key(keys: Mapping[str, str]) -> dict[str, str]:
+def _by_key(keys: Mapping[str, K]) -> dict[K, str]:
+    """Names by their keys, without the keys that several of them have."""
     counts = Counter(keys.values())
     return {key: name for name, key in keys.items() if counts[key] == 1}
 

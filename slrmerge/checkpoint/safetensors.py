@@ -10,7 +10,7 @@ from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
-from slrmerge.checkpoint.header import Shard, TensorInfo, read_shard
+from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.layers import missing_layers
 from slrmerge.checkpoint.location import snapshot_of
 from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, list_left_out, local_side_files
@@ -36,18 +36,6 @@ class SafetensorsCheckpoint(Checkpoint):
     shards: Mapping[str, Shard]
     side_files: Mapping[str, SourceFile]
     left_out: tuple[str, ...] = ()
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self.shards[self.weight_map[name]].tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weight_map)
-
-    def __len__(self) -> int:
-        return len(self.weight_map)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.weight_map
 
     def __str__(self) -> str:
         return str(self.folder)

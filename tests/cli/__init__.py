@@ -3,9 +3,10 @@
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -45,31 +46,27 @@ def strict_json(text: str) -> Any:
 
 def at_a_terminal(command: Sequence[str], *, columns: int, **environment: str) -> tuple[int, bytes, bytes]:
     """Run a command whose stderr is a terminal of 24 lines: its exit code, its stdout, what the terminal saw."""
-    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, columns))
-    environment = os.environ | {"TERM": "xterm", **environment}
-    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment, cwd=ROOT)
-    os.close(theirs)
-    seen = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            seen += chunk
-    except OSError:  # how Linux says that the other side has closed
-        pass
-    finally:
-        os.close(ours)
-    printed, _ = done.communicate()
-    return done.returncode, printed, seen
+    with TemporaryFile() as stdout:
+        exit_code, seen = _run_at_a_terminal(command, columns, stdout, ROOT, environment)
+        stdout.seek(0)
+        return exit_code, stdout.read(), seen
 
 
 def on_a_terminal(command: Sequence[str], *, columns: int, cwd: Path, **environment: str) -> str:
-    """What a terminal shows of a command's stdout and stderr."""
+    """What a terminal of 24 lines shows of a command's stdout and stderr."""
+    _, seen = _run_at_a_terminal(command, columns, None, cwd, environment)
+    return seen.decode().replace("\r\n", "\n")
+
+
+def _run_at_a_terminal(
+    command: Sequence[str], columns: int, stdout: IO[bytes] | None, cwd: Path, environment: Mapping[str, str]
+) -> tuple[int, bytes]:
+    """The exit code of a command, and what its terminal saw; without `stdout` that is on the terminal, too."""
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
-    environment = {**os.environ, "TERM": "xterm", **environment}
-    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment, cwd=cwd)
+    variables = {**os.environ, "TERM": "xterm", **environment}
+    done = subprocess.Popen(command, stdout=stdout or theirs, stderr=theirs, env=variables, cwd=cwd)
     os.close(theirs)
     seen = b""
     try:
@@ -79,5 +76,4 @@ def on_a_terminal(command: Sequence[str], *, columns: int, cwd: Path, **environm
         pass
     finally:
         os.close(ours)
-        process.wait()
-    return seen.decode().replace("\r\n", "\n")
+    return done.wait(), seen

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from slrmerge.searching.sweep.contexts import Context
+from tests.searching.sweep.models import transformers_log_probs
 
 LAYERS = 4
 
@@ -221,10 +222,4 @@ def mixed_by_hand(folder: Path, first: int, last: int, prefix: str) -> Path:
 
 def log_probs_of(folder: Path, contexts: Sequence[Context], *, kind: str = "causal") -> NDArray[np.float64]:
     """By transformers' own loader and forward, in fp32, one context at a time, shape (contexts, targets)."""
-    model = auto_class(kind).from_pretrained(folder, dtype=torch.float32).eval()
-    log_probs = np.full((len(contexts), max(len(context.targets) for context in contexts)), np.nan)
-    with torch.inference_mode():
-        for number, context in enumerate(contexts):
-            logits = model(input_ids=torch.tensor([context.ids])).logits[0, -1].double()
-            log_probs[number, : len(context.targets)] = logits.log_softmax(-1)[list(context.targets)]
-    return log_probs
+    return transformers_log_probs(folder, contexts, auto_class(kind))

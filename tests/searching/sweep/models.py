@@ -213,11 +213,11 @@ def merged(folder: Path, rules: Rules, out: Path, *, dtype: str | None = None) -
     return out
 
 
-def transformers_log_probs(folder: Path, contexts: Sequence[Context]) -> NDArray[np.float64]:
+def transformers_log_probs(folder: Path, contexts: Sequence[Context], auto_class: Any = None) -> NDArray[np.float64]:
     """The same from transformers itself, in fp32 and one context at a time, shape (contexts, targets)."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = (auto_class or AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32).eval()
     log_probs = np.full((len(contexts), max(len(context.targets) for context in contexts)), np.nan)
     with torch.inference_mode():
         for number, context in enumerate(contexts):
