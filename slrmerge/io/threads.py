@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from ctypes import c_ulong, py_object, pythonapi
 from pathlib import Path
 from threading import Event, Lock, Timer, get_ident
+from time import sleep
 
 from slrmerge.errors import OptionError, Problem
 from slrmerge.io.sizes import shorten
@@ -40,28 +41,38 @@ def cancellable_pool(threads: int) -> Iterator[tuple[ThreadPoolExecutor, Event]]
             raise
 
 
+class _OutOfTime(TimeoutError):
+    """What `time_limit` raises in the thread of its block."""
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in a block of Python code that runs longer, in whatever thread."""
-    thread, lock, is_over = c_ulong(get_ident()), Lock(), False
+    thread, lock, is_over, is_late = c_ulong(get_ident()), Lock(), False, False
 
     def stop() -> None:
+        nonlocal is_late
         with lock:
             if not is_over:
-                pythonapi.PyThreadState_SetAsyncExc(thread, py_object(TimeoutError))
+                is_late = True
+                pythonapi.PyThreadState_SetAsyncExc(thread, py_object(_OutOfTime))
 
     timer = Timer(seconds, stop)
     timer.daemon = True
     timer.start()
     try:
-        yield
-    except TimeoutError:
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with lock:
+                is_over = True
+            # Where the block ended at that moment, the exception arrives here. Taking it back instead would leave the
+            # interpreter waiting for one: every call would be slower, and one that is traced would never return.
+            for _ in range(100 if is_late else 0):
+                sleep(0)
+    except _OutOfTime:
         raise TimeoutError(f"not finished within {seconds:g} s") from None
-    finally:
-        timer.cancel()
-        with lock:
-            is_over = True
-            pythonapi.PyThreadState_SetAsyncExc(thread, None)  # where the block ended at the same moment
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The limits of a block: time and memory."""
 
 import resource
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -32,6 +33,27 @@ def test_a_short_block_is_not_interrupted() -> None:
                 pass
         except TimeoutError:
             assert seconds < 1  # in the block, never after it
+
+
+TRACED = """
+import sys
+from contextlib import suppress
+from slrmerge.io.threads import time_limit
+
+def called():
+    pass
+
+for seconds in (60, *[0.0001] * 200):
+    with suppress(TimeoutError), time_limit(seconds):
+        pass
+    sys.settrace(lambda *event: None)
+    called()
+    sys.settrace(None)
+"""
+
+
+def test_a_function_that_is_traced_after_a_block_returns() -> None:
+    subprocess.run([sys.executable, "-c", TRACED], check=True, timeout=60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
