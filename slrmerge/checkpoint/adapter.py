@@ -20,9 +20,10 @@ import xxhash
 
 from slrmerge.checkpoint.adapter_config import ADAPTER_WEIGHTS_NAME, AdapterFolder
 from slrmerge.checkpoint.adapter_fit import Delta, Fitting, Update
-from slrmerge.checkpoint.base import Checkpoint, TensorReader
+from slrmerge.checkpoint.base import Checkpoint, TensorReader, read_steps
 from slrmerge.checkpoint.files import ByteStream, OpenFile, SourceFile, unreadable
 from slrmerge.checkpoint.header import DTYPE_BITS, TORCH_DTYPES, Shard, TensorInfo
+from slrmerge.checkpoint.location import folder_name
 from slrmerge.checkpoint.safetensors import SafetensorsCheckpoint, exists
 from slrmerge.checkpoint.side_files import is_tokenizer_file, local_side_files
 from slrmerge.errors import CheckpointError, Problem, raise_all
@@ -84,6 +85,15 @@ class AdapterCheckpoint(Checkpoint):
         return {**self.base.weight_files, ADAPTER_WEIGHTS_NAME: self.adapter.shard.file}
 
     @property
+    def left_out(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What a merge leaves behind of the base."""
+        return self.base.left_out
+
+    @property
+    def verified(self) -> frozenset[str]:  # type: ignore[override]
+        return self.base.verified
+
+    @property
     def computed(self) -> Collection[str]:
         return self.updates.keys()
 
@@ -96,13 +106,17 @@ class AdapterCheckpoint(Checkpoint):
 
     def is_on(self, other: Checkpoint) -> bool:
         """Whether `other` is the adapter's base."""
-        return self.base.identity == other.identity
+        return self.base is other or self.base.identity == other.identity  # the second takes long
 
     def open(self) -> "AdapterReader":
         return AdapterReader(self)
 
     def download(self, progress: Progress, files: Collection[str] | None = None, *, recheck: bool = False) -> Self:
-        return replace(self, base=self.base.download(progress, files, recheck=recheck))
+        return self.on(self.base.download(progress, files, recheck=recheck))
+
+    def on(self, base: SafetensorsCheckpoint) -> Self:
+        """The same adapter on the same base, which is elsewhere now."""
+        return replace(self, base=base)
 
     def fingerprint(self) -> dict[str, Any]:
         base = self.base.fingerprint()
@@ -114,8 +128,14 @@ class AdapterCheckpoint(Checkpoint):
             "files": {**base["files"], ADAPTER_WEIGHTS_NAME: own},
         }
 
-    def provenance(self, files: Collection[str]) -> dict[str, Any]:  # noqa: ARG002
-        return dict(self.adapter.provenance)
+    def provenance(self, files: Collection[str]) -> dict[str, Any]:
+        """Of the base, the files that were not compared with the Hub's digests."""
+        below = self.base.provenance([file for file in files if file != ADAPTER_WEIGHTS_NAME])
+        unchecked = {key: value for key, value in below.items() if key == "unchecked"}
+        return {**self.adapter.provenance, **unchecked}
+
+    def sha256(self, file: str) -> str | None:
+        return self.base.sha256(file)
 
     def require_digests(self) -> None:
         self.base.require_digests()
@@ -126,7 +146,7 @@ class AdapterCheckpoint(Checkpoint):
 
     @property
     def model_name(self) -> str:
-        return self.adapter.name.partition("@")[0] or self.adapter.folder.resolve().name
+        return self.adapter.name.partition("@")[0] or folder_name(self.adapter.folder)
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -213,22 +233,13 @@ class AdapterReader(TensorReader):
                 values.add_(self._factors(update.delta).product(begin, begin + count, columns).mul_(update.delta.scale))
             yield "F64", count
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        if name not in self.checkpoint.updates:
-            self._base.read_into(name, start, buffer)
-            return
-        raise ValueError(f"{name} is computed")
-
     def _read_own(self, stored: str, steps: range, buffer: memoryview) -> Iterator[tuple[str, int]]:
         """Elements of a tensor in the adapter's file, as `read_elements` gives them."""
         shard = self.checkpoint.adapter.shard
         dtype, first = shard.tensors[stored].dtype, shard.data_start + shard.tensors[stored].begin
         width = DTYPE_BITS[dtype] // 8
         stream = self._weights.stream(first + steps.start * width, first + steps.stop * width)
-        for begin in steps:
-            count = min(steps.step, steps.stop - begin)
-            stream.readinto(buffer[: count * width])
-            yield dtype, count
+        return read_steps(stream, dtype, steps, buffer)
 
     def _load_factors(self, delta: Delta) -> "_Product":
         """The factors of a delta as integers, and their exponents."""

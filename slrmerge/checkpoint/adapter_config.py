@@ -100,11 +100,6 @@ class AdapterFolder:
     def __str__(self) -> str:
         return self.name or str(self.folder)
 
-    @property
-    def base_name(self) -> str:
-        """Its base as the config names it: a folder or a repository."""
-        return self.config.base_model_name_or_path or ""
-
 
 def is_adapter(names: Set[str]) -> bool:
     """Whether a folder or repository with files of these names is an adapter and not a whole model."""

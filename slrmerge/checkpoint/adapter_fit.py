@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from slrmerge.checkpoint.adapter_config import AdapterFolder
 from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.correspondence import embeddings_of
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
-from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS, split_layer
+from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS, split_layer, text_sections
 from slrmerge.errors import Problem
 
 _PREFIX = "base_model.model."
@@ -20,7 +21,6 @@ _FACTOR = re.compile(
 )
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.(?!weight$|bias$)[^.]+)?)(?=\.(weight|bias)$)")
 
-_EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _HEAD = "lm_head.weight"
 _MAX_EXTRA_COMPONENTS = 2
 """How many components a name in the model may have before the name in the base's files, or the other way round."""
@@ -65,6 +65,7 @@ class Fitting:
         self._values: dict[str, str] = {}
         self._refused: dict[_Refused, list[str]] = defaultdict(list)
         self._unties = False
+        self._embeddings = embeddings_of(base)
 
     def run(self) -> None:
         """Fill `updates` and `infos`, or collect why that is not possible."""
@@ -98,8 +99,8 @@ class Fitting:
     def config(self) -> Mapping[str, Any]:
         """The base's config, with the size of the vocabulary and the tie of the embeddings as the adapter has them."""
         changed: dict[str, Any] = {"tie_word_embeddings": False} if self._unties else {}
-        sizes = {info.shape[0] for name, info in self.infos.items() if _is_embedding(name)}
-        old = {self.base[name].shape[0] for name in self.infos if _is_embedding(name) and name in self.base}
+        sizes = {info.shape[0] for name, info in self.infos.items() if self._is_embedding(name)}
+        old = {self.base[name].shape[0] for name in self.infos if self._is_embedding(name) and name in self.base}
         if sizes and sizes != old:
             changed["vocab_size"] = sizes.pop()
         return _with_values(self.base.config, changed) if changed else self.base.config
@@ -108,14 +109,14 @@ class Fitting:
         """A tensor that is stored whole: of `modules_to_save`, a trained bias, a resized embedding."""
         info = self.stored[stored]
         target = self._names.find(name)
-        if target is None and name.endswith(_HEAD) and (embedding := self._names.embedding):  # the base's is tied
+        if target is None and name.endswith(_HEAD) and (embedding := self._tied_embedding):  # the base's is tied
             target, like = name, self.base[embedding]
         elif target is None:
             what = "is not in the base"
             return self._refuse(name, "adapter-does-not-fit", what, "name the base that it was trained on")
         else:
             like = self.base[target]
-        resized = _is_embedding(target) and len(info.shape) == 2 and info.shape[1:] == like.shape[1:]
+        resized = self._is_embedding(target) and len(info.shape) == 2 and info.shape[1:] == like.shape[1:]
         if info.shape != like.shape and not resized:
             what = f"has shape {list(info.shape)}, in the base {list(like.shape)}"
             return self._refuse(name, "adapter-does-not-fit", what, "name the base that it was trained on")
@@ -138,7 +139,7 @@ class Fitting:
             return self._refuse(module, "invalid-adapter", what, "save the adapter again")
         first, second = (self.stored[parts[name]] for name in sorted(needed))
         target = self._names.find(f"{module}.weight")
-        if target is None and f".{module}.weight".endswith(f".{_HEAD}") and self._names.embedding:
+        if target is None and f".{module}.weight".endswith(f".{_HEAD}") and self._tied_embedding:
             return self._refuse_tied(module)
         if target is None:
             what = "is not a module of the base"
@@ -196,7 +197,7 @@ class Fitting:
         if len(evidence) > 1:
             what = "is square, and the modules beside it do not tell whether it is transposed (fan_in_fan_out)"
             self._refuse(module, "unsupported-adapter", what, "merge the adapter with peft")
-        return evidence.pop() if len(evidence) == 1 else self.adapter.config.fan_in_fan_out
+        return next(iter(evidence), self.adapter.config.fan_in_fan_out)
 
     @cached_property
     def _orientations(self) -> Mapping[bool, set[bool]]:
@@ -219,13 +220,12 @@ class Fitting:
 
         A delta on tied embeddings is refused, since peft itself runs and merges it differently.
         """
-        changed = [name for name in self.updates if _is_embedding(name)]
-        embedding = next((name for name in self.base if name.endswith(_EMBEDDING_SUFFIXES)), None)
+        changed = [name for name in self.updates if self._is_embedding(name)]
+        embedding, stored_head = self._embeddings.token, self._embeddings.head
         if not changed or embedding is None:
             return None
-        stored_head = next((name for name in self.base if name.endswith(_HEAD)), None)
         head = stored_head or next((name for name in changed if name.endswith(_HEAD)), None)
-        is_tied = stored_head is None or _is_tied(self.base.config)
+        is_tied = stored_head is None or self._embeddings.is_tied
         if is_tied and any(self.updates[name].delta for name in changed):
             return self._refuse_tied(changed[0])
         before = self.base[embedding].shape[0]
@@ -241,6 +241,15 @@ class Fitting:
             self._unties = True
             self.notes.append("the adapter changes the input embedding or the head by itself: they are no longer tied")
         return None
+
+    @property
+    def _tied_embedding(self) -> str | None:
+        """The base's input embedding where its head is not stored, so that they are tied."""
+        return self._embeddings.token if self._embeddings.head is None else None
+
+    def _is_embedding(self, name: str) -> bool:
+        """Whether a tensor is an embedding or the head, of the base or one that the adapter adds."""
+        return name in self._embeddings.tokens or name == self._embeddings.head or name.endswith(_HEAD)
 
     def _refuse_tied(self, name: str) -> None:
         what = "is changed in a base whose embeddings are tied: peft runs and merges such an adapter differently"
@@ -269,13 +278,6 @@ class _Names:
         others = {place[0] for name in wanted if self._find(name) is None and (place := split_layer(name))}
         self._other_prefix = others.pop() if len(others) == 1 else None
 
-    @property
-    def embedding(self) -> str | None:
-        """The base's input embedding where its head is not stored, so that they are tied."""
-        if any(name.endswith(_HEAD) for name in self._base):
-            return None
-        return next((name for name in self._base if name.endswith(_EMBEDDING_SUFFIXES)), None)
-
     def find(self, name: str) -> str | None:
         """The base's name, or None."""
         found, place, stack = self._find(name), split_layer(name), self._base.stack
@@ -301,20 +303,11 @@ def _is_in_layer(name: str) -> bool:
     return split_layer(name) is not None
 
 
-def _is_embedding(name: str) -> bool:
-    return name.endswith((*_EMBEDDING_SUFFIXES, _HEAD))
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    sections = (config, *(config.get(key) for key in TEXT_CONFIG_KEYS))
-    return any(isinstance(section, Mapping) and section.get("tie_word_embeddings") is True for section in sections)
-
-
 def _with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A config with other values, also in the section of the decoder where it has them."""
     changed = dict(config)
     for key in TEXT_CONFIG_KEYS:
         if isinstance(config.get(key), dict):
             changed[key] = {name: values.get(name, value) for name, value in config[key].items()}
-    inside = {name for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict) for name in config[key]}
+    inside = {name for section in text_sections(config)[1:] for name in section}
     return changed | {name: value for name, value in values.items() if name in config or name not in inside}

@@ -19,7 +19,8 @@ class Checkpoint(Mapping[str, TensorInfo], ABC):
     """A model's tensors by name, as headers describe them, its config and its other files; no weights.
 
     A mapping from tensor names to `TensorInfo`, in the order of the data. It is a value: it holds nothing open, and
-    can be compared and pickled. Implemented by `SafetensorsFolder`, `HubRepository` and `AdapterCheckpoint`.
+    can be compared and pickled. Implemented by `SafetensorsFolder`, `HubRepository`, `AdapterCheckpoint` and
+    `GgufCheckpoint`.
     """
 
     folder: Path
@@ -231,7 +232,13 @@ class TensorReader(ABC):
         dtype = self.checkpoint[name].dtype
         width = DTYPE_BITS[dtype] // 8
         stream = self.stream(name, steps.start * width, steps.stop * width)
-        for begin in steps:
-            count = min(steps.step, steps.stop - begin)
-            stream.readinto(buffer[: count * width])
-            yield dtype, count
+        return read_steps(stream, dtype, steps, buffer)
+
+
+def read_steps(stream: ByteStream, dtype: str, steps: range, buffer: memoryview) -> Iterator[tuple[str, int]]:
+    """Read the elements of each step from a stream into the start of `buffer`; yields their dtype and number."""
+    width = DTYPE_BITS[dtype] // 8
+    for begin in steps:
+        count = min(steps.step, steps.stop - begin)
+        stream.readinto(buffer[: count * width])
+        yield dtype, count

@@ -14,7 +14,6 @@ _SYNONYMS = {
     "n_head": "num_attention_heads",
     "n_heads": "num_attention_heads",
     "num_heads": "num_attention_heads",
-    "encoder_attention_heads": "encoder_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "n_head_kv": "num_key_value_heads",
     "d_head": "head_dim",

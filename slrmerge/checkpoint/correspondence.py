@@ -102,6 +102,11 @@ def correspond(pre: Checkpoint, post: Checkpoint) -> Correspondence:
     )
 
 
+def embeddings_of(checkpoint: Checkpoint) -> Embeddings:
+    """The token embeddings and the head of a checkpoint by itself."""
+    return find_embeddings(checkpoint, _by_key(_outside(checkpoint, checkpoint.stack, ())))
+
+
 def _counterpart(pre: Checkpoint, post: Checkpoint) -> LayerStack | None:
     """The pre-trained stack with the post-trained side's layers, or None where there is none for certain."""
     stack, own = post.stack, pre.stack

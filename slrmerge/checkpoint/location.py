@@ -64,6 +64,15 @@ def parse_place(text: str | os.PathLike[str], *, base: Path = Path()) -> Place:
     return folder if exists or text.endswith(".gguf") else Repository.parse(text) or folder
 
 
+def folder_name(folder: Path) -> str:
+    """The repository's name for a snapshot in the Hub's cache, else the folder's own."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
 def snapshot_of(folder: Path) -> Path:
     """Where `folder` is a repository in the Hub's cache, its snapshot of `main`, or else its only one."""
     if not folder.name.startswith("models--") or not (folder / "snapshots").is_dir():

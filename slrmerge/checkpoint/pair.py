@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,8 +14,9 @@ from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.correspondence import Correspondence, correspond
 from slrmerge.checkpoint.gguf import open_gguf
 from slrmerge.checkpoint.layers import LayerStack
-from slrmerge.checkpoint.location import AdapterOnBase, Place, Repository, parse_source
+from slrmerge.checkpoint.location import AdapterOnBase, Place, Repository, parse_source, snapshot_of
 from slrmerge.checkpoint.safetensors import open_folder
+from slrmerge.checkpoint.vocabulary import SharedVocabulary, compare_vocabularies
 from slrmerge.errors import CheckpointError, HubError, OptionError, PlanError, Problem, open_all
 from slrmerge.io.progress import Progress
 
@@ -47,6 +48,11 @@ class ModelPair:
         """Which pre-trained tensor each post-trained one was trained from."""
         return correspond(self.pretrained, self.posttrained)
 
+    @cached_property
+    def vocabulary(self) -> SharedVocabulary:
+        """The token ids that both sides have. Raises as `compare_vocabularies` does."""
+        return compare_vocabularies(self.pretrained, self.posttrained)
+
     @property
     def is_remote(self) -> bool:
         """Whether reading all tensors of both would download something."""
@@ -58,16 +64,21 @@ class ModelPair:
         """The pair with weight files, all or those in `files`, on this disk; see `Checkpoint.download`."""
         if not (self.is_remote or recheck):
             return self
-        missing = sum(
-            file.download_bytes
+        wanted = {
+            file
             for side, checkpoint in self.items()
             for name, file in checkpoint.weight_files.items()
             if files is None or name in files[side]
-        )
-        if missing:  # checked for both sides before the first download
+        }
+        if missing := sum(file.download_bytes for file in wanted):  # checked for both sides before the first download
             from slrmerge.checkpoint.hub.repository import require_space
 
             require_space(missing)
+        post = self.posttrained
+        if isinstance(post, AdapterCheckpoint) and post.is_on(self.pretrained):  # both sides read the same files
+            of_base = None if files is None else {*files["pretrained"], *files["posttrained"]}
+            base = post.base.download(progress, of_base, recheck=recheck)
+            return ModelPair(base, post.on(base))
         return ModelPair(
             **{
                 side: checkpoint.download(progress, files and files[side], recheck=recheck)
@@ -179,6 +190,8 @@ def _find(source: CheckpointLike, *, local_files_only: bool) -> Checkpoint | Ada
             raise CheckpointError(Problem("not-an-adapter", str(wrong), f"is {kind}", remedy))
         return put_on_base(adapter, base)
     if isinstance(where, Path):
+        with suppress(OSError, ValueError):  # `open_folder` reports it
+            where = snapshot_of(where)
         if _is_adapter_folder(where):
             return read_adapter_folder(where)
         gguf = open_gguf(where)

@@ -12,7 +12,7 @@ from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
 from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.layers import missing_layers
-from slrmerge.checkpoint.location import snapshot_of
+from slrmerge.checkpoint.location import folder_name
 from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, list_left_out, local_side_files
 from slrmerge.errors import CheckpointError, Problem, collect, raise_all
 from slrmerge.io.pieces import DIGEST_NAME, digest_bytes
@@ -58,11 +58,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @property
     def model_name(self) -> str:
-        folder = self.folder.resolve()
-        repo = folder.parent.parent.name
-        if folder.parent.name == "snapshots" and repo.startswith("models--"):
-            return repo.removeprefix("models--").replace("--", "/")
-        return folder.name
+        return folder_name(self.folder)
 
 
 class SafetensorsFolder(SafetensorsCheckpoint):
@@ -133,7 +129,6 @@ def open_folder(folder: Path) -> SafetensorsFolder:
         if not exists(folder) or not folder.is_dir():
             what = "is a file, not a checkpoint folder" if folder.exists() else "no such folder"
             raise CheckpointError(Problem("no-checkpoint", str(folder), what, _NAME_A_FOLDER))
-        folder = snapshot_of(folder)
         names = {path.name for path in folder.iterdir()}
         layout = read_layout(folder, names, where=str(folder))
         problems = list(layout.problems)

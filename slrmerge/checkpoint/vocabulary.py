@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.files import unreadable
-from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import CheckpointError, Problem
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
@@ -21,9 +20,9 @@ class SharedVocabulary(NamedTuple):
     difference: int | None
 
 
-def compare_vocabularies(pair: ModelPair) -> SharedVocabulary:
-    """Compare the tokenizers of a pair, id by id. Raises CheckpointError for one that cannot be read, and HubError."""
-    pre, post = (_tokens(checkpoint) for _, checkpoint in pair.items())
+def compare_vocabularies(pretrained: Checkpoint, posttrained: Checkpoint) -> SharedVocabulary:
+    """Compare two tokenizers, id by id. Raises CheckpointError for one that cannot be read, and HubError."""
+    pre, post = _tokens(pretrained), _tokens(posttrained)
     if not pre or not post:
         return SharedVocabulary(None, None)
     shared = min(max(pre), max(post)) + 1

@@ -34,8 +34,10 @@ from slrmerge.recipe.rules import Rules, Text
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
-_MAX_COMPARED = 20
-"""Recipes with more rules than a person writes are not searched for rules without effect."""
+_MAX_COMPARED, _MAX_COMPARED_TENSORS = 20, 50_000
+"""Recipes with more rules than a person writes are not searched for rules without effect, nor are all rules of a model
+with so many tensors that it would take seconds: rules times tensors.
+"""
 
 SCHEMA_ID = "urn:slrmerge:recipe"
 
@@ -177,7 +179,11 @@ class Recipe(Rules):
         for key, rules in lists.items():
             for number in range(len(rules)):
                 without[f"$.{key}[{number}]"] = {key: (*rules[:number], *rules[number + 1 :])}
-        if not any(alphas.values()) or len(without) > _MAX_COMPARED:
+        if (
+            not any(alphas.values())
+            or len(without) > _MAX_COMPARED
+            or len(without) * len(alphas) > _MAX_COMPARED_TENSORS
+        ):
             return
         for path, update in without.items():
             if self.model_copy(update=update).resolve(pair).alphas == alphas:

@@ -185,6 +185,30 @@ def test_an_embedding_or_head_trained_by_itself_unties_them(tmp_path: Path, stor
         assert (read_all(checkpoint, name, range(0, 128, 128)) == values(expected).reshape(-1)).all()
 
 
+def test_a_head_of_another_name_is_the_head(tmp_path: Path) -> None:
+    names = {EMBEDDING: "gpt_neox.embed_in.weight", HEAD: "embed_out.weight"}
+    base = {names.get(name, name): tensor for name, tensor in llama_tensors("base").items()}
+    config = llama_config(model_type="gpt_neox", tie_word_embeddings=False)
+    embedding = names[EMBEDDING]
+    whole = {f"{PREFIX}{embedding}": random_tensor("BF16", (16, 8), "whole")}
+    checkpoint = on(tmp_path / "whole", base, whole, base_config=config)
+    assert checkpoint.keys() == base.keys()
+    assert not checkpoint.has_own_config
+    resized = {f"{PREFIX}{name}": random_tensor("BF16", (18, 8), name) for name in names.values()}
+    checkpoint = on(tmp_path / "resized", base, resized, base_config=config | {"vocab_size": 16})
+    assert {checkpoint[name].shape for name in names.values()} == {(18, 8)}
+    assert checkpoint.config["vocab_size"] == 18
+
+
+def test_an_adapter_in_a_cache_folder_has_the_repositorys_name_and_its_bases_leftovers(tmp_path: Path) -> None:
+    cached = tmp_path / "models--org--lora" / "snapshots" / "abc123"
+    write_checkpoint(tmp_path / "base", BASE, side_files={"notes.pdf": "more"})
+    write_adapter(cached, lora_tensors(BASE, [f"model.layers.0.{Q}"]), base_model_name_or_path=str(tmp_path / "base"))
+    checkpoint = open_checkpoint(tmp_path / "models--org--lora")
+    assert checkpoint.model_name == "org/lora"
+    assert checkpoint.left_out == ("notes.pdf",)
+
+
 # Conv1D
 
 
@@ -196,13 +220,14 @@ def test_a_square_weight_is_transposed_as_the_modules_beside_it(tmp_path: Path, 
         for layer in range(2)
         for module, shape in inner.items()
     } | {f"h.{layer}.attn.c_attn.bias": random_tensor("F32", (24,), layer) for layer in range(2)}
-    square = "h.1.attn.c_proj"
-    factors = lora_tensors(tensors, [square])
+    squares = ["h.0.attn.c_proj", "h.1.attn.c_proj"]
+    factors = lora_tensors(tensors, squares)
     config = {"model_type": "gpt2", "n_layer": 2}
     checkpoint = on(tmp_path, tensors, factors, base_config=config, fan_in_fan_out=fan_in_fan_out)
-    delta = merged(tensors, factors, square, 1.5) - values(tensors[f"{square}.weight"])
-    found = read_all(checkpoint, f"{square}.weight", range(0, 64, 7)).reshape(8, 8)
-    assert np.abs(found - values(tensors[f"{square}.weight"]) - delta.T).max() < 1e-5
+    for square in squares:
+        delta = merged(tensors, factors, square, 1.5) - values(tensors[f"{square}.weight"])
+        found = read_all(checkpoint, f"{square}.weight", range(0, 64, 7)).reshape(8, 8)
+        assert np.abs(found - values(tensors[f"{square}.weight"]) - delta.T).max() < 1e-5
 
 
 # refusals

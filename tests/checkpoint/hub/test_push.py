@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard, close_session, snapshot_download
 
 from slrmerge import Repository, merge, push, verify
 from slrmerge.errors import HubError, OptionError, Problem, VerificationError
+from tests.adapters import Q, lora_tensors, write_adapter
 from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
-from tests.checkpoints import read_back
+from tests.checkpoints import llama_tensors, read_back, write_checkpoint
 from tests.cli import run
 from tests.gguf_files import write_gguf
 from tests.merging.faults import snapshot
@@ -314,6 +315,49 @@ def test_a_private_push_to_a_public_repository_is_refused(pair: HubPair, merged:
     before = pair.hub.head(MINE)
     refusal("repository-public", other, private=True)
     assert pair.hub.head(MINE) == before
+
+
+def write_lora_merge(pair: HubPair, out: Path, name: str) -> None:
+    base = llama_tensors("base")
+    write_checkpoint(out.with_name(f"{name}-base"), base)
+    factors = lora_tensors(base, [f"model.layers.{layer}.{Q}" for layer in range(4)])
+    lora = write_adapter(out.with_name(name), factors, base_model_name_or_path=str(out.with_name(f"{name}-base")))
+    merge({"posttrained": str(lora), "restore": [1, 2]}, out, output="adapter")
+
+
+def write_gguf_merge(pair: HubPair, out: Path, name: str) -> None:
+    folder = out.parent / name
+    sides = {side: str(write_gguf(folder / f"{name}-{side}.gguf", side)) for side in ("pretrained", "posttrained")}
+    merge({**sides, "restore": [1, 2]}, out)
+
+
+def write_model_merge(pair: HubPair, out: Path, name: str) -> None:
+    merge(pair.recipe(restore=[2, 3], max_shard_size="10KB"), out)
+
+
+WRITERS = {"adapter": write_lora_merge, "GGUF": write_gguf_merge, "model": write_model_merge}
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "left"),
+    [
+        ("adapter", "model", set()),
+        ("model", "adapter", {"config.json"}),
+        ("GGUF", "GGUF", set()),
+        ("model", "GGUF", {"config.json"}),
+    ],
+)
+def test_weights_of_an_older_merge_of_another_kind_do_not_stay(
+    pair: HubPair, older: str, newer: str, left: set[str]
+) -> None:
+    WRITERS[older](pair, pair.folder / "older-merge", "older")
+    push(pair.folder / "older-merge", MINE)
+    WRITERS[newer](pair, pair.folder / "newer-merge", "newer")
+    push(pair.folder / "newer-merge", MINE)
+    stays = there(pair).keys() - (snapshot(pair.folder / "newer-merge") or {}).keys()
+    weights = (".safetensors", ".gguf", ".index.json", "adapter_config.json")
+    assert [name for name in stays if name.endswith(weights)] == []
+    assert left <= stays
 
 
 def test_a_push_removes_files_of_an_older_merge_but_no_other_files(pair: HubPair, merged: Path) -> None:
