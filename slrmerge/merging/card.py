@@ -74,6 +74,7 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
 
 def _is_restoration(plan: MergePlan) -> bool:
     """Whether whole layers are reset, and nothing is blended: what the paper calls Selective Layer Restoration."""
+    plan = plan.whole or plan  # of an adapter, the model that it gives
     stack = plan.pair.stack
     is_reset = any(tensor.alpha == 1 and stack and stack.locate(tensor.name) for tensor in plan.tensors())
     return is_reset and not _is_mergekit(plan) and all(tensor.alpha in (0, 1) for tensor in plan.tensors())

@@ -14,32 +14,35 @@ from slrmerge.merging.stream import HybridReader
 
 
 def write_shards_on_cluster(
-    missing: Sequence[ShardJobs], plan: MergePlan, journal: Journal, address: str, progress: Progress
-) -> set[str]:
-    """Write the missing pieces. Returns the tensors in whose blends a value was not a number.
+    missing: Sequence[ShardJobs],
+    plan: MergePlan,
+    journal: Journal,
+    address: str,
+    threads: int | None,
+    progress: Progress,
+) -> None:
+    """Write the missing pieces, each worker with `threads`, by default one per core of its machine.
 
     The folder of `journal` and local sources must be on storage that all machines share. A shard whose worker dies is
     begun anew; the others are not affected. Raises ClusterError, and what `write_shards` raises.
     """
     progress.start("merging on the cluster", sum(job.stop - job.start for shard in missing for job in shard.jobs))
-    nan_names: set[str] = set()
     with Cluster(address) as cluster:
         workers = cluster.workers(gpus=False)
         jobs = [
             _Job(
-                replace(plan, shards=(shard.stream.shard,)),
+                replace(plan, shards=(shard.stream.shard,), files=(), notes=(), whole=None),  # what a worker reads
                 journal.folder,
                 tuple(job.piece for job in shard.jobs),
                 journal.durable,
-                workers.cpus,
+                threads or workers.cpus,
             )
             for shard in missing
         ]
         for _, written in cluster.run(_write_shard, jobs, workers=workers, progress=progress):
+            journal.note_nans(written.nan_names)
             for piece, digest in written.pieces.items():
                 journal.record(piece, digest)
-            nan_names |= written.nan_names
-    return nan_names
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,8 @@ class _Written(NamedTuple):
 class _Digests(Journal):
     """The journal of a worker, which the driver writes."""
 
-    def record(self, piece: Piece, digest: bytes) -> None:
-        with self._lock:
-            self.finished[piece] = digest
+    def _append(self, line: bytes) -> None:
+        del line
 
 
 def _write_shard(job: _Job, progress: Progress) -> _Written:
@@ -75,4 +77,4 @@ def _write_shard(job: _Job, progress: Progress) -> _Written:
         reader = HybridReader(readers)
         missing = missing_pieces(job.plan, reader, job.folder, done)
         write_shards(missing, job.plan, reader, digests, job.threads, progress)
-    return _Written(digests.finished, reader.nan_names)
+    return _Written(digests.finished, digests.nan_names)

@@ -184,11 +184,10 @@ def _write(
             if options.ray:
                 from slrmerge.merging.cluster import write_shards_on_cluster
 
-                nan_names = write_shards_on_cluster(missing, plan, journal, options.ray, progress)
+                write_shards_on_cluster(missing, plan, journal, options.ray, options.threads, progress)
             else:
                 threads = options.threads or default_threads(plan.pair)
                 write_shards(missing, plan, reader, journal, threads, progress)
-                nan_names = reader.nan_names
             written |= {
                 shard.name: FileDigest(
                     shard.file_bytes, combine(journal.finished[piece] for piece, _, _ in pieces_of(shard))
@@ -199,7 +198,7 @@ def _write(
             written[MANIFEST_NAME] = write_file(output.staging / MANIFEST_NAME, manifest, durable=output.durable)
             with journal.removed(lambda: output.published):
                 output.publish(progress)
-    return written, resumed, list(_nan_notes(nan_names))
+    return written, resumed, list(_nan_notes(journal.nan_names))
 
 
 def _nan_notes(names: Collection[str]) -> Iterator[str]:

@@ -33,6 +33,7 @@ class SearchSummary(Model):
     pretrained: CheckpointName
     posttrained: CheckpointName
     dtype: str | None = None
+    vocabulary: str = "same"
     layers: int
     candidates: int
     min_quality: float

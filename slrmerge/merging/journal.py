@@ -28,6 +28,8 @@ class Journal:
     def __init__(self, folder: Path, finished: dict[Piece, bytes], fingerprint: str, *, durable: bool) -> None:
         self.folder = folder
         self.finished = finished
+        self.nan_names: set[str] = set()
+        """The tensors in whose blends a value was not a number, also those of earlier runs."""
         self.durable = durable
         self._fingerprint = fingerprint
         self._lock = Lock()
@@ -41,6 +43,7 @@ class Journal:
         if lines and lines[0] == fingerprint.encode():
             finished = dict(filter(None, map(_parse, lines[1:])))
         journal = cls(folder, finished, fingerprint, durable=durable)
+        journal.nan_names = set(filter(None, map(_parse_nan, lines[1:]))) if finished else set()
         if not finished:
             journal.discard_unfinished()
         journal._rewrite()
@@ -74,10 +77,16 @@ class Journal:
 
     def record(self, piece: Piece, digest: bytes) -> None:
         """Add a finished piece."""
-        path = self.folder / JOURNAL_NAME
-        with self._lock, open(path, "ab", buffering=0, opener=files.open_no_link) as file:
-            file.write(_line(piece, digest))
+        with self._lock:
+            self._append(_line(piece, digest))
             self.finished[piece] = digest
+
+    def note_nans(self, names: Iterable[str]) -> None:
+        """Add tensors in whose blends a value was not a number; to be called before their pieces are recorded."""
+        with self._lock:
+            for name in sorted({*names} - self.nan_names):
+                self._append(_nan_line(name))
+                self.nan_names.add(name)
 
     def sync(self, name: str) -> None:
         """Flush a shard to the disk. Where that fails its pieces are forgotten: the system reports a lost write only
@@ -119,8 +128,13 @@ class Journal:
     def _begun(self) -> set[str]:
         return {name for name, _ in self.finished}
 
+    def _append(self, line: bytes) -> None:
+        with open(self.folder / JOURNAL_NAME, "ab", buffering=0, opener=files.open_no_link) as file:
+            file.write(line)
+
     def _rewrite(self) -> None:
-        lines = [f"{self._fingerprint}\n".encode(), *(_line(*entry) for entry in self.finished.items())]
+        nans = map(_nan_line, sorted(self.nan_names))
+        lines = [f"{self._fingerprint}\n".encode(), *nans, *(_line(*entry) for entry in self.finished.items())]
         files.write_file(self.folder / JOURNAL_NAME, b"".join(lines), durable=self.durable)
 
 
@@ -132,6 +146,20 @@ def pieces_of(shard: PlannedShard) -> Iterator[tuple[Piece, int, int]]:
 
 def _line(piece: Piece, digest: bytes) -> bytes:
     return f"{json.dumps([*piece, digest.hex()])}\n".encode()
+
+
+def _nan_line(name: str) -> bytes:
+    return f"{json.dumps({'nan': name})}\n".encode()
+
+
+def _parse_nan(line: bytes) -> str | None:
+    """The tensor of a line about one, or None."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    name = entry.get("nan") if isinstance(entry, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _parse(line: bytes) -> tuple[Piece, bytes] | None:

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slrmerge.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
 from slrmerge.checkpoint.files import open_within, unreadable
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.side_files import (
     CARD_NAME,
+    INDEX_NAME,
     MANIFEST_NAME,
     RECIPE_NAME,
     is_tokenizer_file,
@@ -37,7 +39,7 @@ _REMEDY = "push again: uploaded files are kept, and files that are there already
 
 _SMALL_BYTES = 1 << 24
 
-_WRITTEN = (RECIPE_NAME, "mergekit_config.yml", CARD_NAME, TRADEOFF_NAME)
+_WRITTEN = (RECIPE_NAME, "mergekit_config.yml", CARD_NAME, TRADEOFF_NAME, INDEX_NAME, ADAPTER_CONFIG_NAME)
 """What merges write beside weights and tokenizer."""
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -263,7 +265,7 @@ def _stale_files(snapshot: "Snapshot", files: Iterable[str]) -> set[str]:
     if MANIFEST_NAME in snapshot.files:
         with suppress(VerificationError):
             older = read_manifest(snapshot.files[MANIFEST_NAME].fetch().parent).files
-            shards = (name for name in older if name.endswith(".safetensors"))
+            shards = (name for name in older if name.endswith((".safetensors", ".gguf")))
             possible = {*_WRITTEN, *shards, *filter(is_tokenizer_file, select_side_files(older))}
             names |= {
                 name

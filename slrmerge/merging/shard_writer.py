@@ -171,6 +171,7 @@ class _ShardWriter:
         digest = write_piece(shard.path, job.start, chunks, clone=clone, on_bytes=self._progress.advance)
         if self._stopped.is_set():
             return
+        self._journal.note_nans(self._reader.nan_names)
         self._journal.record(job.piece, digest)
         durable = self._journal.durable
         if durable and job.piece[1] % _PIECES_PER_SYNC == _PIECES_PER_SYNC - 1:

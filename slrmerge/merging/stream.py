@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from slrmerge.checkpoint.base import Checkpoint, TensorReader
+from slrmerge.checkpoint.base import Checkpoint, TensorReader, read_steps
 from slrmerge.checkpoint.files import ByteStream, LocalFile, unreadable
 from slrmerge.checkpoint.header import DTYPE_BITS
 from slrmerge.checkpoint.pair import PairReader, Side
@@ -108,7 +108,7 @@ class HybridReader:
         reader, steps = self.pair[side], _elements(part)
         if name in reader.checkpoint.computed:
             return reader.read_elements(name, steps, buffer)
-        return _read_elements(next(streams), reader.checkpoint[name].dtype, steps, buffer)
+        return read_steps(next(streams), reader.checkpoint[name].dtype, steps, buffer)
 
     def _sums_of(self, tensor: PlannedTensor) -> Mapping[str, float]:
         """The sums over the whole tensor that its rule needs, computed by the first thread that asks."""
@@ -235,11 +235,11 @@ def _reads(checkpoint: Checkpoint, side: Side, parts: Iterable[Part]) -> Iterato
     """The bytes that `parts` read from one side: the tensor, the first byte, and the one after the last."""
     for part in parts:
         for source, name in part.tensor.sources:
-            if name in checkpoint.computed:
+            if source != side or name in checkpoint.computed:
                 continue
-            if source == side and part.tensor.kind == "copy":
+            if part.tensor.kind == "copy":
                 yield name, part.begin, part.end
-            elif source == side:
+            else:
                 steps, width = _elements(part), _width(checkpoint[name].dtype)
                 yield name, steps.start * width, steps.stop * width
 
@@ -274,14 +274,6 @@ def _elements(part: Part) -> range:
     """The elements that a part of a cast or a blend is in, in steps."""
     width = _width(part.tensor.info.dtype)
     return range(part.begin // width, -(-part.end // width), CHUNK_ELEMENTS)
-
-
-def _read_elements(stream: ByteStream, dtype: str, steps: range, buffer: memoryview) -> Iterator[tuple[str, int]]:
-    """Read the elements of each step from a stream into the start of `buffer`; yields their dtype and number."""
-    for begin in steps:
-        count = min(steps.step, steps.stop - begin)
-        stream.readinto(buffer[: count * _width(dtype)])
-        yield dtype, count
 
 
 def _width(dtype: str) -> int:

@@ -18,7 +18,7 @@ from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.merging.verify import verify
 from tests.adapters import PREFIX, Q, lora_tensors, merged, values, write_adapter
-from tests.checkpoints import llama_tensors, random_tensor, read_back, write_checkpoint
+from tests.checkpoints import llama_config, llama_tensors, random_tensor, read_back, write_checkpoint
 from tests.cli import run
 from tests.merging.faults import Recorder, Stop, stop
 from tests.problems import refused
@@ -27,6 +27,7 @@ BASE = llama_tensors("base")
 MODULES = [f"model.layers.{layer}.{module}" for layer in range(6) for module in (Q, "mlp.down_proj")]
 FACTORS = lora_tensors(BASE, MODULES, dtype="BF16")
 NORM = "model.norm.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ADAPTER = {**FACTORS, f"{PREFIX}{NORM}": random_tensor("BF16", (8,), "norm")}
 SCALE = 1.5
 
@@ -190,6 +191,33 @@ def test_a_restored_whole_module_is_stored_as_the_bases(lora: Path, tmp_path: Pa
     rules = {"tensors": [{"match": NORM, "alpha": 1}]}
     merge({"posttrained": str(lora), **rules}, tmp_path / "small", output="adapter")
     assert read_back(tmp_path / "small")[f"{PREFIX}{NORM}"] == BASE[NORM]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["more rows", "a head of a tied base"])
+def test_embeddings_that_the_adapter_stores_are_those_of_the_whole_model(
+    tmp_path: Path, kind: str, alpha: float
+) -> None:
+    has_more_rows = kind == "more rows"
+    base = llama_tensors("base", tied=not has_more_rows)
+    shapes = {EMBEDDING: (19, 8), HEAD: (19, 8)} if has_more_rows else {HEAD: (16, 8)}
+    stored = {f"{PREFIX}{name}": random_tensor("BF16", shape, name) for name, shape in shapes.items()}
+    write_checkpoint(tmp_path / "base", base, llama_config(tie_word_embeddings=not has_more_rows))
+    factors = lora_tensors(base, MODULES)
+    write_adapter(tmp_path / "lora", factors | stored, base_model_name_or_path=str(tmp_path / "base"))
+    rules = [{"match": name, "alpha": alpha} for name in (EMBEDDING, HEAD)]
+    recipe = {"posttrained": str(tmp_path / "lora"), "tensors": rules, "vocabulary": "shared"}
+    merge(recipe, tmp_path / "whole")
+    merge(recipe, tmp_path / "small", output="adapter")
+    whole, small = read_back(tmp_path / "whole"), read_back(tmp_path / "small")
+    assert {name: small[f"{PREFIX}{name}"] for name in shapes} == {name: whole[name] for name in shapes}
+    assert verify(tmp_path / "small").against_sources
+
+
+@pytest.mark.parametrize("output", ["model", "adapter"])
+def test_the_card_says_what_an_adapter_restores(lora: Path, tmp_path: Path, output: str) -> None:
+    merge({"posttrained": str(lora), "restore": [1, 2]}, tmp_path / "out", output=output)
+    assert "selective-layer-restoration" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

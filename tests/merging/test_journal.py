@@ -24,7 +24,7 @@ from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.merging.verify import verify
-from tests.checkpoints import llama_tensors, read_back, safetensors_bytes
+from tests.checkpoints import llama_tensors, read_back, safetensors_bytes, write_checkpoint
 from tests.conftest import Pair
 from tests.merging.faults import Recorder, Stop, harm, kept_pieces, leftovers, snapshot, stop, tree
 from tests.problems import refused
@@ -110,6 +110,34 @@ def test_a_journal_whose_last_line_was_cut_short_keeps_the_others(
 ) -> None:
     (tmp_path / JOURNAL_NAME).write_bytes(b'the plan\n["model-00001", 0, "00ff"]\n' + tail)
     assert Journal.open(tmp_path, "the plan", durable=False).finished == dict.fromkeys(finished, b"\x00\xff")
+
+
+def test_tensors_with_nan_are_kept_with_the_pieces_and_forgotten_without_them(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path, "the plan", durable=False)
+    journal.note_nans({"b", "a"})
+    journal.note_nans({"a", "c"})
+    assert Journal.open(tmp_path, "the plan", durable=False).nan_names == set()  # no piece is finished
+    journal.record(("model-00002", 5), b"\x00\xff")
+    journal.note_nans({"d"})
+    (tmp_path / JOURNAL_NAME).write_bytes(b'the plan\n{"nan": "a"}\n["model-00002", 5, "00ff"]\n{"nan": 1}\n{"nan')
+    again = Journal.open(tmp_path, "the plan", durable=False)
+    assert (again.nan_names, again.finished) == ({"a"}, {("model-00002", 5): b"\x00\xff"})
+    assert Journal.open(tmp_path, "the plan", durable=False).nan_names == {"a"}
+    assert Journal.open(tmp_path, "another plan", durable=False).nan_names == set()
+
+
+def test_a_resumed_merge_still_notes_what_was_not_a_number_in_the_pieces_of_the_first_run(pair: Pair) -> None:
+    plan = pair.plan(alpha=0.5, max_shard_size="2KB")
+    first = plan.shards[0].tensors[0].name
+    post = pair.post | {first: pair.post[first]._replace(data=b"\xc0\x7f" + pair.post[first].data[2:])}
+    shutil.rmtree(pair.folder / "post")
+    write_checkpoint(pair.folder / "post", post, shards=2)
+    plan = pair.plan(alpha=0.5, max_shard_size="2KB")
+    with pytest.raises(Stop):
+        execute(plan, pair.out, options=ONE_THREAD, progress=Recorder(12, stop))
+    result = execute(plan, pair.out)
+    assert result.resumed_pieces > 0
+    assert [first in note for note in result.notes if "NaN" in note] == [True]
 
 
 def test_an_entry_after_a_line_that_was_cut_short_is_kept(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from slrmerge.checkpoint.adapter import AdapterCheckpoint
 from slrmerge.checkpoint.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from slrmerge.checkpoint.adapter_fit import Delta
+from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.header import DTYPE_BITS, TensorInfo
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.pair import ModelPair
@@ -63,14 +64,17 @@ def as_adapter(plan: MergePlan) -> MergePlan:
     raise_all(_why_not(plan), PlanError)
     post = plan.pair.posttrained
     assert isinstance(post, AdapterCheckpoint)
-    alphas = {tensor.name: tensor.alpha for tensor in plan.tensors()}
+    whole = {tensor.name: tensor for tensor in plan.tensors()}
     planned, dropped = dict[str, PlannedTensor](), list[str]()
     problems: list[Problem] = []
     for name, update in post.updates.items():
         if update.value is not None:
-            planned[update.value] = _value(post, update.value, name, alphas[name])
-        if update.delta is not None and alphas[name] < 1:
-            planned |= {tensor.name: tensor for tensor in _factors(post, update.delta, alphas[name])}
+            planned[update.value] = _value(plan.pair.pretrained, post, update.value, whole[name])
+        if update.delta is not None and whole[name].rows is not None:
+            what = "has rows that only the adapter has, which a scaled B · A cannot leave as they are"
+            problems.append(Problem("adapter-rows", name, what, "write the whole model, or leave out `vocabulary`"))
+        elif update.delta is not None and whole[name].alpha < 1:
+            planned |= {tensor.name: tensor for tensor in _factors(post, update.delta, whole[name].alpha)}
         elif update.delta is not None and update.delta.right is not None:
             dropped.append(update.delta.left)
     for name, update in post.updates.items():
@@ -96,7 +100,7 @@ def as_adapter(plan: MergePlan) -> MergePlan:
         pair=ModelPair(plan.pair.pretrained, own),
         shards=(PlannedShard(ADAPTER_WEIGHTS_NAME, tuple(ordered)),),
         files=tuple(sorted((config, *tokenizer), key=lambda file: file.name)),
-        resharded="",
+        resharded="an adapter is written",
         whole=plan,
     )
 
@@ -121,15 +125,16 @@ def _why_not(plan: MergePlan) -> Iterator[Problem]:
         yield Problem("adapter-tokenizer", plan.recipe.place("$.tokenizer"), what, "leave out `tokenizer`")
 
 
-def _value(post: AdapterCheckpoint, stored: str, name: str, alpha: float) -> PlannedTensor:
-    """A tensor that the adapter stores whole: peft requires it, so a restored one is the base's."""
+def _value(pre: Checkpoint, post: AdapterCheckpoint, stored: str, whole: PlannedTensor) -> PlannedTensor:
+    """A tensor that the adapter stores whole, as the `whole` model has it. peft requires restored ones too."""
     info = post.adapter.shard.tensors[stored]
-    base = name if name in post.base else None
-    if alpha == 0 or base is None:
+    if whole.pretrained is None:
         return PlannedTensor(stored, info, 0.0, "copy", None, stored)
-    if alpha == 1:
-        return PlannedTensor(stored, post.base[base], 1.0, "copy", base, None)
-    return PlannedTensor(stored, info, alpha, "linear", base, stored)
+    if whole.rows is not None:
+        return PlannedTensor(stored, info, whole.alpha, whole.kind, whole.pretrained, stored, whole.rows)
+    if whole.alpha == 1:
+        return PlannedTensor(stored, pre[whole.pretrained], 1.0, "copy", whole.pretrained, None)
+    return PlannedTensor(stored, info, whole.alpha, "linear", whole.pretrained, stored)
 
 
 def _factors(post: AdapterCheckpoint, delta: Delta, alpha: float) -> Iterator[PlannedTensor]:

@@ -245,8 +245,8 @@ class MergePlan:
     @property
     def full_download_bytes(self) -> int:
         """The bytes of a download of both checkpoints."""
-        weights = sum(size for sizes in self._remote_files().values() for size in sizes.values())
-        return weights + sum(file.download_bytes for file in self.files)
+        weights = {file for _, checkpoint in self.pair.items() for file in checkpoint.weight_files.values()}
+        return sum(file.download_bytes for file in weights) + sum(file.download_bytes for file in self.files)
 
     def _remote_files(self) -> dict[Side, dict[str, int]]:
         """The weight files that are not on this disk, with their download sizes, by side."""

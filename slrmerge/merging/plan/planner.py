@@ -84,7 +84,8 @@ def plan(
     """
     recipe = as_recipe(recipe)
     made = plan_merge(recipe, pair, allow_code=allow_code, output=output, finding=find_search_result(recipe))
-    return replace(made, notes=(*tokenizer_notes(recipe.tokenizer, made.pair, made.tensors()), *made.notes))
+    whole = made.whole or made
+    return replace(made, notes=(*tokenizer_notes(recipe.tokenizer, whole.pair, whole.tensors()), *made.notes))
 
 
 def _config_notes(pair: ModelPair) -> Iterator[str]:

@@ -7,7 +7,6 @@ the config or belong to a vision or audio tower.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from slrmerge.checkpoint.fused import fusion, is_regrouped
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.quantised import Quantisation
-from slrmerge.checkpoint.vocabulary import SharedVocabulary, compare_vocabularies
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.blend import DTYPES
 from slrmerge.merging.plan.model import ADAPTER, PlannedTensor
@@ -151,7 +149,7 @@ class TensorPlanner:
         if not self._shares_vocabulary:
             self._refuse(name, "different-vocabularies", what, _ROWS + _KEEP)
             return None
-        tokens, difference = self._vocabulary
+        tokens, difference = self._pair.vocabulary
         rows = min(pre.shape[0], post.shape[0], *(() if tokens is None else (tokens,)))
         if difference is not None and difference < rows:
             what = f"has rows of other tokens on either side: id {difference} is another token"
@@ -162,10 +160,6 @@ class TensorPlanner:
             f"{rows:,} of {post.shape[0]:,} rows are in both vocabularies, the others are post-trained{unchecked}"
         ].append(name)
         return rows
-
-    @cached_property
-    def _vocabulary(self) -> SharedVocabulary:
-        return compare_vocabularies(self._pair)
 
     def _remedy(self, name: str) -> str:
         """What to do about a tensor that does not fit: only outside the layers one can be kept by itself."""
