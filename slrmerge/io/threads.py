@@ -41,7 +41,7 @@ def cancellable_pool(threads: int) -> Iterator[tuple[ThreadPoolExecutor, Event]]
             raise
 
 
-class _OutOfTime(TimeoutError):
+class _TimeLimitError(TimeoutError):
     """What `time_limit` raises in the thread of its block."""
 
 
@@ -55,7 +55,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         with lock:
             if not is_over:
                 is_late = True
-                pythonapi.PyThreadState_SetAsyncExc(thread, py_object(_OutOfTime))
+                pythonapi.PyThreadState_SetAsyncExc(thread, py_object(_TimeLimitError))
 
     timer = Timer(seconds, stop)
     timer.daemon = True
@@ -71,7 +71,7 @@ def time_limit(seconds: float) -> Iterator[None]:
             # interpreter waiting for one: every call would be slower, and one that is traced would never return.
             for _ in range(100 if is_late else 0):
                 sleep(0)
-    except _OutOfTime:
+    except _TimeLimitError:
         raise TimeoutError(f"not finished within {seconds:g} s") from None
 
 

@@ -23,7 +23,7 @@ from slrmerge.searching.sweep.cost import Cost
 
 @dataclass(frozen=True, slots=True)
 class ScorerSetup:
-    """What a worker needs to make its LocalScorer; a value that can be pickled. `threads` None: its share of cores."""
+    """What a worker needs to make its LocalScorer; a value that can be pickled."""
 
     pretrained: str
     posttrained: str
@@ -95,7 +95,7 @@ class RayScorer:
 
     def check(self, post: TensorAlphas, contexts: Sequence[Context]) -> None:
         jobs = [_Check(self._setup(), post, tuple(contexts))]
-        for _ in self._connected().run(_check, jobs, workers=replace(self.workers, count=1), progress=Progress()):
+        for _ in self._connected().run(_check, jobs, workers=self.workers, progress=Progress()):
             pass
 
     def score(self, request: ScoreRequest, folder: Path | None, progress: Progress) -> NDArray[np.float64]:

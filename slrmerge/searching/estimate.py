@@ -51,25 +51,30 @@ class Estimate:
 def estimate_parts(scorer: LocalScorer, parts: Sequence[ScoreRequest]) -> Estimate:
     """The cost of the largest part of a first pass that several workers share, at the rate of this machine."""
     largest = max(parts, key=lambda part: scorer.cost(part).flop)
-    made = estimate(scorer, largest, device=torch.device("cpu"))
+    made = _own_estimate(scorer, largest, device=torch.device("cpu"))
     weights = (file for _, side in scorer.pair.items() for file in side.weight_files.values())
-    return replace(
-        made, rows=made.rows[:1], workers=len(parts), download_bytes=sum(file.download_bytes for file in weights)
-    )
+    return replace(made, workers=len(parts), download_bytes=sum(file.download_bytes for file in weights))
 
 
 def estimate(scorer: LocalScorer, request: ScoreRequest, *, device: torch.device) -> Estimate:
     """The cost of a first pass, from shapes and a matrix product measured here, and of the paper's models."""
+    made = _own_estimate(scorer, request, device=device)
+    rows = []
+    for known in PAPER_MODELS:
+        candidates = known.layers * (known.layers + 1) // 2 + 2
+        rate = measured_rate(known.width, torch.bfloat16, device)
+        rows.append(EstimateRow(known.name, candidates, "bfloat16", all_intervals_cost(known), rate))
+    return replace(made, rows=(*made.rows, *rows))
+
+
+def _own_estimate(scorer: LocalScorer, request: ScoreRequest, *, device: torch.device) -> Estimate:
+    """The cost of a first pass alone."""
     shape = scorer.shape(request)
     rate = measured_rate(shape.width, request.dtype, device)
     cost, overhead_s = scorer.cost(request), 0.0
     state_flop = 2 * shape.layer_parameters * shape.tokens
     if state_flop < SMALL_FLOP:
         overhead_s = cost.states * max(0.0, scorer.state_s(request) - state_flop / rate)
-    rows = [EstimateRow(shape.name, len(request.candidates), request.dtype_name, cost, rate, overhead_s)]
-    for known in PAPER_MODELS:
-        candidates = known.layers * (known.layers + 1) // 2 + 2
-        rate = measured_rate(known.width, torch.bfloat16, device)
-        rows.append(EstimateRow(known.name, candidates, "bfloat16", all_intervals_cost(known), rate))
+    row = EstimateRow(shape.name, len(request.candidates), request.dtype_name, cost, rate, overhead_s)
     prompt_tokens = sum(len(context.ids) for context in request.contexts)
-    return Estimate(len(request.contexts), prompt_tokens, shape.tokens, tuple(rows))
+    return Estimate(len(request.contexts), prompt_tokens, shape.tokens, (row,))

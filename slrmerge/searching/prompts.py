@@ -131,12 +131,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     return tokenizer
 
 
-def render(tokenizer: Any, question: str, **switches: object) -> str:
-    """A question as a user's turn, up to the start of the assistant's; `switches` are variables of the template.
+def render(tokenizer: Any, question: str) -> str:
+    """A question as a user's turn, up to the start of the assistant's.
 
     Raises UnsupportedModelError where the template fails or leaves out the question.
     """
-    return _Turn(tokenizer, question, **switches).prompt
+    return _Turn(tokenizer, question).prompt
 
 
 class _CompleteTurn(NamedTuple):

@@ -112,6 +112,7 @@ class SearchResult:
             pretrained=base.pretrained,
             posttrained=base.posttrained,
             dtype=base.dtype,
+            vocabulary=base.vocabulary,
             layers=self.layers,
             candidates=len(self.rows),
             min_quality=self.choice.min_quality,
@@ -231,7 +232,8 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
         summary = SearchSummary.from_json(raw)
         lines = csv.DictReader(StringIO(table.decode(), newline=""))
         rows = tuple(_Line.model_validate(line).to_candidate() for line in lines)
-        base = Recipe(pretrained=summary.pretrained, posttrained=summary.posttrained, dtype=summary.dtype)
+        sides = {"pretrained": summary.pretrained, "posttrained": summary.posttrained}
+        base = Recipe(**sides, dtype=summary.dtype, vocabulary=summary.vocabulary)
     except (ValueError, csv.Error, RecipeError) as error:
         raise damaged from error
     parents = [row.info.space for row in rows if row.exact and row.info.space in ("post", "pre")]

@@ -167,9 +167,11 @@ class Search:
         with torch_threads(self.options.threads):
             pair, first = self.prepared.pair, self.prepared.first
             if self.options.ray:
-                with self._ray_scorer(pair) as scorer:
-                    return estimate_parts(scorer.local, scorer.parts(first.request))
-            made = estimate(self._local_scorer(pair), first.request, device=self.device)
+                with self._ray_scorer(pair) as cluster:
+                    return estimate_parts(cluster.local, cluster.parts(first.request))
+            scorer = self._scorer_of(pair)
+            local = scorer if isinstance(scorer, LocalScorer) else self._local_scorer(pair)
+            made = estimate(local, first.request, device=self.device)
             return replace(made, prompts=len(first.prompts))
 
     def output_folder(self, out: str | os.PathLike[str], *, overwrite: bool) -> OutputFolder:
@@ -347,6 +349,8 @@ class Search:
         """Recipes in `also` that name other checkpoints."""
         for label, other in self.also:
             for side, checkpoint in pair.items():
+                if getattr(other, side) is None:  # the base of the adapter
+                    continue
                 if not _is_at(checkpoint, other.source(side)):
                     what = f"names {getattr(other, side)}, which is not the {side} side of this search"
                     remedy = "score only recipes for the same two checkpoints"

@@ -95,7 +95,7 @@ class LocalScorer:
         self._device = device
         self._max_memory_bytes = max_memory_bytes
         self._models: dict[torch.dtype, StagedModel] = {}
-        self._plans: dict[ScoreRequest, tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]] = {}
+        self._plans: dict[object, tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]] = {}
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -170,13 +170,14 @@ class LocalScorer:
 
     def _plan(self, request: ScoreRequest) -> tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]:
         """The stages of a request's hybrids, and how their tensors are made."""
-        if request not in self._plans:
+        key = request.dtype, tuple(request.candidates)  # the parts of a request have the same
+        if key not in self._plans:
             plan = SweepPlan.of(self.model(request.dtype).stages, request.candidates)
             planned = plan_tensor_alphas(
                 plan.all_tensors(), self.pair, dtype=self._output_dtype, shares_vocabulary=self._shares_vocabulary
             )
-            self._plans[request] = plan, planned
-        return self._plans[request]
+            self._plans[key] = plan, planned
+        return self._plans[key]
 
     @contextmanager
     def _sweep(self, request: ScoreRequest) -> Iterator[Sweep]:

@@ -33,6 +33,8 @@ from slrmerge.io.options import make_options
 from slrmerge.io.output_folder import OutputFolder, staging_folder
 from slrmerge.io.progress import Progress
 from slrmerge.merging.executor import merge
+from slrmerge.merging.plan.planner import plan_merge
+from slrmerge.recipe.load import load_recipe
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.plots import draw_result
 from slrmerge.searching.results import SearchResult, read_result
@@ -874,6 +876,15 @@ def test_vocabularies_of_different_sizes_leave_out_what_cannot_be_asked(unlike: 
     pictures.mkdir()
     draw_result(pictures, result.rows, result.choice, result.layers)
     assert (pictures / "tradeoff.png").is_file()
+
+
+@hurried
+def test_a_shared_vocabulary_is_still_shared_after_another_selection(unlike: SmallPair) -> None:
+    unlike.run(recipe=unlike.recipe(vocabulary="shared"))
+    select(unlike.out, min_quality=0.0)
+    written = load_recipe(unlike.out / "soup.yaml")
+    assert written.vocabulary == "shared"
+    assert plan_merge(written).kinds["linear"]
 
 
 @hurried

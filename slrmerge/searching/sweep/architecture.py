@@ -15,8 +15,8 @@ from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_al
 REMEDY = "search a decoder-only model whose layers transformers runs one after the other"
 
 
-def unsupported(code: str, where: str, what: str, remedy: str = REMEDY) -> UnsupportedModelError:
-    return UnsupportedModelError(Problem(code, where, what, remedy))
+def unsupported(code: str, where: str, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(Problem(code, where, what, REMEDY))
 
 
 def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:

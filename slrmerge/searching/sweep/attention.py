@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 
-from slrmerge.errors import Problem, UnsupportedModelError
-from slrmerge.searching.sweep.architecture import REMEDY
+from slrmerge.searching.sweep.architecture import unsupported
 
 ATTENTION_NAME = "slrmerge_trie"
 """The name of the implementation in a model's config."""
@@ -196,10 +195,10 @@ def trie_attention(
     unknown = sorted(name for name, value in others.items() if value is not None and name not in _IGNORED)
     if unknown:
         what = f"calls attention with {', '.join(unknown)}"
-        raise UnsupportedModelError(Problem("unknown-attention-argument", kind, what, REMEDY))
+        raise unsupported("unknown-attention-argument", kind, what)
     if trie is None:
         what = "does not pass the arguments of its layer on to attention"
-        raise UnsupportedModelError(Problem("attention-arguments-lost", kind, what, REMEDY))
+        raise unsupported("attention-arguments-lost", kind, what)
     if isinstance(trie, TokenwiseAttention):  # others have the mask of a plain prompt
         trie.mask = attention_mask
     if scaling is None:

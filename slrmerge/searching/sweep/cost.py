@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS
+from slrmerge.checkpoint.layers import text_sections
 from slrmerge.searching.sweep.paths import count_states
 
 LAST_LAYER_SHARE = 0.2
@@ -60,7 +60,7 @@ class Shape:
 
 def _active_share(config: Mapping[str, Any]) -> float:
     """The share of experts that a token goes through; 1 where there are none."""
-    for section in (config, *(config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict))):
+    for section in text_sections(config):
         experts, active = (
             next((section[k] for k in keys if section.get(k)), None) for keys in (EXPERT_KEYS, ACTIVE_KEYS)
         )

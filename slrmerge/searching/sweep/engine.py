@@ -1,7 +1,8 @@
 """Many hybrids of one pair, scored on the same contexts in one pass over the layers.
 
 Hybrids with the same weights up to a layer share their hidden states, so each is computed once, and each layer's
-weights are read once per variant. Contexts share most of their text, so they are packed as a trie.
+weights are read once per variant. Contexts share most of their text, so they are packed as a trie where
+the model allows it.
 """
 
 from collections import defaultdict

@@ -31,22 +31,20 @@ class WeightLoader:
     transformers lacks the API.
     """
 
-    def __init__(self, model: Any, *, where: str, dtype: torch.dtype, device: torch.device, quantizer: Any) -> None:
+    def __init__(self, model: Any, *, where: str, dtype: torch.dtype, device: torch.device) -> None:
         api = _transformers_api(where)
         self._convert, self._rename_key = api.convert, api.rename_key
         self._model, self._where = deepcopy(model), where
-        self._mapping = api.mapping_of(self._model, None, quantizer)
+        self._mapping = api.mapping_of(self._model)
         self._settings = {
             "dtype": dtype,
             "dtype_plan": model._get_dtype_plan(dtype),
             "weight_mapping": self._mapping,
-            "hf_quantizer": quantizer,
         }
         self._make_config = api.make_config
         self._device = device
         self._renamings = [each for each in self._mapping if isinstance(each, api.renaming)]
         self._converters = [each for each in self._mapping if isinstance(each, api.converter)]
-        self._always_converts = quantizer is not None
         self._own = dict(self._model.state_dict(keep_vars=True))
 
     def placements(self, names: Iterable[str]) -> dict[str, Placement]:
@@ -57,7 +55,7 @@ class WeightLoader:
             if target not in self._own and name in self._own:  # as transformers does
                 target, pattern = self._rename(name, [], [])
             if target in self._own:
-                found[name] = Placement(target, pattern is not None or self._always_converts)
+                found[name] = Placement(target, pattern is not None)
         return found
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ layers record how a layer is called, return states that were computed elsewhere,
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -33,14 +32,6 @@ FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, Attribute
 """What a model's own code raises for arguments that it does not take."""
 
 
-@dataclass(frozen=True)
-class Recording:
-    """How a model calls every layer for some tokens; `states` are the first layer's, shape (batch, tokens, width)."""
-
-    states: torch.Tensor
-    calls: tuple[Call, ...]
-
-
 class StagedModel:
     """The language model of a checkpoint, without weights.
 
@@ -62,7 +53,7 @@ class StagedModel:
                         tensors[name] = tensor.to(device)
         self._own_attention = self.model.config._attn_implementation
         self.accepted = signature(self.model.forward).parameters
-        self._loader = WeightLoader(self.model, where=self.where, dtype=dtype, device=device, quantizer=None)
+        self._loader = WeightLoader(self.model, where=self.where, dtype=dtype, device=device)
         self._tensors = model_tensors(checkpoint, self.model, self._loader)
         self._slots = LayerSlots(self.model.get_submodule(self._tensors.prefix))
         self.layers = self._slots.layers
@@ -107,7 +98,7 @@ class StagedModel:
         embedded: Sequence[int] | None = None,
         positions: torch.Tensor | None = None,
         run: Callable[[int, Call], Any] | None = None,
-    ) -> Recording:
+    ) -> list[Call]:
         """How the model calls its layers for these ids, shape (batch, tokens), at these positions.
 
         `weights` are those of the first stage; of the embedding they have the rows of the tokens `embedded`, in order.
@@ -137,7 +128,7 @@ class StagedModel:
         self.forward(without_head, ids, actions, embedded=embedded, positions=positions)
         if len(calls) != len(self.layers):
             raise self.unsupported("layers-not-in-order", f"{self.name} does not call each of its layers once")
-        return Recording(calls[0].hidden, tuple(calls))
+        return calls
 
     def use_attention(self, name: str) -> None:
         """Use another attention implementation of transformers from now on, where the model lets it be replaced."""
@@ -198,7 +189,7 @@ class StagedModel:
             return lambda call: self._run_layer(number, stage_weights(number + 1), call)
 
         latest = self.model.config._attn_implementation
-        self.use_attention(self._own_attention)
+        self.use_own_attention()
         for numbers in by_length(contexts):
             ids = torch.tensor([contexts[number] for number in numbers], device=self.device)
             outputs: list[torch.Tensor] = []
@@ -251,15 +242,15 @@ class StagedModel:
         UnsupportedModelError where a layer depends on earlier layers by more than the states.
         """
         one, used = self._probe_once(seed=1)
-        self.width = one.states.shape[-1]
+        self.width = one[0].hidden.shape[-1]
         other, _ = self._probe_once(seed=2)
-        for number, (call, again) in enumerate(zip(one.calls, other.calls, strict=True)):
+        for number, (call, again) in enumerate(zip(one, other, strict=True)):
             if not same(call.others, again.others):
                 what = f"layer {number} of {self.name} gets more from earlier layers than their output"
                 raise self.unsupported("layers-depend-on-layers", what)
         return used
 
-    def _probe_once(self, *, seed: int) -> tuple[Recording, tuple[set[str], set[str]]]:
+    def _probe_once(self, *, seed: int) -> tuple[list[Call], tuple[set[str], set[str]]]:
         used = UsedTensors(self.fake_outer)
         before: set[str] = set()
         last = len(self.layers) - 1
@@ -283,18 +274,14 @@ class StagedModel:
             states = torch.randn(call.hidden.shape, generator=generator).to(call.hidden)
             return forms[kind].wrap(states)
 
+        ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
         try:
             with torch.inference_mode(), self.eager_experts(), used:
-                recording = self.record({}, self.probe_ids, embedded=[0], run=run)
+                calls = self.record({}, ids, embedded=[0], run=run)
         except FAILURES as error:
             what = f"{self.name} cannot be run with its layers one by one ({first_line(error)})"  # the model's own code
             raise self.unsupported("unsupported-layer-call", what) from error
-        return recording, (before, set(used.names))
-
-    @cached_property
-    def probe_ids(self) -> torch.Tensor:
-        """Ids for passes that do not depend on them."""
-        return torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
+        return calls, (before, set(used.names))
 
     def _hidden_of(self, call: Call, number: int, shape: Sequence[int]) -> torch.Tensor:
         """The states of a call. Raises UnsupportedModelError where they are not one vector for each token."""

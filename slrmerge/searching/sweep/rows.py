@@ -11,7 +11,7 @@ import torch
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.embedding_rows import rows_in_use
 from slrmerge.searching.sweep.loading import Weights
-from slrmerge.searching.sweep.model import Recording, StagedModel, by_length
+from slrmerge.searching.sweep.model import StagedModel, by_length
 from slrmerge.searching.sweep.slots import Call, same
 
 
@@ -52,12 +52,11 @@ class RowLayout:
         calls: dict[tuple[int, int], Sequence[Call]] = {}
         first: list[torch.Tensor] = []
         for number, batch in enumerate(self._batches):
-            recordings: dict[int, Recording] = {}
             for size in self._sizes:
-                recordings[size] = self._model.record(weights, batch.ids.repeat(size, 1), embedded=embedded)
-                calls[number, size] = [self._without_states(call) for call in recordings[size].calls]
-            first.append(recordings[1].states.flatten(0, 1))
-        known = next((each for each in self._calls.values() if _equal(each, calls)), calls)
+                recorded = self._model.record(weights, batch.ids.repeat(size, 1), embedded=embedded)
+                calls[number, size] = [self._without_states(call) for call in recorded]
+            first.append(recorded[0].hidden.flatten(0, 1))  # of the last size, 1
+        known = next((each for each in self._calls.values() if same(each, calls)), calls)
         self._calls[variant] = known
         return torch.cat(first)
 
@@ -84,7 +83,3 @@ class RowLayout:
 
     def _without_states(self, call: Call) -> Call:
         return call.with_hidden(torch.empty(0, device=self._model.device))
-
-
-def _equal(one: dict[tuple[int, int], Sequence[Call]], other: dict[tuple[int, int], Sequence[Call]]) -> bool:
-    return all(same(call.others, again.others) for key in one for call, again in zip(one[key], other[key], strict=True))

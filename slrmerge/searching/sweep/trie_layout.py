@@ -41,9 +41,9 @@ class TrieLayout:
         leaf_runs = [QueryRun((leaf,), path) for leaf, path in enumerate(self.trie.paths_to(self.trie.leaves))]
         self.masks = layer_masks(model, self.trie.max_length)
         use_trie_attention(model)
-        self._token_calls = model.record({}, torch.zeros_like(depths), embedded=[0], positions=depths).calls
+        self._token_calls = model.record({}, torch.zeros_like(depths), embedded=[0], positions=depths)
         leaf_depths = depths[:, self._leaves]
-        self._leaf_calls = model.record({}, torch.zeros_like(leaf_depths), embedded=[0], positions=leaf_depths).calls
+        self._leaf_calls = model.record({}, torch.zeros_like(leaf_depths), embedded=[0], positions=leaf_depths)
         self._token_pattern = AttentionPattern.of((QueryRun(*each) for each in self.trie.segments), model.device)
         self._leaf_pattern = AttentionPattern.of(leaf_runs, model.device)
 
@@ -60,7 +60,7 @@ class TrieLayout:
         ids = torch.tensor([self.trie.ids], device=self._model.device)
         positions = torch.tensor([self.trie.depths], device=self._model.device)
         embedded = rows_in_use(self.trie.ids)
-        return self._model.record(weights, ids, embedded=embedded, positions=positions).states[0]
+        return self._model.record(weights, ids, embedded=embedded, positions=positions)[0].hidden[0]
 
     def run_layer(self, number: int, weights: Weights, states: torch.Tensor, variant: int) -> torch.Tensor:
         """The last layer needs the keys and values of all tokens, but everything else only for the leaves."""
@@ -100,9 +100,9 @@ def why_not_trie(model: StagedModel) -> str | None:
         plain = model.record({}, torch.zeros_like(depths[:, :length]), embedded=[0])
         other_rows = {name: torch.ones_like(rows) for name, rows in model.embedding_fakes.items()}
         elsewhere = model.record(other_rows, torch.zeros_like(depths), embedded=[0], positions=depths)
-        if not same(_gathered(plain.states), in_trie.states):
+        if not same(_gathered(plain[0].hidden), in_trie[0].hidden):
             return "its embedding does not follow the positions"
-        for call, plain_call, other in zip(in_trie.calls, plain.calls, elsewhere.calls, strict=True):
+        for call, plain_call, other in zip(in_trie, plain, elsewhere, strict=True):
             if call.others[0]:
                 return "its layers are called by position"
             if not same(_known(call).others, _known(plain_call).map_tensors(_gathered).others):
@@ -111,7 +111,7 @@ def why_not_trie(model: StagedModel) -> str | None:
                 return "its layers are called with more of the embedding than the states"
         kinds = {kind_of(layer): number for number, layer in enumerate(model.layers)}
         with model.eager_experts():
-            reasons = (_why_not_by_attention(model, number, in_trie.calls[number]) for number in kinds.values())
+            reasons = (_why_not_by_attention(model, number, in_trie[number]) for number in kinds.values())
             return next(filter(None, reasons), None)
     except FAILURES as error:
         return f"its own code fails on a trie ({first_line(error)})"
@@ -164,7 +164,7 @@ def layer_masks(model: StagedModel, length: int) -> list[torch.Tensor]:
     """The additive mask of each layer for a plain prompt, shape (length, length), as transformers makes it."""
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
     model.use_attention("eager")
-    calls = model.record({}, ids, embedded=[0]).calls
+    calls = model.record({}, ids, embedded=[0])
     masks = []
     for number, call in enumerate(calls):
         mask: Any = call.keywords.get("attention_mask")

@@ -25,7 +25,7 @@ def written(folder: Path, architecture: str) -> Any:
 
 def loader(folder: Path, dtype: torch.dtype = torch.float32) -> WeightLoader:
     model = model_without_weights(open_checkpoint(folder), dtype=dtype)
-    return WeightLoader(model, where=str(folder), dtype=dtype, device=CPU, quantizer=None)
+    return WeightLoader(model, where=str(folder), dtype=dtype, device=CPU)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "apertus", "gpt_oss", "qwen3_next"])
