@@ -1,8 +1,8 @@
 """Time a merge against `cp -r` and mergekit, on a pair made here, in one run: whole processes, in turn, repeated.
 
 Absolute times mean little on a shared machine, so the figures are ratios of neighbouring runs (median, lowest–highest),
-with each process's peak memory as the kernel counted it. slrmerge is byte-compiled first, as an installed package is:
-an editable one may be compiled anew at every start (PYTHONDONTWRITEBYTECODE), which costs 0.1 s or more.
+with each process's peak memory as the kernel counted it. slrmerge is byte-compiled first, as an installed package is,
+and so is what it imports: with PYTHONDONTWRITEBYTECODE both might be compiled anew at every start, for up to 0.3 s.
 
     python benchmarks/merge.py --size 4GB --runs 5                    # a restoration and a soup against cp
     python benchmarks/merge.py --mergekit venv/bin/mergekit-yaml      # and against mergekit 0.1.5
@@ -185,8 +185,13 @@ def mounted(filesystem: str, size_bytes: int, folder: Path) -> Iterator[Path]:
 
 
 def used_bytes(folder: Path) -> int:
-    os.sync()
-    return shutil.disk_usage(folder).used
+    """The bytes in use on a file system, once they no longer change: btrfs frees deleted files some time later."""
+    used = [-2, -1]
+    while used[-1] != used[-2]:
+        time.sleep(2)
+        os.sync()
+        used.append(shutil.disk_usage(folder).used)
+    return used[-1]
 
 
 def cloned(work: Path, filesystem: str, size_bytes: int, runs: int) -> list[list[str]]:
@@ -338,6 +343,7 @@ def main() -> None:
     parser.add_argument("--many-tensors", action="store_true", help="only memory with 100,000 tensors")
     parser.add_argument("--work", type=Path, default=None, help="where to work (default: a temporary folder)")
     chosen = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(Path(slrmerge.__file__).parent)], check=True)
     with tempfile.TemporaryDirectory(dir=chosen.work, prefix="slrmerge-benchmark-") as folder:
         work = Path(folder)

@@ -80,7 +80,10 @@ def correspond(pre: Checkpoint, post: Checkpoint) -> Correspondence:
         twins = _match(pre, post, _inside(pre_stack), _inside(post_stack))
     else:
         left = post if not (differing and post_stack) else [name for name in post if not post_stack.locate(name)]
-        twins = _match(pre, left, _clean, _clean)
+        if any(map(_is_wrapped, pre)) or any(map(_is_wrapped, post)):
+            twins = _match(pre, left, _clean, _clean)
+        else:
+            twins = {name: name for name in left if name in pre}
     outside = pre_stack or (pre.stack if post_stack else None)
     keys = (_outside(pre, outside, roots[0]), _outside(post, post_stack, roots[1]))
     taken = set(twins.values())
@@ -90,8 +93,11 @@ def correspond(pre: Checkpoint, post: Checkpoint) -> Correspondence:
     embeddings = (find_embeddings(pre, _by_key(keys[0])), find_embeddings(post, _by_key(keys[1])))
     twins |= _synonyms(pre, post, twins, keys, embeddings)
     by_tie = _tied_twins(pre, post, twins, keys, embeddings)
+    final = twins
+    if by_tie:
+        final = {name: twin for name in post if (twin := by_tie.get(name) or twins.get(name))}
     return Correspondence(
-        {name: twin for name in post if (twin := by_tie.get(name) or twins.get(name))},
+        final,
         frozenset(by_tie),
         tuple(embeddings[1].groups),
         _describe(twins, pre_stack, post_stack),
@@ -129,7 +135,12 @@ def _same_layers(first: LayerStack, second: LayerStack) -> bool:
 
 def _clean(name: str) -> str:
     """A name without wrappers."""
-    return _WRAPPER.sub("", name) if "_orig_mod." in name or "_wrapped_module." in name else name
+    return _WRAPPER.sub("", name) if _is_wrapped(name) else name
+
+
+def _is_wrapped(name: str) -> bool:
+    """Whether a name may have wrappers; quick, as it is asked of every name."""
+    return "_orig_mod." in name or "_wrapped_module." in name
 
 
 def _without_containers(name: str, components: int = 1) -> str:

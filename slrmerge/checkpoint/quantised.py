@@ -6,7 +6,7 @@ the format is not known, neither is which tensors those are: a merge takes whole
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Quantisation:
 
         Raises CheckpointError where a file beside the config is not JSON, and HubError.
         """
-        modules = quantised_groups(checkpoint.items())
+        modules = quantised_groups(checkpoint)
         packed = _packed_tensor(checkpoint, modules)
         config = quantisation_config(checkpoint.config)
         if config is None and (modules or packed):
@@ -118,14 +118,13 @@ def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
-def quantised_groups(tensors: Iterable[tuple[str, TensorInfo]]) -> dict[str, str]:
+def quantised_groups(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Every tensor of a quantised module, mapped to the name of that module."""
-    own = {name: _module(name, info) for name, info in tensors}
-    modules = set(own.values()) - {""}
+    modules = {module for name, info in tensors.items() if (module := _module(name, info))}
     groups: dict[str, str] = {}
-    for name, module in own.items() if modules else ():
+    for name, info in tensors.items() if modules else ():
         parent = name.rpartition(".")[0]
-        if module:
+        if module := _module(name, info):
             groups[name] = module
         elif name in modules:  # mxfp4: `w` beside `w_scales`
             groups[name] = name

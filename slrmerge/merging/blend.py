@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
+from mmap import mmap
 from typing import TYPE_CHECKING
 
 from slrmerge.checkpoint.header import TORCH_DTYPES
@@ -154,7 +155,8 @@ def torch_dtype(dtype: str) -> "torch.dtype":
 
 
 def _buffer() -> memoryview:
-    return memoryview(bytearray(CHUNK_ELEMENTS * MAX_ELEMENT_BYTES))
+    """Memory that is only taken as it is written: a copy needs no more than one buffer."""
+    return memoryview(mmap(-1, CHUNK_ELEMENTS * MAX_ELEMENT_BYTES))
 
 
 def round_to_odd(values: "torch.Tensor") -> "torch.Tensor":

@@ -4,6 +4,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby, islice
 from threading import Lock, local
 from typing import NamedTuple
 
@@ -129,6 +130,10 @@ class HybridReader:
             return self._sums[tensor.name]
 
 
+_PARTS_TOGETHER = 1000
+"""Parts whose reads are planned together: neighbours share a request, and the plans of small tensors stay small."""
+
+
 class ShardStream:
     """The bytes of a planned shard, any range of them; safe to share between threads."""
 
@@ -139,20 +144,14 @@ class ShardStream:
 
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         """Bytes `start` to `stop` of the file. They do not depend on how the file is divided into ranges."""
-        tensors: list[Part] = []
-        for first, begin, end in self.parts(start, stop):
-            if first is not None:
-                tensors.append(Part(first, begin, end))
+        for is_file, group in groupby(self.parts(start, stop), lambda part: part[0] is None):
+            if is_file:
+                for _, begin, end in group:
+                    yield from self._file_chunks(begin, end)
                 continue
-            yield from map(Chunk, self._reader.chunks(tensors))
-            tensors = []
-            if begin < self.shard.data_start:
-                yield Chunk(memoryview(self._header)[begin:end], kept=self.shard.kept is not None)
-            else:
-                stream = self._reader.pair.posttrained.stream_file(self.shard.name, begin, end)
-                for data in _fill(self._reader.blender.inputs[0][:CHUNK_BYTES], stream, end - begin):
-                    yield Chunk(data, kept=True)
-        yield from map(Chunk, self._reader.chunks(tensors))
+            tensors = (Part(tensor, begin, end) for tensor, begin, end in group if tensor)
+            while parts := list(islice(tensors, _PARTS_TOGETHER)):
+                yield from map(Chunk, self._reader.chunks(parts))
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[PlannedTensor | None, int, int]]:
         """What bytes `start` to `stop` of the file are: bytes of a tensor, from the first to the one after the last.
@@ -167,17 +166,30 @@ class ShardStream:
             begin, end = max(start, run_begin), min(stop, run_end)
             yield (None, begin, end) if first is None else (first, begin - run_begin, end - run_begin)
 
-    @cached_property
-    def _header(self) -> bytes:
-        """The header. Raises CheckpointError where that of a kept shard is not the one that was planned."""
+    def _file_chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        """Bytes of the planned header, or of the post-trained file that is kept: of its header or of its data.
+
+        Raises CheckpointError where the header of a kept shard is not the one that was planned.
+        """
         if self.shard.kept is None:
-            return self.shard.header
-        header = bytearray(self.shard.data_start)
-        self._reader.pair.posttrained.stream_file(self.shard.name, 0, len(header)).readinto(memoryview(header))
-        if xxhash.xxh3_128_hexdigest(header) != self.shard.kept.header_digest:
+            yield Chunk(memoryview(self.shard.header)[start:stop])
+            return
+        header = xxhash.xxh3_128()
+        if stop == self.shard.data_start:
+            for data in self._kept_bytes(0, start):  # of a header that is longer than a piece
+                header.update(data)
+        for data in self._kept_bytes(start, stop):
+            if stop <= self.shard.data_start:
+                header.update(data)
+            yield Chunk(data, kept=True)
+        if stop == self.shard.data_start and header.hexdigest() != self.shard.kept.header_digest:
             where, what = f"{self._pair.posttrained}/{self.shard.name}", "has another header than when it was planned"
             raise CheckpointError(Problem("header-changed", where, what, "run again"))
-        return bytes(header)
+
+    def _kept_bytes(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Bytes of the post-trained file."""
+        stream = self._reader.pair.posttrained.stream_file(self.shard.name, start, stop)
+        return _fill(self._reader.blender.inputs[0][:CHUNK_BYTES], stream, stop - start)
 
     @cached_property
     def _runs(self) -> tuple[list[PlannedTensor | None], Sequence[int]]:

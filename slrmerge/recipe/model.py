@@ -171,7 +171,6 @@ class Recipe(Rules):
 
     def notes(self, pair: ModelPair) -> Iterator[str]:
         """What a reader of the plan should know about the recipe: rules without which it would say the same."""
-        alphas = self.resolve(pair).alphas
         lists = {"layers": self.layers, "tensors": self.tensors}
         without: dict[str, dict[str, object]] = {
             f"$.{key}": {key: None} for key in ("alpha", "restore") if getattr(self, key) is not None
@@ -179,11 +178,11 @@ class Recipe(Rules):
         for key, rules in lists.items():
             for number in range(len(rules)):
                 without[f"$.{key}[{number}]"] = {key: (*rules[:number], *rules[number + 1 :])}
-        if (
-            not any(alphas.values())
-            or len(without) > _MAX_COMPARED
-            or len(without) * len(alphas) > _MAX_COMPARED_TENSORS
-        ):
+        most = min(_MAX_COMPARED, _MAX_COMPARED_TENSORS // max(len(pair.posttrained), 1))
+        if not 1 < len(without) <= most:  # a rule that is the only one decides
+            return
+        alphas = self.resolve(pair).alphas
+        if not any(alphas.values()):
             return
         for path, update in without.items():
             if self.model_copy(update=update).resolve(pair).alphas == alphas:

@@ -44,8 +44,8 @@ FAMILIES: dict[str, dict[str, dict[str, str]]] = {
 }  # fmt: skip
 
 
-def infos(dtypes: Mapping[str, str]) -> list[tuple[str, TensorInfo]]:
-    return [(name, TensorInfo(dtype, (8,), DTYPE_BITS[dtype], 0)) for name, dtype in dtypes.items()]
+def infos(dtypes: Mapping[str, str]) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(dtype, (8,), DTYPE_BITS[dtype], 0) for name, dtype in dtypes.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +57,7 @@ def test_all_tensors_of_a_quantised_module_are_grouped_and_nothing_else(family: 
             name = module + (part if part[:1] in ("", "_") else f".{part}")
             wanted[name], dtypes[name] = module, dtype
     assert quantised_groups(infos(dtypes)) == wanted
-    assert quantised_groups(reversed(infos(dtypes))) == wanted
+    assert quantised_groups(dict(reversed(infos(dtypes).items()))) == wanted
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype, bits in DTYPE_BITS.items() if dtype[0] == "F" and bits < 16])

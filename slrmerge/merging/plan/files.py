@@ -40,12 +40,11 @@ def _index(shards: tuple[PlannedShard, ...]) -> bytes:
     """The index, an entry at a time: `_dump` would take four times its size."""
     total = sum(shard.data_bytes for shard in shards)
     before, _, after = _dump({"metadata": {"total_size": total}, "weight_map": {}}).rpartition(b"{}")
-    index, separator = BytesIO(), "{"
+    index, separator, encode = BytesIO(), "{", json.JSONEncoder(ensure_ascii=False).encode
     index.write(before)
     for shard in shards:
         for tensor in shard.tensors:
-            name = json.dumps(tensor.name, ensure_ascii=False)
-            index.write(f'{separator}\n    {name}: "{shard.name}"'.encode())
+            index.write(f'{separator}\n    {encode(tensor.name)}: "{shard.name}"'.encode())
             separator = ","
     index.write(b"\n  }" + after)
     return index.getvalue()
