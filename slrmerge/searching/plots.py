@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slrmerge.io.figures import figure_text, save_figure
+from slrmerge.merging.finding import SearchSummary
+from slrmerge.searching.report import write_report
 from slrmerge.searching.selection import ScoredCandidate, Selection, intervals_of
 
 if TYPE_CHECKING:
@@ -21,10 +23,11 @@ _SPACES = {
 """The spaces of intervals: their names in the legend, and their colours."""
 
 
-def draw_result(folder: Path, rows: Sequence[ScoredCandidate], choice: Selection, layers: int) -> None:
-    """Draw both figures, each as PNG and as SVG. The same results give the same bytes."""
+def draw_result(folder: Path, rows: Sequence[ScoredCandidate], choice: Selection, summary: SearchSummary) -> None:
+    """Draw both figures, each as PNG and as SVG, and write the report. The same results give the same bytes."""
     save_figure(tradeoff_figure(rows, choice), folder / "tradeoff")
-    save_figure(heatmaps_figure(rows, choice, layers), folder / "heatmaps")
+    save_figure(heatmaps_figure(rows, choice, summary.layers), folder / "heatmaps")
+    write_report(folder, rows, choice, summary)
 
 
 def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figure":

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,7 @@ class Search:
         *,
         make_scorer: Callable[[ModelPair], Scorer] | None = None,
     ) -> None:
-        require_extra("search", "transformers", "matplotlib")
+        require_extra("search", "transformers", "matplotlib", "plotly", "jinja2")
         self.options = options or SearchOptions()
         self._open = pair if isinstance(pair, ModelPair) else None
         self.recipe: AnyRecipe = _recipe_of(pair) if isinstance(pair, ModelPair) else as_recipe(pair)
@@ -282,6 +283,7 @@ class Search:
             elapsed_s=elapsed_s,
             prompt=self.prepared.prompts[0].text,
             date=self.prepared.day.isoformat() if self.prepared.day else None,
+            versions={name: version(name) for name in ("torch", "transformers")},
         )
 
     def _scorer_of(self, pair: ModelPair) -> Scorer:

@@ -30,7 +30,7 @@ FILLED = made_result(made_rows(SCORES) + OTHERS)
 
 
 def draw(folder: Path, result: SearchResult) -> dict[str, bytes]:
-    draw_result(folder, result.rows, result.choice, result.layers)
+    draw_result(folder, result.rows, result.choice, result.summary())
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
