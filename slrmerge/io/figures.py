@@ -158,11 +158,21 @@ class _Box:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write `figure` to `path` with .png and with .svg, without dates or random ids in the files."""
+    """Write `figure` to `path` with .png and with .svg."""
+    replace_file(path.with_suffix(".png"), _drawn(figure, "png", Software=None))
+    replace_file(path.with_suffix(".svg"), figure_svg(figure))
+
+
+def figure_svg(figure: "Figure") -> bytes:
+    """`figure` as SVG, with its texts as text."""
+    return _drawn(figure, "svg", Date=None)
+
+
+def _drawn(figure: "Figure", form: str, **metadata: None) -> bytes:
+    """`figure` in a file format, without dates or random ids."""
     import matplotlib as mpl
 
+    drawn = BytesIO()
     with mpl.rc_context({"svg.hashsalt": "slrmerge", "svg.fonttype": "none"}):
-        for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            drawn = BytesIO()
-            figure.savefig(drawn, format=form, dpi=DPI, metadata=metadata)
-            replace_file(path.with_suffix(f".{form}"), drawn.getvalue())
+        figure.savefig(drawn, format=form, dpi=DPI, metadata=metadata)
+    return drawn.getvalue()

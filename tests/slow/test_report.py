@@ -1,14 +1,19 @@
-"""The report of a search in Chromium, as a reader sees it: it renders, the slider selects, nothing is requested."""
+"""Pages in Chromium, as a reader sees them: they render, the slider selects, nothing is requested, nothing is cut."""
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from slrmerge.evaluation import charts
+from slrmerge.evaluation.page import page as samples_page
+from slrmerge.io.figures import figure_svg
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.results import SearchResult, write_result
 from slrmerge.searching.select import select
+from tests.evaluation.test_result import result as evaluated
 from tests.searching.pairs import made_result, made_rows, no_pictures
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -51,21 +56,28 @@ def scheme() -> str:
     return "light"
 
 
-@pytest.fixture
-def opened(browser: "sync_api.Browser", written: Path, scheme: str) -> "Iterator[sync_api.Page]":
-    """The report in a page that records what goes wrong, and is checked for it after the test."""
+@contextmanager
+def watched(browser: "sync_api.Browser", file: Path, scheme: str) -> "Iterator[sync_api.Page]":
+    """A file in a page that records what goes wrong, and is checked for it in the end."""
     context = browser.new_context(color_scheme=scheme, permissions=["clipboard-read", "clipboard-write"])
     page, messages, requests = context.new_page(), list[str](), list[str]()
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
-    address = (written / "report.html").as_uri()
+    address = file.as_uri()
     page.goto(address)
-    page.wait_for_selector("#diversity .main-svg")
     yield page
     assert messages == []
     assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [address]
     context.close()
+
+
+@pytest.fixture
+def opened(browser: "sync_api.Browser", written: Path, scheme: str) -> "Iterator[sync_api.Page]":
+    """The report."""
+    with watched(browser, written / "report.html", scheme) as page:
+        page.wait_for_selector("#diversity .main-svg")
+        yield page
 
 
 def move_to(page: "sync_api.Page", share: float) -> None:
@@ -161,3 +173,17 @@ def test_the_page_prints_in_light_colours_without_controls(opened: "sync_api.Pag
     pdf = opened.pdf(format="A4")
     assert pdf.startswith(b"%PDF")
     assert pdf.count(b"/Type /Page\n") < 8
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1400])
+def test_the_samples_of_an_evaluation_are_shown_with_their_chart(
+    browser: "sync_api.Browser", tmp_path: Path, scheme: str, width: int
+) -> None:
+    found = evaluated(post=[1.0, 2.0], slr=[3.0, 4.0])
+    (tmp_path / "samples.html").write_text(samples_page(found, figure_svg(charts.draw(found))), encoding="utf-8")
+    with watched(browser, tmp_path / "samples.html", scheme) as page:
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.querySelector('.chart img').naturalWidth") > 100
+        assert page.locator("ol li").count() == 8
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
