@@ -31,7 +31,8 @@
   }
 
   function changes(row) {
-    return `Q ${number(row.quality)}, D ${number(row.diversity)}` + (row === post ? "" : ` (${change(row, "quality")}, ${change(row, "diversity")})`);
+    const both = ["quality", "diversity"].map((score) => change(row, score)).filter(Boolean);
+    return `Q ${number(row.quality)}, D ${number(row.diversity)}` + (both.length ? ` (${both.join(", ")})` : "");
   }
 
   function hover(row) {
@@ -106,7 +107,7 @@
   function legend() {
     const colours = { attention: "early", mlp: "late" };
     const names = { ...SPACES, ...NAMES, [data.space]: `${SPACES[data.space]} (line: Pareto front)`, soup: "soups", recipe: "recipes" };
-    const has = (name) => rows.some((row) => row.space === name) || ["slr", "early", "late"].includes(name);
+    const has = (name) => rows.some((row) => row.space === name) || (["slr", "early", "late"].includes(name) && data.steps.some((each) => name in each));
     const made = Object.keys(SIGNS).filter(has).map((name) => {
       const entry = element("span", ` ${names[name]}`);
       const sign = element("b", SIGNS[name]);
@@ -142,7 +143,7 @@
   function map(score, title) {
     const values = { z: grid((row) => row[score]), text: grid(hover), hoverinfo: "text", hoverongaps: false, type: "heatmap", colorscale: "Viridis", colorbar: { thickness: 12, outlinewidth: 0, len: 1, tickfont: { size: 11 } } };
     const faded = { z: faint(), type: "heatmap", hoverinfo: "skip", showscale: false, zmin: 0, zmax: 1, colorscale: [[0, colour("fade")], [1, colour("fade")]] };
-    const axis = { zeroline: false, showgrid: false, constrain: "domain", ticks: "outside", tickcolor: colour("line") };
+    const axis = { tick0: 0, dtick: Math.ceil(data.layers / 10), zeroline: false, showgrid: false, constrain: "domain", ticks: "outside", tickcolor: colour("line") };
     const layout = {
       ...common(), margin: { l: 48, r: 8, t: 34, b: 46 }, title: { text: title, font: { size: 14 }, x: 0.02, xanchor: "left" },
       xaxis: { ...axis, title: { text: "last restored layer" } },
@@ -188,7 +189,7 @@
     const row = at("slr");
     const line = find("selected");
     if (row) line.replaceChildren("selected ", element("b", row.label), ` · ${changes(row)}`);
-    else line.textContent = `no interval keeps ${short(share)} of the post-trained model's quality`;
+    else line.textContent = intervals.length ? `no interval keeps ${short(share)} of the post-trained model's quality` : "no intervals were scored";
     const inside = (layer) => row && row.start !== null && row.start <= layer && layer <= row.end;
     find("stack").replaceChildren(...Array.from({ length: data.layers }, (_, layer) => element("i", "", inside(layer) ? "restored" : "")));
     find("restored-layers").textContent = row ? `${row.restored} of ${data.layers} layers restored` : "";

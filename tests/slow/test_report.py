@@ -11,10 +11,12 @@ from slrmerge.evaluation import charts
 from slrmerge.evaluation.page import page as samples_page
 from slrmerge.io.figures import figure_svg
 from slrmerge.recipe.model import Recipe
+from slrmerge.searching.report import report
 from slrmerge.searching.results import SearchResult, write_result
 from slrmerge.searching.select import select
 from tests.evaluation.test_result import result as evaluated
 from tests.searching.pairs import made_result, made_rows, no_pictures
+from tests.searching.test_plots import PLAIN
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -173,6 +175,18 @@ def test_the_page_prints_in_light_colours_without_controls(opened: "sync_api.Pag
     pdf = opened.pdf(format="A4")
     assert pdf.startswith(b"%PDF")
     assert pdf.count(b"/Type /Page\n") < 8
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_any_result_is_shown(browser: "sync_api.Browser", tmp_path: Path, case: str) -> None:
+    rows, min_quality = PLAIN[case]
+    result = made_result(rows, min_quality=min_quality)
+    (tmp_path / "report.html").write_text(report(result.rows, result.choice, result.summary()), encoding="utf-8")
+    with watched(browser, tmp_path / "report.html", "light") as page:
+        assert page.locator("#maps").count() == bool(result.intervals)
+        for share in (0.5, 1, 0.73):
+            move_to(page, share)
+        assert page.locator("#compared tbody tr").count() >= 2
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
