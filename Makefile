@@ -18,7 +18,7 @@ demo: $(VENV)/.search
 	$(BIN)/slrmerge ./search/slr.yaml --out ./hybrid --overwrite
 	$(BIN)/slrmerge verify ./hybrid
 	$(BIN)/python examples/tiny/show.py examples/tiny/pretrained examples/tiny/posttrained ./hybrid
-	@echo "the trade-off as a figure: search/tradeoff.png"
+	@echo "explore the search in a browser: search/report.html"
 
 test: lint suite
 

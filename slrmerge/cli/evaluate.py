@@ -46,11 +46,13 @@ def evaluate(
         --model post=http://localhost:8000/v1 --model slr=http://localhost:8001/v1
     """
     chosen = EvaluationOptions(**options)
-    from slrmerge.cli import show_evaluation
     from slrmerge.cli.progress import TerminalProgress
-    from slrmerge.evaluation.run import Evaluation
 
     with TerminalProgress(quiet=quiet or as_json) as progress:
+        progress.status("loading the questions and what scores answers")
+        from slrmerge.cli import show_evaluation
+        from slrmerge.evaluation.run import Evaluation
+
         result = Evaluation(task, data, models, chosen, progress=progress).run(out)
     if as_json or not quiet:
         show_evaluation.print_result(result, out, as_json=as_json)

@@ -120,13 +120,15 @@ def merge(
         from slrmerge.merging.push import parse_target
 
         target = parse_target(repository, revision)
-    planned = _plan(recipe, chosen, max_shard_size=max_shard_size, dtype=dtype)
     from slrmerge.cli import show
+    from slrmerge.cli.progress import TerminalProgress
 
+    with TerminalProgress(quiet=quiet or as_json) as progress:
+        progress.status("reading headers")
+        planned = _plan(recipe, chosen, max_shard_size=max_shard_size, dtype=dtype)
     if out is None or dry_run:
         show.print_plan(planned, out, _free_bytes(planned, out, chosen), as_json=as_json)
         return
-    from slrmerge.cli.progress import TerminalProgress
     from slrmerge.merging.executor import execute
 
     if target:
@@ -192,9 +194,11 @@ def verify(folder: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
     """
     from slrmerge.cli import show
     from slrmerge.cli.progress import TerminalProgress
-    from slrmerge.merging.verify import verify as verify_folder
 
     with TerminalProgress(quiet=quiet or as_json) as progress:
+        progress.status("reading the manifest and the sources' headers")
+        from slrmerge.merging.verify import verify as verify_folder
+
         result = verify_folder(folder, progress=progress, **options)
     if as_json or not quiet:
         show.print_verified(result, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Progress on a terminal: bytes, rate and time left; elsewhere a line now and then."""
+"""Progress on a terminal: what is being done, bytes, rate and time left; elsewhere a line now and then."""
 
 import sys
 from time import monotonic
@@ -21,6 +21,7 @@ class TerminalProgress(Progress):
         super().__init__()
         self._quiet = quiet
         self._bar: tqdm[Never] | None = None
+        self._is_status = False
         self._last_line = monotonic()
 
     def __enter__(self) -> Self:
@@ -29,9 +30,19 @@ class TerminalProgress(Progress):
     def __exit__(self, *_: object) -> None:
         self._close()
 
+    def on_status(self, description: str) -> None:
+        self._close()
+        if not self._has_terminal:
+            self.on_stage(description)
+            return
+        from tqdm import tqdm
+
+        text, self._is_status = shown(f"{description} ..."), True
+        self._bar = tqdm(total=0, desc=text, bar_format="{desc}", file=sys.stderr, dynamic_ncols=True, leave=False)
+
     def on_start(self, description: str, total: int, unit: str) -> None:
         self._close()
-        if self._quiet or not sys.stderr.isatty():
+        if not self._has_terminal:
             return
         from tqdm import tqdm
 
@@ -39,13 +50,15 @@ class TerminalProgress(Progress):
             total=total,
             desc=shown(description),
             unit=unit,
-            unit_scale=True,
+            unit_scale=unit == "B",
             file=sys.stderr,
             dynamic_ncols=True,
         )
 
     def on_stage(self, description: str) -> None:
-        if self._bar is not None:
+        if self._is_status:
+            self.on_status(description)
+        elif self._bar is not None:
             self._bar.set_description(shown(description))
         elif monotonic() - self._last_line > _SECONDS_PER_LINE:
             self.on_message(description)
@@ -54,12 +67,27 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             self._bar.update(count)
 
+    def on_finish(self) -> None:
+        if self._bar is not None:
+            self._bar.update((self._bar.total or 0) - self._bar.n)
+
     def on_message(self, text: str) -> None:
         self._last_line = monotonic()
-        if not self._quiet:
-            echo(text, err=True)
+        if self._quiet:
+            return
+        if self._is_status:
+            self._close()
+        if self._bar is not None:
+            self._bar.clear()
+        echo(text, err=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    @property
+    def _has_terminal(self) -> bool:
+        return not self._quiet and sys.stderr.isatty()
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-            self._bar = None
+            self._bar, self._is_status = None, False

@@ -68,4 +68,5 @@ def push_folder(folder: Path, target: "Repository", *, private: bool, threads: i
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     with TerminalProgress(quiet=quiet) as progress:
+        progress.status("contacting the Hub")
         return push_to_hub(folder, target, private=private, threads=threads, progress=progress)

@@ -57,22 +57,28 @@ def search(
         raise click.MissingParameter(ctx=ctx, param_hint="'--out'", param_type="option")
     _require_one_or_two(ctx, sources)
     chosen = SearchOptions(**options)
-    from slrmerge.cli import show_search
     from slrmerge.cli.progress import TerminalProgress
-    from slrmerge.recipe.load import load_recipe
-    from slrmerge.recipe.model import Recipe
-    from slrmerge.searching.run import Search
 
-    is_pair = len(sources) == 2
-    recipe = Recipe(pretrained=sources[0], posttrained=sources[1]) if is_pair else load_recipe(sources[0])
-    prepared = Search(recipe, chosen)
-    if out is None or dry_run:
-        if out is not None:
-            prepared.output_folder(out, overwrite=overwrite)
-        show_search.print_estimate(prepared, as_json=as_json)
-        return
     with TerminalProgress(quiet=quiet or as_json) as progress:
-        result = prepared.run(out, overwrite=overwrite, progress=progress)
+        progress.status("loading torch")
+        from slrmerge.cli import show_search
+        from slrmerge.recipe.load import load_recipe
+        from slrmerge.recipe.model import Recipe
+        from slrmerge.searching.run import Search
+
+        is_pair = len(sources) == 2
+        recipe = Recipe(pretrained=sources[0], posttrained=sources[1]) if is_pair else load_recipe(sources[0])
+        prepared = Search(recipe, chosen)
+        if out is not None and not dry_run:
+            result = prepared.run(out, overwrite=overwrite, progress=progress)
+        else:
+            progress.status("estimating")
+            if out is not None:
+                prepared.output_folder(out, overwrite=overwrite)
+            estimate = prepared.estimate()
+    if out is None or dry_run:
+        show_search.print_estimate(prepared.prepared, estimate, as_json=as_json)
+        return
     if as_json or not quiet:
         show_search.print_result(result, out, as_json=as_json)
 
@@ -89,10 +95,15 @@ def select(folder: Path, *, min_quality: float, as_json: bool) -> None:
     \b
     slrmerge select ./search --min-quality 0.95
     """
-    from slrmerge.cli import show_search
-    from slrmerge.searching.select import select as select_again
+    from slrmerge.cli.progress import TerminalProgress
 
-    show_search.print_result(select_again(folder, min_quality=min_quality), folder, as_json=as_json)
+    with TerminalProgress(quiet=as_json) as progress:
+        progress.status("selecting, and drawing the figures")
+        from slrmerge.cli import show_search
+        from slrmerge.searching.select import select as select_again
+
+        result = select_again(folder, min_quality=min_quality)
+    show_search.print_result(result, folder, as_json=as_json)
 
 
 @click.command(cls=Command)
@@ -120,17 +131,20 @@ def diff(
     slrmerge diff ./llama-3.1-8b ./llama-3.1-8b-instruct --out ./moved
     """
     _require_one_or_two(ctx, sources)
-    from slrmerge.checkpoint.pair import open_pair
-    from slrmerge.cli import show_diff
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.errors import require_extra
-    from slrmerge.merging.diff import diff as diff_pair
-    from slrmerge.recipe.load import load_recipe
 
     if out is not None:
         require_extra("search", "matplotlib")
-    pair = open_pair(*sources) if len(sources) == 2 else load_recipe(sources[0]).open_pair()
     with TerminalProgress(quiet=quiet or as_json) as progress:
+        progress.status("loading torch")
+        from slrmerge.checkpoint.pair import open_pair
+        from slrmerge.cli import show_diff
+        from slrmerge.merging.diff import diff as diff_pair
+        from slrmerge.recipe.load import load_recipe
+
+        progress.status("reading headers")
+        pair = open_pair(*sources) if len(sources) == 2 else load_recipe(sources[0]).open_pair()
         result = diff_pair(pair, threads=threads, progress=progress)
     if out is not None:
         result.save(out)

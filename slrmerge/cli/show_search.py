@@ -11,7 +11,8 @@ from slrmerge.searching.results import LOW_QUALITY, RECIPES, SearchResult
 from slrmerge.searching.selection import ScoredCandidate, ten_best
 
 if TYPE_CHECKING:
-    from slrmerge.searching.run import Search
+    from slrmerge.searching.estimate import Estimate
+    from slrmerge.searching.run import Prepared
 
 _NAMES = {
     "post": "post-trained",
@@ -62,9 +63,8 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     echo(f"merge it: slrmerge {_quoted(folder / RECIPES['slr'])} --out ./hybrid")
 
 
-def print_estimate(search: "Search", *, as_json: bool) -> None:
+def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool) -> None:
     """What the search asks and would take, and what the paper's three models would take on this machine."""
-    estimate, prepared = search.estimate(), search.prepared
     if as_json:
         asked = {"prompt": prepared.prompts[0].text, "date": prepared.day and prepared.day.isoformat()}
         print_json({**estimate.to_dict(), **asked, "notes": prepared.notes})

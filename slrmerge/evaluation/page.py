@@ -1,16 +1,17 @@
 """An HTML page of the samples: the responses of all models to each prompt, side by side."""
 
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import groupby, islice
 from math import isnan
 from typing import Any
 
 from slrmerge.evaluation.result import EvaluationResult
 from slrmerge.evaluation.tasks.base import ModelResponses, Score
-from slrmerge.io.text import IN_PROSE, printable
+from slrmerge.io.figures import MODEL_COLOURS, model_colours
+from slrmerge.io.page import render_page
 
 PROMPTS_SHOWN = 100
 TEXTS_SHOWN = 12
@@ -19,11 +20,12 @@ TEXTS_SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class ShownText:
-    """A text, its count, and its mark."""
+    """A text, its count, its mark, and whether the task counts it as right; None where it has no right and wrong."""
 
     text: str | None
     count: int
     mark: str
+    is_right: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +38,39 @@ class Column:
     metrics: str
 
 
-def page(result: EvaluationResult) -> str:
-    """The page as HTML; it loads nothing but the chart beside it."""
-    from jinja2 import Environment
-
-    source = (files("slrmerge.evaluation") / "page.html.jinja").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+def page(result: EvaluationResult, chart: bytes = b"") -> str:
+    """The page as HTML, with `chart`, an SVG; it loads nothing, and its Content-Security-Policy forbids it to."""
     scored = zip(result.responses, result.scores, strict=True)
     by_prompt = (list(group) for _, group in groupby(scored, key=lambda pair: pair[0].question.id))
     prompts = [
-        (group[0][0].question.text, [_column(responses, score) for responses, score in group])
+        (group[0][0].question.text, [_column(result.task, responses, score) for responses, score in group])
         for group in islice(by_prompt, PROMPTS_SHOWN)
     ]
-    text = template.render(
-        result=result, table=result.table_rows(), prompts=prompts, more=result.prompts - len(prompts)
+    names = {colour: name for name, colour in MODEL_COLOURS.items()}  # page.css has lighter ones where it is dark
+    return render_page(
+        "slrmerge.evaluation",
+        "page.html.jinja",
+        result=result,
+        table=result.table_rows(),
+        colours={model: f"var(--{names[colour]})" for model, colour in model_colours(result.models).items()},
+        chart=b64encode(chart).decode(),
+        prompts=prompts,
+        more=result.prompts - len(prompts),
     )
-    return printable(text, keep=IN_PROSE)
 
 
-def _column(responses: ModelResponses[Any], score: Score) -> Column:
+def _column(task: str, responses: ModelResponses[Any], score: Score) -> Column:
     marks = dict(zip(responses.texts, score.marks, strict=True))
     counts = Counter(responses.texts).most_common()
-    texts = [ShownText(text, count, marks[text]) for text, count in counts[:TEXTS_SHOWN]]
+    texts = [_shown(task, text, count, marks[text]) for text, count in counts[:TEXTS_SHOWN]]
     metrics = ", ".join(f"{name} {value:.3f}" for name, value in score.metrics.items() if not isnan(value))
     return Column(responses.model, texts, len(counts) - len(texts), metrics)
+
+
+def _shown(task: str, text: str | None, count: int, mark: str) -> ShownText:
+    """A right answer has a mark in open questions; in reasoning the mark ends in a sign, which the page shows first."""
+    if task == "open-qa":
+        return ShownText(text, count, "" if mark == (text or "").strip() else mark, bool(mark))
+    if task == "reasoning":
+        return ShownText(text, count, mark.rstrip(" ✓✗"), mark.endswith("✓"))
+    return ShownText(text, count, mark, None)

@@ -1,6 +1,9 @@
-"""Matplotlib figures on disk: the same figure gives the same bytes."""
+"""Matplotlib figures: the same bytes for the same figure, one colour per model, labels that do not overlap."""
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +11,33 @@ from slrmerge.io.files import replace_file
 from slrmerge.io.text import printable
 
 if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+MODEL_COLOURS = {
+    "post": "#33383e",
+    "slr": "#c5360d",
+    "soup": "#9e9319",
+    "early": "#1880f2",
+    "late": "#347560",
+    "pre": "#c844bf",
+    "interval": "#0439ae",
+    "recipe": "#770000",
+}
+"""Colours by what a model is, the same in every figure; page.css has them too.
+
+Each has a contrast of at least 3 on white, and no two look alike with any kind of colour blindness.
+"""
+
+DPI = 150
+"""Dots per inch of the PNGs."""
+
+_NEAR, _DISTANCES = 14, (5, 9, 14, 21, 30, 42, 56, 75)
+"""Points between a mark and its label, in the order in which they are tried; up to `_NEAR` there is no stroke."""
+
+_SIDES = ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1))
 
 
 def figure_text(text: str) -> str:
@@ -17,12 +46,133 @@ def figure_text(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def model_colours(labels: Iterable[str]) -> dict[str, str]:
+    """A colour for each label: its own where the label is a name in MODEL_COLOURS, otherwise the next free one."""
+    labels = list(labels)
+    free = [colour for name, colour in MODEL_COLOURS.items() if name not in labels]
+    found: dict[str, str] = {}
+    for label in labels:
+        taken = len(found.keys() - MODEL_COLOURS.keys())
+        found[label] = MODEL_COLOURS.get(label) or (free or list(MODEL_COLOURS.values()))[taken % (len(free) or 8)]
+    return found
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text for the point (x, y). One that is not `needed` is left out where there is no room beside its point."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+    needed: bool = True
+
+
+def place_labels(
+    axes: "Axes", labels: Sequence[Label], lines: Iterable[Sequence[tuple[float, float]]] = (), *, fontsize: float = 7.5
+) -> None:
+    """Write labels beside their points so that none covers another label, a labelled point or one of `lines`.
+
+    Needed labels are placed first; where it is crowded they are farther away, with a stroke to the point, and may cross
+    a line. Call this last, on a figure with DPI dots per inch: it draws the figure to learn where everything is, and
+    keeps that layout.
+    """
+    import numpy as np
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    frame, scale = axes.get_window_extent(), figure.dpi / 72
+    drawn = [axes.transData.transform(line) for line in lines if len(line)]
+    dense = [np.linspace(a, b, 2 + int(np.abs(b - a).max() / 3)) for each in drawn for a, b in pairwise(each)]
+    on_lines = np.concatenate([np.empty((0, 2)), *dense])
+    points = [axes.transData.transform((each.x, each.y)) for each in labels]
+    taken = [_Box.around(x, y, 8 * scale, 8 * scale) for x, y in points]
+    for label in sorted(labels, key=lambda each: not each.needed):
+        written = axes.annotate(
+            label.text, (label.x, label.y), xytext=(0, 0), textcoords="offset points", fontsize=fontsize,
+            color=label.colour, zorder=6, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        size = written.get_window_extent()
+        x, y = axes.transData.transform((label.x, label.y))
+        choices = [
+            (distance, right, up, _Box.beside(x, y, size.width, size.height, right, up, distance * scale))
+            for distance in (_DISTANCES if label.needed else _DISTANCES[:2])
+            for right, up in _SIDES
+        ]
+        free = [
+            choice
+            for choice in choices
+            if choice[3].is_inside(_Box(*frame.extents)) and not any(choice[3].overlaps(each) for each in taken)
+        ]
+        clear = [choice for choice in free if not choice[3].covers(on_lines)]
+        if not (clear or (free and label.needed)):
+            written.remove()
+            continue
+        distance, right, up, box = (clear or free)[0]
+        taken.append(box)
+        written.set(
+            position=(right * distance, up * distance),
+            ha={1: "left", 0: "center", -1: "right"}[right],
+            va={1: "bottom", 0: "center", -1: "top"}[up],
+        )
+        assert written.arrow_patch is not None
+        written.arrow_patch.set_visible(distance > _NEAR)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A rectangle in pixels."""
+
+    left: float
+    bottom: float
+    right: float
+    top: float
+
+    @classmethod
+    def around(cls, x: float, y: float, width: float, height: float) -> "_Box":
+        return cls(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+
+    @classmethod
+    def beside(cls, x: float, y: float, width: float, height: float, right: int, up: int, distance: float) -> "_Box":
+        """A box so far from a point, on its right (1), its left (-1) or neither (0), and likewise above or below."""
+        return cls.around(x + right * (width / 2 + distance), y + up * (height / 2 + distance), width, height)
+
+    def overlaps(self, other: "_Box") -> bool:
+        return (
+            self.left < other.right and other.left < self.right and self.bottom < other.top and other.bottom < self.top
+        )
+
+    def is_inside(self, other: "_Box") -> bool:
+        return (
+            other.left <= self.left and self.right <= other.right
+            and other.bottom <= self.bottom and self.top <= other.top
+        )  # fmt: skip
+
+    def covers(self, points: "NDArray[np.float64]") -> bool:
+        """Whether one of the points, an array of shape (points, 2), is inside."""
+        x, y = points.T
+        return bool(((self.left < x) & (x < self.right) & (self.bottom < y) & (y < self.top)).any())
+
+
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write `figure` to `path` with .png and with .svg, without dates or random ids in the files."""
+    """Write `figure` to `path` with .png and with .svg."""
+    replace_file(path.with_suffix(".png"), _drawn(figure, "png", Software=None))
+    replace_file(path.with_suffix(".svg"), figure_svg(figure))
+
+
+def figure_svg(figure: "Figure") -> bytes:
+    """`figure` as SVG, with its texts as text."""
+    return _drawn(figure, "svg", Date=None)
+
+
+def _drawn(figure: "Figure", form: str, **metadata: None) -> bytes:
+    """`figure` in a file format, without dates or random ids."""
     import matplotlib as mpl
 
+    drawn = BytesIO()
     with mpl.rc_context({"svg.hashsalt": "slrmerge", "svg.fonttype": "none"}):
-        for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            drawn = BytesIO()
-            figure.savefig(drawn, format=form, dpi=150, metadata=metadata)
-            replace_file(path.with_suffix(f".{form}"), drawn.getvalue())
+        figure.savefig(drawn, format=form, dpi=DPI, metadata=metadata)
+    return drawn.getvalue()

@@ -12,6 +12,11 @@ class Progress:
     def __init__(self) -> None:
         self._lock = Lock()
 
+    def status(self, description: str) -> None:
+        """Name what is being done where there is nothing to count, such as an import; until the next call."""
+        with self._lock:
+            self.on_status(description)
+
     def start(self, description: str, total: int, unit: str = "B") -> None:
         """Begin a new count of `total` bytes, or of another `unit`."""
         with self._lock:
@@ -27,10 +32,18 @@ class Progress:
         with self._lock:
             self.on_advance(count)
 
+    def finish(self) -> None:
+        """End the current count, also where a part of it turned out to be needless."""
+        with self._lock:
+            self.on_finish()
+
     def message(self, text: str) -> None:
         """Report something that is worth a line of its own."""
         with self._lock:
             self.on_message(text)
+
+    def on_status(self, description: str) -> None:
+        """Called by `status`."""
 
     def on_start(self, description: str, total: int, unit: str) -> None:
         """Called by `start`."""
@@ -40,6 +53,9 @@ class Progress:
 
     def on_advance(self, count: int) -> None:
         """Called by `advance`."""
+
+    def on_finish(self) -> None:
+        """Called by `finish`."""
 
     def on_message(self, text: str) -> None:
         """Called by `message`."""

@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass
 
+from pydantic import Field
+
 from slrmerge.checkpoint.files import LocalFile, open_within, unreadable
 from slrmerge.errors import CheckpointError
 from slrmerge.io.model import Model
@@ -42,6 +44,7 @@ class SearchSummary(Model):
     post_quality: dict[str, float]
     date: str | None = None
     prompt: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()

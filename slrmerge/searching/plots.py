@@ -6,92 +6,137 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slrmerge.io.figures import figure_text, save_figure
+from slrmerge.io.figures import DPI, MODEL_COLOURS, Label, figure_text, place_labels, save_figure
+from slrmerge.merging.finding import SearchSummary
+from slrmerge.searching.report import write_report
 from slrmerge.searching.selection import ScoredCandidate, Selection, intervals_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_INTERVAL, _SOUP, _POST, _CHOICE, _FAINT = "#1f6f8b", "#c97b2a", "#3a3a3a", "#c0392b", "#9fb8c1"
 _SPACES = {
-    "interval": ("intervals", _FAINT),
-    "attention": ("attention only", "#b7a7cf"),
-    "mlp": ("MLPs only", "#a9c7a0"),
+    "interval": ("intervals", "interval"),
+    "attention": ("attention only", "early"),
+    "mlp": ("MLPs only", "late"),
 }
-"""The spaces of intervals: their names in the legend, and their colours."""
+"""The spaces of intervals: their names in the legend, and in MODEL_COLOURS."""
 
 
-def draw_result(folder: Path, rows: Sequence[ScoredCandidate], choice: Selection, layers: int) -> None:
-    """Draw both figures, each as PNG and as SVG. The same results give the same bytes."""
+def draw_result(folder: Path, rows: Sequence[ScoredCandidate], choice: Selection, summary: SearchSummary) -> None:
+    """Draw both figures, each as PNG and as SVG, and write the report. The same results give the same bytes."""
     save_figure(tradeoff_figure(rows, choice), folder / "tradeoff")
-    save_figure(heatmaps_figure(rows, choice, layers), folder / "heatmaps")
+    save_figure(heatmaps_figure(rows, choice, summary.layers), folder / "heatmaps")
+    write_report(folder, rows, choice, summary)
 
 
 def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figure":
-    """Quality against diversity (paper, figure 2): all intervals, the front with its lengths, soups, the choice."""
+    """Quality against diversity (paper, figure 2): all intervals, the front with its layers, soups, the selection."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    colours = MODEL_COLOURS
+    figure = Figure(figsize=(8, 6), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
+    axes.margins(0.06)
     spaces = {row.info.space for row in rows}
-    for space, (label, colour) in _SPACES.items():
+    for space, (name, colour) in _SPACES.items():
         own = [row for row in rows if row.info.space == space]
         if own:
-            axes.scatter(*_points(own), s=10, color=colour, alpha=0.5, linewidths=0, label=label)
+            size, alpha = (12, 0.45) if len(own) < 1000 else (6, 0.25)
+            axes.scatter(*_points(own), color=colours[colour], s=size, alpha=alpha, linewidths=0, label=name)
+    labels, lines = [], []
     front = sorted((row for row in intervals_of(rows) if row.pareto), key=lambda row: row.quality)
     if front:
-        label = "their front, with layers restored"
-        axes.plot(*_points(front), "o-", color=_INTERVAL, markersize=4, linewidth=1, label=label)
-    for row in front:
-        axes.annotate(
-            str(row.info.layers_restored), (row.quality, row.diversity), fontsize=7, color=_INTERVAL,
-            xytext=(4, 3), textcoords="offset points",
-        )  # fmt: skip
+        name = "their front, with the layers restored"
+        axes.plot(*_points(front), "o-", color=colours["interval"], markersize=3.5, linewidth=1.2, label=name)
+        lines.append(list(zip(*_points(front), strict=True)))
+        labels += [_label(row, _layers(row), "interval", needed=False) for row in front if row is not choice.slr]
     if "soup" in spaces:
         curve = [row for row in rows if row.info.space in ("post", "soup", "pre")]
         curve.sort(key=lambda row: row.info.alpha or 0)
-        axes.plot(*_points(curve), "s--", color=_SOUP, markersize=3, linewidth=1, label="soups")
+        axes.plot(*_points(curve), "s--", color=colours["soup"], markersize=3.5, linewidth=1, label="soups, with alpha")
+        lines.append(list(zip(*_points(curve), strict=True)))
+        labels += [
+            _label(row, f"{row.info.alpha:g}", "soup", needed=False) for row in curve if row.info.space == "soup"
+        ]
     others = [row for row in rows if row.info.space == "recipe"]
     if others:
-        axes.scatter(*_points(others), marker="^", s=50, color="black", label="recipes")
-    axes.scatter(*_points([choice.post]), marker="D", s=60, color=_POST, zorder=3, label="post-trained")
-    if choice.slr is not None:
-        label = figure_text(f"selected: {choice.slr.info.label}")
-        axes.scatter(*_points([choice.slr]), marker="*", s=220, color=_CHOICE, zorder=4, label=label)
+        axes.scatter(*_points(others), marker="^", s=45, color=colours["recipe"], label="recipes")
+        labels += [_label(row, figure_text(row.info.label), "recipe") for row in others]
+    for name, marker, size in (
+        ("pre", "D", 45),
+        ("early", "<", 45),
+        ("late", ">", 45),
+        ("post", "D", 45),
+        ("slr", "*", 220),
+    ):
+        row = getattr(choice, name)
+        if row is not None:
+            text = figure_text(_TEXTS[name].format(row.info.label))
+            axes.scatter(
+                *_points([row]), marker=marker, s=size, color=colours[name], edgecolors="white", zorder=4, label=text
+            )
+            labels.append(_label(row, text, name))
     floor = choice.min_quality * choice.post.quality
-    axes.axvline(floor, color="grey", linewidth=0.8, linestyle=":")
-    axes.annotate(
-        f"{choice.min_quality:g} · Q(post)", (floor, 1), xycoords=("data", "axes fraction"), fontsize=7, color="grey",
-        xytext=(3, -3), textcoords="offset points", va="top",
-    )  # fmt: skip
+    axes.axvline(floor, color="#59626d", linewidth=0.9, linestyle=":", label=f"{choice.min_quality:g} · Q(post)")
     axes.set_xlabel("quality Q: probability of a valid answer")
     axes.set_ylabel("diversity D: entropy of the valid answers (nats)")
-    axes.legend(fontsize=8, loc="best")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    place_labels(axes, labels, lines)
     return figure
 
 
 def heatmaps_figure(rows: Sequence[ScoredCandidate], choice: Selection, layers: int) -> "Figure":
-    """Q and D of every interval over its first and last layer, the choice framed."""
+    """Q and D of every interval over its first and last layer; the selection framed, too low qualities faded."""
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    quality, diversity = np.full((2, layers, layers), np.nan)
+    figure = Figure(figsize=(11, 5.4), layout="compressed")
+    quality, diversity, faded = np.full((3, layers, layers), np.nan)
     for row in intervals_of(rows):
         if row.info.start is not None and row.info.end is not None:
             place = row.info.start, row.info.end
             quality[place], diversity[place] = row.quality, row.diversity
+            faded[place] = np.nan if row.feasible else 1
     slr = choice.slr
+    half = max(0.5, layers / 40)  # around the cell where cells are small
     for number, (title, grid) in enumerate((("quality Q", quality), ("diversity D (nats)", diversity)), 1):
         axes = figure.add_subplot(1, 2, number)
         if slr is not None and slr.info.start is not None and slr.info.end is not None:
-            corner = slr.info.end - 0.5, slr.info.start - 0.5
-            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_CHOICE, lw=2))
+            corner = slr.info.end - half, slr.info.start - half
+            colour = MODEL_COLOURS["slr"]
+            axes.add_patch(Rectangle(corner, 2 * half, 2 * half, fill=False, edgecolor=colour, lw=2, zorder=3))
         image = axes.imshow(grid, origin="lower", cmap="viridis")
+        axes.imshow(faded, origin="lower", cmap=ListedColormap(["white"]), alpha=0.65)
         figure.colorbar(image, ax=axes, shrink=0.85)
         axes.set(title=title, xlabel="last restored layer", ylabel="first restored layer")
+        axes.spines[["top", "left"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    selected = f"{slr.info.label} framed; " if slr else ""
+    figure.supxlabel(figure_text(f"{selected}faded: less than {choice.min_quality:g} · Q(post)"), fontsize=9)
     return figure
+
+
+_TEXTS = {
+    "post": "post-trained",
+    "pre": "pre-trained",
+    "slr": "selected: {}",
+    "early": "early control: {}",
+    "late": "late control: {}",
+}
 
 
 def _points(rows: Sequence[ScoredCandidate]) -> tuple[list[float], list[float]]:
     return [row.quality for row in rows], [row.diversity for row in rows]
+
+
+def _label(row: ScoredCandidate, text: str, name: str, *, needed: bool = True) -> Label:
+    return Label(row.quality, row.diversity, text, MODEL_COLOURS[name], needed)
+
+
+def _layers(row: ScoredCandidate) -> str:
+    """`12–17`, or `12` for one layer."""
+    return str(row.info.start) if row.info.start == row.info.end else f"{row.info.start}–{row.info.end}"

@@ -1,9 +1,9 @@
-"""The result of a search, and its folder: a table, the values of each prompt, a summary, recipes and figures."""
+"""The result of a search, and its folder: table, values of each prompt, summary, recipes, figures and report."""
 
 import csv
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -43,7 +43,8 @@ _MAX_BYTES = 1 << 28
 LOW_QUALITY = 0.3
 """A post-trained model below this quality does not understand the question, or is not asked as it was trained."""
 
-FIGURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg")
+FIGURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg", "report.html")
+"""What `draw_result` writes."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +52,8 @@ class SearchResult:
     """A search's result: all candidates with their scores, and the selection among them.
 
     `post_quality` is the post-trained model's, by conditions. `notes` report how candidates were scored. `prompt` is
-    one of the prompts, as text; `date` is the date that the chat template wrote into them.
+    one of the prompts, as text; `date` is the date that the chat template wrote into them. `versions` are
+    those of the packages that scored.
     """
 
     rows: tuple[ScoredCandidate, ...]
@@ -63,6 +65,7 @@ class SearchResult:
     elapsed_s: float
     prompt: str = ""
     date: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def intervals(self) -> list[ScoredCandidate]:
@@ -124,6 +127,7 @@ class SearchResult:
             warnings=self.warnings,
             notes=self.notes,
             doubts=self.doubts,
+            versions=dict(self.versions),
             elapsed_s=round(self.elapsed_s, 1),
         )
 
@@ -187,7 +191,7 @@ def _selected(row: ScoredCandidate) -> SelectedCandidate:
 
 
 def write_result(folder: Path, result: SearchResult) -> None:
-    """Write the table, the recipes, the figures and the summary, the summary last. Raises OutputError.
+    """Write the table, the recipes, the figures, the report and, last, the summary. Raises OutputError.
 
     Recipes are written as seen from the folder that the pair's recipe (`choice.base`) was loaded from.
     """
@@ -196,14 +200,15 @@ def write_result(folder: Path, result: SearchResult) -> None:
     files = {TABLE: _table(result)}
     named = result.choice.named()
     files |= {file: _recipe(result, name, named[name]) for name, file in RECIPES.items() if name in named}
-    summary = result.summary().model_dump(mode="json", exclude_defaults=True)
+    summary = result.summary()
     with translate_os_errors(folder):
         for file, text in files.items():
             replace_file(folder / file, text.encode())
         for file in set(RECIPES.values()) - files.keys():
             (folder / file).unlink(missing_ok=True)
-        draw_result(folder, result.rows, result.choice, result.layers)
-        replace_file(folder / SUMMARY_NAME, to_json(summary, indent=2).encode() + b"\n")
+        draw_result(folder, result.rows, result.choice, summary)
+        content = summary.model_dump(mode="json", exclude_defaults=True)
+        replace_file(folder / SUMMARY_NAME, to_json(content, indent=2).encode() + b"\n")
 
 
 def write_prompts(path: Path, rows: Sequence[ScoredCandidate], questions: Sequence[str], scores: Scores) -> None:
@@ -252,6 +257,7 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
         elapsed_s=summary.elapsed_s,
         prompt=summary.prompt,
         date=summary.date,
+        versions=summary.versions,
     )
 
 

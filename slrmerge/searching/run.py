@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,7 @@ class Search:
         *,
         make_scorer: Callable[[ModelPair], Scorer] | None = None,
     ) -> None:
-        require_extra("search", "transformers", "matplotlib")
+        require_extra("search", "transformers", "matplotlib", "plotly", "jinja2")
         self.options = options or SearchOptions()
         self._open = pair if isinstance(pair, ModelPair) else None
         self.recipe: AnyRecipe = _recipe_of(pair) if isinstance(pair, ModelPair) else as_recipe(pair)
@@ -196,6 +197,7 @@ class Search:
         A killed search resumes after the last layer that it finished, unless hidden states are not kept.
         """
         started, progress = monotonic(), progress or Progress()
+        progress.status("reading headers and tokenizing the prompts")
         if self._day is None and self.options.resume:
             self._day = _read_date(staging_folder(resolve_target(out)))
             if self._day:
@@ -212,6 +214,7 @@ class Search:
                 with self._scorer_of(pair) as scorer:
                     scored = self._score(scorer, output, progress)
                 result = self._select(scored, self._base(pair, output.path), elapsed_s=monotonic() - started)
+                progress.status("writing the results")
                 questions = [question.text for question in self.questions]
                 write_prompts(output.staging / PROMPTS, result.rows, questions, scored.scores)
                 write_result(output.staging, result)
@@ -242,6 +245,7 @@ class Search:
         progress.start(_PASSES[wanted.name], cost.states, " states")
         folder = output.staging / wanted.name if self._uses_disk(cost) else None
         log_probs = scorer.score(wanted.request, folder, progress)
+        progress.finish()  # layers that are the same on both sides were computed once
         scores = self.task.score(answer_log_probs(wanted.prompts, log_probs))
         prompts = self.prepared.prompts
         exact = wanted.dtype == torch.float32 and len(wanted.prompts) == len(prompts)
@@ -282,6 +286,7 @@ class Search:
             elapsed_s=elapsed_s,
             prompt=self.prepared.prompts[0].text,
             date=self.prepared.day.isoformat() if self.prepared.day else None,
+            versions={name: version(name) for name in ("torch", "transformers")},
         )
 
     def _scorer_of(self, pair: ModelPair) -> Scorer:

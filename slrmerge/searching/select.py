@@ -11,11 +11,12 @@ from slrmerge.searching.selection import mark_feasible, select_from
 
 
 def select(folder: str | os.PathLike[str], *, min_quality: float = MIN_QUALITY) -> SearchResult:
-    """Select again from a search's results with another minimum quality; renews its recipes, summary and figures.
+    """Select again from a search's results with another minimum quality; renews its recipes,
+    summary, figures and report.
 
     Raises OutputError where `folder` has no results of a search, OptionError for a `min_quality` outside 0 to 1.
     """
-    require_extra("search", "matplotlib")
+    require_extra("search", "matplotlib", "plotly", "jinja2")
     SearchOptions(min_quality=min_quality)  # raises for what is out of range
     result = read_result(folder)
     rows = tuple(mark_feasible(result.rows, post_quality=result.post_quality, min_quality=min_quality))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from slrmerge.searching.results import read_result
 from tests.checkpoints import Tensor, llama_config, llama_tensors, write_checkpoint
@@ -343,9 +344,50 @@ def test_a_terminal_shows_layers_states_and_the_time_left(small: SmallPair) -> N
     assert exit_code == 0
     for layer in range(1, LAYERS + 1):
         assert f"layer {layer} of {LAYERS}" in text
-    assert re.search(r"head: 100%\|.+\| [\d.]+/[\d.]+ \[00:\d\d<00:00, +[\d.]+k? states/s\]", text)
+    assert re.search(r"head: 100%\|.+\| (\d+)/\1 \[00:\d\d<00:00, +[\d.]+k? states/s\]", text)
     assert b"\x1b" not in summary
     assert summary.decode().split()[:3] == ["hybrid", "layers", "Q"]
+
+
+def test_a_terminal_says_what_is_loaded_before_it_is_loaded(tmp_path: Path) -> None:
+    code = """import sys
+from slrmerge.cli import main
+from slrmerge.cli.progress import TerminalProgress
+shown = TerminalProgress.on_status
+def on_status(self, text):
+    shown(self, text)
+    print(text, "torch" in sys.modules, "pydantic" in sys.modules)
+TerminalProgress.on_status = on_status
+main(sys.argv[1:])"""
+    for command in (["search", "none.yaml", "--out", "out"], ["diff", "none.yaml"], ["select", "none"]):
+        exit_code, printed, seen = at_a_terminal([sys.executable, "-c", code, *command], columns=100)
+        assert exit_code != 0
+        status, *loaded = printed.decode().splitlines()[0].rsplit(" ", 2)
+        assert loaded == ["False", "False"]
+        assert f"{status} ...".encode() in seen
+        assert b"error:" in seen
+
+
+def test_a_terminal_shows_a_finished_search_as_complete_where_layers_are_the_same(small: SmallPair) -> None:
+    weights = {side: load_file(small.folder / side / "model.safetensors") for side in ("pre", "post")}
+    same = {name: tensor for name, tensor in weights["post"].items() if "layers.1." in name or "embed" in name}
+    save_file({**weights["pre"], **same}, small.folder / "pre" / "model.safetensors")
+    code = f"import sys; from slrmerge.cli import main; {HURRY}; main(sys.argv[1:])"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "search",
+        str(small.recipe_file()),
+        "--out",
+        str(small.out),
+        "--threads",
+        "1",
+    ]
+    exit_code, _, seen = at_a_terminal(command, columns=120)
+    assert exit_code == 0
+    last = [line for line in seen.decode().split("\r") if "states/s" in line][-1]
+    assert re.search(r"head: 100%\|.+\| (\d+)/\1 ", last)
 
 
 @in_a_hurry

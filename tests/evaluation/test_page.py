@@ -1,5 +1,6 @@
 """The page of samples and the charts; a text never becomes markup of the page."""
 
+from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
 from math import nan
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_hex
 
 from slrmerge.evaluation import charts
 from slrmerge.evaluation.output import as_markdown
@@ -16,7 +18,7 @@ from slrmerge.evaluation.page import PROMPTS_SHOWN, TEXTS_SHOWN, page
 from slrmerge.evaluation.result import EvaluationResult, summarise
 from slrmerge.evaluation.tasks.base import Metric, ModelResponses, Score
 from slrmerge.evaluation.tasks.reasoning import KS
-from slrmerge.io.figures import save_figure
+from slrmerge.io.figures import model_colours, save_figure
 from tests.evaluation.test_result import result
 
 
@@ -26,14 +28,24 @@ class Tags(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.items: list[tuple[str | None, str]] = []
         self.text = ""
+        self._in_list = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.elements.append((tag, dict(attrs)))
+        self._in_list = tag == "ol" or (self._in_list and tag in ("li", "span"))
+        if self._in_list and tag == "li":
+            self.items.append((dict(attrs).get("class"), ""))
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self._in_list and self.items:
+            kind, text = self.items[-1]
+            self.items[-1] = kind, text + data
 
 
 def saying(*texts: str | None, mark: str = "") -> EvaluationResult:
@@ -61,6 +73,52 @@ def test_a_frequent_text_is_shown_once_and_first() -> None:
     assert text.index("often") < text.index("rare")
     assert "(not readable)" in text
     assert "(empty)" in text
+
+
+@pytest.mark.parametrize(
+    ("task", "marks", "expected"),
+    [
+        ("open-qa", ["Ohio", ""], [("right", "✓ It is Ohio. Ohio"), ("wrong", "✗ Utah")]),
+        ("open-qa", ["It is Ohio.", ""], [("right", "✓ It is Ohio."), ("wrong", "✗ Utah")]),
+        ("reasoning", ["4 ✓", "5 ✗"], [("right", "✓ It is Ohio. 4"), ("wrong", "✗ Utah 5")]),
+        ("creative", ["0.60", ""], [(None, "It is Ohio. 0.60"), (None, "Utah")]),
+    ],
+)
+def test_right_and_wrong_answers_are_marked(
+    task: str, marks: list[str], expected: list[tuple[str | None, str]]
+) -> None:
+    found = saying("It is Ohio.", "Utah")
+    shown = Tags(page(replace(found, task=task, scores=[Score({"m": 1.0, "none": nan}, marks)])))
+    assert [(kind, text.rstrip("\n ")) for kind, text in shown.items] == expected
+
+
+def test_the_page_embeds_its_chart_and_loads_nothing() -> None:
+    shown = Tags(page(result(post=[1.0, 2.0]), b"<svg>chart</svg>"))
+    (image,) = [attributes for tag, attributes in shown.elements if tag == "img"]
+    kind, _, data = (image["src"] or "").partition(",")
+    assert (kind, b64decode(data)) == ("data:image/svg+xml;base64", b"<svg>chart</svg>")
+    (policy,) = [each["content"] for _, each in shown.elements if each.get("http-equiv") == "Content-Security-Policy"]
+    assert (policy or "").startswith("default-src 'none';")
+    assert not {"script", "link", "iframe"} & set(shown.tags)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_bars_show_each_model_in_its_colour_and_its_change_from_the_first(count: int) -> None:
+    names = ["post", "slr", *map(str, range(6))][:count]
+    found = result(**{name: [1.0 + place, 2.0, 4.0 - place] for place, name in enumerate(names)})
+    figure = charts.bars(found)
+    means, *changes = figure.axes
+    colours = list(model_colours(names).values())
+    assert [to_hex(bar.get_facecolor()) for bar in means.patches] == colours
+    assert len(changes) == (count > 1)
+    for axes in changes:
+        places = axes.collections[0].get_offsets()
+        expected = [found.cell(name, "m").change for name in names]
+        assert [float(y) for _, y in places[1:]] == pytest.approx(expected[1:])
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox()
+    assert min(box.x0, box.y0) >= 0
+    assert (box.x1, box.y1) <= (figure.get_figwidth(), figure.get_figheight())
 
 
 def test_further_texts_are_counted() -> None:

@@ -5,9 +5,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations_with_replacement
+from math import sin
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from slrmerge.io.figures import save_figure
 from slrmerge.recipe.rules import Rules
@@ -30,7 +33,7 @@ FILLED = made_result(made_rows(SCORES) + OTHERS)
 
 
 def draw(folder: Path, result: SearchResult) -> dict[str, bytes]:
-    draw_result(folder, result.rows, result.choice, result.layers)
+    draw_result(folder, result.rows, result.choice, result.summary())
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -58,17 +61,75 @@ def test_the_tradeoff_names_its_axes_its_marks_and_the_selection(drawn: dict[str
     assert FILLED.choice.slr is not None
     expected = {
         "quality Q: probability of a valid answer", "diversity D: entropy of the valid answers (nats)", "intervals",
-        "attention only", "MLPs only", "their front, with layers restored", "soups", "recipes", "post-trained",
-        f"selected: {FILLED.choice.slr.info.label}", "0.9 · Q(post)",
+        "attention only", "MLPs only", "their front, with the layers restored", "soups, with alpha", "recipes",
+        "post-trained", f"selected: {FILLED.choice.slr.info.label}", "0.9 · Q(post)",
     }  # fmt: skip
     assert expected <= set(words(drawn["tradeoff.svg"]))
 
 
-def test_the_front_is_labelled_with_its_numbers_of_restored_layers(drawn: dict[str, bytes]) -> None:
+def test_the_front_is_labelled_with_its_restored_layers(drawn: dict[str, bytes]) -> None:
     front = [each for each in FILLED.rows if each.info.space == "interval" and each.pareto]
     assert len(front) > 1
-    lengths = [word for word in words(drawn["tradeoff.svg"]) if word in {"1", "2", "3", "4"}]
-    assert sorted(lengths) == sorted(str(each.info.layers_restored) for each in front)
+    spans = {str(i) if i == j else f"{i}–{j}" for i, j in SPANS}
+    others = [each.info for each in front if each is not FILLED.choice.slr]
+    named = {str(each.start) if each.start == each.end else f"{each.start}–{each.end}" for each in others}
+    assert set(words(drawn["tradeoff.svg"])) & spans == named
+
+
+def many_layers() -> SearchResult:
+    """Eighty layers: 3,240 intervals, of which the controls have nearly equal scores, and nineteen soups."""
+    waves = {(i, j): sin(37 * i + 11 * j) for i, j in combinations_with_replacement(range(80), 2)}
+    scores = {
+        (i, j): (0.95 - 0.7 * ((j - i) / 80) ** 1.7 + 0.01 * wave, 1 + (j - i + 1) ** 0.3 * (0.2 + 0.003 * wave))
+        for (i, j), wave in waves.items()
+    }
+    soups = [
+        row(
+            CandidateInfo(space="soup", label=f"soup {alpha}", rules=Rules(alpha=alpha), alpha=alpha),
+            0.96 - alpha**3 / 2,
+            1 + alpha,
+        )
+        for alpha in (step / 20 for step in range(1, 20) if step != 10)
+    ]
+    return made_result(
+        [*made_rows(scores), *soups, row(CandidateInfo(space="recipe", label="mine", rules=Rules(alpha=0.3)), 0.9, 1.5)]
+    )
+
+
+def test_labels_of_eighty_layers_do_not_overlap_and_are_inside_the_axes() -> None:
+    result = many_layers()
+    figure = tradeoff_figure(result.rows, result.choice)
+    (axes,) = figure.axes
+    labels = {text.get_text(): text for text in axes.texts}
+    slr, early, late = result.choice.slr, result.choice.early, result.choice.late
+    assert slr is not None
+    assert early is not None
+    assert late is not None
+    controls = {f"early control: {early.info.label}", f"late control: {late.info.label}"}
+    needed = {"post-trained", "pre-trained", "mine", f"selected: {slr.info.label}", *controls}
+    assert needed <= labels.keys()
+    assert sum("–" in name for name in labels.keys() - needed) > 5
+    assert len({"0.1", "0.5", "0.9"} & labels.keys()) >= 2
+    figure.canvas = FigureCanvasAgg(figure)
+    figure.canvas.draw()
+    boxes = {name: Text.get_window_extent(text) for name, text in labels.items()}  # without the stroke to its point
+    for name, box in boxes.items():
+        assert [other for other, there in boxes.items() if other != name and box.overlaps(there)] == []
+        assert axes.bbox.padded(1).containsx(box.x0)
+        assert axes.bbox.padded(1).containsx(box.x1)
+
+
+@pytest.mark.parametrize("result", [FILLED, many_layers()], ids=["4 layers", "80 layers"])
+def test_every_text_is_inside_the_canvas(result: SearchResult) -> None:
+    for figure in (
+        tradeoff_figure(result.rows, result.choice),
+        heatmaps_figure(result.rows, result.choice, result.layers),
+    ):
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()
+        assert min(box.x0, box.y0) >= 0
+        assert box.x1 <= figure.get_figwidth()
+        assert box.y1 <= figure.get_figheight()
 
 
 def test_the_heatmaps_name_both_scores_and_both_ends(drawn: dict[str, bytes]) -> None:
@@ -130,13 +191,12 @@ def test_any_candidates_can_be_drawn(case: str) -> None:
         ]
     ):
         figure.draw_without_rendering()
-    legend = figures[0].axes[0].get_legend()
-    assert legend is not None
+    (legend,) = figures[0].legends
     names = [text.get_text() for text in legend.get_texts()]
     assert "post-trained" in names
-    assert ("soups" in names) == any(each.info.space == "soup" for each in rows)
+    assert ("soups, with alpha" in names) == any(each.info.space == "soup" for each in rows)
     assert any(word.startswith("selected: ") for word in names) == (result.choice.slr is not None)
-    assert ("their front, with layers restored" in names) == any(
+    assert ("their front, with the layers restored" in names) == any(
         each.info.space in ("interval", "attention") for each in rows
     )
     frames = [patch for axes in figures[1].axes if axes.get_images() for patch in axes.patches]

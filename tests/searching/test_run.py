@@ -61,8 +61,8 @@ from tests.searching.pairs import (
     scores_of_paths,
 )
 
-ALL = ["early.yaml", "heatmaps.png", "heatmaps.svg", "late.yaml", "prompts.npz", "results.csv", "slr.yaml",
-       "soup.yaml", "summary.json", "tradeoff.png", "tradeoff.svg"]  # fmt: skip
+ALL = ["early.yaml", "heatmaps.png", "heatmaps.svg", "late.yaml", "prompts.npz", "report.html", "results.csv",
+       "slr.yaml", "soup.yaml", "summary.json", "tradeoff.png", "tradeoff.svg"]  # fmt: skip
 STAGES = LAYERS + 1  # every layer, and the head
 
 hurried = pytest.mark.usefixtures("hurried")
@@ -874,7 +874,7 @@ def test_vocabularies_of_different_sizes_leave_out_what_cannot_be_asked(unlike: 
     merge(best, unlike.folder / "merged", fsync=False)
     pictures = unlike.folder / "pictures"
     pictures.mkdir()
-    draw_result(pictures, result.rows, result.choice, result.layers)
+    draw_result(pictures, result.rows, result.choice, result.summary())
     assert (pictures / "tradeoff.png").is_file()
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from threading import Event
 from typing import Any, TypeVar
 
-from httpx2 import InvalidURL, TooManyRedirects, UnsupportedProtocol
+from httpx2 import ConnectError, ConnectTimeout, InvalidURL, TooManyRedirects, UnsupportedProtocol
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -37,9 +37,12 @@ MAX_ATTEMPTS = 6
 """Consecutive failures after which a request is given up."""
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
-_REPORTED_WAIT_S = 10.0
+_REPORTED_WAIT_S = 5.0
 _MAX_SLOW, _FORGIVING_BYTES = 3, 1_000_000
 """So many slow responses, with fewer bytes than that after each, and a request is given up."""
+
+_MAX_CONNECTS = 2
+"""Attempts to connect, after which a Hub that cannot be reached at all is reported; waiting for it rarely helps."""
 
 CONNECTION_ERRORS = (HTTPError, ConnectionError, TimeoutError)
 
@@ -111,16 +114,20 @@ def with_retries(
 ) -> T:
     """The result of `call`, a single call of the Hub's client, retried after failures that may be transient.
 
-    With `statuses`, only responses with one of them are retried. `remedy` is as in `translate_hub_errors`. Raises
+    Where no connection can be made, one more attempt follows, and none where waiting for it took too long. With
+    `statuses`, only responses with one of them are retried. `remedy` is as in `translate_hub_errors`. Raises
     HubError about `where`, and NoSpaceError.
     """
-    backoff = Backoff(cancelled, attempts=attempts)
+    backoff, unreachable = Backoff(cancelled, attempts=attempts), 0
     with translate_hub_errors(where, remedy=remedy), translate_parse_errors(where):
         while True:
             try:
                 return call()
             except CONNECTION_ERRORS as error:
                 if statuses is not None and _status(error) not in statuses:
+                    raise
+                unreachable += isinstance(error, ConnectError)
+                if unreachable >= _MAX_CONNECTS or isinstance(error, ConnectTimeout):
                     raise
                 backoff.wait(error)
 

@@ -130,6 +130,18 @@ def test_permanent_failures_are_not_retried(hub: HubServer, error: Exception, co
     assert call.calls == 1
 
 
+@pytest.mark.parametrize(("error", "calls"), [(httpx2.ConnectError("refused"), 2), (httpx2.ConnectTimeout("x"), 1)])
+def test_a_hub_that_cannot_be_reached_is_reported_soon(hub: HubServer, error: Exception, calls: int) -> None:
+    call = Failing(error, MAX_ATTEMPTS)
+    with pytest.raises(HubError):
+        with_retries(call, where=WHERE)
+    assert call.calls == calls
+
+
+def test_a_connection_that_fails_once_is_retried(hub: HubServer) -> None:
+    assert with_retries(Failing(httpx2.ConnectError("x"), 1), where=WHERE) == "result"
+
+
 @pytest.mark.parametrize(("error", "calls"), [(http(429), 2), (http(500), 1), (httpx2.ReadError("x"), 1)])
 def test_only_the_given_statuses_are_retried(hub: HubServer, error: Exception, calls: int) -> None:
     call = Failing(error, 1)
