@@ -59,7 +59,7 @@ def test_a_frequent_text_is_shown_once_and_first() -> None:
     text = Tags(page(saying("rare", "often", "often", None, "", mark="✓"))).text
     assert "2 × often ✓" in text
     assert text.index("often") < text.index("rare")
-    assert "(not readable)" in text
+    assert "(no answer)" in text
     assert "(empty)" in text
 
 
