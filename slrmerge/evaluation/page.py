@@ -13,6 +13,9 @@ from slrmerge.evaluation.tasks.base import ModelResponses, Score
 from slrmerge.io.text import IN_PROSE, printable
 
 PROMPTS_SHOWN = 100
+CHARACTERS_SHOWN = 8_000_000
+"""Of the texts of all prompts that are shown: a browser cannot show a much longer page."""
+
 TEXTS_SHOWN = 12
 """Distinct texts of one model for one prompt."""
 
@@ -44,10 +47,14 @@ def page(result: EvaluationResult) -> str:
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
     scored = zip(result.responses, result.scores, strict=True)
     by_prompt = (list(group) for _, group in groupby(scored, key=lambda pair: pair[0].question.id))
-    prompts = [
-        (group[0][0].question.text, [_column(responses, score) for responses, score in group])
-        for group in islice(by_prompt, PROMPTS_SHOWN)
-    ]
+    prompts: list[tuple[str, list[Column]]] = []
+    characters = 0
+    for group in islice(by_prompt, PROMPTS_SHOWN):
+        columns = [_column(responses, score) for responses, score in group]
+        characters += sum(len(shown.text or "") for column in columns for shown in column.texts)
+        if prompts and characters > CHARACTERS_SHOWN:
+            break
+        prompts.append((group[0][0].question.text, columns))
     text = template.render(
         result=result, table=result.table_rows(), prompts=prompts, more=result.prompts - len(prompts)
     )

@@ -108,6 +108,17 @@ def test_further_prompts_are_counted() -> None:
     assert "and 2 more prompts in samples.jsonl" in text
 
 
+def test_prompts_with_long_texts_are_shown_until_the_page_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = result(post=[1.0] * 5)
+    long = [replace(each, texts=["x" * 500, "y" * 500]) for each in found.responses]
+    long = replace(found, responses=long, scores=[replace(each, marks=["", ""]) for each in found.scores])
+    for limit, count in ((10_000, 5), (3000, 3), (2999, 2), (10, 1)):
+        monkeypatch.setattr("slrmerge.evaluation.page.CHARACTERS_SHOWN", limit)
+        text = Tags(page(long)).text
+        assert text.count("x" * 500) == count
+        assert (f"and {5 - count} more prompts" in text) == (count < 5)
+
+
 def test_bars_of_values_that_are_all_equal_are_drawn_whatever_their_rounding(tmp_path: Path) -> None:
     save_figure(charts.draw(result(post=[0.3] * 37)), tmp_path / "metrics")
     assert (tmp_path / "metrics.png").exists()
