@@ -26,7 +26,8 @@ _TASKS = ("open-qa", "creative", "reasoning")  # evaluation.tasks.TASKS, without
     required=True,
     multiple=True,
     metavar="LABEL=MODEL",
-    help="A folder, a repository, or MODEL@URL of an OpenAI-compatible server; others are compared with the first.",
+    help="A folder, a repository, MODEL@URL of an OpenAI-compatible server, or a .jsonl file of generations. Others are"
+    " compared with the first.",
 )
 @out_option("samples and results", required=True)
 @options_from(EvaluationOptions)

@@ -1,12 +1,14 @@
 """A search on the terminal: the selection next to the two models, the ten best; or what a search would take."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slrmerge.cli.group import as_typed
 from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.io.sizes import format_bytes
+from slrmerge.merging.finding import HeldOut, ScoreChange
 from slrmerge.searching.results import LOW_QUALITY, RECIPES, SearchResult
 from slrmerge.searching.selection import ScoredCandidate, ten_best
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "post": "post-trained",
     "slr": "selected",
+    "runner_up": "runner-up",
     "soup": "best soup",
     "early": "early control",
     "late": "late control",
@@ -49,7 +52,11 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
         label = row.info.full_label + ("" if row.exact else " (roughly)")
         ranked.add_row(str(rank), label, str(row.info.layers_restored), *_scores(row))
     ranked.print()
-    echo("ΔQ, ΔD: change from the post-trained model")
+    if result.held_out:
+        _print_held_out(result.held_out)
+    echo("ΔQ, ΔD: change from the post-trained model" + (", with 95% intervals" if result.held_out else ""))
+    if result.reselected:
+        echo(f"resampled prompts select {_shares(result.reselected)}")
     for line in (*result.notes, *result.doubts):
         echo(f"note: {as_typed(line)}")
     kept = f"quality ≥ {choice.min_quality:.0%} of the post-trained model"
@@ -84,8 +91,8 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
         rate = f"{row.flop_per_s / 1e9:,.0f} GFLOP/s"
         rows.add_row(row.name, f"{row.candidates:,}", *cost, row.dtype, rate, format_duration(row.seconds))
     rows.print()
-    echo("time: the matrix products of a first pass at the rate measured here, without reading weights;")
-    echo("after a pass in bfloat16 the finalists are re-scored in float32")
+    echo("time: the matrix products of a first pass, and of the held-out prompts, at the rate measured here,")
+    echo("without reading weights; after a pass in bfloat16 the finalists are re-scored in float32")
 
 
 def format_duration(seconds: float) -> str:
@@ -93,6 +100,35 @@ def format_duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _print_held_out(held_out: HeldOut) -> None:
+    """The scores on prompts that were not used to select, each hybrid once."""
+    table = Table(f"{held_out.prompts} held-out prompts", "hybrid", ">Q", ">D", ">ΔQ", ">ΔD")
+    names: dict[str, list[str]] = {}
+    for name in held_out.scores:
+        names.setdefault(held_out.scores[name].label, []).append(name)
+    for same in names.values():
+        found = held_out.scores[same[0]]
+        changes = (_interval(found.quality_change), _interval(found.diversity_change))
+        named = ", ".join(_NAMES[name] for name in same)
+        table.add_row(named, found.label, f"{found.quality:.3f}", f"{found.diversity:.3f}", *changes)
+    table.print()
+
+
+def _interval(change: ScoreChange | None) -> str:
+    if change is None:
+        return ""
+    return f"{change.mean:+.3f}" + ("" if change.low is None else f" [{change.low:+.3f}, {change.high:+.3f}]")
+
+
+def _shares(reselected: Mapping[str, float], shown: int = 3) -> str:
+    """How often resampled prompts select which candidates, the most frequent first."""
+    listed = [f"{as_typed(label)} {share:.0%}" for label, share in list(reselected.items())[:shown]]
+    others = sum(list(reselected.values())[shown:])
+    nothing = 1 - sum(reselected.values())
+    listed += [f"{name} {share:.0%}" for name, share in (("others", others), ("nothing", nothing)) if share > 0.005]
+    return ", ".join(listed)
 
 
 def _scores(row: ScoredCandidate) -> tuple[str, str]:

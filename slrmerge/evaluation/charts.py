@@ -62,9 +62,10 @@ def curves(result: EvaluationResult) -> "Figure":
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    ks = [int(metric.name.partition("@")[2]) for metric in result.shown]
+    names = [metric.name for metric in result.shown if "@" in metric.name]
+    ks = [int(name.partition("@")[2]) for name in names]
     for model, colour in model_colours(result.models).items():
-        cells = [result.cell(model, metric.name) for metric in result.shown]
+        cells = [result.cell(model, name) for name in names]
         axes.plot(ks, [cell.mean for cell in cells], "o-", color=colour, label=figure_text(model), markersize=4)
         axes.fill_between(ks, [c.low for c in cells], [c.high for c in cells], color=colour, alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)

@@ -1,10 +1,12 @@
 """Text embeddings by a sentence-transformers model in this process; `ServerModel` is the other Embedder."""
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from slrmerge.checkpoint.location import Place, Repository
@@ -19,6 +21,11 @@ class Embedder(Protocol):
         """See `ChatModel`."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """Identifies the model exactly: embeddings are only reused for the same identity."""
+        ...
+
     def check(self) -> None:
         """Raise ServerError if the model cannot be used now, as far as is cheap to find out."""
         ...
@@ -27,8 +34,8 @@ class Embedder(Protocol):
         """Embeddings, shape (texts, width)."""
         ...
 
-    def truncated(self, texts: Sequence[str]) -> int:
-        """The number of texts that are longer than the model reads, as far as is known."""
+    def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Which texts are longer than the model reads, as far as is known."""
         ...
 
 
@@ -55,6 +62,16 @@ class LocalEmbeddings:
     def model_id(self) -> str:
         return str(self._at)
 
+    @cached_property
+    def identity(self) -> str:
+        """See `Embedder`; of a folder, also its files with their sizes and times."""
+        if isinstance(self._at, Repository):
+            return self.model_id
+        files = sorted(path for path in self._at.rglob("*") if path.is_file())
+        described = [(path.relative_to(self._at).as_posix(), path.stat()) for path in files]
+        listed = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in described)
+        return f"{self._at.resolve()} {xxhash.xxh3_64_hexdigest(os.fsencode(listed))}"
+
     def check(self) -> None:
         pass
 
@@ -76,9 +93,9 @@ class LocalEmbeddings:
         vectors: NDArray[np.floating] = self._model.encode(list(texts), show_progress_bar=False)
         return vectors
 
-    def truncated(self, texts: Sequence[str]) -> int:
+    def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         limit = self._model.max_seq_length
-        if not limit:
-            return 0
+        if not (limit and texts):
+            return np.zeros(len(texts), bool)
         tokens = self._model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        return sum(len(ids) > limit for ids in tokens)
+        return np.array([len(ids) > limit for ids in tokens])

@@ -27,4 +27,5 @@ class Judge:
         prompts = {prompt_id(text): text for text in texts}
         label = self.model_id
         request_missing(self._model, label, prompts, self._file, self._settings, samples=1, progress=self._progress)
-        return {text: self._file.answer(SampleKey(label, prompt, 0)).text for prompt, text in prompts.items()}
+        answers = self._file.answers(SampleKey(label, prompt, 0) for prompt in prompts)
+        return {text: answer.text for text, answer in zip(prompts.values(), answers, strict=True)}

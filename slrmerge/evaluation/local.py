@@ -1,8 +1,8 @@
 """A model in this process, run by transformers in batches."""
 
 import os
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any, BinaryIO
 
 import torch
@@ -13,7 +13,7 @@ from slrmerge.checkpoint.location import Place, Repository
 from slrmerge.checkpoint.pair import open_checkpoint
 from slrmerge.checkpoint.side_files import MANIFEST_NAME, fetch_side_files
 from slrmerge.errors import Problem, UnsupportedModelError, first_line
-from slrmerge.evaluation.models import SampleRequest
+from slrmerge.evaluation.models import AnswerSink, SampleRequest
 from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.io.progress import Progress
@@ -40,6 +40,7 @@ class LocalModel:
             raise UnsupportedModelError(Problem("gguf", str(self._checkpoint), what, remedy))
         self._device, self._batch, self._progress = torch.device(device), batch, progress
         self._loaded: tuple[Any, Any] | None = None
+        self._prompt = lru_cache(batch)(self._rendered)  # a prompt's samples follow each other
 
     @cached_property
     def model_id(self) -> str:
@@ -70,26 +71,37 @@ class LocalModel:
         fetch_side_files(self._checkpoint.side_files)
         load_tokenizer(self._checkpoint.folder)
 
-    def answer(
-        self, requests: Sequence[SampleRequest], settings: Settings, keep: Callable[[SampleRequest, Answer], None]
-    ) -> None:
-        """See `ChatModel`. Raises UnsupportedModelError for a model that cannot be loaded, or a prompt too long."""
+    def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
+        """See `ChatModel`; refuses prompts that are too long. Raises UnsupportedModelError for one it cannot load."""
         for start in range(0, len(requests), self._batch):
-            batch = requests[start : start + self._batch]
-            for request, answer in zip(batch, self._answer(batch, settings), strict=True):
-                keep(request, answer)
+            batch = [request for request in requests[start : start + self._batch] if not self._refuses(request, sink)]
+            for request, answer in zip(batch, self._answer(batch, settings) if batch else [], strict=True):
+                sink.keep(request, answer)
+
+    def _refuses(self, request: SampleRequest, sink: AnswerSink) -> bool:
+        """Whether a prompt is too long, which `sink` is then told."""
+        _, length = self._prompt(request.prompt)
+        model, _ = self._loaded = self._loaded or self._load()
+        if length < _most_tokens(model):
+            return False
+        what = f"a prompt has {length:,} tokens, more than the model reads"
+        sink.refuse(request, UnsupportedModelError(Problem("prompt-too-long", str(self._checkpoint), what)))
+        return True
+
+    def _rendered(self, prompt: str) -> tuple[str, int]:
+        """A prompt as the model reads it, and its length in tokens."""
+        _, tokenizer = self._loaded = self._loaded or self._load()
+        text = render(tokenizer, prompt)
+        return text, len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.inference_mode()
     def _answer(self, requests: Sequence[SampleRequest], settings: Settings) -> list[Answer]:
         model, tokenizer = self._loaded = self._loaded or self._load()
-        texts = [render(tokenizer, request.prompt) for request in requests]
+        texts = [self._prompt(request.prompt)[0] for request in requests]
         inputs = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(self._device)
         length = inputs["input_ids"].shape[1]
-        room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30) - length
-        if room < 1:
-            what = f"a prompt has {length:,} tokens, more than the model reads"
-            raise UnsupportedModelError(Problem("prompt-too-long", str(self._checkpoint), what))
+        room = _most_tokens(model) - length
         generated = model.generate(
             **inputs,
             max_new_tokens=min(settings.max_tokens, room),
@@ -128,6 +140,11 @@ class LocalModel:
             eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
         )
         return model.eval(), tokenizer
+
+
+def _most_tokens(model: Any) -> int:
+    """The tokens that a model reads, those of its answer included."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def _update(digest: xxhash.xxh3_64, file: BinaryIO) -> None:

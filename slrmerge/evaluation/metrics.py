@@ -1,5 +1,6 @@
-"""Metrics: precision, entropy, coverage, dissimilarity, pass@k (paper, section 4.1)."""
+"""Metrics: precision, entropy, coverage, dissimilarity, pass@k (paper, section 4.1); others that are widely used."""
 
+import gzip
 from collections import Counter
 from collections.abc import Sequence
 from math import comb, nan
@@ -38,6 +39,47 @@ def dissimilarity(embeddings: NDArray[np.floating]) -> float:
     units = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
     every_pair_twice = float((units.sum(axis=0) ** 2).sum() - (units**2).sum())
     return 1 - every_pair_twice / (count * (count - 1))
+
+
+def vendi_score(embeddings: NDArray[np.floating]) -> float:
+    """The effective number of different texts, 1 to their number; NaN without texts. `embeddings`: (samples, width).
+
+    The exponential of the entropy of the eigenvalues of K / n, K the cosine similarities (Friedman and Dieng 2023,
+    arXiv 2210.02410). A zero vector is similar to itself only.
+    """
+    count = len(embeddings)
+    if not count:
+        return nan
+    vectors = embeddings.astype(np.float64)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    units = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    similarities = units @ units.T
+    np.fill_diagonal(similarities, 1.0)
+    shares = np.linalg.eigvalsh(similarities / count)
+    shares = shares[shares > 0]  # by rounding, some of them are not
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """distinct-n: the share of the n-grams of all texts that are different (Li et al. 2016, arXiv 1510.03055).
+
+    Words are what is between spaces; an n-gram is within one text. NaN where there is none.
+    """
+    count, different = 0, set[tuple[str, ...]]()
+    for text in texts:
+        words = text.split()
+        count += max(0, len(words) - n + 1)
+        different.update(zip(*(words[start:] for start in range(n)), strict=False))
+    return len(different) / count if count else nan
+
+
+def compression_ratio(texts: Sequence[str]) -> float:
+    """The size of the texts, one after the other, by their size after gzip (Shaib et al. 2024, arXiv 2403.00553).
+
+    At the command's default level, which is up to ten times as fast as the highest.
+    """
+    data = "\n".join(texts).encode("utf-8", "replace")
+    return len(data) / len(gzip.compress(data, 6, mtime=0)) if data else nan
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

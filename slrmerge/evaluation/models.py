@@ -2,15 +2,15 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import parse_qsl, urlsplit
 
 from slrmerge.checkpoint.location import Place, parse_place
-from slrmerge.errors import OptionError, Problem, without_credentials
-from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings, seed_of
+from slrmerge.errors import OptionError, Problem, SlrmergeError, without_credentials
+from slrmerge.evaluation.samples import REFUSED, Answer, SampleFile, SampleKey, Settings, seed_of
 from slrmerge.io.progress import Progress
 from slrmerge.io.text import printable
 
@@ -66,6 +66,16 @@ class SampleRequest(NamedTuple):
     seed: int
 
 
+class AnswerSink(Protocol):
+    """Takes the answers of a ChatModel."""
+
+    def keep(self, request: SampleRequest, answer: Answer) -> None: ...
+
+    def refuse(self, request: SampleRequest, error: SlrmergeError) -> None:
+        """The model refuses the prompt for good. Raises the error where it should end the evaluation."""
+        ...
+
+
 class ChatModel(Protocol):
     """A model that answers prompts. Weights are loaded at the first request."""
 
@@ -78,16 +88,17 @@ class ChatModel(Protocol):
         """Raise ServerError or UnsupportedModelError if the model cannot answer, as far as is cheap to find out."""
         ...
 
-    def answer(
-        self, requests: Sequence[SampleRequest], settings: Settings, keep: Callable[[SampleRequest, Answer], None]
-    ) -> None:
-        """Answer all `requests`, in any order; calls `keep` with each answer when it is there."""
+    def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: "AnswerSink") -> None:
+        """Answer all `requests`, in any order; calls `sink` with each answer, or refusal, when it is there."""
         ...
 
     def close(self) -> None:
         """Free memory; the model can be used again afterwards."""
         ...
 
+
+MOST_REFUSED = 20
+"""So many refused prompts, and none accepted, are an error: the model, or a setting, is the wrong one."""
 
 _LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.+)", re.DOTALL)
 _SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://\S+)")
@@ -161,8 +172,9 @@ def request_missing(
 ) -> None:
     """Request answers until `file` holds `samples` samples of each of `prompts` (text by id).
 
-    Raises OutputError where the file holds samples with other settings, ServerError and UnsupportedModelError; answers
-    received before an error are kept.
+    A prompt that the model refuses is recorded as such, unless it refuses all of them. Raises OutputError where the
+    file holds samples with other settings, ServerError and UnsupportedModelError; answers received before an error are
+    kept.
     """
     keys = sample_keys(label, prompts, samples)
     file.require_same(keys, settings)
@@ -176,8 +188,45 @@ def request_missing(
         progress.message(f"{label}: reusing {len(keys) - len(missing):,} of {len(keys):,} samples")
     progress.start(label, len(missing), " samples")
 
-    def keep(request: SampleRequest, answer: Answer) -> None:
-        file.append(request.key, answer, settings)
-        progress.advance(1)
+    wanted = set(missing)
+    known = file.answers(key for key in keys if key not in wanted)
+    is_accepted = any(not answer.is_refusal for answer in known)
+    recorder = _Recorder(file, settings, progress, is_accepted=is_accepted)
+    model.answer(requests, settings, recorder)
+    recorder.finish()
 
-    model.answer(requests, settings, keep)
+
+class _Recorder:
+    """Writes answers to a file. Holds refusals back until the model accepts a prompt: it may refuse all of them."""
+
+    def __init__(self, file: SampleFile, settings: Settings, progress: Progress, *, is_accepted: bool) -> None:
+        self._file, self._settings, self._progress, self._is_accepted = file, settings, progress, is_accepted
+        self._refusals: dict[SampleRequest, SlrmergeError] = {}
+
+    def keep(self, request: SampleRequest, answer: Answer) -> None:
+        """See `AnswerSink`."""
+        self._is_accepted = True
+        self._write(request, answer)
+        self._write_refusals()
+
+    def refuse(self, request: SampleRequest, error: SlrmergeError) -> None:
+        """See `AnswerSink`."""
+        self._refusals[request] = error
+        if self._is_accepted:
+            self._write_refusals()
+        elif len({refused.prompt for refused in self._refusals}) >= MOST_REFUSED:
+            self.finish()
+
+    def finish(self) -> None:
+        """Raise the first refusal where no prompt was accepted."""
+        for error in self._refusals.values():
+            raise error
+
+    def _write_refusals(self) -> None:
+        for request, error in self._refusals.items():
+            self._write(request, Answer("", REFUSED, "; ".join(problem.what for problem in error.problems)))
+        self._refusals.clear()
+
+    def _write(self, request: SampleRequest, answer: Answer) -> None:
+        self._file.append(request.key, answer, self._settings)
+        self._progress.advance(1)

@@ -36,6 +36,9 @@ class EvaluationOptions(Options):
     embeddings: str | None = option(
         None, "Model for diversity (creative): a sentence-transformers model, or MODEL@URL.", metavar="MODEL"
     )
+    export: str | None = option(
+        None, "Also write the samples in another form: noveltybench.", choices=("noveltybench",), metavar="FORM"
+    )
     concurrency: int = option(16, "Maximum concurrent requests per server.", minimum=1, maximum=1000)
     timeout_s: float = option(600.0, "Seconds that a server has to answer.", above=0, flag="--timeout")
     batch: int = option(32, "Batch size of models in this process.", minimum=1)

@@ -5,10 +5,12 @@ from dataclasses import asdict, fields
 from math import isnan
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from slrmerge._version import __version__
 from slrmerge.errors import OutputError, Problem
 from slrmerge.evaluation import charts
+from slrmerge.evaluation.generations import write_generations
 from slrmerge.evaluation.page import page
 from slrmerge.evaluation.result import Cell, EvaluationResult
 from slrmerge.io import files
@@ -54,6 +56,14 @@ def write_results(folder: Path, result: EvaluationResult) -> None:
         files.replace_file(folder / name, content.encode())
     save_figure(chart, folder / CHART)
     files.replace_file(folder / SUMMARY, _json(summary(result)))
+
+
+def write_noveltybench(folder: Path, result: EvaluationResult) -> None:
+    """Write `noveltybench/LABEL/generations.jsonl` for each model: what NoveltyBench's `partition.py` reads."""
+    for label, model_id in result.models.items():
+        name = quote(label, safe=" +=,") if label.strip(".") else label.replace(".", "%2E")
+        responses = [each for each in result.responses if each.model == label]
+        write_generations(folder / "noveltybench" / name, model_id, responses)
 
 
 def summary(result: EvaluationResult) -> dict[str, Any]:

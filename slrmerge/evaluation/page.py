@@ -14,6 +14,9 @@ from slrmerge.io.figures import MODEL_COLOURS, model_colours
 from slrmerge.io.page import render_page
 
 PROMPTS_SHOWN = 100
+CHARACTERS_SHOWN = 8_000_000
+"""Of the texts of all prompts that are shown: a browser cannot show a much longer page."""
+
 TEXTS_SHOWN = 12
 """Distinct texts of one model for one prompt."""
 
@@ -42,10 +45,14 @@ def page(result: EvaluationResult, chart: bytes = b"") -> str:
     """The page as HTML, with `chart`, an SVG; it loads nothing, and its Content-Security-Policy forbids it to."""
     scored = zip(result.responses, result.scores, strict=True)
     by_prompt = (list(group) for _, group in groupby(scored, key=lambda pair: pair[0].question.id))
-    prompts = [
-        (group[0][0].question.text, [_column(result.task, responses, score) for responses, score in group])
-        for group in islice(by_prompt, PROMPTS_SHOWN)
-    ]
+    prompts: list[tuple[str, list[Column]]] = []
+    characters = 0
+    for group in islice(by_prompt, PROMPTS_SHOWN):
+        columns = [_column(result.task, responses, score) for responses, score in group]
+        characters += sum(len(shown.text or "") for column in columns for shown in column.texts)
+        if prompts and characters > CHARACTERS_SHOWN:
+            break
+        prompts.append((group[0][0].question.text, columns))
     names = {colour: name for name, colour in MODEL_COLOURS.items()}  # page.css has lighter ones where it is dark
     return render_page(
         "slrmerge.evaluation",

@@ -2,9 +2,11 @@
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from slrmerge.errors import (
     open_all,
     require_extra,
 )
+from slrmerge.evaluation.embedding_file import KeptEmbeddings
 from slrmerge.evaluation.embeddings import Embedder, LocalEmbeddings
+from slrmerge.evaluation.generations import SUFFIX, GenerationsFile
 from slrmerge.evaluation.judge import Judge
+from slrmerge.evaluation.lexical import LEXICAL, lexical_metrics
 from slrmerge.evaluation.models import (
     ChatModel,
     ModelNames,
@@ -31,14 +36,15 @@ from slrmerge.evaluation.models import (
     sample_keys,
 )
 from slrmerge.evaluation.options import EvaluationOptions
-from slrmerge.evaluation.output import claim, write_results
+from slrmerge.evaluation.output import claim, write_noveltybench, write_results
 from slrmerge.evaluation.questions import Question, parse_questions, read_data
 from slrmerge.evaluation.result import EvaluationResult, summarise, values_of
-from slrmerge.evaluation.samples import SampleFile, SampleKey, Settings
+from slrmerge.evaluation.samples import REFUSED, SampleFile, SampleKey, Settings
 from slrmerge.evaluation.server import ServerModel
 from slrmerge.evaluation.tasks import TASKS
 from slrmerge.evaluation.tasks.base import ChosenQuestions, Helpers, ModelResponses, Task
-from slrmerge.evaluation.verbalized import VERBALIZED_TOKENS, parse_verbalized, verbalize
+from slrmerge.evaluation.texts import StoredTexts
+from slrmerge.evaluation.verbalized import VERBALIZED_TOKENS, verbalize
 from slrmerge.io.options import make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder
 from slrmerge.io.progress import Progress
@@ -105,12 +111,16 @@ class Evaluation:
         opened = self._open_models()
         with folder.locked(self._progress):
             claim(folder.path, self.task.name)
+            if opened.embedder:
+                opened = replace(opened, embedder=KeptEmbeddings(opened.embedder, folder.path))
             with _sample_files(folder.path) as files:
                 run = _Run(self, opened, files, self._progress)
                 chosen = run.choose(questions)
                 run.request_samples(chosen.questions)
                 result = run.score(chosen, data.name)
                 write_results(folder.path, result)
+                if self.options.export:
+                    write_noveltybench(folder.path, result)
         return result
 
     @property
@@ -145,6 +155,8 @@ class Evaluation:
     def _open_model(self, at: Place | ServerAddress) -> ChatModel:
         if isinstance(at, ServerAddress):
             return self._server(at)
+        if isinstance(at, Path) and at.suffix == SUFFIX and not at.is_dir():
+            return GenerationsFile(at)
         require_extra("eval", "transformers")
         from slrmerge.evaluation.local import LocalModel
 
@@ -200,7 +212,7 @@ class _Run:
             prompts = {question.id: question.text for question in asked}
             settings = self._settings(model, greedy=True)
             request_missing(model, label, prompts, file, settings, samples=1, progress=self.progress)
-            return [file.answer(SampleKey(label, question.id, 0)).text for question in asked]
+            return [answer.text for answer in file.answers(SampleKey(label, question.id, 0) for question in asked)]
 
         chosen = task.choose(shuffled, options.questions, greedy)
         ids = {question.id for question in chosen.questions}
@@ -231,23 +243,30 @@ class _Run:
             for label in models.by_label
         ]
         notes = [*([chosen.note] if chosen.note else []), *self._sample_notes(responses)]
+        for label, model in models.by_label.items():
+            if isinstance(model, GenerationsFile):
+                notes.append(f"{label}: answers from a file, to which temperature, min_p and max_tokens do not apply")
         if len(chosen.questions) < FEW_PROMPTS:
             notes.append(f"confidence intervals over only {len(chosen.questions)} prompts are too narrow")
         judge = Judge(models.judge, self.files.judge, self.progress) if models.judge else None
         with closing(models.judge) if models.judge else nullcontext():
             scored = evaluation.task.score(responses, Helpers(evaluation.samples, judge, models.embedder))
-        metrics = evaluation.task.metrics(evaluation.samples)
+        metrics = (*evaluation.task.metrics(evaluation.samples), *LEXICAL)
+        scores = [
+            replace(score, metrics={**score.metrics, **lexical_metrics(each.texts)})
+            for each, score in zip(responses, scored.scores, strict=True)
+        ]
         return EvaluationResult(
             task=evaluation.task.name,
             metrics=metrics,
             models={label: model.model_id for label, model in models.by_label.items()},
             prompts=len(chosen.questions),
             settings=self._described(data_name),
-            cells=summarise(values_of(responses, scored.scores, metrics)),
+            cells=summarise(values_of(responses, scores, metrics)),
             notes=(*notes, *scored.notes),
             plot=evaluation.task.plot,
             responses=responses,
-            scores=scored.scores,
+            scores=scores,
         )
 
     def _settings(self, model: ChatModel, *, greedy: bool = False) -> Settings:
@@ -276,27 +295,32 @@ class _Run:
             "embeddings": self.models.embedder and self.models.embedder.model_id,
         }
 
-    def _texts(self, label: str, prompt: str) -> list[str | None]:
-        texts: list[str | None] = []
-        k = self.evaluation.options.verbalized
-        for key in sample_keys(label, [prompt], self.evaluation.requests_per_prompt):
-            text = self.files.samples.answer(key).text
-            texts += parse_verbalized(text, k) if k else [text]
-        return texts
+    def _texts(self, label: str, prompt: str) -> StoredTexts:
+        evaluation = self.evaluation
+        requests, verbalized = evaluation.requests_per_prompt, evaluation.options.verbalized
+        return StoredTexts(self.files.samples, label, prompt, requests=requests, verbalized=verbalized)
 
     def _sample_notes(self, responses: Sequence[ModelResponses[Question]]) -> Iterator[str]:
-        """Notes on samples that are truncated, malformed or empty."""
-        evaluation = self.evaluation
+        """Notes on samples that are refused, truncated, malformed or empty."""
+        evaluation, k = self.evaluation, self.evaluation.options.verbalized or 1
         prompts = list(dict.fromkeys(each.question.id for each in responses))
         for label in self.models.by_label:
             keys = sample_keys(label, prompts, evaluation.requests_per_prompt)
-            answers = [self.files.samples.answer(key) for key in keys]
-            truncated = sum(answer.finish_reason == "length" for answer in answers)
-            texts = [text for each in responses if each.model == label for text in each.texts]
+            reasons: Counter[str] = Counter()
+            refusals: list[str] = []
+            for answer in self.files.samples.answers(keys):
+                reasons[answer.finish_reason] += 1
+                if answer.is_refusal and not refusals:
+                    refusals.append(answer.error)
+            texts: Counter[str] = Counter()
+            for text in chain.from_iterable(each.texts for each in responses if each.model == label):
+                texts["missing" if text is None else "full" if text.strip() else "empty"] += 1
+            refused = reasons[REFUSED]
             counts = {
-                f"of {len(answers):,} answers were truncated at {evaluation.max_tokens} tokens": truncated,
-                f"of {len(texts):,} verbalized samples were missing or malformed": sum(text is None for text in texts),
-                f"of {len(texts):,} samples are empty": sum(text is not None and not text.strip() for text in texts),
+                f"of {len(keys):,} requests were refused, and count as no answer ({''.join(refusals)})": refused,
+                f"of {len(keys):,} answers were truncated at {evaluation.max_tokens} tokens": reasons["length"],
+                f"of {texts.total():,} verbalized samples were missing or malformed": texts["missing"] - k * refused,
+                f"of {texts.total():,} samples are empty": texts["empty"],
             }
             for what, count in counts.items():
                 if count:

@@ -1,8 +1,10 @@
-"""Samples on disk: one line of JSON each, appended as they arrive, never requested again."""
+"""Samples on disk: one line of JSON each, appended as they arrive, never requested again. Texts stay on disk."""
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -17,6 +19,9 @@ from slrmerge.io.text import to_json
 MAX_LINE_BYTES = 1 << 28
 
 PROBLEMS_SHOWN = 10
+
+REFUSED = "refused"
+"""The finish reason of a prompt that a model refuses, for example because it is too long."""
 
 
 class Settings(NamedTuple):
@@ -45,10 +50,18 @@ class SampleKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's answer; `finish_reason` is `stop` where it is complete and `length` where it was truncated."""
+    """A model's answer; `finish_reason` is `stop` where it is complete and `length` where it was truncated.
+
+    It is `refused`, and the text empty, for a prompt that the model refuses; `error` then says why.
+    """
 
     text: str
     finish_reason: str
+    error: str = ""
+
+    @property
+    def is_refusal(self) -> bool:
+        return self.finish_reason == REFUSED
 
 
 def seed_of(seed: int, prompt: str, sample: int) -> int:
@@ -59,15 +72,16 @@ def seed_of(seed: int, prompt: str, sample: int) -> int:
 class SampleFile:
     """A JSONL file of samples, which continues where an earlier run stopped. Use it in a `with`.
 
-    Each line holds model, prompt id, sample index, seed, settings, text and finish reason. Drops an incomplete last
-    line, which a kill leaves. Raises OutputError with the lines that are not samples, at most 10.
+    Each line holds model, prompt id, sample index, seed, settings, text and finish reason; a refusal also its error.
+    Drops an incomplete last line, which a kill leaves. Raises OutputError with the lines that are not samples, at most
+    10.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._answers: dict[SampleKey, Answer] = {}
-        self._settings: dict[SampleKey, Settings] = {}
-        self._interned: dict[Settings, Settings] = {}
+        self._numbers: dict[SampleKey, int] = {}
+        self._starts, self._settings_of = array("Q"), array("L")  # of each sample: its line, the number of its settings
+        self._settings: dict[Settings, int] = {}
         try:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open until the end of the `with`)
         except OSError as error:
@@ -89,12 +103,14 @@ class SampleFile:
         self._file.close()
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._numbers)
 
     def require_same(self, keys: Iterable[SampleKey], settings: Settings) -> None:
         """Raise OutputError where one of these samples was generated with other settings."""
+        every = list(self._settings)
         for key in keys:
-            earlier = self._settings.get(key, settings)
+            number = self._numbers.get(key)
+            earlier = settings if number is None else every[self._settings_of[number]]
             if earlier != settings:
                 pairs = zip(Settings._fields, earlier, settings, strict=True)
                 changed = ", ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
@@ -103,11 +119,27 @@ class SampleFile:
                 raise OutputError(Problem("settings-changed", str(self.path), what, remedy))
 
     def missing(self, keys: Iterable[SampleKey]) -> list[SampleKey]:
-        return [key for key in keys if key not in self._answers]
+        return [key for key in keys if key not in self._numbers]
 
     def answer(self, key: SampleKey) -> Answer:
         """A sample that is not missing."""
-        return self._answers[key]
+        return next(self.answers([key]))
+
+    def answers(self, keys: Iterable[SampleKey]) -> Iterator[Answer]:
+        """Samples that are not missing, read from the file. Raises OutputError where it was changed meanwhile."""
+        try:
+            with open(self.path, "rb") as file:
+                for key in keys:
+                    file.seek(self._starts[self._numbers[key]])
+                    found, answer, _ = _sample(parse_json(file.readline(MAX_LINE_BYTES)))
+                    if found != key:
+                        raise ValueError(f"{found} in the place of {key}")
+                    yield answer
+        except OSError as error:
+            raise output_error(self.path, error) from error
+        except (ValueError, TypeError) as error:
+            what = "was changed while it was in use"
+            raise OutputError(Problem("samples-changed", str(self.path), what, "run again")) from error
 
     def append(self, key: SampleKey, answer: Answer, settings: Settings) -> None:
         """Write a sample, completely or not at all. Raises NoSpaceError and OutputError.
@@ -117,6 +149,8 @@ class SampleFile:
         answer = Answer(*(text.encode("utf-8", "replace").decode() for text in astuple(answer)))
         seed = seed_of(settings.seed, key.prompt, key.sample)
         line = {**key._asdict(), "seed": seed, "settings": settings._asdict(), **asdict(answer)}
+        if not answer.error:
+            del line["error"]
         data = to_json(line).encode() + b"\n"
         try:
             left = memoryview(data)
@@ -125,12 +159,15 @@ class SampleFile:
         except OSError as error:
             os.ftruncate(self._file.fileno(), self._bytes)
             raise output_error(self.path, error) from error
+        self._keep(key, settings, start=self._bytes)
         self._bytes += len(data)
-        self._keep(key, answer, settings)
 
-    def _keep(self, key: SampleKey, answer: Answer, settings: Settings) -> None:
-        self._answers[key] = answer
-        self._settings[key] = self._interned.setdefault(settings, settings)  # thousands of samples share a few
+    def _keep(self, key: SampleKey, settings: Settings, *, start: int) -> None:
+        """Remember where a sample is; of two with one key, the last."""
+        model, prompt, sample = key
+        self._numbers[SampleKey(sys.intern(model), sys.intern(prompt), sample)] = len(self._starts)
+        self._starts.append(start)
+        self._settings_of.append(self._settings.setdefault(settings, len(self._settings)))
 
     def _read(self) -> int:
         """Read the samples of earlier runs; returns the bytes of the complete lines."""
@@ -141,7 +178,8 @@ class SampleFile:
                 if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
                     break
                 try:
-                    self._keep(*_sample(parse_json(line)))
+                    key, _, settings = _sample(parse_json(line))
+                    self._keep(key, settings, start=complete)
                 except (ValueError, KeyError, TypeError):
                     remedy = "delete this line: its sample is then requested again; or choose another output folder"
                     problems.append(Problem("not-a-sample", f"{self.path}:{number}", "is not a sample", remedy))
@@ -157,7 +195,7 @@ class SampleFile:
 def _sample(line: Mapping[str, Any]) -> tuple[SampleKey, Answer, Settings]:
     """A line of the file. Raises ValueError, KeyError and TypeError."""
     model, prompt, sample = line["model"], line["prompt"], line["sample"]
-    text, finish_reason = line["text"], line["finish_reason"]
-    if type(sample) is not int or not all(isinstance(word, str) for word in (model, prompt, text, finish_reason)):
+    words = (line["text"], line["finish_reason"], line.get("error", ""))
+    if type(sample) is not int or not all(isinstance(word, str) for word in (model, prompt, *words)):
         raise TypeError("a value has another type")
-    return SampleKey(model, prompt, sample), Answer(text, finish_reason), Settings(**line["settings"])
+    return SampleKey(model, prompt, sample), Answer(*words), Settings(**line["settings"])

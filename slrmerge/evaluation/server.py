@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slrmerge.errors import OptionError, Problem, ServerError
-from slrmerge.evaluation.models import SampleRequest, ServerAddress
+from slrmerge.evaluation.models import AnswerSink, SampleRequest, ServerAddress
 from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.evaluation.server_errors import INVALID_JSON, InvalidResponseError, translate_server_errors
 from slrmerge.io.progress import Progress
@@ -108,14 +108,25 @@ class ServerModel:
     def close(self) -> None:
         """See `ChatModel`; no connection outlives a call."""
 
-    def answer(
-        self, requests: Sequence[SampleRequest], settings: Settings, keep: Callable[[SampleRequest, Answer], None]
-    ) -> None:
-        """See `ChatModel`. Raises ServerError when the server rejects a request, or retries do not help."""
+    def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
+        """See `ChatModel`. Raises ServerError when the server rejects the key, or retries do not help.
+
+        Requests no further samples of a prompt that the server rejects.
+        """
         model = self.model_id
+        rejected: dict[str, ServerError] = {}
 
         async def one(client: "AsyncOpenAI", request: SampleRequest) -> None:
-            keep(request, await self._bounded(_valid(lambda: self._complete(client, model, request, settings))))
+            if request.prompt not in rejected:
+                try:
+                    answer = await self._bounded(_valid(lambda: self._complete(client, model, request, settings)))
+                except ServerError as error:
+                    if error.problems[0].code != "request-rejected":
+                        raise
+                    rejected[request.prompt] = error
+                else:
+                    return sink.keep(request, answer)
+            return sink.refuse(request, rejected[request.prompt])
 
         self._run_all(requests, one)
 
@@ -134,9 +145,14 @@ class ServerModel:
             raise ServerError(Problem("invalid-response", str(self._at), "returned embeddings of different widths"))
         return np.concatenate([found[start] for start in starts] or [np.empty((0, 0), np.float32)])
 
-    def truncated(self, texts: Sequence[str]) -> int:  # noqa: ARG002 (unknown: a server rejects a long text, or is silent)
+    def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """See `Embedder`; unknown: a server rejects a long text, or is silent."""
+        return np.zeros(len(texts), bool)
+
+    @property
+    def identity(self) -> str:
         """See `Embedder`."""
-        return 0
+        return self.model_id
 
     def _run_all(self, jobs: Sequence[T], one: "Callable[[AsyncOpenAI, T], Awaitable[None]]") -> None:
         """Run all jobs, `concurrency` at a time; the first error cancels the rest."""

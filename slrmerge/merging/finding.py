@@ -27,6 +27,34 @@ class SelectedCandidate(Rules):
     exact: bool
 
 
+class ScoreChange(Model):
+    """The mean change of a score from the post-trained model on the same prompts, with its 95 % bootstrap interval.
+
+    Without an interval where there is only one prompt.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+class HeldOutScores(Model):
+    """Mean scores of a candidate on held-out prompts; without changes for the post-trained model itself."""
+
+    label: str
+    quality: float
+    diversity: float
+    quality_change: ScoreChange | None = None
+    diversity_change: ScoreChange | None = None
+
+
+class HeldOut(Model):
+    """Scores on prompts that were not used to select, by the names of `selected` and `runner_up`."""
+
+    prompts: int
+    scores: dict[str, HeldOutScores]
+
+
 class SearchSummary(Model):
     """The content of a search's summary.json."""
 
@@ -41,6 +69,8 @@ class SearchSummary(Model):
     min_quality: float
     selected: dict[str, SelectedCandidate]
     near_ties: tuple[SelectedCandidate, ...] = ()
+    held_out: HeldOut | None = None
+    reselected: dict[str, float] = Field(default_factory=dict)
     post_quality: dict[str, float]
     date: str | None = None
     prompt: str = ""
@@ -61,13 +91,18 @@ class SearchSummary(Model):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a search found out about a recipe: `own` is the recipe's candidate, `others` what it is compared with."""
+    """What a search found out about a recipe: `own` is the recipe's candidate, `others` what it is compared with.
+
+    `reselected` is the share of resampled prompts that select `own`, None where that is not known.
+    """
 
     task: str
     candidates: int
     own: SelectedCandidate
     others: tuple[SelectedCandidate, ...]
     figure: LocalFile | None
+    held_out: HeldOut | None = None
+    reselected: float | None = None
 
 
 def find_search_result(recipe: AnyRecipe) -> Finding | None:
@@ -99,4 +134,6 @@ def find_search_result(recipe: AnyRecipe) -> Finding | None:
         summary.selected[own],
         others,
         figure,
+        summary.held_out,
+        summary.reselected.get(summary.selected[own].label, 0.0) if own == "slr" and summary.reselected else None,
     )

@@ -15,7 +15,10 @@ SMALL_FLOP = 2e10
 
 @dataclass(frozen=True)
 class EstimateRow:
-    """The first pass of one search: its cost, and the rate of a matrix product of its width, measured here."""
+    """The first pass of one search, or its held-out prompts: the cost, and the rate measured here.
+
+    The rate is that of a matrix product of the model's width.
+    """
 
     name: str
     candidates: int
@@ -33,7 +36,7 @@ class EstimateRow:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What searches would take on this machine: the pair's first, then the paper's three models."""
+    """What searches would take on this machine: the pair's first pass, its held-out prompts, the paper's models."""
 
     prompts: int
     prompt_tokens: int
@@ -48,17 +51,17 @@ class Estimate:
         return {**asdict(self), "rows": [{**asdict(row), "seconds": row.seconds} for row in self.rows]}
 
 
-def estimate_parts(scorer: LocalScorer, parts: Sequence[ScoreRequest]) -> Estimate:
-    """The cost of the largest part of a first pass that several workers share, at the rate of this machine."""
-    largest = max(parts, key=lambda part: scorer.cost(part).flop)
+def estimate_parts(scorer: LocalScorer, passes: Sequence[Sequence[ScoreRequest]]) -> Estimate:
+    """The cost of the largest part of each pass, which several workers share, at the rate of this machine."""
+    largest = [max(parts, key=lambda part: scorer.cost(part).flop) for parts in passes]
     made = _own_estimate(scorer, largest, device=torch.device("cpu"))
     weights = (file for _, side in scorer.pair.items() for file in side.weight_files.values())
-    return replace(made, workers=len(parts), download_bytes=sum(file.download_bytes for file in weights))
+    return replace(made, workers=len(passes[0]), download_bytes=sum(file.download_bytes for file in weights))
 
 
-def estimate(scorer: LocalScorer, request: ScoreRequest, *, device: torch.device) -> Estimate:
-    """The cost of a first pass, from shapes and a matrix product measured here, and of the paper's models."""
-    made = _own_estimate(scorer, request, device=device)
+def estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest], *, device: torch.device) -> Estimate:
+    """The cost of the passes, from shapes and a matrix product measured here, and of the paper's models."""
+    made = _own_estimate(scorer, passes, device=device)
     rows = []
     for known in PAPER_MODELS:
         candidates = known.layers * (known.layers + 1) // 2 + 2
@@ -67,14 +70,20 @@ def estimate(scorer: LocalScorer, request: ScoreRequest, *, device: torch.device
     return replace(made, rows=(*made.rows, *rows))
 
 
-def _own_estimate(scorer: LocalScorer, request: ScoreRequest, *, device: torch.device) -> Estimate:
-    """The cost of a first pass alone."""
+def _own_estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest], *, device: torch.device) -> Estimate:
+    """The cost of the passes alone; the tokens are those of the first."""
+    first, *others = passes
+    tokens = sum(len(context.ids) for context in first.contexts)
+    name, packed = scorer.pair.posttrained.model_name, scorer.shape(first).tokens
+    rows = [_row(name, scorer, first, device), *(_row(f"{name}, {each.name}", scorer, each, device) for each in others)]
+    return Estimate(len(first.contexts), tokens, packed, tuple(rows))
+
+
+def _row(name: str, scorer: LocalScorer, request: ScoreRequest, device: torch.device) -> EstimateRow:
     shape = scorer.shape(request)
     rate = measured_rate(shape.width, request.dtype, device)
     cost, overhead_s = scorer.cost(request), 0.0
     state_flop = 2 * shape.layer_parameters * shape.tokens
     if state_flop < SMALL_FLOP:
         overhead_s = cost.states * max(0.0, scorer.state_s(request) - state_flop / rate)
-    row = EstimateRow(shape.name, len(request.candidates), request.dtype_name, cost, rate, overhead_s)
-    prompt_tokens = sum(len(context.ids) for context in request.contexts)
-    return Estimate(len(request.contexts), prompt_tokens, shape.tokens, (row,))
+    return EstimateRow(name, len(request.candidates), request.dtype_name, cost, rate, overhead_s)

@@ -44,6 +44,9 @@ class SearchOptions(Options):
         default_help="today",
     )
     quick: bool = option(False, "Score all candidates on 8 prompts first, then the finalists on all prompts.")
+    held_out: bool = option(
+        True, "Ask the selection other prompts, which were not used to select.", flag="--held-out/--no-held-out"
+    )
     dtype: str | None = option(
         None,
         "Dtype of the first pass; finalists are re-scored in float32.",

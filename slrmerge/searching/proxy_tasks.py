@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
@@ -31,6 +32,18 @@ DIGIT_TEXT = "Generate a random integer in the range [{}, {}]. " + _ONLY
 LETTER_TEXT = "Generate a random letter from {} to {} (inclusive). " + _ONLY
 """The paper's prompts, with places for the first and the last character of a range."""
 
+HELD_OUT_DIGIT_TEXTS = (
+    "Pick a random number from {} to {}. Reply with the number only.",
+    "Give me any integer in [{}, {}]. " + _ONLY,
+    "Choose a random digit between {} and {} (both included). Reply with the digit only.",
+)
+HELD_OUT_LETTER_TEXTS = (
+    "Pick a random letter from {} to {}. Reply with the letter only.",
+    "Give me any letter in [{}, {}]. " + _ONLY,
+    "Choose a random capital letter between {} and {} (both included). Reply with the letter only.",
+)
+"""Other wordings, for prompts that are not used to select."""
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -51,6 +64,10 @@ class ProxyTask(Protocol):
     """Questions, and scores from the probabilities of their valid answers."""
 
     def questions(self) -> tuple[Question, ...]: ...
+
+    def held_out_questions(self) -> tuple[Question, ...]:
+        """Other questions of the same kind, which are not used to select; none where the task has none."""
+        ...
 
     def score(self, log_probs: NDArray[np.float64]) -> Scores:
         """Scores from the log-probabilities of valid answers.
@@ -84,7 +101,18 @@ class ConstrainedRandomCharacter:
         rng = random.Random(0)
         for text, alphabet in ((DIGIT_TEXT, DIGITS), (LETTER_TEXT, LETTERS)):
             for first, last in _ranges(len(alphabet), SHORTEST_RANGE, self.prompts_per_kind, rng):
-                answers = tuple(alphabet[first : last + 1])
+                answers = _cut(alphabet, (first, last))
+                questions.append(Question(text.format(answers[0], answers[-1]), answers))
+        return tuple(questions)
+
+    def held_out_questions(self) -> tuple[Question, ...]:
+        """As many questions of each kind, about other ranges in other words; digits have eight other ranges."""
+        questions: list[Question] = []
+        asked = {question.answers for question in self.questions()}
+        for texts, alphabet in ((HELD_OUT_DIGIT_TEXTS, DIGITS), (HELD_OUT_LETTER_TEXTS, LETTERS)):
+            ends = [pair for pair in _all_ranges(len(alphabet), SHORTEST_RANGE) if _cut(alphabet, pair) not in asked]
+            for pair, text in _in_turn(ends, texts, self.prompts_per_kind):
+                answers = _cut(alphabet, pair)
                 questions.append(Question(text.format(answers[0], answers[-1]), answers))
         return tuple(questions)
 
@@ -97,9 +125,13 @@ class ListedTask:
     """A task whose questions are listed."""
 
     listed: tuple[Question, ...]
+    held_out: tuple[Question, ...] = ()
 
     def questions(self) -> tuple[Question, ...]:
         return self.listed
+
+    def held_out_questions(self) -> tuple[Question, ...]:
+        return self.held_out
 
     def score(self, log_probs: NDArray[np.float64]) -> Scores:
         return score(log_probs)
@@ -140,20 +172,32 @@ class RangeQuestions(Model):
     values: _Answers = Field(description="All values, in their order; the valid answers are those in the range.")
     shortest: int = Field(default=SHORTEST_RANGE, ge=2, strict=True, description="Minimum number of values in a range.")
     count: int = Field(default=20, ge=1, le=1000, strict=True, description="Number of questions.")
+    held_out_texts: tuple[_Text, ...] = Field(
+        default=(), description="Other wordings, for held-out questions about other ranges; default: the same text."
+    )
 
     def model_post_init(self, _: Any) -> None:
-        for place in ("{first}", "{last}"):
-            if place not in self.text:
-                raise InvalidValue("no-place", f"the text has no {place}", f"write {place} where the range is named")
+        for text, place in product((self.text, *self.held_out_texts), ("{first}", "{last}")):
+            if place not in text:
+                what, remedy = f"the text {shorten(text)} has no {place}", f"write {place} where the range is named"
+                raise InvalidValue("no-place", what, remedy)
         if self.shortest > len(self.values):
             what = f"no range of {len(self.values)} values has {self.shortest}"
             raise InvalidValue("out-of-range", what, "give a smaller number as shortest")
 
     def questions(self) -> Iterator[Question]:
-        for first, last in _ranges(len(self.values), self.shortest, self.count, random.Random(0)):
-            answers = self.values[first : last + 1]
-            text = self.text.replace("{first}", answers[0]).replace("{last}", answers[-1])
-            yield Question(text, answers)
+        for pair in _ranges(len(self.values), self.shortest, self.count, random.Random(0)):
+            yield self._question(self.text, pair)
+
+    def held_out_questions(self) -> Iterator[Question]:
+        asked = _ranges(len(self.values), self.shortest, self.count, random.Random(0))
+        others = [pair for pair in _all_ranges(len(self.values), self.shortest) if pair not in asked]
+        for pair, text in _in_turn(others, self.held_out_texts or (self.text,), self.count):
+            yield self._question(text, pair)
+
+    def _question(self, text: str, pair: tuple[int, int]) -> Question:
+        answers = self.values[pair[0] : pair[1] + 1]
+        return Question(text.replace("{first}", answers[0]).replace("{last}", answers[-1]), answers)
 
 
 class TaskFile(Model):
@@ -163,21 +207,29 @@ class TaskFile(Model):
 
     questions: tuple[ListedQuestion, ...] = Field(default=(), description="Questions with their valid answers.")
     ranges: tuple[RangeQuestions, ...] = Field(default=(), description="Templates with ranges.")
+    held_out: tuple[ListedQuestion, ...] = Field(
+        default=(), description="Questions that are not used to select; the selection answers them afterwards."
+    )
 
     def model_post_init(self, _: Any) -> None:
-        asked = self.all_questions()
-        if not asked:
+        task = self.task()
+        if not task.listed:
             raise InvalidValue("empty", "asks nothing", "list questions or ranges")
-        _check_distinct_texts(question.text for question in asked)
+        _check_distinct_texts(question.text for question in (*task.listed, *task.held_out))
 
-    def all_questions(self) -> tuple[Question, ...]:
-        listed = [Question(each.text, each.answers) for each in self.questions]
-        return (*listed, *(question for each in self.ranges for question in each.questions()))
+    def task(self) -> ListedTask:
+        listed, held_out = (
+            [Question(each.text, each.answers) for each in questions] for questions in (self.questions, self.held_out)
+        )
+        return ListedTask(
+            (*listed, *(question for each in self.ranges for question in each.questions())),
+            (*held_out, *(question for each in self.ranges for question in each.held_out_questions())),
+        )
 
 
 def load_task(path: Path) -> ListedTask:
     """The task in a YAML file. Raises DataError with every problem, each with its place in the file."""
-    return ListedTask(validate_as(TaskFile, read_mapping(path, TASK_FILE), str(path)).all_questions())
+    return validate_as(TaskFile, read_mapping(path, TASK_FILE), str(path)).task()
 
 
 def make_task(name: str) -> ProxyTask:
@@ -185,10 +237,29 @@ def make_task(name: str) -> ProxyTask:
     return TASKS[name]() if name in TASKS else load_task(Path(name))
 
 
+def _all_ranges(values: int, shortest: int) -> list[tuple[int, int]]:
+    """The places of the first and the last value of every range."""
+    return [(first, last) for first in range(values) for last in range(first + shortest - 1, values)]
+
+
 def _ranges(values: int, shortest: int, count: int, rng: random.Random) -> Sequence[tuple[int, int]]:
-    """The first and the last value of `count` ranges, or of all where there are fewer."""
-    ends = [(first, last) for first in range(values) for last in range(first + shortest - 1, values)]
+    """`count` ranges, or all where there are fewer."""
+    ends = _all_ranges(values, shortest)
     return sorted(rng.sample(ends, min(count, len(ends))))
+
+
+def _in_turn(
+    ends: Sequence[tuple[int, int]], texts: Sequence[str], count: int
+) -> Iterator[tuple[tuple[int, int], str]]:
+    """`count` ranges with a text each, both in turn; where ranges are few, each comes with several of the texts."""
+    chosen = sorted(random.Random(1).sample(ends, min(count, len(ends))))
+    for number in range(min(count, len(chosen) * len(texts))):
+        turn, place = divmod(number, len(chosen))
+        yield chosen[place], texts[(place + turn) % len(texts)]
+
+
+def _cut(alphabet: str, ends: tuple[int, int]) -> tuple[str, ...]:
+    return tuple(alphabet[ends[0] : ends[1] + 1])
 
 
 def _check_distinct_texts(texts: Iterable[str]) -> None:

@@ -2,14 +2,13 @@
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Json
 
 from slrmerge._version import __version__
@@ -18,11 +17,11 @@ from slrmerge.io.files import read_file, replace_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.io.text import from_csv, printable, to_csv, to_json
-from slrmerge.merging.finding import SUMMARY_NAME, SearchSummary, SelectedCandidate
+from slrmerge.merging.finding import SUMMARY_NAME, HeldOut, SearchSummary, SelectedCandidate
 from slrmerge.recipe.model import Recipe
 from slrmerge.recipe.rules import Rules
 from slrmerge.searching.candidates import CandidateInfo
-from slrmerge.searching.proxy_tasks import Scores
+from slrmerge.searching.prompt_scores import PROMPTS
 from slrmerge.searching.selection import (
     ScoredCandidate,
     Selection,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-TABLE, PROMPTS = "results.csv", "prompts.npz"
+TABLE = "results.csv"
 RECIPES = {"slr": "slr.yaml", "soup": "soup.yaml", "early": "early.yaml", "late": "late.yaml"}
 _MAX_BYTES = 1 << 28
 
@@ -52,8 +51,9 @@ class SearchResult:
     """A search's result: all candidates with their scores, and the selection among them.
 
     `post_quality` is the post-trained model's, by conditions. `notes` report how candidates were scored. `prompt` is
-    one of the prompts, as text; `date` is the date that the chat template wrote into them. `versions` are
-    those of the packages that scored.
+    one of the prompts, as text; `date` is the date that the chat template wrote into them. `versions` are those of the
+    packages that scored. `held_out` has the scores on prompts that were not used to select, `reselected` how often
+    candidates are selected by resampled prompts.
     """
 
     rows: tuple[ScoredCandidate, ...]
@@ -66,6 +66,8 @@ class SearchResult:
     prompt: str = ""
     date: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    held_out: HeldOut | None = None
+    reselected: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def intervals(self) -> list[ScoredCandidate]:
@@ -91,7 +93,7 @@ class SearchResult:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Why another candidate could be the better one: near-ties, and candidates scored only roughly."""
+        """Why another candidate could be the better one: near-ties, candidates scored only roughly, other prompts."""
         slr = self.choice.slr
         doubts = [
             f"near-tie: {row.info.label} has only {slr.diversity - row.diversity:.1e} nats less diversity than "
@@ -104,6 +106,8 @@ class SearchResult:
             named = ", ".join(row.info.label for row in rough[:3]) + (", …" if len(rough) > 3 else "")
             remedy = 'search all prompts with dtype="float32" to be sure'
             doubts.append(f"scored only roughly, and possibly better: {named}; {remedy}")
+        if slr is not None and self.held_out is not None:
+            doubts += _held_out_doubts(slr, self.held_out, self.choice.min_quality)
         return tuple(doubts)
 
     def summary(self) -> SearchSummary:
@@ -121,6 +125,8 @@ class SearchResult:
             min_quality=self.choice.min_quality,
             selected={name: _selected(row) for name, row in self.choice.named().items()},
             near_ties=tuple(_selected(row) for row in self.choice.near_ties),
+            held_out=self.held_out,
+            reselected=dict(self.reselected),
             post_quality=dict(self.post_quality),
             date=self.date,
             prompt=self.prompt,
@@ -185,6 +191,19 @@ class SearchResult:
         return f"<table><tr><th></th><th>candidate</th><th>Q</th><th>D (nats)</th></tr>{lines}</table>"
 
 
+def _held_out_doubts(slr: ScoredCandidate, held_out: HeldOut, min_quality: float) -> Iterator[str]:
+    """Why the selection may be worse on other prompts than on those that it was selected by."""
+    label, own, post = slr.info.label, held_out.scores.get("slr"), held_out.scores["post"]
+    if own is None:
+        yield f"the held-out prompts were not asked of {label}; search again with this minimum quality"
+        return
+    if own.quality < min_quality * post.quality:
+        share = own.quality / post.quality
+        yield f"on the held-out prompts, {label} keeps only {share:.1%} of the post-trained model's quality"
+    if own.diversity_change and own.diversity_change.low is not None and own.diversity_change.low <= 0:
+        yield f"on the held-out prompts, {label} is not clearly more diverse than the post-trained model"
+
+
 def _selected(row: ScoredCandidate) -> SelectedCandidate:
     scores = {"label": row.info.label, "quality": row.quality, "diversity": row.diversity, "exact": row.exact}
     return SelectedCandidate(**row.info.rules.rules(), **scores)
@@ -211,17 +230,6 @@ def write_result(folder: Path, result: SearchResult) -> None:
         replace_file(folder / SUMMARY_NAME, to_json(content, indent=2).encode() + b"\n")
 
 
-def write_prompts(path: Path, rows: Sequence[ScoredCandidate], questions: Sequence[str], scores: Scores) -> None:
-    """Each prompt's Q and D, float64 of shape (candidates, prompts), NaN where a candidate was not scored."""
-    labels = [row.info.label for row in rows]
-    data = BytesIO()
-    np.savez_compressed(
-        data, candidates=labels, questions=list(questions), quality=scores.quality, diversity=scores.diversity
-    )
-    with translate_os_errors(path):
-        replace_file(path, data.getvalue())
-
-
 def read_result(folder: str | os.PathLike[str]) -> SearchResult:
     """Read a search's folder, with its selection as it was. Raises OutputError where it is missing or damaged."""
     folder = Path(folder)
@@ -245,6 +253,8 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
     conditions = {row.conditions for row in rows}
     if parents != [name for name in ("post", "pre") if name in summary.selected]:
         raise damaged
+    if summary.held_out is not None and "post" not in summary.held_out.scores:
+        raise damaged
     if "post" not in parents or not conditions <= summary.post_quality.keys():
         raise damaged
     return SearchResult(
@@ -258,6 +268,8 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
         prompt=summary.prompt,
         date=summary.date,
         versions=summary.versions,
+        held_out=summary.held_out,
+        reselected=summary.reselected,
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from slrmerge.checkpoint.base import Checkpoint
@@ -27,19 +26,15 @@ from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.candidates import Candidate, leave_out_unlike, make_candidates
 from slrmerge.searching.estimate import Estimate, estimate, estimate_parts
+from slrmerge.searching.held_out import candidates_to_ask, look_again, reselect
 from slrmerge.searching.options import SearchOptions
+from slrmerge.searching.passes import PASSES, Pass, PassResult
+from slrmerge.searching.prompt_scores import KeptScores, PromptScores, write_prompts
 from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
-from slrmerge.searching.proxy_tasks import Scores, make_task
-from slrmerge.searching.results import (
-    PROMPTS,
-    RECIPES,
-    SearchResult,
-    why_not_results,
-    write_prompts,
-    write_result,
-)
-from slrmerge.searching.scorer import LocalScorer, Scorer, ScoreRequest, require_device, torch_threads
-from slrmerge.searching.selection import ScoredCandidate, finalists, mark_feasible, select_from
+from slrmerge.searching.proxy_tasks import Question, Scores, make_task
+from slrmerge.searching.results import RECIPES, SearchResult, why_not_results, write_result
+from slrmerge.searching.scorer import LocalScorer, Scorer, require_device, torch_threads
+from slrmerge.searching.selection import ScoredCandidate, Selection, finalists, mark_feasible, select_from
 from slrmerge.searching.sweep.cost import Cost
 
 if TYPE_CHECKING:
@@ -60,23 +55,6 @@ ROUNDING_MARGIN, QUICK_MARGIN = 0.01, 0.05
 _DATE = "date"
 """A file beside the passes: the date in the prompts, for a search that resumes on another day."""
 
-_PASSES = {"first": "scoring all candidates", "finalists": "re-scoring the finalists"}
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Candidates to score on prompts, computed in `dtype`; `name` is the folder of its hidden states."""
-
-    name: str
-    candidates: Sequence[Candidate]
-    prompts: Sequence[Prompt]
-    dtype: torch.dtype
-
-    @cached_property
-    def request(self) -> ScoreRequest:
-        alphas = [candidate.alphas for candidate in self.candidates]
-        return ScoreRequest(self.name, alphas, contexts_of(self.prompts), self.dtype)
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -84,6 +62,7 @@ class Prepared:
 
     pair: ModelPair
     prompts: list[Prompt]
+    held_out: list[Prompt]
     candidates: list[Candidate]
     first: Pass
     notes: tuple[str, ...]
@@ -92,18 +71,6 @@ class Prepared:
     def day(self) -> datetime.date | None:
         """The date that the chat template wrote into the prompts."""
         return self.prompts[0].day
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """Candidates with their scores, the post-trained model first.
-
-    `scores` has a column for each prompt of the task, NaN where it was left out; `post_quality` is by conditions.
-    """
-
-    rows: list[ScoredCandidate]
-    scores: Scores
-    post_quality: dict[str, float]
 
 
 class Search:
@@ -128,6 +95,7 @@ class Search:
         self.task = make_task(self.options.task)
         self._day = self.options.day
         self.questions = self.task.questions()
+        self.held_out = self.task.held_out_questions() if self.options.held_out else ()
         self.device = require_device("cpu" if self.options.ray else self.options.device)
         self._make_scorer = make_scorer or (self._ray_scorer if self.options.ray else self._local_scorer)
         self._scorer: tuple[ModelPair, Scorer] | None = None
@@ -150,29 +118,38 @@ class Search:
         require_layers(pair)
         raise_all(self._other_pairs(pair), PlanError)
         fetch_side_files(pair.posttrained.side_files)
-        prompts = tokenize(self.questions, pair.posttrained.tokenizer_folder, day=self._day)
-        raise_all(_unknown_tokens(pair, prompts), UnsupportedModelError)
+        every = tokenize((*self.questions, *self.held_out), pair.posttrained.tokenizer_folder, day=self._day)
+        raise_all(_unknown_tokens(pair, every), UnsupportedModelError)
+        prompts, held_out = every[: len(self.questions)], every[len(self.questions) :]
         own = [("the recipe's own", self.recipe)] if self.recipe.has_rules else []
         made = make_candidates(pair, self.options.spaces, [*own, *self.also])
         shared = self.recipe.vocabulary == "shared"
         candidates, notes = leave_out_unlike(pair, made, shares_vocabulary=shared)
         if prompts[0].added:
             notes.append(f"the prompts end with {prompts[0].added!r}, as the chat template writes before an answer")
+        if self.options.held_out and not held_out:
+            notes.append("the task has no held-out prompts; list some under `held_out` to check the selection by them")
         asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if self.options.quick else prompts
         is_big = pair.posttrained.parameters >= BIG_PARAMETERS
         dtype = getattr(torch, self.options.dtype or ("bfloat16" if is_big else "float32"))
-        return Prepared(pair, prompts, candidates, Pass("first", candidates, asked, dtype), tuple(notes))
+        return Prepared(pair, prompts, held_out, candidates, Pass("first", candidates, asked, dtype), tuple(notes))
 
     def estimate(self) -> Estimate:
-        """What the first pass would take, from shapes and a matrix product measured here; reads no weights."""
+        """What the first pass and the held-out prompts would take; reads no weights.
+
+        From shapes and a matrix product measured here.
+        """
         with torch_threads(self.options.threads):
             pair, first = self.prepared.pair, self.prepared.first
+            requests = [first.request]
+            if self.prepared.held_out:
+                requests.append(self._held_out_pass(self._likely_choice()).request)
             if self.options.ray:
                 with self._ray_scorer(pair) as cluster:
-                    return estimate_parts(cluster.local, cluster.parts(first.request))
+                    return estimate_parts(cluster.local, [cluster.parts(request) for request in requests])
             scorer = self._scorer_of(pair)
             local = scorer if isinstance(scorer, LocalScorer) else self._local_scorer(pair)
-            made = estimate(local, first.request, device=self.device)
+            made = estimate(local, requests, device=self.device)
             return replace(made, prompts=len(first.prompts))
 
     def output_folder(self, out: str | os.PathLike[str], *, overwrite: bool) -> OutputFolder:
@@ -205,7 +182,7 @@ class Search:
         output = self.output_folder(out, overwrite=overwrite)
         with output.locked(progress), torch_threads(self.options.threads):
             output.create_staging()
-            remove(path for path in output.staging.iterdir() if path.name not in (*_PASSES, _DATE))
+            remove(path for path in output.staging.iterdir() if path.name not in (*PASSES, _DATE))
             self._keep_date(output.staging / _DATE)
             with output.staged(lambda _: self._what_is_kept(output.staging)):
                 pair = self.prepared.pair
@@ -213,12 +190,19 @@ class Search:
                     pair = pair.download(progress)
                 with self._scorer_of(pair) as scorer:
                     scored = self._score(scorer, output, progress)
-                result = self._select(scored, self._base(pair, output.path), elapsed_s=monotonic() - started)
+                    result = self._select(scored, self._base(pair, output.path))
+                    held_out = self._ask_held_out(result.choice, scorer, output, progress)
                 progress.status("writing the results")
-                questions = [question.text for question in self.questions]
-                write_prompts(output.staging / PROMPTS, result.rows, questions, scored.scores)
+                asked = _prompt_scores([row.info.label for row in result.rows], self.questions, scored.scores)
+                result = replace(
+                    result,
+                    held_out=look_again(result.choice, held_out),
+                    reselected=reselect(result.rows, asked, min_quality=self.options.min_quality),
+                    elapsed_s=monotonic() - started,
+                )
+                write_prompts(output.staging, KeptScores(asked, held_out))
                 write_result(output.staging, result)
-                remove(output.staging / name for name in (*_PASSES, _DATE))
+                remove(output.staging / name for name in (*PASSES, _DATE))
                 output.publish(progress)
         return result
 
@@ -237,25 +221,44 @@ class Search:
         if post.exact:
             return first
         final = Pass("finalists", self._finalists(first.rows), prepared.prompts, torch.float32)
-        return _replace_scores(first, self._run_pass(final, scorer, output, progress))
+        return first.replaced_by(self._run_pass(final, scorer, output, progress))
 
     def _run_pass(self, wanted: Pass, scorer: Scorer, output: OutputFolder, progress: Progress) -> PassResult:
+        return PassResult.of(wanted, self._scores(wanted, scorer, output, progress), self.prepared.prompts)
+
+    def _ask_held_out(
+        self, choice: Selection, scorer: Scorer, output: OutputFolder, progress: Progress
+    ) -> PromptScores | None:
+        """The scores of the selection on prompts that were not used to select it; None where there are none."""
+        if not self.prepared.held_out:
+            return None
+        wanted = self._held_out_pass(choice)
+        scores = self._scores(wanted, scorer, output, progress)
+        return _prompt_scores([each.info.label for each in wanted.candidates], self.held_out, scores)
+
+    def _held_out_pass(self, choice: Selection) -> Pass:
+        labels = {row.info.label for row in candidates_to_ask(choice).values()}
+        candidates = [each for each in self.prepared.candidates if each.info.label in labels]
+        return Pass("held-out", candidates, self.prepared.held_out, torch.float32)
+
+    def _likely_choice(self) -> Selection:
+        """A selection such as the search may make: an interval of half of the layers."""
+        half = require_layers(self.prepared.pair).count // 2
+        rows = [
+            ScoredCandidate(each.info, 1.0, -abs(each.info.layers_restored - half), 1, "float32", True, feasible=True)
+            for each in self.prepared.candidates
+        ]
+        return select_from(rows, base=_recipe_of(self.prepared.pair), min_quality=0)
+
+    def _scores(self, wanted: Pass, scorer: Scorer, output: OutputFolder, progress: Progress) -> Scores:
+        """The scores of a pass, each of shape (candidates, prompts)."""
         cost = scorer.cost(wanted.request)
         self._require_space(output, cost)
-        progress.start(_PASSES[wanted.name], cost.states, " states")
+        progress.start(PASSES[wanted.name], cost.states, " states")
         folder = output.staging / wanted.name if self._uses_disk(cost) else None
         log_probs = scorer.score(wanted.request, folder, progress)
         progress.finish()  # layers that are the same on both sides were computed once
-        scores = self.task.score(answer_log_probs(wanted.prompts, log_probs))
-        prompts = self.prepared.prompts
-        exact = wanted.dtype == torch.float32 and len(wanted.prompts) == len(prompts)
-        rows = [
-            ScoredCandidate(each.info, float(q), float(d), len(wanted.prompts), wanted.request.dtype_name, exact)
-            for each, q, d in zip(wanted.candidates, scores.quality.mean(1), scores.diversity.mean(1), strict=True)
-        ]
-        every = np.full((2, len(rows), len(prompts)), np.nan)
-        every[:, :, [prompts.index(prompt) for prompt in wanted.prompts]] = scores
-        return PassResult(rows, Scores(*every), {rows[0].conditions: rows[0].quality})
+        return self.task.score(answer_log_probs(wanted.prompts, log_probs))
 
     def _finalists(self, rows: list[ScoredCandidate]) -> list[Candidate]:
         margin = max(
@@ -266,7 +269,7 @@ class Search:
         labels = {info.label for info in infos}
         return [each for each in self.prepared.candidates if each.info.label in labels]
 
-    def _select(self, scored: PassResult, base: Recipe, *, elapsed_s: float) -> SearchResult:
+    def _select(self, scored: PassResult, base: Recipe) -> SearchResult:
         min_quality = self.options.min_quality
         rows = mark_feasible(scored.rows, post_quality=scored.post_quality, min_quality=min_quality)
         notes = list(self.prepared.notes)
@@ -283,7 +286,7 @@ class Search:
             layers=require_layers(self.prepared.pair).count,
             task=Path(self.options.task).name,
             notes=tuple(notes),
-            elapsed_s=elapsed_s,
+            elapsed_s=0.0,
             prompt=self.prepared.prompts[0].text,
             date=self.prepared.day.isoformat() if self.prepared.day else None,
             versions={name: version(name) for name in ("torch", "transformers")},
@@ -398,6 +401,10 @@ def _unknown_tokens(pair: ModelPair, prompts: Sequence[Prompt]) -> Iterator[Prob
         yield Problem("token-without-embedding", str(post), what, "give the model its own tokenizer")
 
 
+def _prompt_scores(labels: Sequence[str], questions: Sequence[Question], scores: Scores) -> PromptScores:
+    return PromptScores(tuple(labels), tuple(question.text for question in questions), scores)
+
+
 def _recipe_of(pair: ModelPair) -> Recipe:
     return Recipe(pretrained=pair.pretrained.reference, posttrained=pair.posttrained.reference)
 
@@ -417,14 +424,3 @@ def _is_at(checkpoint: Checkpoint, source: Source) -> bool:
         name, _, commit = checkpoint.reference.rpartition("+")[2].rpartition("@")
         return source.name == name and source.revision in (None, "main", commit)
     return os.path.realpath(source) == os.path.realpath(checkpoint.locations[-1])
-
-
-def _replace_scores(first: PassResult, exact: PassResult) -> PassResult:
-    """The candidates of the first pass; those that were scored exactly have their exact scores."""
-    places = {row.info.label: number for number, row in enumerate(first.rows)}
-    rows, scores = list(first.rows), Scores(*(values.copy() for values in first.scores))
-    for number, row in enumerate(exact.rows):
-        place = places[row.info.label]
-        rows[place] = row
-        scores.quality[place], scores.diversity[place] = exact.scores.quality[number], exact.scores.diversity[number]
-    return PassResult(rows, scores, {**first.post_quality, **exact.post_quality})

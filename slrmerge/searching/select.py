@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from slrmerge.errors import require_extra
+from slrmerge.searching.held_out import look_again, reselect
 from slrmerge.searching.options import MIN_QUALITY, SearchOptions
+from slrmerge.searching.prompt_scores import read_prompts
 from slrmerge.searching.results import SearchResult, read_result, write_result
 from slrmerge.searching.selection import mark_feasible, select_from
 
@@ -21,6 +23,13 @@ def select(folder: str | os.PathLike[str], *, min_quality: float = MIN_QUALITY) 
     result = read_result(folder)
     rows = tuple(mark_feasible(result.rows, post_quality=result.post_quality, min_quality=min_quality))
     choice = select_from(rows, base=result.choice.base, min_quality=min_quality)
-    selected = replace(result, rows=rows, choice=choice)
+    kept = read_prompts(Path(folder), [row.info.label for row in rows])
+    selected = replace(
+        result,
+        rows=rows,
+        choice=choice,
+        held_out=look_again(choice, kept and kept.held_out),
+        reselected=reselect(rows, kept.asked, min_quality=min_quality) if kept else {},
+    )
     write_result(Path(folder), selected)
     return selected

@@ -47,7 +47,8 @@ class Selection:
 
     `pre` is None where the pre-trained model cannot be asked, for example because its vocabulary has another size.
 
-    `base` is the recipe of the pair, without rules. `merge` accepts a Selection.
+    `runner_up` would be selected without `slr`. `base` is the recipe of the pair, without rules. `merge` accepts a
+    Selection.
     """
 
     base: Recipe
@@ -55,6 +56,7 @@ class Selection:
     post: ScoredCandidate
     pre: ScoredCandidate | None
     slr: ScoredCandidate | None
+    runner_up: ScoredCandidate | None
     soup: ScoredCandidate | None
     early: ScoredCandidate | None
     late: ScoredCandidate | None
@@ -126,6 +128,7 @@ def select_from(rows: Sequence[ScoredCandidate], *, base: Recipe, min_quality: f
         post=next(row for row in exact if row.info.space == "post"),
         pre=next((row for row in exact if row.info.space == "pre"), None),
         slr=slr,
+        runner_up=_best([row for row in exact if row is not slr], space),
         soup=_best(exact, "soup"),
         early=early,
         late=late,
@@ -190,9 +193,14 @@ def controls(rows: Sequence[ScoredCandidate], interval: CandidateInfo) -> tuple[
     return by_start[0], by_start[-1]
 
 
+def tie_order(row: ScoredCandidate) -> tuple[int, int]:
+    """Among candidates of equal diversity, the shorter and then the earlier interval comes first."""
+    return row.info.layers_restored, row.info.start or 0
+
+
 def _preference(row: ScoredCandidate) -> tuple[float, int, int]:
-    """Highest diversity first; among equals the shorter and then the earlier interval."""
-    return -row.diversity, row.info.layers_restored, row.info.start or 0
+    """Highest diversity first."""
+    return -row.diversity, *tie_order(row)
 
 
 def _best(rows: Sequence[ScoredCandidate], space: str) -> ScoredCandidate | None:

@@ -158,7 +158,9 @@ def test_json_has_every_cell(models: dict[str, Seeded]) -> None:
     value = json.loads(result.stdout)
     assert result.stderr == ""
     assert [(cell["model"], cell["metric"]) for cell in value["results"]] == [
-        (model, metric) for model in ("post", "slr") for metric in ("precision", "entropy", "coverage-8")
+        (model, metric)
+        for model in ("post", "slr")
+        for metric in ("precision", "entropy", "coverage-8", "distinct-1", "distinct-2", "compression-ratio")
     ]
     assert value["results"][0]["change"] is None
     assert value["settings"]["samples"] == SAMPLES

@@ -118,11 +118,13 @@ def test_all_options_together_reach_the_search(small: SmallPair, monkeypatch: py
     monkeypatch.setattr("slrmerge.searching.run.QUICK_PROMPTS", 2)
     result = run(
         "search", small.recipe_file(), "--out", small.out, "--threads", 1, "--quick", "--dtype", "bfloat16",
-        "--max-memory", "1KB", "--no-resume", "--min-quality", 0.8, "--task", "crc", "--device", "cpu", "--json",
+        "--max-memory", "1KB", "--no-resume", "--min-quality", 0.8, "--task", "crc", "--device", "cpu",
+        "--no-held-out", "--json",
     )  # fmt: skip
     value = strict_json(result.stdout)
     assert (result.exit_code, value["min_quality"], value["task"]) == (0, 0.8, "crc")
     assert value["post_quality"].keys() == {"2 prompts, bfloat16", "6 prompts, float32"}
+    assert "held_out" not in value
     assert leftovers(small.out) == []
 
 
@@ -159,8 +161,8 @@ def test_a_dry_run_estimates_this_search_and_those_of_the_paper_and_writes_nothi
     before = tree(small.folder)
     result = run("search", recipe, "--dry-run", "--threads", 1, "--out", small.out)
     assert (result.exit_code, result.stderr) == (0, "")
-    names = [line.split()[0] for line in result.stdout.splitlines() if "FLOP/s" in line]
-    assert names == ["post", "Llama-3.1-8B", "Qwen2.5-7B", "Gemma-2-9B"]
+    names = [re.split("  +", line)[0] for line in result.stdout.splitlines() if "FLOP/s" in line]
+    assert names == ["post", "post, held-out", "Llama-3.1-8B", "Qwen2.5-7B", "Gemma-2-9B"]
     assert tree(small.folder) == before
 
 
@@ -169,7 +171,9 @@ def test_a_dry_run_prints_json(small: SmallPair) -> None:
     value = strict_json(run("search", small.recipe_file(), "--dry-run", "--threads", 1, "--json").stdout)
     about_prompts = {"prompts", "prompt_tokens", "packed_tokens", "prompt", "date"}
     assert value.keys() == {*about_prompts, "rows", "workers", "download_bytes", "notes"}
-    assert [row["name"] for row in value["rows"]] == ["post", "Llama-3.1-8B", "Qwen2.5-7B", "Gemma-2-9B"]
+    assert [row["name"] for row in value["rows"]] == [
+        "post", "post, held-out", "Llama-3.1-8B", "Qwen2.5-7B", "Gemma-2-9B"
+    ]  # fmt: skip
     for row in value["rows"]:
         assert row["seconds"] == row["cost"]["flop"] / row["flop_per_s"] + row["overhead_s"]
 

@@ -5,8 +5,27 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from slrmerge.evaluation.models import SampleRequest
+from slrmerge.errors import SlrmergeError
+from slrmerge.evaluation.models import AnswerSink, SampleRequest
 from slrmerge.evaluation.samples import Answer, Settings
+
+
+class Kept:
+    """An AnswerSink that keeps answers and refusals by request; the first refusal is raised where it `raises`."""
+
+    def __init__(self, *, raises: bool = False) -> None:
+        self.answers: dict[SampleRequest, Answer] = {}
+        self.refusals: dict[SampleRequest, SlrmergeError] = {}
+        self._raises = raises
+
+    def keep(self, request: SampleRequest, answer: Answer) -> None:
+        assert request not in self.answers
+        self.answers[request] = answer
+
+    def refuse(self, request: SampleRequest, error: SlrmergeError) -> None:
+        if self._raises:
+            raise error
+        self.refusals[request] = error
 
 
 class Answering:
@@ -20,13 +39,11 @@ class Answering:
     def check(self) -> None:
         pass
 
-    def answer(
-        self, requests: Sequence[SampleRequest], settings: Settings, keep: Callable[[SampleRequest, Answer], None]
-    ) -> None:
+    def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
         for request in requests:
             self.requests.append(request)
             self.settings.append(settings)
-            keep(request, Answer(self.reply(request.prompt), "stop"))
+            sink.keep(request, Answer(self.reply(request.prompt), "stop"))
 
     def close(self) -> None:
         pass
@@ -35,7 +52,7 @@ class Answering:
 class Embeddings:
     """An Embedder with a vector for each text; texts longer than `reads` characters are truncated."""
 
-    model_id = "a-table"
+    model_id = identity = "a-table"
 
     def __init__(self, vectors: Mapping[str, Sequence[float]], reads: int = 100) -> None:
         self.vectors, self.reads = vectors, reads
@@ -46,5 +63,5 @@ class Embeddings:
     def check(self) -> None:
         pass
 
-    def truncated(self, texts: Sequence[str]) -> int:
-        return sum(len(text) > self.reads for text in texts)
+    def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        return np.array([len(text) > self.reads for text in texts], bool)

@@ -21,6 +21,7 @@ from slrmerge.evaluation.samples import Answer, SampleKey, Settings
 from slrmerge.io.progress import Progress
 from slrmerge.searching.prompts import render
 from tests.conftest import TINY
+from tests.evaluation.helpers import Kept
 from tests.gguf_files import write_gguf
 from tests.problems import refused
 
@@ -46,9 +47,9 @@ def asked(model: LocalModel, settings: Settings, *prompts: str, first: int = 0) 
     requests = [
         SampleRequest(SampleKey("post", "p", number), prompt, number) for number, prompt in enumerate(prompts, first)
     ]
-    answers: dict[SampleRequest, Answer] = {}
-    model.answer(requests, settings, answers.__setitem__)
-    return [answers[request] for request in requests]
+    kept = Kept(raises=True)
+    model.answer(requests, settings, kept)
+    return [kept.answers[request] for request in requests]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_the_models_own_generation_config_does_not_count(model: LocalModel, copi
         assert asked(other, SETTINGS, *[DIGIT] * 16) == asked(model, SETTINGS, *[DIGIT] * 16)
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_and_an_answer_ends_where_the_model_does(copied: Path) -> None:
+def test_a_prompt_that_does_not_fit_is_refused_and_an_answer_ends_where_the_model_does(copied: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(POST)
     length = len(tokenizer(render(tokenizer, DIGIT), add_special_tokens=False)["input_ids"])
     changed(copied / "config.json", max_position_embeddings=length + 1)
@@ -139,6 +140,13 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_an_answer_ends_where_the_mod
         assert asked(short, GREEDY, DIGIT)[0].finish_reason == "length"
         with refused(UnsupportedModelError, "prompt-too-long"):
             asked(short, GREEDY, DIGIT + DIGIT)
+        prompts = [DIGIT, DIGIT + DIGIT, DIGIT + DIGIT, DIGIT]
+        requests = [SampleRequest(SampleKey("post", "p", number), text, 0) for number, text in enumerate(prompts)]
+        kept = Kept()
+        short.answer(requests, GREEDY, kept)
+    assert list(kept.answers) == [requests[0], requests[3]]
+    assert list(kept.refusals) == requests[1:3]
+    assert kept.answers[requests[0]] == kept.answers[requests[3]]
 
 
 def test_model_ids_depend_on_the_weights(copied: Path) -> None:

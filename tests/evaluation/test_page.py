@@ -71,7 +71,7 @@ def test_a_frequent_text_is_shown_once_and_first() -> None:
     text = Tags(page(saying("rare", "often", "often", None, "", mark="✓"))).text
     assert "2 × often ✓" in text
     assert text.index("often") < text.index("rare")
-    assert "(not readable)" in text
+    assert "(no answer)" in text
     assert "(empty)" in text
 
 
@@ -164,6 +164,17 @@ def test_further_prompts_are_counted() -> None:
     assert f"Prompt {PROMPTS_SHOWN - 1}," in text
     assert f"Prompt {PROMPTS_SHOWN}," not in text
     assert "and 2 more prompts in samples.jsonl" in text
+
+
+def test_prompts_with_long_texts_are_shown_until_the_page_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = result(post=[1.0] * 5)
+    long = [replace(each, texts=["x" * 500, "y" * 500]) for each in found.responses]
+    long = replace(found, responses=long, scores=[replace(each, marks=["", ""]) for each in found.scores])
+    for limit, count in ((10_000, 5), (3000, 3), (2999, 2), (10, 1)):
+        monkeypatch.setattr("slrmerge.evaluation.page.CHARACTERS_SHOWN", limit)
+        text = Tags(page(long)).text
+        assert text.count("x" * 500) == count
+        assert (f"and {5 - count} more prompts" in text) == (count < 5)
 
 
 def test_bars_of_values_that_are_all_equal_are_drawn_whatever_their_rounding(tmp_path: Path) -> None:

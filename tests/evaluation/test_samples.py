@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slrmerge.errors import NoSpaceError, OutputError
 from slrmerge.evaluation import samples
-from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings, seed_of
+from slrmerge.evaluation.samples import REFUSED, Answer, SampleFile, SampleKey, Settings, seed_of
 from tests.problems import refused
 
 SETTINGS = Settings("a-model", 1.0, 0.1, 64, seed=5)
@@ -54,6 +54,17 @@ def test_a_line_holds_everything_that_a_sample_depends_on(path: Path) -> None:
         "model": "post", "prompt": "p1", "sample": 0, "seed": seed_of(5, "p1", 0), "settings": settings,
         "text": "Ohio\n“Utah”", "finish_reason": "stop",
     }  # fmt: skip
+
+
+def test_a_refusal_keeps_its_error(path: Path) -> None:
+    refusal = Answer("", REFUSED, "rejected the request (too long)")
+    with SampleFile(path) as file:
+        append(file, answer=refusal)
+    assert json.loads(path.read_text())["error"] == refusal.error
+    with SampleFile(path) as file:
+        assert file.answer(KEY) == refusal
+        assert file.answer(KEY).is_refusal
+    assert not ANSWER.is_refusal
 
 
 def test_samples_are_read_when_the_file_is_opened_again(path: Path) -> None:

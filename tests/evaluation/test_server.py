@@ -20,6 +20,7 @@ from slrmerge.evaluation.server_client import MAX_RESPONSE_BYTES
 from tests import problems
 from tests.checkpoint.hub.transport import Answer as Reply
 from tests.evaluation import openai_server
+from tests.evaluation.helpers import Kept
 from tests.evaluation.openai_server import (
     CHAT,
     EMBEDDINGS,
@@ -56,10 +57,9 @@ def answers(
     model: ServerModel, wanted: Sequence[SampleRequest], settings: Settings = SETTINGS
 ) -> dict[SampleRequest, Answer]:
     """The answer of `model` to each request."""
-    kept: list[tuple[SampleRequest, Answer]] = []
-    model.answer(wanted, settings, lambda request, answer: kept.append((request, answer)))
-    assert len(dict(kept)) == len(kept)  # none twice
-    return dict(kept)
+    kept = Kept(raises=True)
+    model.answer(wanted, settings, kept)
+    return kept.answers
 
 
 def right(wanted: Sequence[SampleRequest]) -> dict[SampleRequest, Answer]:
@@ -71,12 +71,12 @@ def refused(
     model: ServerModel, wanted: Sequence[SampleRequest], settings: Settings = SETTINGS
 ) -> tuple[Problem, list[SampleRequest]]:
     """The problem when `model` fails, and which of `wanted` were kept until then."""
-    kept: list[SampleRequest] = []
+    kept = Kept(raises=True)
     with pytest.raises(ServerError) as caught:
-        model.answer(wanted, settings, lambda request, answer: kept.append(request))
+        model.answer(wanted, settings, kept)
     (problem,) = caught.value.problems
     assert problem.where.startswith("m@http://127.0.0.1:")
-    return problem, kept
+    return problem, list(kept.answers)
 
 
 def test_a_question_is_sent_with_its_own_seed_and_all_settings(server: OpenAIServer) -> None:
@@ -265,12 +265,28 @@ def test_a_rejection_is_not_retried(server: OpenAIServer, pauses: list[float], s
     assert pauses == []
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_is_rejected_is_refused_once_and_the_rest_is_answered(server: OpenAIServer, status: int) -> None:
+    wanted = [each._replace(prompt=f"Question {number // 3}?") for number, each in enumerate(requests(9))]
+    server.misbehave(status, skip=3, message="too long")
+    kept = Kept()
+    model_at(server).answer(wanted, PLAIN, kept)
+    assert list(kept.answers) == [*wanted[:3], *wanted[6:]]
+    assert list(kept.refusals) == wanted[3:6]
+    for error in kept.refusals.values():
+        (problem,) = error.problems
+        assert problem.code == "request-rejected"
+        assert "too long" in problem.what
+    assert len(server.asked) == 7
+
+
 def test_what_keeps_an_answer_from_being_written_ends_the_rest(server: OpenAIServer) -> None:
-    def keep(request: SampleRequest, answer: Answer) -> None:
-        raise OSError("no room")
+    class Full(Kept):
+        def keep(self, request: SampleRequest, answer: Answer) -> None:
+            raise OSError("no room")
 
     with pytest.raises(OSError, match=r"^no room$"):
-        model_at(server).answer(requests(5), SETTINGS, keep)
+        model_at(server).answer(requests(5), SETTINGS, Full())
     assert len(server.asked) == 1
 
 

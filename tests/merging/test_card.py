@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.merging.card import model_card
-from slrmerge.merging.finding import Finding, SelectedCandidate
+from slrmerge.merging.finding import Finding, HeldOut, HeldOutScores, ScoreChange, SelectedCandidate
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.recipe.load import load_recipe
@@ -51,6 +51,14 @@ def front_of(card: str) -> dict[str, Any]:
 
 
 OWN = SelectedCandidate(label="layers 2–3", quality=0.95014, diversity=2.0, exact=True, restore=[2, 3])
+HELD_OUT = HeldOut(prompts=40, scores={
+    "post": HeldOutScores(label="post-trained", quality=0.98, diversity=0.625),
+    "slr": HeldOutScores(
+        label="layers 2–3", quality=0.92, diversity=1.875,
+        quality_change=ScoreChange(mean=-0.06, low=-0.09, high=-0.03),
+        diversity_change=ScoreChange(mean=1.25, low=1.0, high=1.5),
+    ),
+})  # fmt: skip
 OTHER = SelectedCandidate(label="post-trained", quality=1.0, diversity=0.5, exact=True, alpha=0)
 
 
@@ -72,7 +80,7 @@ def test_the_card_is_the_golden_one(tmp_path: Path) -> None:
         tensors=[{"match": "lm_head.*", "alpha": 0.25}],
         max_shard_size="2GiB",
     )
-    finding = Finding("crc", 1176, OWN, (OTHER,), LocalFile.at(tmp_path / "tradeoff.png"))
+    finding = Finding("crc", 1176, OWN, (OTHER,), LocalFile.at(tmp_path / "tradeoff.png"), HELD_OUT, 0.64)
     card = card_of(replace(plan, finding=finding), tmp_path / "hybrid")
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(card, encoding="utf-8")
@@ -254,7 +262,9 @@ def test_no_name_changes_the_structure_of_the_card(tmp_path: Path) -> None:
         write_checkpoint(folder / f"post {folder.name}", post, llama_config(**{folder.name.replace("\udce9", ""): 1}))
         pair = Pair(folder, pre, post)
         plan = pair.plan(posttrained=f"./post {folder.name}", tensors=[{"match": "model.*", "alpha": 1}], layers=[])
-        finding = Finding("crc", 1, OWN.model_copy(update={"label": folder.name}), (OTHER,), None)
+        named = {"label": folder.name}
+        held_out = HeldOut(prompts=1, scores={"post": HELD_OUT.scores["post"].model_copy(update=named)})
+        finding = Finding("crc", 1, OWN.model_copy(update=named), (OTHER,), None, held_out)
         card = model_card(replace(plan, finding=finding), recipe_of(plan, tmp_path), name=folder.name).decode()
         assert card.replace("\n", "").isprintable()
         front_of(card)

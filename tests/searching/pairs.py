@@ -27,8 +27,9 @@ from slrmerge.recipe.model import Recipe
 from slrmerge.recipe.rules import Rules
 from slrmerge.searching.candidates import CandidateInfo
 from slrmerge.searching.options import SearchOptions
+from slrmerge.searching.prompt_scores import PromptScores
 from slrmerge.searching.prompts import Prompt
-from slrmerge.searching.proxy_tasks import TASKS, ConstrainedRandomCharacter
+from slrmerge.searching.proxy_tasks import TASKS, ConstrainedRandomCharacter, Scores
 from slrmerge.searching.results import FIGURES, SearchResult
 from slrmerge.searching.run import Search
 from slrmerge.searching.selection import ScoredCandidate, mark_feasible, select_from
@@ -193,6 +194,12 @@ def made_result(
         "post_quality": post_quality, "layers": max(ends, default=0) + 1, "task": "crc", "notes": (), "elapsed_s": 1.5,
     }  # fmt: skip
     return SearchResult(**{**values, **more})
+
+
+def prompt_scores(labels: Sequence[str], prompts: int, *, seed: int) -> PromptScores:
+    """Random scores of candidates on questions."""
+    scores = Scores(*np.random.default_rng(seed).random((2, len(labels), prompts)))
+    return PromptScores(tuple(labels), tuple(f"question {number}" for number in range(prompts)), scores)
 
 
 def scores_of_paths(folder: Path, prompt: Prompt) -> tuple[float, float]:

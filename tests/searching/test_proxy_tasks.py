@@ -57,6 +57,25 @@ def test_questions_are_distinct() -> None:
     assert len(set(texts)) == len(texts) == 40
 
 
+def test_held_out_questions_are_about_other_ranges_in_other_words() -> None:
+    asked, held_out = TASK.questions(), TASK.held_out_questions()
+    assert held_out == TASKS["crc"]().held_out_questions()
+    assert len({question.text for question in held_out}) == 40
+    assert {question.answers for question in held_out}.isdisjoint(question.answers for question in asked)
+    digits = [question for question in held_out if question.answers[0].isdigit()]
+    assert (len(digits), len({question.answers for question in digits})) == (20, 8)  # 28 ranges, 20 of them asked
+    letters = [question for question in held_out if question.answers[0].isupper()]
+    assert (len(letters), len({question.answers for question in letters})) == (20, 20)
+    for question in held_out:
+        first, last = question.answers[0], question.answers[-1]
+        assert list(question.answers) == [chr(code) for code in range(ord(first), ord(last) + 1)]
+        assert len(question.answers) >= 4
+        assert re.search(rf"\b{first}\b.*\b{last}\b", question.text)
+    wordings = {re.sub(r"\b[A-Z0-9]\b", "", question.text) for question in held_out}
+    assert len(wordings) == 6
+    assert wordings.isdisjoint(re.sub(r"\b[A-Z0-9]\b", "", question.text) for question in asked)
+
+
 def test_quality_is_the_probability_of_valid_answers_and_diversity_their_entropy() -> None:
     quality, diversity = score([0.25, 0.25, 0.25, 0.25], [0.3, 0.1, 0.0, 0.0], [0.0, 0.9, 0.0, 0.0])
     assert quality == pytest.approx([1.0, 0.4, 0.9], abs=1e-12)
@@ -122,6 +141,30 @@ ranges:
     )
 
 
+def test_held_out_questions_are_listed_or_of_the_ranges_that_are_not_asked(tmp_path: Path) -> None:
+    text = """
+questions: [{text: "Heads or tails?", answers: [heads, tails]}]
+ranges:
+  - {text: "{first}-{last}", values: [a, b, c, d], shortest: 2, count: 4}
+  - text: From {first} to {last}?
+    values: [a, b, c]
+    shortest: 2
+    count: 2
+    held_out_texts: ["{first}, {last}?", "{last}, {first}?"]
+held_out: [{text: "Tails or heads?", answers: [heads, tails]}]
+"""
+    task = make_task(str(task_file(tmp_path, text)))
+    listed, *others = task.held_out_questions()
+    assert listed == Question("Tails or heads?", ("heads", "tails"))
+    asked = {question.text for question in task.questions()}
+    assert len(asked) == 7
+    every = {"a-b", "a-c", "a-d", "b-c", "b-d", "c-d"}
+    assert {question.text for question in others[:2]} == every - asked
+    (rest,) = {"From a to b?", "From a to c?", "From b to c?"} - asked
+    ends = rest[5], rest[-2]
+    assert [question.text for question in others[2:]] == [f"{ends[0]}, {ends[1]}?", f"{ends[1]}, {ends[0]}?"]
+
+
 def test_the_task_in_the_documentation_is_valid(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
     (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
@@ -150,7 +193,10 @@ def test_count_limits_the_questions_of_ranges(tmp_path: Path) -> None:
         ("questions: [{text: a, answers: [' x', y]}]", ["invalid-value"]),
         ("questions: [{text: '', answers: ['', y]}]", ["empty"]),
         ("questions: [{text: a, answers: [x, y]}, {text: a, answers: [x, z]}]", ["duplicate"]),
+        ("questions: [{text: a, answers: [x, y]}]\nheld_out: [{text: a, answers: [x, z]}]", ["duplicate"]),
+        ("held_out: [{text: a, answers: [x, z]}]", ["empty"]),
         ("ranges: [{text: '{first}', values: [a, b, c, d]}]", ["no-place"]),
+        ("ranges: [{text: '{first}{last}', values: [a, b, c, d], held_out_texts: ['{last}']}]", ["no-place"]),
         ("ranges: [{text: '{first} {last}', values: [a, b, c]}]", ["out-of-range"]),
         ("questions: [{text: a}, {answers: [1, x], colour: red}]", ["missing-key", "wrong-type", "unknown-key"]),
     ],
@@ -184,8 +230,11 @@ def test_every_task_is_a_choice_of_the_option() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_questions_of_a_task_are_reproducible_distinct_and_have_several_answers(name: str) -> None:
-    questions = TASKS[name]().questions()
-    assert questions == TASKS[name]().questions()
+    task = TASKS[name]()
+    assert len(task.questions()) > 0
+    assert len(task.held_out_questions()) >= len(task.questions())
+    questions = (*task.questions(), *task.held_out_questions())
+    assert questions == (*TASKS[name]().questions(), *TASKS[name]().held_out_questions())
     assert len({question.text for question in questions}) == len(questions) > 0
     for question in questions:
         assert len(set(question.answers)) == len(question.answers) > 1

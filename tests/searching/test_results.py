@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -19,14 +18,14 @@ from slrmerge.recipe.load import AnyRecipe, load_recipe
 from slrmerge.recipe.model import Recipe
 from slrmerge.recipe.rules import LayerRule, Rules
 from slrmerge.searching.candidates import CandidateInfo
-from slrmerge.searching.proxy_tasks import Scores
-from slrmerge.searching.results import SearchResult, read_result, write_prompts, write_result
+from slrmerge.searching.prompt_scores import KeptScores, write_prompts
+from slrmerge.searching.results import SearchResult, read_result, write_result
 from slrmerge.searching.run import search
 from slrmerge.searching.select import select
 from slrmerge.searching.selection import ScoredCandidate
 from tests.merging.faults import snapshot
 from tests.problems import refused
-from tests.searching.pairs import SmallPair, made_result, made_rows, prompts_of, row
+from tests.searching.pairs import SmallPair, made_result, made_rows, prompt_scores, row
 
 SCORES = {(0, 0): (0.95, 1.4), (1, 1): (0.9, 1.7), (2, 2): (0.87, 1.6), (0, 1): (0.95, 1.6), (1, 2): (0.3, 2.2),
           (0, 2): (0.1, 2.4)}  # fmt: skip
@@ -215,24 +214,13 @@ def test_the_summary_names_the_selected_candidates_and_the_conditions(tmp_path: 
     assert {name: value[name] for name in others} == others
 
 
-def test_the_values_of_each_prompt_are_kept_with_candidates_and_questions(tmp_path: Path) -> None:
-    rows = made_rows(SCORES)
-    scores = Scores(np.random.default_rng(0).random((9, 2)), np.full((9, 2), np.nan))
-    write_prompts(tmp_path / "prompts.npz", rows, ["why?", "wie groß?"], scores)
-    kept = prompts_of(tmp_path)
-    assert list(kept["candidates"]) == [each.info.label for each in rows]
-    assert list(kept["questions"]) == ["why?", "wie groß?"]
-    assert kept["quality"].tobytes() == scores.quality.tobytes()
-    assert kept["diversity"].shape == (9, 2)
-    assert np.isnan(kept["diversity"]).all()
-
-
 def test_the_same_result_gives_the_same_bytes(tmp_path: Path) -> None:
-    result, scores = made_result(sample()), Scores(np.zeros((12, 2)), np.ones((12, 2)))
+    result = made_result(sample())
+    asked = prompt_scores([row.info.label for row in result.rows], 2, seed=0)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write_result(tmp_path / name, result)
-        write_prompts(tmp_path / name / "prompts.npz", result.rows, ["a", "b"], scores)
+        write_prompts(tmp_path / name, KeptScores(asked, prompt_scores(["post-trained"], 3, seed=1)))
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
     assert set(snapshot(tmp_path / "one") or {}) >= {*FILES, "prompts.npz"}
 
@@ -364,8 +352,8 @@ def test_relative_folders_of_a_recipe_without_a_file_count_from_the_current_fold
 
 @pytest.mark.parametrize("ratio", [0.5, 0.98, 1.0])
 def test_selecting_again_gives_the_files_of_a_fresh_search_without_the_weights(small: SmallPair, ratio: float) -> None:
-    small.run(small.folder / "old", min_quality=0.9)
-    small.run(small.folder / "fresh", min_quality=ratio)
+    small.run(small.folder / "old", min_quality=0.9, held_out=False)  # which are asked of other candidates
+    small.run(small.folder / "fresh", min_quality=ratio, held_out=False)
     for side in ("pre", "post"):
         shutil.rmtree(small.folder / side)
     result = select(small.folder / "old", min_quality=ratio)

@@ -64,6 +64,7 @@ from tests.searching.pairs import (
 ALL = ["early.yaml", "heatmaps.png", "heatmaps.svg", "late.yaml", "prompts.npz", "report.html", "results.csv",
        "slr.yaml", "soup.yaml", "summary.json", "tradeoff.png", "tradeoff.svg"]  # fmt: skip
 STAGES = LAYERS + 1  # every layer, and the head
+ALL_STAGES = 2 * STAGES  # of all candidates, and of those that answer the held-out prompts
 
 hurried = pytest.mark.usefixtures("hurried")
 
@@ -209,8 +210,8 @@ def test_a_search_writes_its_results_and_nothing_else(small: SmallPair) -> None:
     after = tree(small.folder)
     assert {path for path in before if before[path] != after.get(path)} <= {str(small.folder)}
     assert len(watcher.messages) == 1
-    assert watcher.totals == [watcher.advanced]
-    assert len(watcher.stages) == STAGES
+    assert sum(watcher.totals) == watcher.advanced
+    assert len(watcher.stages) == ALL_STAGES
     assert len(result.rows) == 2 + LAYERS * (LAYERS + 1) // 2 + 3
 
 
@@ -517,7 +518,7 @@ def test_states_that_exceed_the_memory_are_kept_in_files_and_the_results_are_the
             seen.update(path.name.partition("-")[0] for path in staging.glob("first/*"))
 
     small.run(progress=Looking(), max_memory=1, resume=resume)
-    assert seen == {"progress.json", "states", "states.new"}
+    assert seen == {"progress.json", "states", "states.new", "log_probs.npz"}
     assert results(small.out) == plain
     assert leftovers(small.out) == []
 
@@ -545,8 +546,8 @@ def test_a_stopped_search_resumes_after_the_last_finished_layer(
     again = Watcher()
     small.run(progress=again)
     assert len(again.messages) == 2
-    assert len(again.stages) == STAGES - (at - 1)
-    assert again.totals == [again.advanced]
+    assert len(again.stages) == ALL_STAGES - (at - 1)
+    assert sum(again.totals) == again.advanced
     assert results(small.out) == plain
     assert leftovers(small.out) == []
 
@@ -560,7 +561,7 @@ def test_a_killed_search_resumes(small: SmallPair, plain: dict[str, bytes]) -> N
     assert not small.out.exists()
     again = Watcher()
     small.run(progress=again)
-    assert len(again.stages) == STAGES - 2
+    assert len(again.stages) == ALL_STAGES - 2
     assert results(small.out) == plain
     assert leftovers(small.out) == []
 
@@ -592,7 +593,7 @@ def test_without_resume_a_search_starts_again(small: SmallPair) -> None:
     again = Watcher()
     small.run(progress=again)
     assert len(again.messages) == 1
-    assert len(again.stages) == STAGES
+    assert len(again.stages) == ALL_STAGES
 
 
 OTHERS: dict[str, Callable[[SmallPair], dict[str, Any]]] = {
@@ -640,7 +641,7 @@ def test_damaged_states_are_not_resumed(small: SmallPair, plain: dict[str, bytes
     again = Watcher()
     small.run(progress=again)
     assert len(again.messages) == 2
-    assert len(again.stages) == STAGES
+    assert len(again.stages) == ALL_STAGES
     assert results(small.out) == plain
 
 
@@ -697,7 +698,7 @@ def test_two_passes_select_as_an_exact_search(
     monkeypatch.setattr("slrmerge.searching.plots.draw_result", no_pictures)
     watcher = Watcher()
     result = search(tiny_search / "pair.yaml", tmp_path / "search", threads=1, progress=watcher, **options)
-    assert len(watcher.totals) == 2
+    assert len(watcher.totals) == 3  # all candidates, finalists, held-out prompts
     assert 0 < watcher.advanced <= sum(watcher.totals)  # fewer where both sides have the same layer
     again = [each for each in result.rows if each.exact]
     assert 20 < len(again) < len(result.rows) == len(exact.rows)
@@ -745,7 +746,7 @@ def test_a_search_that_stopped_among_its_finalists_resumes_there(small: SmallPai
         small.run(progress=Watcher(STAGES + 3, stop), dtype="bfloat16")
     again = Watcher()
     small.run(progress=again, dtype="bfloat16")
-    assert len(again.stages) == STAGES - 2
+    assert len(again.stages) == ALL_STAGES - 2
     assert results(small.out) == results(small.folder / "plain")
 
 
@@ -815,7 +816,7 @@ def test_a_search_that_resumes_on_another_day_keeps_its_date(small: SmallPair, m
         small.run(progress=Watcher(3, stop), date="2025-03-07")
     again = Watcher()
     result = small.run(progress=again)
-    assert (result.date, len(again.stages)) == ("2025-03-07", STAGES - 2)
+    assert (result.date, len(again.stages)) == ("2025-03-07", ALL_STAGES - 2)
     assert sorted(snapshot(small.out) or {}) == ALL
 
 
@@ -826,7 +827,7 @@ def test_another_date_starts_a_search_anew(small: SmallPair) -> None:
         small.run(progress=Watcher(3, stop), date="2025-03-07")
     again = Watcher()
     assert small.run(progress=again, date="2025-03-08").date == "2025-03-08"
-    assert len(again.stages) == STAGES
+    assert len(again.stages) == ALL_STAGES
 
 
 @hurried
@@ -910,12 +911,18 @@ def test_an_estimate_writes_nothing_and_covers_the_papers_models(small: SmallPai
     assert (estimate.prompts, estimate.prompt_tokens) == (6, sum(len(context.ids) for context in contexts))
     assert estimate.packed_tokens < estimate.prompt_tokens
     assert [(row.name, row.candidates, row.dtype) for row in estimate.rows] == [
-        ("post", 15, "float32"), ("Llama-3.1-8B", 530, "bfloat16"), ("Qwen2.5-7B", 408, "bfloat16"),
-        ("Gemma-2-9B", 905, "bfloat16"),
+        ("post", 15, "float32"), ("post, held-out", 6, "float32"), ("Llama-3.1-8B", 530, "bfloat16"),
+        ("Qwen2.5-7B", 408, "bfloat16"), ("Gemma-2-9B", 905, "bfloat16"),
     ]  # fmt: skip
     for row in estimate.rows:
         assert row.seconds == row.cost.flop / 1e11 + row.overhead_s > 0
-    assert [row.overhead_s > 0 for row in estimate.rows] == [True, False, False, False]  # layers of width 16 are small
+    assert [row.overhead_s > 0 for row in estimate.rows] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]  # layers of width 16 are small
     assert json.loads(json.dumps(estimate.to_dict()))["rows"][0]["seconds"] == estimate.rows[0].seconds
 
 
@@ -925,8 +932,8 @@ def test_the_number_of_states_is_that_of_the_estimate(small: SmallPair) -> None:
     ready = small.search()
     states = ready.estimate().rows[0].cost.states
     ready.run(small.out, progress=watcher)
-    assert watcher.totals == [states]
-    assert watcher.advanced == states
+    assert watcher.totals[0] == states
+    assert watcher.advanced == sum(watcher.totals)
 
 
 @hurried

@@ -20,6 +20,7 @@ from slrmerge.evaluation.samples import SampleKey, Settings, seed_of
 from slrmerge.evaluation.server import ServerModel
 from slrmerge.searching.prompts import render
 from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter
+from tests.evaluation.helpers import Kept
 from tests.slow.conftest import SLRMERGE, run
 from tests.slow.llama_cpp import gguf_of, serve
 
@@ -114,8 +115,9 @@ def test_the_llama_cpp_server_samples_by_temperature_and_min_p(folder: Path, lla
     model = ServerModel(ServerAddress("slr", f"{llama_cpp.listening_address}/v1"), concurrency=2, timeout_s=60)
     keys = [SampleKey("slr", "p", number) for number in range(count)]
     requests = [SampleRequest(key, question, seed_of(0, key.prompt, key.sample)) for key in keys]
-    drawn: Counter[str] = Counter()
-    model.answer(requests, Settings("slr", temperature, min_p, 1), lambda _, answer: drawn.update([answer.text]))
+    answers = Kept(raises=True)
+    model.answer(requests, Settings("slr", temperature, min_p, 1), answers)
+    drawn = Counter(answer.text for answer in answers.answers.values())
     assert drawn.keys() <= kept.keys()
     expected = [count * share / sum(kept.values()) for share in kept.values()]
     assert chisquare([drawn[text] for text in kept], expected).pvalue > 1e-3
@@ -177,4 +179,4 @@ def test_dissimilarity_of_real_embeddings_equals_scikit_learns() -> None:
     assert dissimilarity(vectors[:2]) < 0.2 < 0.7 < dissimilarity(vectors[2:])
     pairs = cosine_similarity(vectors)[np.triu_indices(4, k=1)]
     assert dissimilarity(vectors) == pytest.approx(1 - pairs.mean(), abs=1e-6)
-    assert model.truncated([*alike, long]) == 1
+    assert model.truncated([*alike, long]).tolist() == [False, False, True]

@@ -14,7 +14,7 @@ Plot = Literal["bars", "curves"]
 
 
 class Metric(NamedTuple):
-    """A number for each prompt and model, where more is better, and its definition."""
+    """A number for each prompt and model, where more is better unless its meaning says otherwise."""
 
     name: str
     meaning: str

@@ -1,18 +1,23 @@
 """Creative writing: how different are a model's poems, stories or jokes from each other, and how good?"""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import nan
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 from pydantic import AliasChoices, Field
 
-from slrmerge.evaluation.metrics import dissimilarity
+from slrmerge.evaluation.metrics import dissimilarity, vendi_score
 from slrmerge.evaluation.questions import Question, Text
 from slrmerge.evaluation.replies import json_values
 from slrmerge.evaluation.tasks.base import Helpers, Metric, ModelResponses, Score, Task, TaskScores
 
 CRITERIA = ("request", "language", "craft", "invention", "effect")
 TOP = 10
+
+RESPONSES_AT_ONCE = 128
+"""Prompts and models whose texts are embedded at once; more embeddings are not held in memory."""
 
 RUBRIC = """\
 You grade creative writing. Read the request and the response, and give whole points from 0 to 10 for each of these:
@@ -56,17 +61,17 @@ class Judgements(NamedTuple):
     notes: list[str]
 
 
-class Diversities(NamedTuple):
-    """The diversity of each ModelResponses, NaN where it is undefined; and notes."""
+class Diversity(NamedTuple):
+    """How different the texts of a ModelResponses are; NaN where it is undefined."""
 
-    values: list[float]
-    notes: list[str]
+    dissimilarity: float = nan
+    vendi: float = nan
 
 
 class Creative(Task[WritingPrompt]):
     """Diversity is 1 minus the mean cosine similarity of a prompt's samples; quality is the judge's share of points.
 
-    An empty or missing response is left out of diversity and has quality 0.
+    The Vendi score counts different samples. An empty or missing response is left out of both and has quality 0.
     """
 
     name: ClassVar = "creative"
@@ -78,12 +83,14 @@ class Creative(Task[WritingPrompt]):
         return (
             Metric("quality", f"the judge's points out of {TOP}, as a share, mean of {len(CRITERIA)} criteria"),
             Metric("diversity", "1 − mean cosine similarity of embeddings"),
+            Metric("vendi", "Vendi score: effective number of different samples, by cosine similarity of embeddings"),
         )
 
     def score(self, responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> TaskScores:
-        judged, diverse = _judge(responses, helpers), _diversity(responses, helpers)
+        judged = _judge(responses, helpers)
+        diversities, notes = _diversities(responses, helpers)
         scores = []
-        for each, diversity in zip(responses, diverse.values, strict=True):
+        for each, diversity in zip(responses, diversities, strict=True):
             shares: list[float | None] = [
                 judged.shares.get((each.question.prompt, text)) if text and text.strip() else 0.0 for text in each.texts
             ]
@@ -92,23 +99,33 @@ class Creative(Task[WritingPrompt]):
             known = [share for share in shares if share is not None]
             quality = sum(known) / len(known) if known else nan
             marks = ["" if share is None else f"{share:.2f}" for share in shares]
-            scores.append(Score({"quality": quality, "diversity": diversity}, marks))
-        return TaskScores(scores, [*judged.notes, *diverse.notes])
+            values = {"quality": quality, "diversity": diversity.dissimilarity, "vendi": diversity.vendi}
+            scores.append(Score(values, marks))
+        return TaskScores(scores, [*judged.notes, *notes])
 
 
-def _diversity(responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> Diversities:
-    undefined = [nan] * len(responses)
-    if helpers.embedder is None:
-        return Diversities(undefined, ["diversity was not measured; it needs an embeddings model"])
-    groups = [[text for text in each.texts if text and text.strip()] for each in responses]
-    texts = list(dict.fromkeys(text for group in groups for text in group))
-    if not texts:
-        return Diversities(undefined, [])
-    vectors, place = helpers.embedder.embed(texts), {text: number for number, text in enumerate(texts)}
-    values = [dissimilarity(vectors[[place[text] for text in group]]) if group else nan for group in groups]
-    truncated = helpers.embedder.truncated(texts)
-    note = f"{helpers.embedder.model_id} truncates {truncated:,} of {len(texts):,} texts"
-    return Diversities(values, [note] if truncated else [])
+def _diversities(
+    responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers
+) -> tuple[list[Diversity], list[str]]:
+    """The diversity of each of `responses`, and notes."""
+    embedder = helpers.embedder
+    if embedder is None:
+        return [Diversity()] * len(responses), ["diversity was not measured; it needs an embeddings model"]
+    found: list[Diversity] = []
+    texts, truncated = 0, 0
+    for start in range(0, len(responses), RESPONSES_AT_ONCE):
+        groups = [
+            [text for text in each.texts if text and text.strip()]
+            for each in responses[start : start + RESPONSES_AT_ONCE]
+        ]
+        place = {text: number for number, text in enumerate(dict.fromkeys(chain.from_iterable(groups)))}
+        vectors = embedder.embed(list(place)) if place else np.empty((0, 0))
+        for group in groups:
+            own = vectors[[place[text] for text in group]] if group else vectors[:0]
+            found.append(Diversity(dissimilarity(own), vendi_score(own)))
+        texts, truncated = texts + len(place), truncated + int(embedder.truncated(list(place)).sum())
+    note = f"{embedder.model_id} truncates {truncated:,} of {texts:,} texts"
+    return found, [note] if truncated else []
 
 
 def _judge(responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> Judgements:

@@ -215,11 +215,19 @@ def test_the_card_of_a_merge_shows_the_result_of_a_real_search(tiny_search: Path
     shutil.copytree(tiny_search, tmp_path / "here")
     folder, out = tmp_path / "here/search", tmp_path / "here/hybrid"
     merge(folder / "slr.yaml", out, fsync=False)
-    selected = results_of(folder)["selected"]
+    summary = results_of(folder)
+    selected = summary["selected"]
     scores = [selected["slr"], *(entry for key, entry in selected.items() if key != "slr")]
     card = (out / "README.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in card.splitlines() if line.startswith("|")][2:]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line.startswith("|")]
+    rows, held_out = lines[2 : 2 + len(scores)], lines[4 + len(scores) :]
     assert [row[1:] for row in rows] == [[f"{entry['quality']:.4f}", f"{entry['diversity']:.4f}"] for entry in scores]
     assert all(entry["label"] in row[0] for entry, row in zip(scores, rows, strict=True))
+    again = summary["held_out"]["scores"]
+    assert len(held_out) == len(again) == 7
+    assert [row[1:3] for row in held_out] == [[f"{e['quality']:.4f}", f"{e['diversity']:.4f}"] for e in again.values()]
+    change = again["slr"]["diversity_change"]
+    assert f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]" in card
+    assert f"in {summary['reselected'][selected['slr']['label']]:.0%} of draws" in card
     assert (out / TRADEOFF_NAME).read_bytes() == (folder / TRADEOFF_NAME).read_bytes()
     assert verify(out).against_sources

@@ -1,0 +1,133 @@
+"""Prompts that a model refuses are recorded and counted; a model that refuses all of them ends the evaluation."""
+
+import json
+from collections.abc import Collection, Sequence
+from math import log
+from pathlib import Path
+
+import pytest
+
+from slrmerge.errors import Problem, ServerError, SlrmergeError
+from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, SampleRequest, request_missing
+from slrmerge.evaluation.run import evaluate
+from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings
+from slrmerge.io.progress import Progress
+from tests.evaluation.helpers import Answering
+from tests.evaluation.openai_server import OpenAIServer
+from tests.problems import refused
+
+SETTINGS = Settings("a-model", 1.0, 0.1, 64)
+
+
+class Refusing(Answering):
+    """A model that refuses some prompts."""
+
+    def __init__(self, refuses: Collection[str]) -> None:
+        super().__init__(str.upper)
+        self.refuses = refuses
+
+    def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
+        for request in requests:
+            self.requests.append(request)
+            if request.prompt in self.refuses:
+                sink.refuse(request, ServerError(Problem("request-rejected", "there", f"no {request.prompt}")))
+            else:
+                sink.keep(request, Answer(request.prompt.upper(), "stop"))
+
+
+def ask(folder: Path, model: Answering, prompts: str, samples: int = 2) -> list[Answer]:
+    with SampleFile(folder / "samples.jsonl") as file:
+        texts = {prompt: prompt for prompt in prompts}
+        request_missing(model, "post", texts, file, SETTINGS, samples=samples, progress=Progress())
+        return [file.answer(SampleKey("post", prompt, number)) for prompt in prompts for number in range(samples)]
+
+
+@pytest.mark.parametrize("refuses", ["a", "b", "c", "ab", "bc", "ac"])
+def test_refusals_are_recorded_beside_answers(tmp_path: Path, refuses: str) -> None:
+    model = Refusing(refuses)
+    found = ask(tmp_path, model, "abc")
+    assert [answer.is_refusal for answer in found] == [prompt in refuses for prompt in "aabbcc"]
+    assert {answer.error for answer in found if answer.is_refusal} == {f"no {prompt}" for prompt in refuses}
+    assert ask(tmp_path, model, "abc") == found
+    assert len(model.requests) == 6  # a refusal is not requested again
+
+
+def test_a_model_that_refuses_every_prompt_is_an_error_and_nothing_is_recorded(tmp_path: Path) -> None:
+    with pytest.raises(SlrmergeError) as caught:
+        ask(tmp_path, Refusing("abc"), "abc")
+    assert [problem.what for problem in caught.value.problems] == ["no a"]
+    assert (tmp_path / "samples.jsonl").read_bytes() == b""
+
+
+def test_many_refusals_and_no_answer_end_the_requests(tmp_path: Path) -> None:
+    prompts = "".join(chr(0x4E00 + number) for number in range(2 * MOST_REFUSED))
+    model = Refusing(prompts[:-1])
+    with pytest.raises(ServerError):
+        ask(tmp_path, model, prompts, samples=3)
+    assert len(model.requests) == 3 * (MOST_REFUSED - 1) + 1
+
+
+def test_where_earlier_prompts_were_accepted_the_last_one_may_be_refused(tmp_path: Path) -> None:
+    ask(tmp_path, Refusing(""), "ab")
+    assert [answer.is_refusal for answer in ask(tmp_path, Refusing("c"), "abc")] == [False] * 4 + [True] * 2
+
+
+# in an evaluation
+
+
+def say(prompt: str, seed: int, body: object) -> str:
+    return "red" if seed % 2 else "blue"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps({"Name a colour.": ["red", "blue"], "Name a paint.": ["red"], "Another?": ["blue"]}))
+    return path
+
+
+@pytest.mark.parametrize("skip", [0, 4, 8])
+def test_a_refused_question_counts_as_unanswered(server: OpenAIServer, data: Path, skip: int) -> None:
+    server.say = say
+    server.misbehave(413, skip=skip, message="the prompt is too long")
+    result = evaluate("open-qa", data, {"post": f"m@{server.url}"}, data.with_name("eval"), samples=4, concurrency=1)
+    lines = [json.loads(line) for line in (data.with_name("eval") / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    assert [line["finish_reason"] for line in lines].count("refused") == 4
+    assert len({line["prompt"] for line in lines if line["finish_reason"] == "refused"}) == 1
+    (note,) = [note for note in result.notes if "refused" in note]
+    assert note.startswith("post: 4 of 12 requests were refused")
+    assert "the prompt is too long" in note
+    assert not [note for note in result.notes if "verbalized" in note or "empty" in note]
+    values = [score.metrics["precision"] for score in result.scores]
+    assert values[skip // 4] == 0.0
+    assert all(0 <= score.metrics["entropy"] <= log(2) for score in result.scores)
+    assert result.cell("post", "precision").prompts == 3
+    assert len(server.asked) == 9
+
+
+def test_a_refused_verbalized_request_is_not_called_malformed(server: OpenAIServer, data: Path) -> None:
+    server.say = lambda prompt, seed, body: json.dumps({"answers": [{"text": "red"}, {"text": "blue"}]})
+    server.misbehave(413)
+    result = evaluate(
+        "open-qa", data, {"post": f"m@{server.url}"}, data.with_name("eval"), samples=4, concurrency=1, verbalized=2
+    )
+    notes = [note for note in result.notes if note.startswith("post: ")]
+    assert [note.split()[1:4] for note in notes if "refused" in note] == [["2", "of", "6"]]
+    assert result.responses[0].texts == [None] * 4
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_server_that_refuses_everything_ends_the_evaluation(server: OpenAIServer, data: Path, status: int) -> None:
+    codes = {400: "request-rejected", 401: "key-rejected", 404: "server-not-found"}
+    server.misbehave(status, times=None)
+    with refused(ServerError, codes[status]):
+        evaluate("open-qa", data, {"post": f"m@{server.url}"}, data.with_name("eval"), samples=4, concurrency=1)
+    assert (data.with_name("eval") / "samples.jsonl").read_bytes() == b""
+
+
+def test_a_key_that_is_rejected_later_ends_the_evaluation(server: OpenAIServer, data: Path) -> None:
+    server.misbehave(401, skip=5, times=None)
+    with refused(ServerError, "key-rejected"):
+        evaluate("open-qa", data, {"post": f"m@{server.url}"}, data.with_name("eval"), samples=4, concurrency=1)
+    assert len((data.with_name("eval") / "samples.jsonl").read_bytes().splitlines()) == 5
