@@ -113,6 +113,13 @@ def test_links_of_the_readme_work_on_a_package_index() -> None:
     assert [link for link in links(README) if not link.startswith("https://")] == []
 
 
+@pytest.mark.parametrize(
+    "name", [".github/workflows/test.yml", ".github/ISSUE_TEMPLATE/bug.yml", ".pre-commit-config.yaml"]
+)
+def test_files_of_other_tools_parse(name: str) -> None:
+    assert yaml.safe_load((ROOT / name).read_text())
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     version = slrmerge.__version__
     changes = (ROOT / "CHANGELOG.md").read_text()
