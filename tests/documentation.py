@@ -11,6 +11,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 REPOSITORY = "https://github.com/slrmerge/slrmerge"
+INSTALLED = str(Path(sys.executable).parent)  # where the command is that the tests are about
 
 _TIMES = re.compile(r"\d[\d.]* (?:[kMG]?B/s|m?s|min)\b")
 
@@ -20,16 +21,16 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def run_block(text: str, folder: Path, *, path: str = "") -> str:
-    """Run a block of shell commands in `folder`, with slrmerge's command on the path, and return what it prints."""
+def run_block(text: str, folder: Path, *, path: str = INSTALLED) -> str:
+    """Run a block of shell commands in `folder`, with `path` before the usual one, and return what it prints."""
     outside = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
-    outside["PATH"] = f"{path or Path(sys.executable).parent}:{outside['PATH']}"
+    outside["PATH"] = f"{path}:{outside['PATH']}".removeprefix(":")
     done = subprocess.run(["sh", "-ec", text], cwd=folder, env=outside, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def run_console(text: str, folder: Path, *, path: str = "") -> None:
+def run_console(text: str, folder: Path, *, path: str = INSTALLED) -> None:
     """Run a console block, `$ command` and output by turns, and compare what is printed; `...` is any lines."""
     for command, shown in re.findall(r"^\$ (.*?)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
         printed = _lines(run_block(command, folder, path=path))
