@@ -6,9 +6,9 @@ from slrmerge.evaluation.metrics import compression_ratio, distinct
 from slrmerge.evaluation.tasks.base import Metric
 
 LEXICAL = (
-    Metric("distinct-1", "share of the words of all samples that are different"),
-    Metric("distinct-2", "share of the pairs of neighbouring words that are different"),
-    Metric("compression-ratio", "size of all samples by their size after gzip; less is more diverse"),
+    Metric("distinct-1", "share of the words of all samples that are different", in_table=False),
+    Metric("distinct-2", "share of the pairs of neighbouring words that are different", in_table=False),
+    Metric("compression-ratio", "size of all samples by their size after gzip; less is more diverse", in_table=False),
 )
 
 

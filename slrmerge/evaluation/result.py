@@ -91,9 +91,9 @@ class EvaluationResult:
 
     @property
     def shown(self) -> list[Metric]:
-        """The metrics that are defined for at least one model."""
+        """The columns of the table: what is defined for at least one model."""
         defined = {cell.metric for cell in self.cells if not isnan(cell.mean)}
-        return [metric for metric in self.metrics if metric.name in defined]
+        return [metric for metric in self.metrics if metric.in_table and metric.name in defined]
 
     @property
     def caption(self) -> str:

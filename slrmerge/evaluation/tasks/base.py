@@ -14,10 +14,14 @@ Plot = Literal["bars", "curves"]
 
 
 class Metric(NamedTuple):
-    """A number for each prompt and model, where more is better unless its meaning says otherwise."""
+    """A number for each prompt and model, where more is better unless its meaning says otherwise.
+
+    Those not `in_table` are in the files of a result only.
+    """
 
     name: str
     meaning: str
+    in_table: bool = True
 
 
 @dataclass(frozen=True, slots=True)
