@@ -21,10 +21,11 @@ def bars(result: EvaluationResult) -> "Figure":
     from matplotlib.figure import Figure
 
     metrics, models = result.shown, list(result.models)
+    is_compared = len(models) > 1
     names, colours = list(map(figure_text, models)), list(model_colours(models).values())
     width = 1.2 + max(2.6, 0.75 * len(models)) * len(metrics)
-    figure = Figure(figsize=(width, 3.6 if len(models) == 1 else 5.8), layout="constrained")
-    panels = figure.subplots(1 if len(models) == 1 else 2, max(1, len(metrics)), sharex="col", squeeze=False)
+    figure = Figure(figsize=(width, 5.8 if is_compared else 3.6), layout="constrained")
+    panels = figure.subplots(1 + is_compared, max(1, len(metrics)), sharex="col", squeeze=False)
     for metric, column in zip(metrics, panels.T, strict=False):
         cells = [result.cell(model, metric.name) for model in models]
         means, changes = column[0], column[-1]
@@ -32,7 +33,7 @@ def bars(result: EvaluationResult) -> "Figure":
         _intervals(means, [(cell.mean, cell.low, cell.high) for cell in cells], ["#1c2127"] * len(models))
         means.set_title(metric.name)
         means.set_ylim(bottom=0)
-        if len(models) > 1:
+        if is_compared:
             values = [(cell.change, cell.change_low, cell.change_high) for cell in cells]
             changes.axhline(0, color=colours[0], linewidth=1)
             changes.scatter(range(len(models)), [cell.change for cell in cells], color=colours, zorder=3)
@@ -42,7 +43,7 @@ def bars(result: EvaluationResult) -> "Figure":
         column[-1].set_xticks(range(len(models)), names, rotation=30, ha="right")
     if metrics:
         panels[0, 0].set_ylabel("mean over prompts", fontsize=9)
-        if len(models) > 1:
+        if is_compared:
             panels[1, 0].set_ylabel(f"change from {names[0]}", fontsize=9)
     figure.supxlabel("95 % intervals", fontsize=8)
     return figure
@@ -62,7 +63,7 @@ def curves(result: EvaluationResult) -> "Figure":
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    names = [metric.name for metric in result.shown if "@" in metric.name]
+    names = [metric.name for metric in result.shown]
     ks = [int(name.partition("@")[2]) for name in names]
     for model, colour in model_colours(result.models).items():
         cells = [result.cell(model, name) for name in names]

@@ -59,16 +59,14 @@ class KeptEmbeddings:
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See `Embedder`; computes only embeddings that the file does not have."""
-        vectors: NDArray[np.float32] = self._records_of(texts)["vector"]
-        return vectors
+        return self._field("vector", texts)
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """See `Embedder`."""
-        flags: NDArray[np.bool_] = self._records_of(texts)["truncated"]
-        return flags
+        return self._field("truncated", texts)
 
-    def _records_of(self, texts: Sequence[str]) -> NDArray[np.void]:
-        """The records of these texts, after computing those that are missing."""
+    def _field(self, name: str, texts: Sequence[str]) -> NDArray[Any]:
+        """A field of the records of these texts, after computing those that are missing."""
         digests = [xxhash.xxh3_128_digest(text.encode("utf-8", "replace")) for text in texts]
         wanted = zip(digests, texts, strict=True)
         missing = iter({digest: text for digest, text in wanted if digest not in self._places}.items())
@@ -76,7 +74,7 @@ class KeptEmbeddings:
             self._compute(part)
         with translate_os_errors(self.path):
             records = self._mapped() if self._places else np.zeros(0, self._record)
-            return records[[self._places[digest] for digest in digests]]
+            return records[name][[self._places[digest] for digest in digests]]
 
     def _compute(self, texts: dict[bytes, str]) -> None:
         """Embed texts, by digest, and append their records to the file."""
@@ -99,7 +97,7 @@ class KeptEmbeddings:
         header = self._header(width)
         with translate_os_errors(self.path):
             write_file(self.path, header, durable=False)
-        self._header_bytes, self._record, self._places = len(header), _record(width), {}
+        self._header_bytes, self._record = len(header), _record(width)
 
     def _open(self) -> None:
         """Read which texts the file has."""

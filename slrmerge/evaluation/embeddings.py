@@ -23,7 +23,7 @@ class Embedder(Protocol):
 
     @property
     def identity(self) -> str:
-        """Identifies the model exactly: embeddings are only reused for the same identity."""
+        """Identifies the model, one behind a server by its name: embeddings are only reused for the same identity."""
         ...
 
     def check(self) -> None:

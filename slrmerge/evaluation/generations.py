@@ -5,7 +5,6 @@ A line is JSON: `{"id": …, "prompt": …, "model": …, "generations": […]}`
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import xxhash
 
 from slrmerge.errors import DataError, Problem
 from slrmerge.evaluation.models import AnswerSink, SampleRequest
-from slrmerge.evaluation.questions import PROBLEMS_SHOWN
+from slrmerge.evaluation.questions import PROBLEMS_SHOWN, raise_shown
 from slrmerge.evaluation.samples import MAX_LINE_BYTES, Answer, Settings
 from slrmerge.evaluation.tasks.base import ModelResponses
 from slrmerge.io.files import create_folder, open_no_link
-from slrmerge.io.pieces import CHUNK_BYTES, translate_os_errors
+from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.sizes import shorten
 from slrmerge.io.strict_json import parse_json
 from slrmerge.io.text import printable, to_json
@@ -34,16 +33,10 @@ class GenerationsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._generations = self._read()
-
-    @cached_property
-    def model_id(self) -> str:
-        """The file's name and a digest of its content."""
         digest = xxhash.xxh3_64()
-        with open(self._path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        return f"{printable(self._path.name)} {digest.hexdigest()}"
+        self._generations = self._read(digest)
+        self.model_id = f"{printable(path.name)} {digest.hexdigest()}"
+        """The file's name and a digest of its content."""
 
     def check(self) -> None:
         """See `ChatModel`."""
@@ -53,14 +46,11 @@ class GenerationsFile:
 
     def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
         """See `ChatModel`. Whether answers are truncated is not known."""
-        problems = list(self._lacking(requests))
         if settings.temperature == 0:
-            what, remedy = "has samples, not the answers of greedy decoding", "name another model first"
-            problems = [Problem("no-greedy-answers", str(self._path), what, remedy)]
-        if problems:
-            more = len(problems) - PROBLEMS_SHOWN
-            rest = [Problem("more-problems", "…", f"and {more} more problems")] if more > 0 else []
-            raise DataError(*problems[:PROBLEMS_SHOWN], *rest)
+            what = "has samples, not the answers of greedy decoding"
+            remedy = "name another model first, or choose a temperature above 0"
+            raise DataError(Problem("no-greedy-answers", str(self._path), what, remedy))
+        raise_shown(list(self._lacking(requests)))
         for request in requests:
             sink.keep(request, Answer(self._generations[request.prompt][request.key.sample], "stop"))
 
@@ -74,12 +64,13 @@ class GenerationsFile:
                 what = f"has {known} of {count} generations for the prompt {shorten(prompt)}"
                 yield Problem("generations-missing", str(self._path), what, "add them, or ask for fewer samples")
 
-    def _read(self) -> Mapping[str, Sequence[str]]:
+    def _read(self, digest: xxhash.xxh3_64) -> Mapping[str, Sequence[str]]:
         found: dict[str, list[str]] = {}
         problems: list[Problem] = []
         try:
             with open(self._path, "rb") as file:
                 for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                    digest.update(line)
                     if line.strip() and len(problems) < PROBLEMS_SHOWN:
                         try:
                             prompt, generations = _line(parse_json(line))

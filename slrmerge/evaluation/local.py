@@ -81,7 +81,7 @@ class LocalModel:
     def _refuses(self, request: SampleRequest, sink: AnswerSink) -> bool:
         """Whether a prompt is too long, which `sink` is then told."""
         _, length = self._prompt(request.prompt)
-        model, _ = self._loaded = self._loaded or self._load()
+        model, _ = self._ready()
         if length < _most_tokens(model):
             return False
         what = f"a prompt has {length:,} tokens, more than the model reads"
@@ -90,13 +90,13 @@ class LocalModel:
 
     def _rendered(self, prompt: str) -> tuple[str, int]:
         """A prompt as the model reads it, and its length in tokens."""
-        _, tokenizer = self._loaded = self._loaded or self._load()
+        _, tokenizer = self._ready()
         text = render(tokenizer, prompt)
         return text, len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.inference_mode()
     def _answer(self, requests: Sequence[SampleRequest], settings: Settings) -> list[Answer]:
-        model, tokenizer = self._loaded = self._loaded or self._load()
+        model, tokenizer = self._ready()
         texts = [self._prompt(request.prompt)[0] for request in requests]
         inputs = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(self._device)
@@ -110,6 +110,11 @@ class LocalModel:
         )
         ends = set(model.generation_config.eos_token_id)
         return [_answer_of(tokenizer, row, ends) for row in generated[:, length:].tolist()]
+
+    def _ready(self) -> tuple[Any, Any]:
+        """The model and its tokenizer, loaded at the first use."""
+        self._loaded = self._loaded or self._load()
+        return self._loaded
 
     def _load(self) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, GenerationConfig

@@ -172,9 +172,9 @@ def request_missing(
 ) -> None:
     """Request answers until `file` holds `samples` samples of each of `prompts` (text by id).
 
-    A prompt that the model refuses is recorded as such, unless it refuses all of them. Raises OutputError where the
-    file holds samples with other settings, ServerError and UnsupportedModelError; answers received before an error are
-    kept.
+    A prompt that the model refuses is recorded as such, unless it refuses all of them, or the first MOST_REFUSED.
+    Raises OutputError where the file holds samples with other settings, ServerError and UnsupportedModelError; answers
+    received before an error are kept.
     """
     keys = sample_keys(label, prompts, samples)
     file.require_same(keys, settings)

@@ -31,7 +31,9 @@ class EvaluationOptions(Options):
     seed: int = option(0, "Random seed.", minimum=0)
     verbalized: int | None = option(None, "Request K answers at once (verbalized sampling).", minimum=2, metavar="K")
     judge: str | None = option(
-        None, "Model that matches answers (open-qa) or grades texts (creative); same forms as --model.", metavar="MODEL"
+        None,
+        "Model that matches answers (open-qa) or grades texts (creative): a folder, a repository, or MODEL@URL.",
+        metavar="MODEL",
     )
     embeddings: str | None = option(
         None, "Model for diversity (creative): a sentence-transformers model, or MODEL@URL.", metavar="MODEL"

@@ -14,7 +14,7 @@ from slrmerge.evaluation.generations import write_generations
 from slrmerge.evaluation.page import page
 from slrmerge.evaluation.result import Cell, EvaluationResult
 from slrmerge.io import files
-from slrmerge.io.figures import figure_svg, save_figure
+from slrmerge.io.figures import save_figure
 from slrmerge.io.strict_json import parse_json
 from slrmerge.io.text import IN_PROSE, markdown, printable, to_csv, to_json
 
@@ -45,16 +45,15 @@ def claim(folder: Path, task: str) -> None:
 
 def write_results(folder: Path, result: EvaluationResult) -> None:
     """Write tables, chart and page, then the summary; each file is replaced atomically."""
-    chart = charts.draw(result)
+    chart = save_figure(charts.draw(result), folder / CHART)
     contents = {
         TABLE: as_csv(result),
         MARKDOWN: printable(as_markdown(result), keep=IN_PROSE),
         PROMPTS: prompts_as_csv(result),
-        PAGE: page(result, figure_svg(chart)),
+        PAGE: page(result, chart),
     }
     for name, content in contents.items():
         files.replace_file(folder / name, content.encode())
-    save_figure(chart, folder / CHART)
     files.replace_file(folder / SUMMARY, _json(summary(result)))
 
 

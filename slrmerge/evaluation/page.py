@@ -10,7 +10,7 @@ from typing import Any
 
 from slrmerge.evaluation.result import EvaluationResult
 from slrmerge.evaluation.tasks.base import ModelResponses, Score
-from slrmerge.io.figures import MODEL_COLOURS, model_colours
+from slrmerge.io.figures import colour_names
 from slrmerge.io.page import render_page
 
 PROMPTS_SHOWN = 100
@@ -53,13 +53,12 @@ def page(result: EvaluationResult, chart: bytes = b"") -> str:
         if prompts and characters > CHARACTERS_SHOWN:
             break
         prompts.append((group[0][0].question.text, columns))
-    names = {colour: name for name, colour in MODEL_COLOURS.items()}  # page.css has lighter ones where it is dark
     return render_page(
         "slrmerge.evaluation",
         "page.html.jinja",
         result=result,
         table=result.table_rows(),
-        colours={model: f"var(--{names[colour]})" for model, colour in model_colours(result.models).items()},
+        colours={model: f"var(--{name})" for model, name in colour_names(result.models).items()},
         chart=b64encode(chart).decode(),
         prompts=prompts,
         more=result.prompts - len(prompts),
@@ -67,8 +66,9 @@ def page(result: EvaluationResult, chart: bytes = b"") -> str:
 
 
 def _column(task: str, responses: ModelResponses[Any], score: Score) -> Column:
-    marks = dict(zip(responses.texts, score.marks, strict=True))
-    counts = Counter(responses.texts).most_common()
+    given = list(responses.texts)
+    marks = dict(zip(given, score.marks, strict=True))
+    counts = Counter(given).most_common()
     texts = [_shown(task, text, count, marks[text]) for text, count in counts[:TEXTS_SHOWN]]
     metrics = ", ".join(f"{name} {value:.3f}" for name, value in score.metrics.items() if not isnan(value))
     return Column(responses.model, texts, len(counts) - len(texts), metrics)

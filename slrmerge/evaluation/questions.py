@@ -12,7 +12,7 @@ import xxhash
 from pydantic import AfterValidator, ConfigDict, Field
 
 from slrmerge.checkpoint.location import Repository, parse_place
-from slrmerge.errors import DataError, Problem, require_extra
+from slrmerge.errors import DataError, Problem, raise_all, require_extra
 from slrmerge.io.files import read_file
 from slrmerge.io.model import InvalidValue, Model, validate_as
 from slrmerge.io.sizes import shorten
@@ -100,11 +100,15 @@ def parse_questions(kind: type[Q], rows: Iterable[QuestionRow]) -> list[Q]:
             if found.setdefault(question.id, question) != question:
                 what = "repeats a question with different answers"
                 problems.append(Problem("conflicting-answers", row.where, what, "keep one of the two"))
-    if problems:
-        more = len(problems) - PROBLEMS_SHOWN
-        rest = [Problem("more-problems", "…", f"and {more} more problems")] if more > 0 else []
-        raise DataError(*problems[:PROBLEMS_SHOWN], *rest)
+    raise_shown(problems)
     return list(found.values())
+
+
+def raise_shown(problems: Sequence[Problem]) -> None:
+    """Raise DataError with these problems, at most 10 in full; do nothing where there are none."""
+    more = len(problems) - PROBLEMS_SHOWN
+    rest = [Problem("more-problems", "…", f"and {more} more problems")] if more > 0 else []
+    raise_all([*problems[:PROBLEMS_SHOWN], *rest], DataError)
 
 
 def _read_file(path: Path) -> QuestionData:

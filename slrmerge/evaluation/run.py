@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from slrmerge.evaluation.samples import REFUSED, SampleFile, SampleKey, Settings
 from slrmerge.evaluation.server import ServerModel
 from slrmerge.evaluation.tasks import TASKS
 from slrmerge.evaluation.tasks.base import ChosenQuestions, Helpers, ModelResponses, Task
-from slrmerge.evaluation.texts import StoredTexts
+from slrmerge.evaluation.texts import StoredTexts, texts_of
 from slrmerge.evaluation.verbalized import VERBALIZED_TOKENS, verbalize
 from slrmerge.io.options import make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder
@@ -66,8 +65,9 @@ def evaluate(
     """Run a task on several models, and write samples, tables, chart and page to the folder `out`.
 
     `task` is open-qa, creative or reasoning. `data` is a file of questions or a dataset on the Hub. `models` maps
-    labels to models (a folder, a repository on the Hub, or MODEL@URL of an OpenAI-compatible server), or lists them,
-    with or without `LABEL=`; the others are compared with the first. The options are those of `EvaluationOptions`.
+    labels to models (a folder, a repository on the Hub, MODEL@URL of an OpenAI-compatible server, or a .jsonl file of
+    generations), or lists them, with or without `LABEL=`; the others are compared with the first. The options are those
+    of `EvaluationOptions`.
 
     An interrupted evaluation continues when called again, and requests no sample twice. Raises OptionError before
     anything is opened; DataError, OutputError, CheckpointError, HubError, UnsupportedModelError, ServerError.
@@ -138,6 +138,9 @@ class Evaluation:
         if verbalized and self.samples % verbalized:
             what = f"{self.samples} is not a multiple of verbalized, which is {verbalized}"
             raise OptionError(Problem("not-a-multiple", "samples", what, "change one of them"))
+        if self._judge is not None and _is_generations(self._judge):
+            what, remedy = "is a file of generations, which cannot judge others", "name a model"
+            raise OptionError(Problem("not-a-judge", "judge", what, remedy))
         places = [*(model.at for model in self.models), *filter(None, (self._judge, self._embeddings))]
         if not all(isinstance(at, ServerAddress) for at in places):
             from slrmerge.searching.scorer import require_device
@@ -155,7 +158,7 @@ class Evaluation:
     def _open_model(self, at: Place | ServerAddress) -> ChatModel:
         if isinstance(at, ServerAddress):
             return self._server(at)
-        if isinstance(at, Path) and at.suffix == SUFFIX and not at.is_dir():
+        if isinstance(at, Path) and _is_generations(at):
             return GenerationsFile(at)
         require_extra("eval", "transformers")
         from slrmerge.evaluation.local import LocalModel
@@ -307,17 +310,16 @@ class _Run:
         for label in self.models.by_label:
             keys = sample_keys(label, prompts, evaluation.requests_per_prompt)
             reasons: Counter[str] = Counter()
-            refusals: list[str] = []
+            texts: Counter[str] = Counter()
+            refusal = ""
             for answer in self.files.samples.answers(keys):
                 reasons[answer.finish_reason] += 1
-                if answer.is_refusal and not refusals:
-                    refusals.append(answer.error)
-            texts: Counter[str] = Counter()
-            for text in chain.from_iterable(each.texts for each in responses if each.model == label):
-                texts["missing" if text is None else "full" if text.strip() else "empty"] += 1
+                refusal = refusal or answer.error
+                for text in texts_of(answer, evaluation.options.verbalized):
+                    texts["missing" if text is None else "full" if text.strip() else "empty"] += 1
             refused = reasons[REFUSED]
             counts = {
-                f"of {len(keys):,} requests were refused, and count as no answer ({''.join(refusals)})": refused,
+                f"of {len(keys):,} requests were refused, and count as no answer ({refusal})": refused,
                 f"of {len(keys):,} answers were truncated at {evaluation.max_tokens} tokens": reasons["length"],
                 f"of {texts.total():,} verbalized samples were missing or malformed": texts["missing"] - k * refused,
                 f"of {texts.total():,} samples are empty": texts["empty"],
@@ -325,6 +327,10 @@ class _Run:
             for what, count in counts.items():
                 if count:
                     yield f"{label}: {count:,} {what}"
+
+
+def _is_generations(at: Place | ServerAddress) -> bool:
+    return isinstance(at, Path) and at.suffix == SUFFIX and not at.is_dir()
 
 
 @contextmanager

@@ -127,17 +127,18 @@ class SampleFile:
 
     def answers(self, keys: Iterable[SampleKey]) -> Iterator[Answer]:
         """Samples that are not missing, read from the file. Raises OutputError where it was changed meanwhile."""
+        places = [(key, self._starts[self._numbers[key]]) for key in keys]
         try:
             with open(self.path, "rb") as file:
-                for key in keys:
-                    file.seek(self._starts[self._numbers[key]])
+                for key, start in places:
+                    file.seek(start)
                     found, answer, _ = _sample(parse_json(file.readline(MAX_LINE_BYTES)))
                     if found != key:
                         raise ValueError(f"{found} in the place of {key}")
                     yield answer
         except OSError as error:
             raise output_error(self.path, error) from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             what = "was changed while it was in use"
             raise OutputError(Problem("samples-changed", str(self.path), what, "run again")) from error
 

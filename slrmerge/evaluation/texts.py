@@ -5,8 +5,15 @@ from itertools import islice
 from typing import overload
 
 from slrmerge.evaluation.models import sample_keys
-from slrmerge.evaluation.samples import SampleFile
+from slrmerge.evaluation.samples import Answer, SampleFile
 from slrmerge.evaluation.verbalized import parse_verbalized
+
+
+def texts_of(answer: Answer, verbalized: int | None) -> Sequence[str | None]:
+    """The samples in an answer: one, or `verbalized`; None for a refusal, and where verbalized sampling failed."""
+    if answer.is_refusal:
+        return [None] * (verbalized or 1)
+    return parse_verbalized(answer.text, verbalized) if verbalized else [answer.text]
 
 
 class StoredTexts(Sequence[str | None]):
@@ -23,12 +30,8 @@ class StoredTexts(Sequence[str | None]):
         return self._requests * (self._verbalized or 1)
 
     def __iter__(self) -> Iterator[str | None]:
-        k = self._verbalized
         for answer in self._file.answers(sample_keys(self._model, [self._prompt], self._requests)):
-            if answer.is_refusal:
-                yield from [None] * (k or 1)
-            else:
-                yield from parse_verbalized(answer.text, k) if k else [answer.text]
+            yield from texts_of(answer, self._verbalized)
 
     @overload
     def __getitem__(self, at: int) -> str | None: ...

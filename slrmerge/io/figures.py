@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,15 +46,16 @@ def figure_text(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def colour_names(labels: Iterable[str]) -> dict[str, str]:
+    """For each label a name in MODEL_COLOURS, which page.css has too: the label itself, otherwise the next free one."""
+    labels = list(dict.fromkeys(labels))
+    free = cycle([name for name in MODEL_COLOURS if name not in labels] or MODEL_COLOURS)
+    return {label: label if label in MODEL_COLOURS else next(free) for label in labels}
+
+
 def model_colours(labels: Iterable[str]) -> dict[str, str]:
-    """A colour for each label: its own where the label is a name in MODEL_COLOURS, otherwise the next free one."""
-    labels = list(labels)
-    free = [colour for name, colour in MODEL_COLOURS.items() if name not in labels]
-    found: dict[str, str] = {}
-    for label in labels:
-        taken = len(found.keys() - MODEL_COLOURS.keys())
-        found[label] = MODEL_COLOURS.get(label) or (free or list(MODEL_COLOURS.values()))[taken % (len(free) or 8)]
-    return found
+    """A colour for each label, as `colour_names` names them."""
+    return {label: MODEL_COLOURS[name] for label, name in colour_names(labels).items()}
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,20 @@ def place_labels(
     assert figure is not None
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    frame, scale = axes.get_window_extent(), figure.dpi / 72
+    scale = figure.dpi / 72
     drawn = [axes.transData.transform(line) for line in lines if len(line)]
     dense = [np.linspace(a, b, 2 + int(np.abs(b - a).max() / 3)) for each in drawn for a, b in pairwise(each)]
     on_lines = np.concatenate([np.empty((0, 2)), *dense])
     points = [axes.transData.transform((each.x, each.y)) for each in labels]
     taken = [_Box.around(x, y, 8 * scale, 8 * scale) for x, y in points]
-    for label in sorted(labels, key=lambda each: not each.needed):
+    room = _Box(*axes.get_window_extent().extents)
+    for label, (x, y) in sorted(zip(labels, points, strict=True), key=lambda pair: not pair[0].needed):
         written = axes.annotate(
             label.text, (label.x, label.y), xytext=(0, 0), textcoords="offset points", fontsize=fontsize,
             color=label.colour, zorder=6, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
         size = written.get_window_extent()
-        x, y = axes.transData.transform((label.x, label.y))
         choices = [
             (distance, right, up, _Box.beside(x, y, size.width, size.height, right, up, distance * scale))
             for distance in (_DISTANCES if label.needed else _DISTANCES[:2])
@@ -105,7 +106,7 @@ def place_labels(
         free = [
             choice
             for choice in choices
-            if choice[3].is_inside(_Box(*frame.extents)) and not any(choice[3].overlaps(each) for each in taken)
+            if choice[3].is_inside(room) and not any(choice[3].overlaps(each) for each in taken)
         ]
         clear = [choice for choice in free if not choice[3].covers(on_lines)]
         if not (clear or (free and label.needed)):
@@ -157,15 +158,12 @@ class _Box:
         return bool(((self.left < x) & (x < self.right) & (self.bottom < y) & (y < self.top)).any())
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write `figure` to `path` with .png and with .svg."""
+def save_figure(figure: "Figure", path: Path) -> bytes:
+    """Write `figure` to `path` with .png and with .svg; returns the SVG, with its texts as text."""
+    svg = _drawn(figure, "svg", Date=None)
     replace_file(path.with_suffix(".png"), _drawn(figure, "png", Software=None))
-    replace_file(path.with_suffix(".svg"), figure_svg(figure))
-
-
-def figure_svg(figure: "Figure") -> bytes:
-    """`figure` as SVG, with its texts as text."""
-    return _drawn(figure, "svg", Date=None)
+    replace_file(path.with_suffix(".svg"), svg)
+    return svg
 
 
 def _drawn(figure: "Figure", form: str, **metadata: None) -> bytes:

@@ -40,10 +40,13 @@ class Journal:
         path = folder / JOURNAL_NAME
         lines = path.read_bytes().splitlines() if path.exists() else []
         finished: dict[Piece, bytes] = {}
+        nan_names: set[str] = set()
         if lines and lines[0] == fingerprint.encode():
-            finished = dict(filter(None, map(_parse, lines[1:])))
+            entries = list(map(_parse, lines[1:]))
+            finished = dict(entry for entry in entries if isinstance(entry, tuple))
+            nan_names = {entry for entry in entries if isinstance(entry, str)}
         journal = cls(folder, finished, fingerprint, durable=durable)
-        journal.nan_names = set(filter(None, map(_parse_nan, lines[1:]))) if finished else set()
+        journal.nan_names = nan_names if finished else set()
         if not finished:
             journal.discard_unfinished()
         journal._rewrite()
@@ -152,21 +155,13 @@ def _nan_line(name: str) -> bytes:
     return f"{json.dumps({'nan': name})}\n".encode()
 
 
-def _parse_nan(line: bytes) -> str | None:
-    """The tensor of a line about one, or None."""
+def _parse(line: bytes) -> tuple[Piece, bytes] | str | None:
+    """A line of the journal: a piece and its digest, or a tensor with NaN; None for one that a kill cut short."""
     try:
         entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    name = entry.get("nan") if isinstance(entry, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _parse(line: bytes) -> tuple[Piece, bytes] | None:
-    """A line of the journal, or None for one that a kill cut short."""
-    try:
-        entry = json.loads(line)
+        if isinstance(entry, dict):
+            return entry["nan"] if isinstance(entry["nan"], str) else None
         name, number, digest = entry
         return ((name, number), bytes.fromhex(digest)) if (type(name), type(number)) == (str, int) else None
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -330,20 +330,14 @@ def test_an_interrupted_search_without_resume_keeps_nothing(small: SmallPair, mo
 # progress
 
 
-def test_a_terminal_shows_layers_states_and_the_time_left(small: SmallPair) -> None:
+def search_at_a_terminal(small: SmallPair, **environment: str) -> tuple[int, bytes, bytes]:
     code = f"import sys; from slrmerge.cli import main; {HURRY}; main(sys.argv[1:])"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "search",
-        str(small.recipe_file()),
-        "--out",
-        str(small.out),
-        "--threads",
-        "1",
-    ]
-    exit_code, summary, seen = at_a_terminal(command, columns=120, OMP_NUM_THREADS="1", TQDM_MININTERVAL="0")
+    arguments = ["search", str(small.recipe_file()), "--out", str(small.out), "--threads", "1"]
+    return at_a_terminal([sys.executable, "-c", code, *arguments], columns=120, **environment)
+
+
+def test_a_terminal_shows_layers_states_and_the_time_left(small: SmallPair) -> None:
+    exit_code, summary, seen = search_at_a_terminal(small, OMP_NUM_THREADS="1", TQDM_MININTERVAL="0")
     text = seen.decode()
     assert exit_code == 0
     for layer in range(1, LAYERS + 1):
@@ -376,19 +370,7 @@ def test_a_terminal_shows_a_finished_search_as_complete_where_layers_are_the_sam
     weights = {side: load_file(small.folder / side / "model.safetensors") for side in ("pre", "post")}
     same = {name: tensor for name, tensor in weights["post"].items() if "layers.1." in name or "embed" in name}
     save_file({**weights["pre"], **same}, small.folder / "pre" / "model.safetensors")
-    code = f"import sys; from slrmerge.cli import main; {HURRY}; main(sys.argv[1:])"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "search",
-        str(small.recipe_file()),
-        "--out",
-        str(small.out),
-        "--threads",
-        "1",
-    ]
-    exit_code, _, seen = at_a_terminal(command, columns=120)
+    exit_code, _, seen = search_at_a_terminal(small)
     assert exit_code == 0
     last = [line for line in seen.decode().split("\r") if "states/s" in line][-1]
     assert re.search(r"head: 100%\|.+\| (\d+)/\1 ", last)

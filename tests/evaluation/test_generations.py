@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slrmerge.errors import DataError
+from slrmerge.errors import DataError, OptionError
 from slrmerge.evaluation.generations import GenerationsFile
 from slrmerge.evaluation.result import EvaluationResult
 from slrmerge.evaluation.run import evaluate
@@ -85,6 +85,11 @@ def test_a_file_has_no_greedy_answers(tmp_path: Path) -> None:
     path = written(tmp_path / "answers.jsonl", {"prompt": "How many?", "generations": ["4"] * 4})
     with refused(DataError, "no-greedy-answers"):
         evaluate("reasoning", data, {"post": path}, tmp_path / "eval", samples=4)
+
+
+def test_a_file_cannot_judge(data: Path) -> None:
+    with refused(OptionError, "not-a-judge"):
+        run(data, {"post": generations(data.parent)}, judge=str(data.with_name("answers.jsonl")))
 
 
 def test_what_is_exported_is_read_again(server: OpenAIServer, data: Path) -> None:

@@ -60,6 +60,13 @@ def test_a_file_that_was_changed_is_an_error(file: SampleFile, content: bytes | 
         list(texts)
 
 
+def test_a_line_that_is_no_sample_is_an_error(file: SampleFile) -> None:
+    lines = file.path.read_bytes().splitlines()
+    file.path.write_bytes(b"".join(b"{}".ljust(len(line)) + b"\n" for line in lines))
+    with refused(OutputError, "samples-changed"):
+        list(StoredTexts(file, "slr", "p", requests=3, verbalized=None))
+
+
 def test_a_sample_in_the_place_of_another_is_an_error(file: SampleFile) -> None:
     lines = file.path.read_bytes().splitlines(keepends=True)
     file.path.write_bytes(b"".join(lines[2:]) + b"".join(lines[:2]))

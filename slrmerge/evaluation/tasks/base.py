@@ -26,7 +26,9 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelResponses(Generic[Q]):
-    """One model's responses to a question, in the order of its samples; None where verbalized sampling failed.
+    """One model's responses to a question, in the order of its samples.
+
+    None for a refusal, and where verbalized sampling failed.
 
     There may be none.
     """

@@ -121,7 +121,7 @@ def _diversities(
         place = {text: number for number, text in enumerate(dict.fromkeys(chain.from_iterable(groups)))}
         vectors = embedder.embed(list(place)) if place else np.empty((0, 0))
         for group in groups:
-            own = vectors[[place[text] for text in group]] if group else vectors[:0]
+            own = vectors[[place[text] for text in group]]
             found.append(Diversity(dissimilarity(own), vendi_score(own)))
         texts, truncated = texts + len(place), truncated + int(embedder.truncated(list(place)).sum())
     note = f"{embedder.model_id} truncates {truncated:,} of {texts:,} texts"
