@@ -12,12 +12,16 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 from filelock import FileLock
+from hypothesis import settings
 
 from slrmerge.checkpoint.pair import ModelPair, open_pair
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.recipe.load import AnyRecipe, load_recipe
 from tests.checkpoints import Tensor, llama_tensors, write_checkpoint
+
+settings.register_profile("untimed", settings(), deadline=None)  # the current profile, which may be that of CI
+settings.load_profile("untimed")
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 

@@ -4,7 +4,7 @@ Where the file system can, a piece of a kept shard is first cloned from the post
 part. A piece is cloned again by the run that finishes it: nothing depends on what an earlier run cloned.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from itertools import zip_longest
@@ -147,8 +147,10 @@ class _ShardWriter:
                 queue = interleave([[(shard, job) for job in jobs] for shard, jobs in opened])
                 pending += [self._pool.submit(self._write, *entry) for entry in queue]
             self._started.set()
-            done, _ = wait(pending, return_when=FIRST_EXCEPTION)
-            failed = [future for future in pending if future in done and future.exception()]
+            left: Collection[Future[None]] = pending
+            while left and not failed:  # again each second: a Ctrl-C just before a wait does not end that wait
+                done, left = wait(left, timeout=1, return_when=FIRST_EXCEPTION)
+                failed = [future for future in pending if future in done and future.exception()]
         finally:
             if failed or not self._started.is_set() or not all(future.done() for future in pending):
                 self._stopped.set()
