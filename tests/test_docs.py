@@ -1,7 +1,5 @@
 """Every config and recipe in the documentation is valid, and those that are called equal are."""
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +12,9 @@ from slrmerge.recipe.mergekit.recipe import MergekitRecipe
 from slrmerge.recipe.mergekit.weights import resolve_config
 from slrmerge.recipe.model import Recipe
 from tests.checkpoints import llama_tensors
+from tests.documentation import DOCS, blocks
 
-PAGE = (Path(__file__).parents[1] / "docs" / "mergekit.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = blocks(DOCS / "mergekit.md", "yaml")
 STACK = LayerStack("model.layers", 32)
 NAMES = list(llama_tensors(0, layers=32, hidden=1, vocabulary=1))
 

@@ -123,7 +123,7 @@ def draw(models: dict[str, tuple[list[Answered], float, float]], theme: Theme) -
         box(axes, x, -4.8, 0.2, 0.2, face=colour, edge=colour)
         axes.text(x + 0.3, -4.7, words, color=theme.muted, fontsize=9.5, va="center")
     axes.text(
-        12.6, -4.7, "20 samples each; outlined: not a valid answer", color=theme.muted, fontsize=9.5,
+        12.6, -4.7, f"{DRAWS} samples each; outlined: not a valid answer", color=theme.muted, fontsize=9.5,
         ha="right", va="center",
     )  # fmt: skip
     return figure
@@ -139,7 +139,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         hybrid = Path(folder) / "hybrid"
         slr.merge(HERE / "recipe.yaml", out=hybrid)
-        models = {"Post-trained": ask(HERE / "posttrained"), "Layers 2–8 restored": ask(hybrid)}
+        models = {
+            "Post-trained": ask(HERE / "posttrained"),
+            f"Layers {RESTORED[0]}–{RESTORED[-1]} restored": ask(hybrid),
+        }
     with mpl.rc_context({"svg.hashsalt": "slrmerge", "svg.fonttype": "path"}):
         for name, theme in THEMES.items():
             draw(models, theme).savefig(out / f"restored-{name}.svg", metadata={"Date": None})

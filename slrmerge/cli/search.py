@@ -90,7 +90,7 @@ def search(
 def select(folder: Path, *, min_quality: float, as_json: bool) -> None:
     """Select again from the results of a search in FOLDER.
 
-    Applies another minimum quality to the scores that are there, and renews recipes, summary and figures.
+    Applies another minimum quality to the scores that are there, and renews recipes, summary, figures and report.
 
     \b
     slrmerge select ./search --min-quality 0.95

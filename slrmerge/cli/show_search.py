@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from slrmerge.cli.group import as_typed
 from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.io.sizes import format_bytes
-from slrmerge.merging.finding import HeldOut, ScoreChange
+from slrmerge.merging.finding import HeldOut
 from slrmerge.searching.results import LOW_QUALITY, RECIPES, SearchResult
 from slrmerge.searching.selection import ScoredCandidate, ten_best
 
 if TYPE_CHECKING:
     from slrmerge.searching.estimate import Estimate
-    from slrmerge.searching.run import Prepared
+    from slrmerge.searching.prepare import Prepared
 
 _NAMES = {
     "post": "post-trained",
@@ -110,16 +110,10 @@ def _print_held_out(held_out: HeldOut) -> None:
         names.setdefault(held_out.scores[name].label, []).append(name)
     for same in names.values():
         found = held_out.scores[same[0]]
-        changes = (_interval(found.quality_change), _interval(found.diversity_change))
+        changes = (change.text(3) if change else "" for change in (found.quality_change, found.diversity_change))
         named = ", ".join(_NAMES[name] for name in same)
         table.add_row(named, found.label, f"{found.quality:.3f}", f"{found.diversity:.3f}", *changes)
     table.print()
-
-
-def _interval(change: ScoreChange | None) -> str:
-    if change is None:
-        return ""
-    return f"{change.mean:+.3f}" + ("" if change.low is None else f" [{change.low:+.3f}, {change.high:+.3f}]")
 
 
 def _shares(reselected: Mapping[str, float], shown: int = 3) -> str:

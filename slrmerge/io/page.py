@@ -30,7 +30,7 @@ def render_page(package: str, name: str, **values: Any) -> str:
 
 
 def plotly_js() -> Any:
-    """plotly.js as a trusted text, with its version on `plotly_js_version`. Needs plotly."""
+    """plotly.js as a trusted text. Needs plotly."""
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 

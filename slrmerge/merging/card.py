@@ -14,7 +14,7 @@ from slrmerge.checkpoint.side_files import CARD_NAME
 from slrmerge.errors import CheckpointError
 from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.io.text import markdown, markdown_block, markdown_code, to_json
-from slrmerge.merging.finding import TRADEOFF_NAME, Finding, HeldOut, ScoreChange
+from slrmerge.merging.finding import TRADEOFF_NAME, Finding, HeldOut
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.summary import describe_plan
 
@@ -167,15 +167,9 @@ def _held_out_section(held_out: HeldOut, own: str) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for found in {found.label: found for found in held_out.scores.values()}.values():
         label = f"**{markdown(found.label)}** (this model)" if found.label == own else markdown(found.label)
-        changes = [_interval(change) for change in (found.quality_change, found.diversity_change)]
+        changes = [change.text(4) if change else "" for change in (found.quality_change, found.diversity_change)]
         yield f"| {label} | {found.quality:.4f} | {found.diversity:.4f} | {changes[0]} | {changes[1]} |"
     yield ""
-
-
-def _interval(change: ScoreChange | None) -> str:
-    if change is None:
-        return ""
-    return f"{change.mean:+.4f}" + ("" if change.low is None else f" [{change.low:+.4f}, {change.high:+.4f}]")
 
 
 def _inherited_front_matter(folder: Path) -> dict[str, Any]:

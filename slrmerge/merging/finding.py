@@ -37,6 +37,11 @@ class ScoreChange(Model):
     low: float | None = None
     high: float | None = None
 
+    def text(self, digits: int) -> str:
+        """`+0.53 [+0.33, +0.72]`, with so many digits."""
+        mean = f"{self.mean:+.{digits}f}"
+        return mean if self.low is None else f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
 
 class HeldOutScores(Model):
     """Mean scores of a candidate on held-out prompts; without changes for the post-trained model itself."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slrmerge.errors import OutputError, Problem
-from slrmerge.io.files import replace_file
+from slrmerge.io.files import read_file, replace_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.searching.proxy_tasks import Scores
 
@@ -62,10 +62,11 @@ def read_prompts(folder: Path, labels: Sequence[str]) -> KeptScores | None:
     """
     path = folder / PROMPTS
     try:
-        with ZipFile(path) as file:
+        raw = read_file(path, _MAX_BYTES)
+        with ZipFile(BytesIO(raw)) as file:
             if sum(info.file_size for info in file.infolist()) > _MAX_BYTES:
                 raise ValueError(f"more than {_MAX_BYTES} bytes")
-        with np.load(path) as file:
+        with np.load(BytesIO(raw)) as file:
             arrays = dict(file)
         is_asked = any(name.startswith(_HELD_OUT) for name in arrays)
         kept = KeptScores(_scores_in(arrays, ""), _scores_in(arrays, _HELD_OUT) if is_asked else None)
@@ -84,8 +85,7 @@ def _arrays(kept: KeptScores) -> Iterator[tuple[str, NDArray[np.generic]]]:
         if found is not None:
             yield f"{prefix}candidates", np.array(found.candidates, dtype=np.str_)
             yield f"{prefix}questions", np.array(found.questions, dtype=np.str_)
-            yield f"{prefix}quality", found.scores.quality
-            yield f"{prefix}diversity", found.scores.diversity
+            yield from zip((prefix + name for name in Scores._fields), found.scores, strict=True)
 
 
 def _scores_in(arrays: dict[str, NDArray[np.generic]], prefix: str) -> PromptScores:

@@ -3,11 +3,17 @@
 {
   const data = JSON.parse(document.getElementById("data").textContent);
   const rows = data.rows;
+  rows.forEach((row, place) => (row.place = place));
   const post = rows[data.steps[0].post];
   const intervals = rows.filter((row) => row.space === data.space && row.start !== null);
   const spans = new Map(intervals.map((row) => [`${row.start} ${row.end}`, row]));
   const NAMES = { post: "post-trained", slr: "selected", soup: "best soup", early: "early control", late: "late control", pre: "pre-trained" };
-  const SPACES = { interval: "intervals", attention: "attention only", mlp: "MLPs only" };
+  const SPACES = {
+    interval: { name: "intervals", colour: "interval", symbol: "circle" },
+    attention: { name: "attention only", colour: "early", symbol: "square" },
+    mlp: { name: "MLPs only", colour: "late", symbol: "diamond" },
+  };
+  const MAPS = intervals.length ? ["quality", "diversity"] : [];
   const SIGNS = { interval: "●", attention: "■", mlp: "◆", soup: "■", recipe: "▲", early: "◀", late: "▶", post: "◆", pre: "◇", slr: "★" };
   const FEW = 20;
   const find = (id) => document.getElementById(id);
@@ -59,7 +65,7 @@
 
   function points(own, more) {
     return {
-      x: own.map((row) => row.quality), y: own.map((row) => row.diversity), customdata: own.map((row) => rows.indexOf(row)),
+      x: own.map((row) => row.quality), y: own.map((row) => row.diversity), customdata: own.map((row) => row.place),
       text: own.map(hover), hovertemplate: "%{text}<extra></extra>", type: "scatter", mode: "markers", ...more,
     };
   }
@@ -67,11 +73,10 @@
   function tradeoff() {
     const marker = (name, symbol, size, more) => ({ color: colour(name), symbol, size, line: { color: colour("card"), width: 1 }, ...more });
     const traces = [];
-    for (const [space, name] of Object.entries(SPACES)) {
+    for (const [space, look] of Object.entries(SPACES)) {
       const own = rows.filter((row) => row.space === space);
-      const look = { interval: ["interval", "circle"], attention: ["early", "square"], mlp: ["late", "diamond"] }[space];
       const [size, opacity] = own.length > 1000 ? [4, 0.3] : [7, 0.45];
-      if (own.length) traces.push(points(own, { name, marker: { color: colour(look[0]), symbol: look[1], size, opacity } }));
+      if (own.length) traces.push(points(own, { name: look.name, marker: { color: colour(look.colour), symbol: look.symbol, size, opacity } }));
     }
     const front = intervals.filter((row) => row.pareto).sort((a, b) => a.quality - b.quality);
     if (front.length) {
@@ -105,13 +110,13 @@
   }
 
   function legend() {
-    const colours = { attention: "early", mlp: "late" };
-    const names = { ...SPACES, ...NAMES, [data.space]: `${SPACES[data.space]} (line: Pareto front)`, soup: "soups", recipe: "recipes" };
+    const spaces = Object.fromEntries(Object.entries(SPACES).map(([space, look]) => [space, look.name]));
+    const names = { ...spaces, ...NAMES, [data.space]: `${spaces[data.space]} (line: Pareto front)`, soup: "soups", recipe: "recipes" };
     const has = (name) => rows.some((row) => row.space === name) || (["slr", "early", "late"].includes(name) && data.steps.some((each) => name in each));
     const made = Object.keys(SIGNS).filter(has).map((name) => {
       const entry = element("span", ` ${names[name]}`);
       const sign = element("b", SIGNS[name]);
-      sign.style.color = `var(--${colours[name] || name})`;
+      sign.style.color = `var(--${SPACES[name]?.colour ?? name})`;
       entry.prepend(sign);
       return entry;
     });
@@ -180,7 +185,7 @@
 
   function move() {
     Plotly.relayout("tradeoff", moving());
-    for (const name of intervals.length ? ["quality", "diversity"] : []) Plotly.update(name, { z: [faint()] }, { shapes: frame() }, [1]);
+    for (const name of MAPS) Plotly.update(name, { z: [faint()] }, { shapes: frame() }, [1]);
   }
 
   // Texts and tables
@@ -203,15 +208,18 @@
 
   function recipe() {
     const row = picked || at("slr");
-    const text = row && row.recipe_rest !== null ? comment(row) + data.recipe_head + row.recipe_rest : row ? "# a mergekit config; merge by the config itself\n" : "# no interval keeps enough quality\n";
-    find("recipe").textContent = text;
+    const hasRecipe = Boolean(row) && row.recipe_rest !== null;
+    const instead = row ? "# a mergekit config; merge by the config itself\n" : "# no interval keeps enough quality\n";
+    find("recipe").textContent = hasRecipe ? comment(row) + data.recipe_head + row.recipe_rest : instead;
+    find("copy").hidden = !hasRecipe;
     find("recipe-title").textContent = row ? `Recipe: ${row.label}` : "Recipe";
-    const asSelected = share === data.min_quality && !picked;
-    find("recipe-note").textContent = asSelected
-      ? "This is slr.yaml. Merge it in this folder: slrmerge slr.yaml --out ./hybrid"
-      : picked
-        ? "Save it as a file in this folder: relative names of checkpoints count from here."
-        : `To write it as slr.yaml, run in this folder: slrmerge select . --min-quality ${share}`;
+    find("recipe-note").textContent = hasRecipe ? use() : "";
+  }
+
+  function use() {
+    if (picked) return "Save it as a file in this folder: relative names of checkpoints count from here.";
+    if (share === data.min_quality) return "This is slr.yaml. Merge it in this folder: slrmerge slr.yaml --out ./hybrid";
+    return `To write it as slr.yaml, run in this folder: slrmerge select . --min-quality ${share}`;
   }
 
   function comment(row) {
@@ -289,7 +297,7 @@
 
   function pick(row) {
     picked = row === picked || row === at("slr") ? null : row;
-    for (const name of intervals.length ? ["quality", "diversity"] : []) Plotly.relayout(name, { shapes: frame() });
+    for (const name of MAPS) Plotly.relayout(name, { shapes: frame() });
     recipe();
     candidates();
   }
@@ -320,7 +328,7 @@
     });
     find("copy").addEventListener("click", copy);
     find("tradeoff").on("plotly_click", (event) => pick(rows[event.points[0].customdata]));
-    for (const name of intervals.length ? ["quality", "diversity"] : []) {
+    for (const name of MAPS) {
       find(name).on("plotly_click", ({ points: [cell] }) => spans.has(`${cell.y} ${cell.x}`) && pick(spans.get(`${cell.y} ${cell.x}`)));
     }
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

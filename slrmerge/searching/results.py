@@ -345,10 +345,10 @@ _WHY = {
 
 
 def _recipe(result: SearchResult, name: str, row: ScoredCandidate) -> str:
-    post = result.choice.post
+    post, task = result.choice.post, printable(result.task)
     return (
         f"# {printable(row.info.label)}: {_WHY[name].format(ratio=result.choice.min_quality)}.\n"
-        f"# Selected by `slrmerge search` ({result.task}, {row.conditions}) from {len(result.rows)} candidates:\n"
+        f"# Selected by `slrmerge search` ({task}, {row.conditions}) from {len(result.rows)} candidates:\n"
         f"# Q {row.quality:.4f}, D {row.diversity:.4f} nats; the post-trained model: Q {post.quality:.4f}, "
         f"D {post.diversity:.4f}.\n" + write_yaml(result.choice.recipe_for(row).to_dict())
     )

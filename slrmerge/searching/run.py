@@ -1,9 +1,9 @@
-"""A search: open the pair, tokenize the questions, score all candidates in one pass, the finalists in another."""
+"""A search: prepare it, score all candidates in one pass, the finalists in another, the selection on other prompts."""
 
 import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.location import AdapterOnBase, Repository, Source
-from slrmerge.checkpoint.pair import ModelPair, require_layers, require_same_depth
-from slrmerge.checkpoint.side_files import fetch_side_files
-from slrmerge.errors import PlanError, Problem, UnsupportedModelError, raise_all, require_extra
+from slrmerge.checkpoint.pair import ModelPair, require_layers
+from slrmerge.errors import Problem, UnsupportedModelError, require_extra
 from slrmerge.io.files import replace_file
 from slrmerge.io.options import make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder, remove, resolve_target, staging_folder
@@ -24,13 +21,14 @@ from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
 from slrmerge.recipe.model import Recipe
-from slrmerge.searching.candidates import Candidate, leave_out_unlike, make_candidates
+from slrmerge.searching.candidates import Candidate
 from slrmerge.searching.estimate import Estimate, estimate, estimate_parts
 from slrmerge.searching.held_out import candidates_to_ask, look_again, reselect
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.passes import PASSES, Pass, PassResult
+from slrmerge.searching.prepare import Prepared, also_recipes, prepare, recipe_of
 from slrmerge.searching.prompt_scores import KeptScores, PromptScores, write_prompts
-from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
+from slrmerge.searching.prompts import answer_log_probs
 from slrmerge.searching.proxy_tasks import Question, Scores, make_task
 from slrmerge.searching.results import RECIPES, SearchResult, why_not_results, write_result
 from slrmerge.searching.scorer import LocalScorer, Scorer, require_device, torch_threads
@@ -40,12 +38,6 @@ from slrmerge.searching.sweep.cost import Cost
 if TYPE_CHECKING:
     from slrmerge.searching.cluster import RayScorer
 
-BIG_PARAMETERS = 1_000_000_000
-"""From this size a first pass runs in bfloat16 by default."""
-
-QUICK_PROMPTS = 8
-"""Prompts of a quick first pass, spread over the task's."""
-
 RESCORED_AT_LEAST = 10
 """Candidates of each space that are scored again exactly, besides all that may be selected."""
 
@@ -54,23 +46,6 @@ ROUNDING_MARGIN, QUICK_MARGIN = 0.01, 0.05
 
 _DATE = "date"
 """A file beside the passes: the date in the prompts, for a search that resumes on another day."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A search whose pair is open, whose prompts are tokens and whose candidates are known."""
-
-    pair: ModelPair
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    candidates: list[Candidate]
-    first: Pass
-    notes: tuple[str, ...]
-
-    @property
-    def day(self) -> datetime.date | None:
-        """The date that the chat template wrote into the prompts."""
-        return self.prompts[0].day
 
 
 class Search:
@@ -90,8 +65,8 @@ class Search:
         require_extra("search", "transformers", "matplotlib", "plotly", "jinja2")
         self.options = options or SearchOptions()
         self._open = pair if isinstance(pair, ModelPair) else None
-        self.recipe: AnyRecipe = _recipe_of(pair) if isinstance(pair, ModelPair) else as_recipe(pair)
-        self.also = [(_label(each, number), as_recipe(each)) for number, each in enumerate(self.options.also, 1)]
+        self.recipe: AnyRecipe = recipe_of(pair) if isinstance(pair, ModelPair) else as_recipe(pair)
+        self.also = also_recipes(self.options.also)
         self.task = make_task(self.options.task)
         self._day = self.options.day
         self.questions = self.task.questions()
@@ -110,29 +85,7 @@ class Search:
         Raises CheckpointError, HubError, PlanError and UnsupportedModelError.
         """
         pair = self._open or self.recipe.open_pair()
-        if pair.posttrained.format == "gguf":
-            what = "is a GGUF file, which a search cannot run"
-            remedy = "search the original checkpoints; the recipe that it writes merges the GGUF files too"
-            raise UnsupportedModelError(Problem("gguf", str(pair.posttrained), what, remedy))
-        raise_all(require_same_depth(pair), PlanError)
-        require_layers(pair)
-        raise_all(self._other_pairs(pair), PlanError)
-        fetch_side_files(pair.posttrained.side_files)
-        every = tokenize((*self.questions, *self.held_out), pair.posttrained.tokenizer_folder, day=self._day)
-        raise_all(_unknown_tokens(pair, every), UnsupportedModelError)
-        prompts, held_out = every[: len(self.questions)], every[len(self.questions) :]
-        own = [("the recipe's own", self.recipe)] if self.recipe.has_rules else []
-        made = make_candidates(pair, self.options.spaces, [*own, *self.also])
-        shared = self.recipe.vocabulary == "shared"
-        candidates, notes = leave_out_unlike(pair, made, shares_vocabulary=shared)
-        if prompts[0].added:
-            notes.append(f"the prompts end with {prompts[0].added!r}, as the chat template writes before an answer")
-        if self.options.held_out and not held_out:
-            notes.append("the task has no held-out prompts; list some under `held_out` to check the selection by them")
-        asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if self.options.quick else prompts
-        is_big = pair.posttrained.parameters >= BIG_PARAMETERS
-        dtype = getattr(torch, self.options.dtype or ("bfloat16" if is_big else "float32"))
-        return Prepared(pair, prompts, held_out, candidates, Pass("first", candidates, asked, dtype), tuple(notes))
+        return prepare(pair, self.recipe, self.also, self.questions, self.held_out, options=self.options, day=self._day)
 
     def estimate(self) -> Estimate:
         """What the first pass and the held-out prompts would take; reads no weights.
@@ -248,7 +201,7 @@ class Search:
             ScoredCandidate(each.info, 1.0, -abs(each.info.layers_restored - half), 1, "float32", True, feasible=True)
             for each in self.prepared.candidates
         ]
-        return select_from(rows, base=_recipe_of(self.prepared.pair), min_quality=0)
+        return select_from(rows, base=recipe_of(self.prepared.pair), min_quality=0)
 
     def _scores(self, wanted: Pass, scorer: Scorer, output: OutputFolder, progress: Progress) -> Scores:
         """The scores of a pass, each of shape (candidates, prompts)."""
@@ -322,7 +275,7 @@ class Search:
 
     def _base(self, pair: ModelPair, folder: Path) -> Recipe:
         """The recipe of the pair, without rules, as a file in `folder` names it."""
-        named = self.recipe if isinstance(self.recipe, Recipe) else _recipe_of(pair)
+        named = self.recipe if isinstance(self.recipe, Recipe) else recipe_of(pair)
         content = named.relative_to(folder, pair)
         sides = {side: content[side] for side in ("pretrained", "posttrained")}
         kept = {"dtype": self.recipe.dtype, "vocabulary": self.recipe.vocabulary}
@@ -353,17 +306,6 @@ class Search:
         kept = self.options.resume and any(any(staging.glob(pattern)) for pattern in finished)
         return "finished layers are kept; run the same command again to resume" if kept else None
 
-    def _other_pairs(self, pair: ModelPair) -> Iterator[Problem]:
-        """Recipes in `also` that name other checkpoints."""
-        for label, other in self.also:
-            for side, checkpoint in pair.items():
-                if getattr(other, side) is None:  # the base of the adapter
-                    continue
-                if not _is_at(checkpoint, other.source(side)):
-                    what = f"names {getattr(other, side)}, which is not the {side} side of this search"
-                    remedy = "score only recipes for the same two checkpoints"
-                    yield Problem("other-checkpoint", f"{label}: $.{side}", what, remedy)
-
 
 @takes_options(SearchOptions)
 def search(
@@ -391,36 +333,5 @@ def _read_date(staging: Path) -> datetime.date | None:
         return None
 
 
-def _unknown_tokens(pair: ModelPair, prompts: Sequence[Prompt]) -> Iterator[Problem]:
-    """Tokens without a row in the embedding, for example because the tokenizer belongs to another model."""
-    post = pair.posttrained
-    rows = {info.shape[0] for name, info in post.items() if pair.correspondence.is_vocabulary(name)}
-    highest = max(token for context in contexts_of(prompts) for token in (*context.ids, *context.targets))
-    if rows and highest >= min(rows):
-        what = f"the tokenizer makes token {highest}, and the embedding has {min(rows)} rows"
-        yield Problem("token-without-embedding", str(post), what, "give the model its own tokenizer")
-
-
 def _prompt_scores(labels: Sequence[str], questions: Sequence[Question], scores: Scores) -> PromptScores:
     return PromptScores(tuple(labels), tuple(question.text for question in questions), scores)
-
-
-def _recipe_of(pair: ModelPair) -> Recipe:
-    return Recipe(pretrained=pair.pretrained.reference, posttrained=pair.posttrained.reference)
-
-
-def _label(recipe: object, number: int) -> str:
-    """The name of a recipe's file, as one printable line; a number for a recipe that is not a file."""
-    if not isinstance(recipe, str | os.PathLike):
-        return f"recipe {number}"
-    return "".join(character if character.isprintable() else "?" for character in Path(recipe).name)
-
-
-def _is_at(checkpoint: Checkpoint, source: Source) -> bool:
-    """Whether a source names a checkpoint; a repository without revision names any commit."""
-    if isinstance(source, AdapterOnBase):
-        source = source.adapter
-    if isinstance(source, Repository):
-        name, _, commit = checkpoint.reference.rpartition("+")[2].rpartition("@")
-        return source.name == name and source.revision in (None, "main", commit)
-    return os.path.realpath(source) == os.path.realpath(checkpoint.locations[-1])

@@ -16,7 +16,8 @@ def select(folder: str | os.PathLike[str], *, min_quality: float = MIN_QUALITY) 
     """Select again from a search's results with another minimum quality; renews its recipes,
     summary, figures and report.
 
-    Raises OutputError where `folder` has no results of a search, OptionError for a `min_quality` outside 0 to 1.
+    Raises OutputError where `folder` has no results of a search or damaged ones, OptionError for a `min_quality`
+    outside 0 to 1.
     """
     require_extra("search", "matplotlib", "plotly", "jinja2")
     SearchOptions(min_quality=min_quality)  # raises for what is out of range

@@ -115,7 +115,7 @@ def test_a_search_without_intervals_does_not_advise_a_lower_quality(small: Small
 
 @in_a_hurry
 def test_all_options_together_reach_the_search(small: SmallPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slrmerge.searching.run.QUICK_PROMPTS", 2)
+    monkeypatch.setattr("slrmerge.searching.prepare.QUICK_PROMPTS", 2)
     result = run(
         "search", small.recipe_file(), "--out", small.out, "--threads", 1, "--quick", "--dtype", "bfloat16",
         "--max-memory", "1KB", "--no-resume", "--min-quality", 0.8, "--task", "crc", "--device", "cpu",

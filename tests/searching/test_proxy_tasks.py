@@ -12,8 +12,8 @@ from slrmerge.errors import DataError, OptionError
 from slrmerge.io.options import options_of
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.proxy_tasks import TASKS, ConstrainedRandomCharacter, Question, load_task, make_task
+from tests.documentation import DOCS, blocks
 from tests.problems import refused
-from tests.searching.pairs import ROOT
 
 NAN = math.nan
 TASK = ConstrainedRandomCharacter()
@@ -166,8 +166,7 @@ held_out: [{text: "Tails or heads?", answers: [heads, tails]}]
 
 
 def test_the_task_in_the_documentation_is_valid(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (text,) = blocks(DOCS / "search.md", "yaml")
     questions = load_task(task_file(tmp_path, text)).questions()
     assert len(questions) > 2
     assert {len(question.answers) for question in questions} > {2}

@@ -112,6 +112,15 @@ def test_a_label_is_no_formula_and_no_line_of_a_recipe(tmp_path: Path) -> None:
         assert yaml.safe_load((tmp_path / f"{name}.yaml").read_text()).keys() >= {"pretrained", "posttrained"}
 
 
+def test_the_name_of_a_task_is_no_line_of_a_recipe(tmp_path: Path) -> None:
+    write(tmp_path, replace(made_result(made_rows(SCORES)), task="mine.yaml\nrestore: [0, 1]\n#"))
+    for name in ("slr", "soup", "early", "late"):
+        path = tmp_path / f"{name}.yaml"
+        lines = [line for line in path.read_text().splitlines() if line.startswith("restore")]
+        assert "restore: [0, 1]" not in lines
+        assert "mine.yaml" in path.read_text()
+
+
 labels = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1)
 
 

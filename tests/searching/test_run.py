@@ -94,7 +94,7 @@ def plain(made_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def test_the_constructor_opens_nothing(small: SmallPair, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, also = small.recipe(restore=[1, 2]), small.recipe(alpha=0.3)
     opened: list[object] = []
-    for name in ("socket.socket.connect", "slrmerge.recipe.model.open_pair", "slrmerge.searching.run.tokenize"):
+    for name in ("socket.socket.connect", "slrmerge.recipe.model.open_pair", "slrmerge.searching.prepare.tokenize"):
         monkeypatch.setattr(name, lambda *args, **_: opened.append(args))
     real_open = builtins.open
 
@@ -607,7 +607,7 @@ OTHERS: dict[str, Callable[[SmallPair], dict[str, Any]]] = {
 @hurried
 @pytest.mark.parametrize("case", OTHERS)
 def test_states_of_another_search_are_not_resumed(small: SmallPair, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    monkeypatch.setattr("slrmerge.searching.run.QUICK_PROMPTS", 2)
+    monkeypatch.setattr("slrmerge.searching.prepare.QUICK_PROMPTS", 2)
     with pytest.raises(Stop):
         small.run(progress=Watcher(3, stop))
     options, again = OTHERS[case](small), Watcher()
@@ -938,7 +938,7 @@ def test_the_number_of_states_is_that_of_the_estimate(small: SmallPair) -> None:
 
 @hurried
 def test_a_quick_estimate_is_of_the_quick_pass(small: SmallPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slrmerge.searching.run.QUICK_PROMPTS", 2)
+    monkeypatch.setattr("slrmerge.searching.prepare.QUICK_PROMPTS", 2)
     assert small.search(quick=True).estimate().prompts == 2
 
 

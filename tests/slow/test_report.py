@@ -9,7 +9,7 @@ import pytest
 
 from slrmerge.evaluation import charts
 from slrmerge.evaluation.page import page as samples_page
-from slrmerge.io.figures import figure_svg
+from slrmerge.io.figures import save_figure
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.report import report
 from slrmerge.searching.results import SearchResult, write_result
@@ -105,6 +105,8 @@ def test_the_slider_selects_as_the_command_does(opened: "sync_api.Page", written
         slr = result.choice.slr
         if slr is None:
             assert "no interval keeps" in opened.inner_text("#selected")
+            assert opened.inner_text("#recipe-note") == ""
+            assert not opened.is_visible("#copy")
             continue
         seen.add(slr.info.label)
         assert opened.inner_text("#selected b") == slr.info.label
@@ -195,7 +197,8 @@ def test_the_samples_of_an_evaluation_are_shown_with_their_chart(
     browser: "sync_api.Browser", tmp_path: Path, scheme: str, width: int
 ) -> None:
     found = evaluated(post=[1.0, 2.0], slr=[3.0, 4.0])
-    (tmp_path / "samples.html").write_text(samples_page(found, figure_svg(charts.draw(found))), encoding="utf-8")
+    chart = save_figure(charts.draw(found), tmp_path / "chart")
+    (tmp_path / "samples.html").write_text(samples_page(found, chart), encoding="utf-8")
     with watched(browser, tmp_path / "samples.html", scheme) as page:
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.querySelector('.chart img').naturalWidth") > 100

@@ -1,0 +1,133 @@
+"""What a search knows before it scores: the pair is open, the prompts are tokens, the candidates are listed."""
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.location import AdapterOnBase, Repository, Source
+from slrmerge.checkpoint.pair import ModelPair, require_layers, require_same_depth
+from slrmerge.checkpoint.side_files import fetch_side_files
+from slrmerge.errors import PlanError, Problem, UnsupportedModelError, raise_all
+from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
+from slrmerge.recipe.model import Recipe
+from slrmerge.searching.candidates import Candidate, leave_out_unlike, make_candidates
+from slrmerge.searching.options import SearchOptions
+from slrmerge.searching.passes import Pass
+from slrmerge.searching.prompts import Prompt, contexts_of, tokenize
+from slrmerge.searching.proxy_tasks import Question
+
+BIG_PARAMETERS = 1_000_000_000
+"""From this size a first pass runs in bfloat16 by default."""
+
+QUICK_PROMPTS = 8
+"""Prompts of a quick first pass, spread over the task's."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A search whose pair is open, whose prompts are tokens and whose candidates are known."""
+
+    pair: ModelPair
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    candidates: list[Candidate]
+    first: Pass
+    notes: tuple[str, ...]
+
+    @property
+    def day(self) -> datetime.date | None:
+        """The date that the chat template wrote into the prompts."""
+        return self.prompts[0].day
+
+
+def prepare(
+    pair: ModelPair,
+    recipe: AnyRecipe,
+    also: Sequence[tuple[str, AnyRecipe]],
+    questions: Sequence[Question],
+    held_out_questions: Sequence[Question],
+    *,
+    options: SearchOptions,
+    day: datetime.date | None,
+) -> Prepared:
+    """Tokenize the questions and list the candidates of a pair. `recipe` is the pair's, `also` are scored too.
+
+    Raises CheckpointError, HubError, PlanError and UnsupportedModelError.
+    """
+    if pair.posttrained.format == "gguf":
+        what = "is a GGUF file, which a search cannot run"
+        remedy = "search the original checkpoints; the recipe that it writes merges the GGUF files too"
+        raise UnsupportedModelError(Problem("gguf", str(pair.posttrained), what, remedy))
+    raise_all(require_same_depth(pair), PlanError)
+    require_layers(pair)
+    raise_all(_other_pairs(pair, also), PlanError)
+    fetch_side_files(pair.posttrained.side_files)
+    every = tokenize((*questions, *held_out_questions), pair.posttrained.tokenizer_folder, day=day)
+    raise_all(_unknown_tokens(pair, every), UnsupportedModelError)
+    prompts, held_out = every[: len(questions)], every[len(questions) :]
+    own = [("the recipe's own", recipe)] if recipe.has_rules else []
+    made = make_candidates(pair, options.spaces, [*own, *also])
+    shared = recipe.vocabulary == "shared"
+    candidates, notes = leave_out_unlike(pair, made, shares_vocabulary=shared)
+    if prompts[0].added:
+        notes.append(f"the prompts end with {prompts[0].added!r}, as the chat template writes before an answer")
+    if options.held_out and not held_out:
+        notes.append("the task has no held-out prompts; list some under `held_out` to check the selection by them")
+    asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if options.quick else prompts
+    is_big = pair.posttrained.parameters >= BIG_PARAMETERS
+    dtype = getattr(torch, options.dtype or ("bfloat16" if is_big else "float32"))
+    return Prepared(pair, prompts, held_out, candidates, Pass("first", candidates, asked, dtype), tuple(notes))
+
+
+def recipe_of(pair: ModelPair) -> Recipe:
+    """A recipe of an open pair, without rules."""
+    return Recipe(pretrained=pair.pretrained.reference, posttrained=pair.posttrained.reference)
+
+
+def also_recipes(also: Sequence[RecipeLike]) -> list[tuple[str, AnyRecipe]]:
+    """Recipes to score too, each with its label. Raises RecipeError."""
+    return [(_label(each, number), as_recipe(each)) for number, each in enumerate(also, 1)]
+
+
+def _label(recipe: object, number: int) -> str:
+    """The name of a recipe's file, as one printable line; a number for a recipe that is not a file."""
+    if not isinstance(recipe, str | os.PathLike):
+        return f"recipe {number}"
+    return "".join(character if character.isprintable() else "?" for character in Path(recipe).name)
+
+
+def _other_pairs(pair: ModelPair, also: Sequence[tuple[str, AnyRecipe]]) -> Iterator[Problem]:
+    """Recipes in `also` that name other checkpoints."""
+    for label, other in also:
+        for side, checkpoint in pair.items():
+            if getattr(other, side) is None:  # the base of the adapter
+                continue
+            if not _is_at(checkpoint, other.source(side)):
+                what = f"names {getattr(other, side)}, which is not the {side} side of this search"
+                remedy = "score only recipes for the same two checkpoints"
+                yield Problem("other-checkpoint", f"{label}: $.{side}", what, remedy)
+
+
+def _unknown_tokens(pair: ModelPair, prompts: Sequence[Prompt]) -> Iterator[Problem]:
+    """Tokens without a row in the embedding, for example because the tokenizer belongs to another model."""
+    post = pair.posttrained
+    rows = {info.shape[0] for name, info in post.items() if pair.correspondence.is_vocabulary(name)}
+    highest = max(token for context in contexts_of(prompts) for token in (*context.ids, *context.targets))
+    if rows and highest >= min(rows):
+        what = f"the tokenizer makes token {highest}, and the embedding has {min(rows)} rows"
+        yield Problem("token-without-embedding", str(post), what, "give the model its own tokenizer")
+
+
+def _is_at(checkpoint: Checkpoint, source: Source) -> bool:
+    """Whether a source names a checkpoint; a repository without revision names any commit."""
+    if isinstance(source, AdapterOnBase):
+        source = source.adapter
+    if isinstance(source, Repository):
+        name, _, commit = checkpoint.reference.rpartition("+")[2].rpartition("@")
+        return source.name == name and source.revision in (None, "main", commit)
+    return os.path.realpath(source) == os.path.realpath(checkpoint.locations[-1])
