@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from slrmerge.cli.group import Command
-from slrmerge.cli.options import json_option, options_from, out_option, quiet_option
+from slrmerge.cli.options import GroupedOption, json_option, options_from, out_option, quiet_option
 from slrmerge.evaluation.options import EvaluationOptions
 
 _TASKS = ("open-qa", "creative", "reasoning")  # evaluation.tasks.TASKS, without importing it
@@ -14,8 +14,11 @@ _TASKS = ("open-qa", "creative", "reasoning")  # evaluation.tasks.TASKS, without
 
 @click.command("eval", cls=Command)
 @click.argument("task", type=click.Choice(_TASKS), metavar="TASK")
+@out_option("samples and results", required=True)
 @click.option(
     "--data",
+    cls=GroupedOption,
+    group="Questions",
     required=True,
     metavar="FILE|DATASET",
     help="Questions: .json, .jsonl, .csv, .txt with one prompt per line, or a dataset on the Hub.",
@@ -23,13 +26,14 @@ _TASKS = ("open-qa", "creative", "reasoning")  # evaluation.tasks.TASKS, without
 @click.option(
     "--model",
     "models",
+    cls=GroupedOption,
+    group="Answers",
     required=True,
     multiple=True,
     metavar="LABEL=MODEL",
     help="A folder, a repository, MODEL@URL of an OpenAI-compatible server, or a .jsonl file of generations. Others are"
     " compared with the first.",
 )
-@out_option("samples and results", required=True)
 @options_from(EvaluationOptions)
 @json_option
 @quiet_option

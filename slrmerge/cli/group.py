@@ -78,8 +78,25 @@ def _printable_usage() -> Iterator[None]:
         raise
 
 
+_MANY_OPTIONS = 10
+"""The help of a command with fewer options lists them under one heading."""
+
+
 class Command(click.Command):
     """A command whose `--json` also applies to errors, and whose errors name options as they are typed."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options under their groups' headings, and those without a group last."""
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in options:
+            if record := option.get_help_record(ctx):
+                group = getattr(option, "group", "") if len(options) >= _MANY_OPTIONS else ""
+                groups.setdefault(group, []).append(record)
+        rest = groups.pop("", [])
+        for heading, rows in (*groups.items(), ("Options", rest)):
+            with formatter.section(heading):
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         ctx.obj["as_json"] = ctx.params.get("as_json", False)

@@ -11,6 +11,7 @@ from slrmerge.cli.group import Command, DefaultGroup
 from slrmerge.cli.init import init
 from slrmerge.cli.options import (
     FOLDER,
+    GroupedOption,
     all_of,
     branch_option,
     dry_run_option,
@@ -74,7 +75,12 @@ def main(ctx: click.Context) -> None:
 @click.argument("folder", type=FOLDER, required=False, metavar="[OUT]")
 @dry_run_option
 @click.option(
-    "--push-to-hub", "repository", metavar="USER/REPO", help="Verify the merge and push it to this repository."
+    "--push-to-hub",
+    "repository",
+    metavar="USER/REPO",
+    cls=GroupedOption,
+    group="Hub",
+    help="Verify the merge and push it to this repository.",
 )
 @private_option
 @branch_option

@@ -16,6 +16,14 @@ PATH = click.Path(path_type=Path, readable=False)
 """A path; whether it exists and is readable is checked by the code that opens it."""
 
 
+class GroupedOption(click.Option):
+    """An option that a command's help lists under a heading of its own."""
+
+    def __init__(self, *declarations: Any, group: str = "", **more: Any) -> None:
+        super().__init__(*declarations, **more)
+        self.group = group
+
+
 class FolderType(click.Path):
     """A folder, as `PATH`; an empty word, which a shell makes of an unset variable, is not the current folder."""
 
@@ -62,9 +70,10 @@ def all_of(*decorators: Decorator) -> Decorator:
 def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorator:
     flag = known.flag or f"--{name.replace('_', '-')}"
     kinds = [kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not NoneType]
+    more: dict[str, Any] = {"help": known.help, "cls": GroupedOption, "group": known.group}
     if bool in kinds:
-        return click.option(flag, name, default=default, help=known.help, is_flag=True, show_default="/" in flag)
-    more: dict[str, Any] = {"help": known.help, "metavar": known.metavar, "show_default": known.default_help or True}
+        return click.option(flag, name, default=default, is_flag=True, show_default="/" in flag, **more)
+    more |= {"metavar": known.metavar, "show_default": known.default_help or True}
     if get_origin(kinds[0]) is tuple:
         more["multiple"] = True
     if default not in (None, ()):
@@ -87,23 +96,51 @@ def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorato
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the results of an older run at --out.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, cls=GroupedOption, group="Output", help="Replace the results of an older run at --out."
+)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
-private_option = click.option("--private", is_flag=True, help="Create the repository as private.")
-branch_option = click.option("--revision", metavar="BRANCH", help="Branch to push to; created if it does not exist.")
+private_option = click.option(
+    "--private", is_flag=True, cls=GroupedOption, group="Hub", help="Create the repository as private."
+)
+branch_option = click.option(
+    "--revision",
+    metavar="BRANCH",
+    cls=GroupedOption,
+    group="Hub",
+    help="Branch to push to; created if it does not exist.",
+)
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", show_default="one per core", help="Number of threads."
 )
 recipe_argument = click.argument("recipe", type=PATH)
 folder_argument = click.argument("folder", type=FOLDER)
 recipe_overrides = all_of(
-    click.option("--max-shard-size", metavar="SIZE", help="Maximum size of one file, such as 5GB."),
-    click.option("--dtype", type=DtypeType(("float32", "float16", "bfloat16", "float64")), help="Output dtype."),
+    click.option(
+        "--max-shard-size",
+        metavar="SIZE",
+        cls=GroupedOption,
+        group="Output",
+        help="Maximum size of one file, such as 5GB.",
+    ),
+    click.option(
+        "--dtype",
+        type=DtypeType(("float32", "float16", "bfloat16", "float64")),
+        cls=GroupedOption,
+        group="Output",
+        help="Output dtype.",
+    ),
 )
 
 
 def out_option(what: str, *, required: bool = False) -> Decorator:
     """`--out`, the folder for `what`."""
     return click.option(
-        "--out", "-o", type=FOLDER, required=required, help=f"Folder for {what}; it appears complete or not at all."
+        "--out",
+        "-o",
+        type=FOLDER,
+        required=required,
+        cls=GroupedOption,
+        group="Output",
+        help=f"Folder for {what}; it appears complete or not at all.",
     )

@@ -27,6 +27,7 @@ class Option:
     `above` is an open lower bound. `is_size` marks a number of bytes, which may be given as text such as 4GB; `is_date`
     a date, as text such as 2025-03-07.
     `default_help` describes a default of None. `or_file` are suffixes of files that may be named instead of a choice.
+    `group` is the heading under which the command line's help lists it.
     """
 
     help: str
@@ -40,6 +41,7 @@ class Option:
     is_size: bool = False
     is_date: bool = False
     default_help: str = ""
+    group: str = ""
 
 
 def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 (the word that click and argparse use)

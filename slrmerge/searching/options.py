@@ -20,21 +20,29 @@ class SearchOptions(Options):
     """How to search. `spaces` and `also` accept one value, a list or a tuple."""
 
     min_quality: float = option(
-        MIN_QUALITY, "Minimum quality, as a share of the post-trained model's.", minimum=0, maximum=1
+        MIN_QUALITY,
+        "Minimum quality, as a share of the post-trained model's.",
+        minimum=0,
+        maximum=1,
+        group="Candidates",
     )
     spaces: tuple[str, ...] = option(
         ("intervals", "soups"),
         "Candidates to try; repeat for several.",
         flag="--space",
         choices=("intervals", "soups", "attention", "mlp"),
+        group="Candidates",
     )
-    also: tuple[Any, ...] = option((), "Another recipe to score; repeat for several.", metavar="RECIPE")
+    also: tuple[Any, ...] = option(
+        (), "Another recipe to score; repeat for several.", metavar="RECIPE", group="Candidates"
+    )
     task: str = option(
         "crc",
         f"Proxy task: {', '.join(TASK_NAMES)}, or a YAML file.",
         choices=TASK_NAMES,
         or_file=(".yaml", ".yml"),
         metavar="NAME | FILE",
+        group="Prompts",
     )
     date: str | None = option(
         None,
@@ -42,28 +50,40 @@ class SearchOptions(Options):
         metavar="DATE",
         is_date=True,
         default_help="today",
+        group="Prompts",
     )
-    quick: bool = option(False, "Score all candidates on 8 prompts first, then the finalists on all prompts.")
+    quick: bool = option(
+        False, "Score all candidates on 8 prompts first, then the finalists on all prompts.", group="Prompts"
+    )
     held_out: bool = option(
-        True, "Ask the selection other prompts, which were not used to select.", flag="--held-out/--no-held-out"
+        True,
+        "Ask the selection other prompts, which were not used to select.",
+        flag="--held-out/--no-held-out",
+        group="Prompts",
     )
     dtype: str | None = option(
         None,
         "Dtype of the first pass; finalists are re-scored in float32.",
         choices=("float32", "bfloat16"),
         default_help="bfloat16 from 1e9 parameters",
+        group="Resources",
     )
-    device: str = option("cpu", "Torch device; cuda is not tested yet.")
+    device: str = option("cpu", "Torch device; cuda is not tested yet.", group="Resources")
     max_memory: int | str | None = option(
         None,
         "Memory for hidden states; the rest is kept on disk.",
         metavar="SIZE",
         is_size=True,
         default_help="half of the memory",
+        group="Resources",
     )
-    resume: bool = option(True, "Keep hidden states so that a killed search resumes.", flag="--resume/--no-resume")
-    ray: str | None = option(None, "Run on a Ray cluster: auto, local, or HOST:PORT.", metavar="ADDRESS")
-    threads: int | None = option(None, "Number of threads.", minimum=1, default_help="one per core")
+    resume: bool = option(
+        True, "Keep hidden states so that a killed search resumes.", flag="--resume/--no-resume", group="Resources"
+    )
+    ray: str | None = option(
+        None, "Run on a Ray cluster: auto, local, or HOST:PORT.", metavar="ADDRESS", group="Resources"
+    )
+    threads: int | None = option(None, "Number of threads.", minimum=1, default_help="one per core", group="Resources")
 
     def __post_init__(self) -> None:
         for name in ("spaces", "also"):

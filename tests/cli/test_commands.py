@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -313,3 +314,18 @@ def test_progress_is_shown_at_a_terminal(pair: Pair) -> None:
     assert b"merging: 100%" in seen
     assert b"B/s" in seen
     assert b"\x1b" not in summary
+
+
+def test_the_help_of_a_command_with_many_options_lists_them_under_headings() -> None:
+    text = run("search", "--help").stdout
+    headings = re.findall(r"^(\w+):$", text, re.MULTILINE)
+    assert headings == ["Output", "Candidates", "Prompts", "Resources", "Options"]
+    assert re.findall(r"^  +(?:-\w, )?--([\w-]+)", text.split("\nOptions:\n")[1], re.MULTILINE) == [
+        "dry-run", "json", "quiet", "help",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["push", "plan", "verify"])
+def test_the_help_of_a_command_with_few_options_has_one_heading(command: str) -> None:
+    text = run(command, "--help").stdout
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["Options"]
