@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from slrmerge.evaluation.result import EvaluationResult as EvaluationResult
     from slrmerge.evaluation.run import evaluate as evaluate
     from slrmerge.io.progress import Progress as Progress
-    from slrmerge.merging.diff import DiffResult as DiffResult
     from slrmerge.merging.diff import diff as diff
+    from slrmerge.merging.diff_result import DiffResult as DiffResult
     from slrmerge.merging.executor import MergeResult as MergeResult
     from slrmerge.merging.executor import execute as execute
     from slrmerge.merging.executor import merge as merge
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Checkpoint": "checkpoint.base",
-    "DiffResult": "merging.diff",
+    "DiffResult": "merging.diff_result",
     "EvaluationResult": "evaluation.result",
     "MergePlan": "merging.plan.model",
     "MergeResult": "merging.executor",

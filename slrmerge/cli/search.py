@@ -108,7 +108,7 @@ def select(folder: Path, *, min_quality: float, as_json: bool) -> None:
 
 @click.command(cls=Command)
 @_sources_argument
-@click.option("--out", "-o", type=FOLDER, help="Folder for diff.csv and the heat map, as PNG and SVG.")
+@click.option("--out", "-o", type=FOLDER, help="Folder for report.html, diff.csv, and the heat map as PNG and SVG.")
 @options_from(MergeOptions, "threads")
 @json_option
 @quiet_option
@@ -135,7 +135,7 @@ def diff(
     from slrmerge.errors import require_extra
 
     if out is not None:
-        require_extra("search", "matplotlib")
+        require_extra("search", "matplotlib", "jinja2", "plotly")
     with TerminalProgress(quiet=quiet or as_json) as progress:
         progress.status("loading torch")
         from slrmerge.checkpoint.pair import open_pair

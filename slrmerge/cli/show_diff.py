@@ -3,7 +3,7 @@
 from math import isfinite
 
 from slrmerge.cli.output import Table, echo, print_json
-from slrmerge.merging.diff import OUTSIDE, DiffResult, Distance
+from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance
 
 
 def print_result(result: DiffResult, *, as_json: bool) -> None:

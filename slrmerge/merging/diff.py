@@ -1,129 +1,21 @@
 """How far post-training moved the weights, by layer and module; streamed, like a merge."""
 
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
 from itertools import takewhile
-from math import prod, sqrt
-from pathlib import Path
-from typing import TYPE_CHECKING
+from math import prod
 
 from slrmerge.checkpoint.fused import is_regrouped
 from slrmerge.checkpoint.gguf_header import QUANTISED
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
-from slrmerge.errors import PlanError, Problem, raise_all, require_extra
-from slrmerge.io.figures import figure_text, save_figure
-from slrmerge.io.files import write_file
-from slrmerge.io.pieces import CHUNK_BYTES, translate_os_errors
+from slrmerge.errors import PlanError, Problem, raise_all
+from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.io.progress import Progress
-from slrmerge.io.text import to_csv
 from slrmerge.io.threads import cancellable_pool, thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
+from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance
 from slrmerge.merging.executor import default_threads
 from slrmerge.merging.plan.tensors import group_names
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
-
-OUTSIDE = -1
-"""The layer of tensors outside the layers: embedding, last norm, head."""
-
-
-@dataclass
-class Distance:
-    """Sums over pairs of elements, pre-trained p and post-trained q, in float64: p², q², (q − p)² and p·q."""
-
-    parameters: int = 0
-    pre: float = 0.0
-    post: float = 0.0
-    moved: float = 0.0
-    product: float = 0.0
-
-    def __add__(self, other: "Distance") -> "Distance":
-        return Distance(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
-
-    @property
-    def relative_change(self) -> float:
-        """|post − pre| / |pre|; infinite where only the pre-trained side is zero, 0 where both are."""
-        if self.pre == 0:
-            return 0.0 if self.moved == 0 else float("inf")
-        return sqrt(self.moved / self.pre)
-
-    @property
-    def cosine(self) -> float:
-        """The cosine between the two as vectors; 1 where they are equal, NaN where one is zero."""
-        if self.moved == 0:
-            return 1.0
-        return self.product / (sqrt(self.pre) * sqrt(self.post)) if self.pre and self.post else float("nan")
-
-
-@dataclass(frozen=True, repr=False)
-class DiffResult:
-    """Distances by (layer, module), modules as `self_attn.q_proj`; `OUTSIDE` is the layer of everything else.
-
-    `notes` name the tensors that were not compared by value.
-    """
-
-    layers: int
-    by_module: Mapping[tuple[int, str], Distance]
-    notes: tuple[str, ...] = ()
-
-    def of_layer(self, layer: int, prefix: str = "") -> Distance:
-        """The distance of a layer, or of its modules at or below `prefix`, such as `mlp` or `self_attn.q_proj`."""
-        start = prefix and f"{prefix}."
-        inside = ((f"{name}.", distance) for (k, name), distance in self.by_module.items() if k == layer)
-        return sum((distance for name, distance in inside if name.startswith(start)), Distance())
-
-    def modules(self) -> list[str]:
-        """The modules inside layers, in the order of the checkpoint."""
-        return list(dict.fromkeys(name for layer, name in self.by_module if layer != OUTSIDE))
-
-    def to_rows(self) -> list[dict[str, float | str | None]]:
-        """A row per module: layer (None outside the layers), module, parameters, relative_change, cosine."""
-        return [
-            {
-                "layer": None if layer == OUTSIDE else layer,
-                "module": name,
-                "parameters": found.parameters,
-                "relative_change": found.relative_change,
-                "cosine": found.cosine,
-            }
-            for (layer, name), found in self.by_module.items()
-        ]
-
-    def to_pandas(self) -> "DataFrame":
-        """`to_rows` as a table. Raises MissingExtraError without pandas."""
-        require_extra("search", "pandas")
-        from pandas import DataFrame
-
-        return DataFrame(self.to_rows()).astype({"layer": "Int64"})
-
-    def to_csv(self) -> str:
-        """`to_rows` as CSV."""
-        header = ["layer", "module", "parameters", "relative_change", "cosine"]
-        return to_csv(header, ([row[name] for name in header] for row in self.to_rows()))
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `diff.csv` and, where there are layers, the heat map `diff.png` and `diff.svg` to `folder`.
-
-        Raises OutputError, and MissingExtraError without matplotlib.
-        """
-        require_extra("search", "matplotlib")
-        folder = Path(folder)
-        with translate_os_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_file(folder / "diff.csv", self.to_csv().encode(), durable=False)
-            if self.layers:
-                save_figure(diff_figure(self), folder / "diff")
-
-    def __repr__(self) -> str:
-        total = sum(self.by_module.values(), Distance())
-        return f"<DiffResult: {self.layers} layers, relative change {total.relative_change:.2e}>"
-
-    def _repr_html_(self) -> str:
-        return str(self.to_pandas().to_html(index=False))
 
 
 def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:
@@ -181,30 +73,13 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
         module = inner.rpartition(".")[0] or inner
         by_module[layer, module] = by_module.get((layer, module), Distance()) + distance
     ordered = sorted(by_module.items(), key=lambda item: (item[0][0] == OUTSIDE, item[0][0]))
-    return DiffResult(pair.stack.count if pair.stack else 0, dict(ordered), tuple(notes))
-
-
-def diff_figure(result: DiffResult) -> "Figure":
-    """The relative change and the cosine of each module in each layer."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    modules = result.modules()
-    size = (2.5 + 0.28 * result.layers, 1.6 + 0.6 * len(modules))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = (("relative_change", "|post − pre| / |pre|", "viridis"), ("cosine", "cosine", "viridis_r"))
-    for number, (name, label, colours) in enumerate(panels, 1):
-        grid = np.full((len(modules), result.layers), np.nan)
-        for (layer, module), distance in result.by_module.items():
-            if module in modules and 0 <= layer < result.layers:
-                grid[modules.index(module), layer] = getattr(distance, name)
-        axes = figure.add_subplot(2, 1, number)
-        image = axes.imshow(grid, cmap=colours, aspect="auto")
-        figure.colorbar(image, ax=axes, label=label)
-        axes.set_yticks(range(len(modules)), list(map(figure_text, modules)))
-        axes.set_xlabel("layer")
-    figure.suptitle("how far post-training moved the weights")
-    return figure
+    return DiffResult(
+        pair.stack.count if pair.stack else 0,
+        dict(ordered),
+        tuple(notes),
+        pair.pretrained.model_name,
+        pair.posttrained.model_name,
+    )
 
 
 def _comparable(pair: ModelPair) -> tuple[list[str], list[str], list[str]]:

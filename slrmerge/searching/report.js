@@ -61,8 +61,6 @@
 
   // Figures
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-
   function points(own, more) {
     return {
       x: own.map((row) => row.quality), y: own.map((row) => row.diversity), customdata: own.map((row) => row.place),
@@ -165,16 +163,6 @@
     const half = Math.max(0.5, data.layers / 40); // around the cell where cells are small
     return frames.map(([row, name, width]) => ({ type: "rect", x0: row.end - half, x1: row.end + half, y0: row.start - half, y1: row.start + half, line: { color: colour(name), width } }));
   }
-
-  function common() {
-    return {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
-      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("ink") },
-      hoverlabel: { bgcolor: colour("card"), bordercolor: colour("muted"), font: { color: colour("ink"), size: 13 }, align: "left" },
-    };
-  }
-
-  const CONFIG = { displaylogo: false, responsive: true, displayModeBar: false, doubleClick: "reset" };
 
   function draw() {
     Plotly.react("tradeoff", ...tradeoff(), CONFIG);
@@ -331,9 +319,7 @@
     for (const name of MAPS) {
       find(name).on("plotly_click", ({ points: [cell] }) => spans.has(`${cell.y} ${cell.x}`) && pick(spans.get(`${cell.y} ${cell.x}`)));
     }
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-    addEventListener("beforeprint", () => print(true));
-    addEventListener("afterprint", () => print(false));
+    redrawn(draw, { tradeoff: [680, 400], quality: [330, 300], diversity: [330, 300] });
   }
 
   async function copy() {
@@ -346,14 +332,6 @@
     }
     find("copy").textContent = "Copied";
     setTimeout(() => (find("copy").textContent = "Copy"), 1500);
-  }
-
-  function print(isPrinting) {
-    document.documentElement.classList.toggle("printing", isPrinting);
-    draw();
-    for (const [name, width] of [["tradeoff", 680], ["quality", 330], ["diversity", 330]]) {
-      if (find(name).layout) Plotly.relayout(name, isPrinting ? { width, height: width > 400 ? 400 : 300, autosize: false } : { width: null, height: null, autosize: true });
-    }
   }
 
   find("share").value = find("exact-share").value = share;

@@ -244,7 +244,7 @@ def test_diff_writes_a_table_and_a_heat_map_by_request(pair: Pair) -> None:
     out = pair.folder / "deep" / "moved"
     result = run("diff", pair.folder / "pre", pair.folder / "post", "--out", out, "--quiet")
     assert (result.exit_code, result.output) == (0, "")
-    assert sorted(path.name for path in out.iterdir()) == ["diff.csv", "diff.png", "diff.svg"]
+    assert sorted(path.name for path in out.iterdir()) == ["diff.csv", "diff.png", "diff.svg", "report.html"]
 
 
 def test_diff_prints_json_even_where_a_side_is_zero(tmp_path: Path) -> None:

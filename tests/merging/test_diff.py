@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from slrmerge.checkpoint import files
 from slrmerge.checkpoint.pair import open_pair
 from slrmerge.errors import MissingExtraError, OptionError, OutputError, PlanError, SourceChangedError
-from slrmerge.merging.diff import OUTSIDE, DiffResult, Distance, diff
+from slrmerge.merging.diff import diff
+from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
 from tests.conftest import Pair
 from tests.gguf_files import write_gguf
@@ -327,7 +328,7 @@ def test_the_table_and_the_heat_map_are_saved_with_the_same_bytes_every_time(pai
     for name in ("one", "two"):
         found.save(pair.folder / name / "deep")
     files = {path.name: path.read_bytes() for path in (pair.folder / "one" / "deep").iterdir()}
-    assert sorted(files) == ["diff.csv", "diff.png", "diff.svg"]
+    assert sorted(files) == ["diff.csv", "diff.png", "diff.svg", "report.html"]
     assert files == {path.name: path.read_bytes() for path in (pair.folder / "two" / "deep").iterdir()}
     svg = files["diff.svg"].decode()
     assert all(f">{module}<" in svg for module in found.modules())

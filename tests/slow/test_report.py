@@ -10,11 +10,13 @@ import pytest
 from slrmerge.evaluation import charts
 from slrmerge.evaluation.page import page as samples_page
 from slrmerge.io.figures import save_figure
+from slrmerge.merging.diff_result import diff_page
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.report import report
 from slrmerge.searching.results import SearchResult, write_result
 from slrmerge.searching.select import select
 from tests.evaluation.test_result import result as evaluated
+from tests.merging.test_diff_result import result as compared
 from tests.searching.pairs import made_result, made_rows, no_pictures
 from tests.searching.test_plots import PLAIN
 
@@ -204,3 +206,19 @@ def test_the_samples_of_an_evaluation_are_shown_with_their_chart(
         assert page.evaluate("document.querySelector('.chart img').naturalWidth") > 100
         assert page.locator("ol li").count() == 8
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1400])
+def test_a_comparison_is_shown_by_layer_and_module(
+    browser: "sync_api.Browser", tmp_path: Path, scheme: str, width: int
+) -> None:
+    (tmp_path / "report.html").write_text(diff_page(compared()), encoding="utf-8")
+    with watched(browser, tmp_path / "report.html", scheme) as page:
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_selector("#cosine .main-svg")
+        assert page.locator("#layers .bars .point").count() == 2
+        assert page.evaluate("document.getElementById('relative_change').data[0].z") == [[0, 0.5], [None, None]]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.emulate_media(media="print")
+        assert page.pdf(format="A4").count(b"/Type /Page\n") <= 3
