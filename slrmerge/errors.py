@@ -178,10 +178,8 @@ def require_extra(extra: str, *packages: str) -> None:
     """Raise MissingExtraError unless all `packages`, which the optional dependency `extra` installs, are there."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        remedy = f"pip install 'slrmerge[{extra}]'"
-        raise MissingExtraError(
-            Problem("missing-extra", f"slrmerge[{extra}]", f"requires {' and '.join(missing)}", remedy)
-        )
+        what, remedy = f"requires {' and '.join(missing)}", f"pip install {' '.join(missing)}"
+        raise MissingExtraError(Problem("missing-extra", f"slrmerge[{extra}]", what, remedy))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
