@@ -266,13 +266,15 @@ def _plan(recipe: Path, options: MergeOptions | None = None, **overrides: str | 
     return plan_recipe(loaded, allow_code=options.allow_code, output=options.output)
 
 
-def _free_bytes(planned: "MergePlan", out: Path | None, options: MergeOptions) -> int | None:
-    """Check that `out` could be written; the free bytes there, or None without `out`."""
-    if out is None:
-        return None
+def _free_bytes(planned: "MergePlan", out: Path | None, options: MergeOptions) -> int:
+    """Check that `out` could be written; the free bytes there, or in the current folder without `out`."""
     from slrmerge.io.files import free_bytes
+    from slrmerge.io.pieces import translate_os_errors
     from slrmerge.merging.executor import output_folder, require_space
 
+    if out is None:
+        with translate_os_errors(Path()):
+            return free_bytes(Path.cwd())
     output = output_folder(planned, out, options)
     output.check()
     require_space(planned, output)

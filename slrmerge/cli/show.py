@@ -2,6 +2,7 @@
 
 import shlex
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.cli.group import as_typed
 from slrmerge.cli.output import Table, echo, print_json
-from slrmerge.io.sizes import format_bytes
+from slrmerge.io.sizes import format_bytes, format_duration
 from slrmerge.merging.executor import MergeResult
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.summary import describe_layers, describe_plan, summarise_parts
@@ -19,11 +20,19 @@ if TYPE_CHECKING:
     from slrmerge.merging.verify import VerifyResult
 
 
-def print_plan(plan: MergePlan, out: Path | None, free_bytes: int | None, *, as_json: bool) -> None:
-    """What a merge would read and write: sources, parts, files, disk space, notes."""
+_DISK_RATES = {"1 GB/s": 1e9}
+_NETWORK_RATES = {"100 Mbit/s": 12.5e6, "1 Gbit/s": 125e6}
+"""Rates, in bytes per second, for which a plan says how long the merge takes."""
+
+
+def print_plan(plan: MergePlan, out: Path | None, free_bytes: int, *, as_json: bool) -> None:
+    """What a merge would read and write: sources, parts, files, disk space, time, notes.
+
+    `free_bytes` are those of the disk of `out`, or of the current folder.
+    """
     if as_json:
-        target = {"out": str(out), "free_bytes": free_bytes} if out else {}
-        return print_json({**target, **plan.to_dict()})
+        target = {"out": str(out)} if out else {}
+        return print_json({**target, "free_bytes": free_bytes, **plan.to_dict()})
     sources = Table("", "checkpoint", ">tensors", ">size", ">files")
     for side, checkpoint in (("pre-trained", plan.pair.pretrained), ("post-trained", plan.pair.posttrained)):
         files = str(len(checkpoint.weight_files))
@@ -47,11 +56,21 @@ def print_plan(plan: MergePlan, out: Path | None, free_bytes: int | None, *, as_
     else:
         unchanged = sum(shard.is_unchanged for shard in plan.shards)
         echo(f"shards     those of the post-trained side, {unchanged} of {len(plan.shards)} unchanged")
-    if free_bytes is not None:
-        echo(f"disk       {format_bytes(free_bytes)} free")
+    echo(f"disk       {format_bytes(free_bytes)} free{'' if out else ' in the current folder'}")
+    echo(f"time       {', '.join(_times(plan))}")
     for note in plan.notes:
         echo(f"note: {as_typed(note)}")
     return None
+
+
+def _times(plan: MergePlan) -> Iterator[str]:
+    """How long a merge takes at common rates: nothing is measured."""
+    rates, moved_bytes = _DISK_RATES, plan.output_bytes
+    if plan.download_bytes:
+        rates, moved_bytes = _NETWORK_RATES, plan.download_bytes
+    for name, bytes_per_s in rates.items():
+        seconds = moved_bytes / bytes_per_s
+        yield f"{'less than 1 s' if seconds < 1 else f'about {format_duration(seconds)}'} at {name}"
 
 
 def print_merged(

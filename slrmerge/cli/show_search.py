@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slrmerge.cli.group import as_typed
 from slrmerge.cli.output import Table, echo, print_json
-from slrmerge.io.sizes import format_bytes
+from slrmerge.io.sizes import format_bytes, format_duration
 from slrmerge.merging.finding import HeldOut
 from slrmerge.searching.results import LOW_QUALITY, RECIPES, SearchResult
 from slrmerge.searching.selection import ScoredCandidate, ten_best
@@ -93,13 +93,6 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
     rows.print()
     echo("time: the matrix products of a first pass, and of the held-out prompts, at the rate measured here,")
     echo("without reading weights; after a pass in bfloat16 the finalists are re-scored in float32")
-
-
-def format_duration(seconds: float) -> str:
-    """`9.5 s`, `42 s`, `12 min` or `1.8 h`."""
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _print_held_out(held_out: HeldOut) -> None:

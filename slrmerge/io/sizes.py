@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write and read them: GB = 10**9, GiB = 2**30."""
+"""Numbers of bytes and seconds as people write and read them: GB = 10**9, GiB = 2**30."""
 
 import re
 import reprlib
@@ -33,6 +33,13 @@ def format_bytes(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def format_duration(seconds: float) -> str:
+    """`9.5 s`, `42 s`, `12 min` or `1.8 h`."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def shorten(value: object) -> str:

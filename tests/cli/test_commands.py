@@ -247,7 +247,8 @@ def test_plan_prints_every_tensor_as_json(pair: Pair, command: list[str], out: b
     assert value["read_bytes"] == sum(value["shards"].values())
     assert (value["download_bytes"], value["full_download_bytes"]) == (0, 0)  # both sides are folders
     assert (value["pretrained"], value["posttrained"]) == (str(pair.folder / "pre"), str(pair.folder / "post"))
-    assert (value.get("out"), "free_bytes" in value) == (str(pair.out) if out else None, out)
+    assert value.get("out") == (str(pair.out) if out else None)
+    assert value["free_bytes"] > 0
 
 
 @pytest.mark.parametrize("full", [[], ["--full"]])

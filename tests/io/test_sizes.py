@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slrmerge.io.sizes import InvalidSizeError, format_bytes, parse_bytes, shorten
+from slrmerge.io.sizes import InvalidSizeError, format_bytes, format_duration, parse_bytes, shorten
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,10 @@ def test_long_values_are_shortened(value: object) -> None:
 
 def test_short_values_are_shown_as_they_are() -> None:
     assert [shorten(value) for value in ("bf16", [1, 2], 2**64, None)] == ["'bf16'", "[1, 2]", str(2**64), "None"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (9.5, "9.5 s"), (42, "42 s"), (720, "12 min"), (6480, "1.8 h")]
+)
+def test_durations_are_rounded_to_what_matters(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
