@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import TYPE_CHECKING, Any, Never, TextIO
 
@@ -57,43 +57,49 @@ def print_json(value: Mapping[str, Any]) -> None:
 class Table:
     """A table; columns that start with > are aligned right, cells may have several lines.
 
-    On a terminal that is too narrow each row becomes a block of lines, so that nothing is cut.
+    On a terminal that is too narrow the first column is wrapped between words; where that is not enough, each row
+    becomes a block of lines. So nothing is cut.
     """
 
     def __init__(self, *columns: str) -> None:
-        self._columns, self._rows, self._styles = columns, list[tuple[str, ...]](), list[str]()
+        self._columns = [shown(column, keep="\n") for column in columns]
+        self._rows, self._styles = list[list[str]](), list[str]()
 
     def add_row(self, *cells: str, style: str = "") -> None:
         """Add a row; `style` is rich's, such as bold."""
-        self._rows.append(cells)
+        self._rows.append([shown(cell, keep="\n") for cell in cells])
         self._styles.append(style)
 
     def print(self) -> None:
+        from rich.cells import cell_len
         from rich.console import Console
-        from rich.measure import Measurement
         from rich.table import Table as RichTable
 
         table = RichTable(box=None, pad_edge=False, header_style="bold")
-        for column in self._columns:
-            name, justify = column.removeprefix(">"), "right" if column[:1] == ">" else "left"
-            table.add_column(shown(name, keep="\n"), justify=justify, no_wrap=True)  # type: ignore[arg-type]  # a literal type
+        names = [column.removeprefix(">") for column in self._columns]
+        columns = ["\n".join(cells).split("\n") for cells in zip(names, *self._rows, strict=True)]
+        widths = [max(map(cell_len, lines)) for lines in columns]
+        for name, column, width in zip(names, self._columns, widths, strict=True):
+            table.add_column(name, justify="right" if column[:1] == ">" else "left", no_wrap=True, width=width)
         for row, style in zip(self._rows, self._styles, strict=True):
-            table.add_row(*(shown(cell, keep="\n") for cell in row), style=style)
+            table.add_row(*row, style=style)
         console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        width, console.width = console.width, 10_000
-        needed = Measurement.get(console, console.options, table).maximum
+        excess = sum(widths) + 2 * (len(widths) - 1) - console.width if console.is_terminal else 0
+        if excess > 0:
+            table.columns[0].width, table.columns[0].no_wrap = widths[0] - excess, False
+        longest_word = max(cell_len(word) for line in columns[0] for word in line.split(" "))
+        console.width = 10_000
         with console.capture() as captured:
-            if needed <= width or not console.is_terminal:
+            if widths[0] - max(excess, 0) >= longest_word:
                 console.print(table)
             else:
                 for row, style in zip(self._rows, self._styles, strict=True):
-                    self._print_block(console, row, style)
+                    self._print_block(console, names, row, style)
         click.echo(captured.get())
 
-    def _print_block(self, console: "Console", row: tuple[str, ...], style: str) -> None:
+    def _print_block(self, console: "Console", names: Sequence[str], row: Sequence[str], style: str) -> None:
         """A row as its first cell and, below it, the others, each with its column's name."""
-        names = [shown(column.removeprefix(">")) for column in self._columns]
-        head, *others = (shown(cell.replace("\n", " ")) for cell in row)
+        head, *others = (cell.replace("\n", " ") for cell in row)
         console.print(f"{names[0]} {head}".strip(), style=f"bold {style}")
         widest = max(map(len, names[1:]), default=0)
         for name, cell in zip(names[1:], others, strict=True):

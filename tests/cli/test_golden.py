@@ -102,6 +102,10 @@ def compare(name: str, arguments: list[str], printed: tuple[str, str, int], fold
     stdout, stderr, exit_code = printed
     text = f"$ slrmerge {' '.join(arguments)}\n{stdout}"
     text += "".join(f"2> {line}\n" for line in stderr.splitlines()) + f"exit {exit_code}\n"
+    compare_text(name, text, folder)
+
+
+def compare_text(name: str, text: str, folder: Path) -> None:
     text = text.replace(str(folder), "HERE")
     text = re.sub(r"in \d+\.\d s \([\d.]+ \w+/s\)", "in TIME (RATE)", text)
     text = re.sub(r"[\d.]+ \w+ free", "FREE free", text)
