@@ -1,6 +1,6 @@
 """Builds the transformers model of a checkpoint without weights, and refuses models that a sweep cannot serve."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -64,9 +64,16 @@ def _config_problems(checkpoint: Checkpoint, config: Any) -> Iterator[Problem]:
         )
     if getattr(config, "is_encoder_decoder", False):
         yield Problem("encoder-decoder", where, f"is an encoder-decoder model ({config.model_type})", REMEDY)
-    if shared := getattr(text, "num_kv_shared_layers", None):
-        what = f"its last {shared} layers use the keys and values of earlier layers ({config.model_type})"
+    # an assistant model has all keys and values from another model, and a property that raises
+    shared = getattr(text, "num_kv_shared_layers", 0) or _layers_that_reuse(getattr(text, "kv_sharing_modes", ()))
+    if shared:
+        what = f"{shared} of its layers use the keys and values of other layers ({config.model_type})"
         yield Problem("shared-keys-and-values", where, what, REMEDY)
+
+
+def _layers_that_reuse(modes: Iterable[str | None]) -> int:
+    """The number of layers that take keys and values from earlier ones, by transformers' names for what they do."""
+    return sum(mode is not None and mode.startswith("reuse") for mode in modes)
 
 
 @contextmanager
