@@ -52,7 +52,7 @@ BY_CONFIG: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "encoder and decoder": ("t5", {"num_layers": LAYERS}, ["encoder-decoder"]),
     "no text": ("vit", {}, ["no-language-model"]),
-    "quantised": ("llama", {"quantization_config": {"quant_method": "fp8"}}, ["quantised-model"]),
+    "quantised": ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised-model"]),
     "quantised under the older key": ("llama", {"compression_config": {"format": "int"}}, ["quantised-model"]),
     "two problems": (
         "gemma3n_text",
