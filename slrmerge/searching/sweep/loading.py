@@ -26,6 +26,13 @@ class Placement(NamedTuple):
     is_converted: bool
 
 
+class _PlainWeight(NamedTuple):
+    """The weight that a tensor is, unchanged, and the dtype that it is loaded in."""
+
+    name: str
+    dtype: torch.dtype
+
+
 class WeightLoader:
     """Converts tensors of a checkpoint into weights of a model that has its parameters on the meta device.
 
@@ -51,6 +58,7 @@ class WeightLoader:
         self._converters = [each for each in self._mapping if isinstance(each, api.converter)]
         of_quantizer = self._quantizer.get_weight_conversions() if self._quantizer is not None else ()
         self._dequantised = {pattern for each in of_quantizer for pattern in each.source_patterns}
+        self._plain: dict[str, _PlainWeight] = {}
         self._own = dict(self._model.state_dict(keep_vars=True))
 
     def placements(self, names: Iterable[str]) -> dict[str, Placement]:
@@ -71,8 +79,27 @@ class WeightLoader:
     def load(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weights from tensors by their names in the checkpoint, on the device and in the dtype that the model wants.
 
-        Tensors on the meta device give weights there. Raises UnsupportedModelError where they do not fit the model.
+        Tensors on the meta device give weights there; after that, those of them that are weights unchanged need no
+        conversion. Raises UnsupportedModelError where they do not fit the model.
         """
+        plain = {
+            found.name: tensor.to(self._device, found.dtype)
+            for name, tensor in tensors.items()
+            if (found := self._plain.get(name)) and not tensor.is_meta
+        }
+        others = {name: tensor for name, tensor in tensors.items() if name not in self._plain or tensor.is_meta}
+        converted = self._converted(others) if others else {}
+        if any(tensor.is_meta for tensor in others.values()):
+            placements = self.placements(others)
+            parts = Counter(placement.target for placement in placements.values())
+            self._plain |= {
+                name: _PlainWeight(target, converted[target].dtype)
+                for name, (target, is_converted) in placements.items()
+                if not is_converted and parts[target] == 1 and target in converted
+            }
+        return plain | converted
+
+    def _converted(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         from transformers.utils import logging as transformers_logging
 
         logging: Any = transformers_logging  # without types
