@@ -12,7 +12,8 @@ from slrmerge.evaluation.page import page as samples_page
 from slrmerge.io.figures import save_figure
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.report import report
-from slrmerge.searching.results import SearchResult, write_result
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import write_result
 from slrmerge.searching.select import select
 from tests.evaluation.test_result import result as evaluated
 from tests.searching.pairs import made_result, made_rows, no_pictures
