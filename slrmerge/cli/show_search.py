@@ -9,7 +9,8 @@ from slrmerge.cli.group import as_typed
 from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.io.sizes import format_bytes, format_duration
 from slrmerge.merging.finding import HeldOut
-from slrmerge.searching.results import LOW_QUALITY, RECIPES, SearchResult
+from slrmerge.searching.results import LOW_QUALITY, SearchResult
+from slrmerge.searching.results_folder import RECIPES
 from slrmerge.searching.selection import ScoredCandidate, ten_best
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from itertools import chain, count
 from typing import NamedTuple
 
 from slrmerge.checkpoint.pair import ModelPair, require_layers
+from slrmerge.checkpoint.quantised import Quantisation
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.recipe.alphas import TensorAlphas, resolve_rules
@@ -156,6 +157,17 @@ def leave_out_unlike(pair: ModelPair, candidates: Sequence[Candidate], *, shares
     which = "the pre-trained model" + (f" and {soups_left_out} soups" if soups_left_out else "")
     note = f"left out {which}, because tensors have another shape on the pre-trained side: {', '.join(unlike)}"
     return Askable([each for each in candidates if each not in left_out], [note])
+
+
+def leave_out_blends(pair: ModelPair, candidates: Sequence[Candidate]) -> Askable:
+    """Leave out the soups of a quantised pair, whose tensors cannot be blended."""
+    quantisation = Quantisation.of(pair.posttrained)
+    kept = [each for each in candidates if each.info.space != "soup"]
+    if quantisation is None or len(kept) == len(candidates):
+        return Askable(list(candidates), [])
+    count, which = len(candidates) - len(kept), quantisation.name
+    note = f"left out {count} soups, because quantised tensors{which} cannot be blended"
+    return Askable(kept, [note])
 
 
 def _unlike_outer_tensors(pair: ModelPair, shares_vocabulary: bool) -> list[str]:

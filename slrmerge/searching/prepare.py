@@ -15,7 +15,7 @@ from slrmerge.checkpoint.side_files import fetch_side_files
 from slrmerge.errors import PlanError, Problem, UnsupportedModelError, raise_all
 from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
 from slrmerge.recipe.model import Recipe
-from slrmerge.searching.candidates import Candidate, leave_out_unlike, make_candidates
+from slrmerge.searching.candidates import Candidate, leave_out_blends, leave_out_unlike, make_candidates
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.passes import Pass
 from slrmerge.searching.prompts import Prompt, contexts_of, tokenize
@@ -73,7 +73,9 @@ def prepare(
     own = [("the recipe's own", recipe)] if recipe.has_rules else []
     made = make_candidates(pair, options.spaces, [*own, *also])
     shared = recipe.vocabulary == "shared"
-    candidates, notes = leave_out_unlike(pair, made, shares_vocabulary=shared)
+    blends = leave_out_blends(pair, made)
+    candidates, notes = leave_out_unlike(pair, blends.candidates, shares_vocabulary=shared)
+    notes = [*blends.notes, *notes]
     if prompts[0].added:
         notes.append(f"the prompts end with {prompts[0].added!r}, as the chat template writes before an answer")
     if options.held_out and not held_out:

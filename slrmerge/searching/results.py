@@ -1,33 +1,19 @@
-"""The result of a search, and its folder: table, values of each prompt, summary, recipes, figures and report."""
+"""The result of a search: all candidates with their scores, and the selection among them."""
 
-import csv
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from io import StringIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Json
+from typing import TYPE_CHECKING, Any
 
 from slrmerge._version import __version__
-from slrmerge.errors import OutputError, Problem, RecipeError, require_extra
-from slrmerge.io.files import read_file, replace_file
-from slrmerge.io.pieces import translate_os_errors
-from slrmerge.io.strict_yaml import write_yaml
-from slrmerge.io.text import from_csv, printable, to_csv, to_json
-from slrmerge.merging.finding import SUMMARY_NAME, HeldOut, SearchSummary, SelectedCandidate
-from slrmerge.recipe.model import Recipe
-from slrmerge.recipe.rules import Rules
-from slrmerge.searching.candidates import CandidateInfo
-from slrmerge.searching.prompt_scores import PROMPTS
+from slrmerge.errors import require_extra
+from slrmerge.io.text import printable, to_json
+from slrmerge.merging.finding import HeldOut, SearchSummary, SelectedCandidate
 from slrmerge.searching.selection import (
     ScoredCandidate,
     Selection,
     intervals_of,
     possibly_better,
-    select_from,
     ten_best,
 )
 
@@ -35,15 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-TABLE = "results.csv"
-RECIPES = {"slr": "slr.yaml", "soup": "soup.yaml", "early": "early.yaml", "late": "late.yaml"}
-_MAX_BYTES = 1 << 28
-
 LOW_QUALITY = 0.3
 """A post-trained model below this quality does not understand the question, or is not asked as it was trained."""
-
-FIGURES = ("tradeoff.png", "tradeoff.svg", "heatmaps.png", "heatmaps.svg", "report.html")
-"""What `draw_result` writes."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -207,148 +186,3 @@ def _held_out_doubts(slr: ScoredCandidate, held_out: HeldOut, min_quality: float
 def _selected(row: ScoredCandidate) -> SelectedCandidate:
     scores = {"label": row.info.label, "quality": row.quality, "diversity": row.diversity, "exact": row.exact}
     return SelectedCandidate(**row.info.rules.rules(), **scores)
-
-
-def write_result(folder: Path, result: SearchResult) -> None:
-    """Write the table, the recipes, the figures, the report and, last, the summary. Raises OutputError.
-
-    Recipes are written as seen from the folder that the pair's recipe (`choice.base`) was loaded from.
-    """
-    from slrmerge.searching.plots import draw_result
-
-    files = {TABLE: _table(result)}
-    named = result.choice.named()
-    files |= {file: _recipe(result, name, named[name]) for name, file in RECIPES.items() if name in named}
-    summary = result.summary()
-    with translate_os_errors(folder):
-        for file, text in files.items():
-            replace_file(folder / file, text.encode())
-        for file in set(RECIPES.values()) - files.keys():
-            (folder / file).unlink(missing_ok=True)
-        draw_result(folder, result.rows, result.choice, summary)
-        content = summary.model_dump(mode="json", exclude_defaults=True)
-        replace_file(folder / SUMMARY_NAME, to_json(content, indent=2).encode() + b"\n")
-
-
-def read_result(folder: str | os.PathLike[str]) -> SearchResult:
-    """Read a search's folder, with its selection as it was. Raises OutputError where it is missing or damaged."""
-    folder = Path(folder)
-    try:
-        raw, table = (read_file(folder / name, _MAX_BYTES) for name in (SUMMARY_NAME, TABLE))
-    except OSError as error:
-        what, remedy = "does not contain the results of a search", "name the folder that a search wrote"
-        raise OutputError(Problem("no-results", str(folder), what, remedy)) from error
-    damaged = OutputError(
-        Problem("results-damaged", str(folder), "contains damaged results of a search", "search again")
-    )
-    try:
-        summary = SearchSummary.from_json(raw)
-        lines = csv.DictReader(StringIO(table.decode(), newline=""))
-        rows = tuple(_Line.model_validate(line).to_candidate() for line in lines)
-        sides = {"pretrained": summary.pretrained, "posttrained": summary.posttrained}
-        base = Recipe(**sides, dtype=summary.dtype, vocabulary=summary.vocabulary)
-    except (ValueError, csv.Error, RecipeError) as error:
-        raise damaged from error
-    parents = [row.info.space for row in rows if row.exact and row.info.space in ("post", "pre")]
-    conditions = {row.conditions for row in rows}
-    if parents != [name for name in ("post", "pre") if name in summary.selected]:
-        raise damaged
-    if summary.held_out is not None and "post" not in summary.held_out.scores:
-        raise damaged
-    if "post" not in parents or not conditions <= summary.post_quality.keys():
-        raise damaged
-    return SearchResult(
-        rows=rows,
-        choice=select_from(rows, base=base.loaded_from(folder / RECIPES["slr"]), min_quality=summary.min_quality),
-        post_quality=summary.post_quality,
-        layers=summary.layers,
-        task=summary.task,
-        notes=summary.notes,
-        elapsed_s=summary.elapsed_s,
-        prompt=summary.prompt,
-        date=summary.date,
-        versions=summary.versions,
-        held_out=summary.held_out,
-        reselected=summary.reselected,
-    )
-
-
-def why_not_results(folder: Path) -> str | None:
-    """Why a folder is not exactly the results of a search, which is all that a search replaces; None where it is."""
-    names = {path.name for path in folder.iterdir()}
-    if SUMMARY_NAME not in names or TABLE not in names:
-        return "does not contain the results of a search"
-    known = {SUMMARY_NAME, TABLE, PROMPTS, *RECIPES.values(), *FIGURES}
-    others = sorted({name.removesuffix(".new") for name in names} - known)
-    return f"contains more than the results of a search ({', '.join(others)})" if others else None
-
-
-def _table(result: SearchResult) -> str:
-    rows = result.to_rows()
-    values = ([str(value).lower() if isinstance(value, bool) else value for value in row.values()] for row in rows)
-    return to_csv(list(rows[0]), values)
-
-
-def _none_if_empty(cell: object) -> object:
-    return None if cell == "" else cell
-
-
-_Cell = BeforeValidator(_none_if_empty)
-_Text = Annotated[str, BeforeValidator(lambda cell: from_csv(cell) if isinstance(cell, str) else cell)]
-
-
-class _Line(BaseModel):
-    """A line of the table."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    space: _Text
-    label: _Text
-    also_named: Annotated[Json[tuple[str, ...]] | None, _Cell]
-    start: Annotated[int | None, _Cell]
-    end: Annotated[int | None, _Cell]
-    alpha: Annotated[float | None, _Cell]
-    modules: Annotated[_Text | None, _Cell]
-    layers_restored: int
-    quality: float
-    diversity: float
-    feasible: bool
-    pareto: bool
-    exact: bool
-    prompts: int
-    dtype: _Text
-    rules: Json[Rules]
-
-    def to_candidate(self) -> ScoredCandidate:
-        info = CandidateInfo(
-            space=self.space,
-            label=self.label,
-            also_named=self.also_named or (),
-            rules=self.rules,
-            start=self.start,
-            end=self.end,
-            alpha=self.alpha,
-            modules=self.modules,
-            layers_restored=self.layers_restored,
-        )
-        return ScoredCandidate(
-            info, self.quality, self.diversity, self.prompts, self.dtype, self.exact, self.feasible, self.pareto
-        )
-
-
-_WHY = {
-    "slr": "the interval with the highest diversity and at least {ratio:g} of the post-trained model's quality",
-    "soup": "the soup with the highest diversity and at least {ratio:g} of the post-trained model's quality",
-    "early": "a control: as many layers as slr.yaml, the first ones",
-    "late": "a control: as many layers as slr.yaml, the last ones",
-}
-
-
-def _recipe(result: SearchResult, name: str, row: ScoredCandidate) -> str:
-    post, task = result.choice.post, printable(result.task)
-    return (
-        f"# {printable(row.info.label)}: {_WHY[name].format(ratio=result.choice.min_quality)}.\n"
-        f"# Selected by `slrmerge search` ({task}, {row.conditions}) from {len(result.rows)} candidates:\n"
-        f"# Q {row.quality:.4f}, D {row.diversity:.4f} nats; the post-trained model: Q {post.quality:.4f}, "
-        f"D {post.diversity:.4f}.\n" + write_yaml(result.choice.recipe_for(row).to_dict())
-    )

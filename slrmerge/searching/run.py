@@ -30,7 +30,8 @@ from slrmerge.searching.prepare import Prepared, also_recipes, prepare, recipe_o
 from slrmerge.searching.prompt_scores import KeptScores, PromptScores, write_prompts
 from slrmerge.searching.prompts import answer_log_probs
 from slrmerge.searching.proxy_tasks import Question, Scores, make_task
-from slrmerge.searching.results import RECIPES, SearchResult, why_not_results, write_result
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import RECIPES, why_not_results, write_result
 from slrmerge.searching.scorer import LocalScorer, Scorer, require_device, torch_threads
 from slrmerge.searching.selection import ScoredCandidate, Selection, finalists, mark_feasible, select_from
 from slrmerge.searching.sweep.cost import Cost

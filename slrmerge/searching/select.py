@@ -8,7 +8,8 @@ from slrmerge.errors import require_extra
 from slrmerge.searching.held_out import look_again, reselect
 from slrmerge.searching.options import MIN_QUALITY, SearchOptions
 from slrmerge.searching.prompt_scores import read_prompts
-from slrmerge.searching.results import SearchResult, read_result, write_result
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import read_result, write_result
 from slrmerge.searching.selection import mark_feasible, select_from
 
 

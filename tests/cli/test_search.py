@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from slrmerge.searching.results import read_result
+from slrmerge.searching.results_folder import read_result
 from tests.checkpoints import Tensor, llama_config, llama_tensors, write_checkpoint
 from tests.cli import at_a_terminal, refusal, run, strict_json
 from tests.conftest import Pair

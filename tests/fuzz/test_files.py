@@ -23,7 +23,7 @@ from slrmerge.merging.plan.planner import plan
 from slrmerge.merging.plan.summary import describe_plan
 from slrmerge.merging.verify import verify
 from slrmerge.recipe.load import load_recipe
-from slrmerge.searching.results import read_result
+from slrmerge.searching.results_folder import read_result
 from tests.checkpoints import llama_config, llama_tensors, raw_file, write_checkpoint
 from tests.conftest import Pair
 from tests.fuzz.damage import RAW, YAML_ONLY, damaged, damaged_bytes, fuzzed

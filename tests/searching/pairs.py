@@ -30,7 +30,8 @@ from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.prompt_scores import PromptScores
 from slrmerge.searching.prompts import Prompt
 from slrmerge.searching.proxy_tasks import TASKS, ConstrainedRandomCharacter, Scores
-from slrmerge.searching.results import FIGURES, SearchResult
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import FIGURES
 from slrmerge.searching.run import Search
 from slrmerge.searching.selection import ScoredCandidate, mark_feasible, select_from
 

@@ -15,7 +15,7 @@ from slrmerge.merging.finding import ScoreChange
 from slrmerge.searching.held_out import candidates_to_ask, look_again, reselect
 from slrmerge.searching.prompt_scores import PromptScores
 from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter, Scores
-from slrmerge.searching.results import read_result
+from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.select import select
 from slrmerge.searching.selection import ScoredCandidate, mark_feasible, select_from
 from tests.merging.faults import Stop, leftovers, snapshot, stop

@@ -16,7 +16,8 @@ from slrmerge.io.figures import save_figure
 from slrmerge.recipe.rules import Rules
 from slrmerge.searching.candidates import CandidateInfo
 from slrmerge.searching.plots import draw_result, heatmaps_figure, tradeoff_figure
-from slrmerge.searching.results import FIGURES, SearchResult
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import FIGURES
 from slrmerge.searching.selection import ScoredCandidate
 from tests.searching.pairs import POST, PRE, interval, made_result, made_rows, row
 

@@ -19,7 +19,8 @@ from slrmerge.recipe.model import Recipe
 from slrmerge.recipe.rules import LayerRule, Rules
 from slrmerge.searching.candidates import CandidateInfo
 from slrmerge.searching.prompt_scores import KeptScores, write_prompts
-from slrmerge.searching.results import SearchResult, read_result, write_result
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import read_result, write_result
 from slrmerge.searching.run import search
 from slrmerge.searching.select import select
 from slrmerge.searching.selection import ScoredCandidate
@@ -481,6 +482,6 @@ def test_a_bug_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.Mon
         raise TypeError
 
     write_result(tmp_path, made_result(made_rows(SCORES)))
-    monkeypatch.setattr("slrmerge.searching.results.select_from", broken)
+    monkeypatch.setattr("slrmerge.searching.results_folder.select_from", broken)
     with pytest.raises(TypeError):
         read_result(tmp_path)

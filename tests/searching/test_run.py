@@ -37,7 +37,8 @@ from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.recipe.load import load_recipe
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.plots import draw_result
-from slrmerge.searching.results import SearchResult, read_result
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search, search
 from slrmerge.searching.scorer import LocalScorer
 from slrmerge.searching.select import select

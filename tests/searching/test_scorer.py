@@ -25,7 +25,8 @@ from slrmerge.searching.candidates import make_candidates
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
 from slrmerge.searching.proxy_tasks import TASKS, Question, score
-from slrmerge.searching.results import SearchResult, read_result
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest, require_device
 from slrmerge.searching.selection import ScoredCandidate

@@ -13,7 +13,8 @@ from slrmerge.io.figures import save_figure
 from slrmerge.merging.diff_result import diff_page
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.report import report
-from slrmerge.searching.results import SearchResult, write_result
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import write_result
 from slrmerge.searching.select import select
 from tests.evaluation.test_result import result as evaluated
 from tests.merging.test_diff_result import result as compared

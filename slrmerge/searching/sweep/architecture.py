@@ -1,6 +1,6 @@
 """Builds the transformers model of a checkpoint without weights, and refuses models that a sweep cannot serve."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -9,8 +9,8 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.quantised import quantisation_config
 from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_all
+from slrmerge.searching.sweep.quantised import quantisation_problems
 
 REMEDY = "search a decoder-only model whose layers transformers runs one after the other"
 
@@ -22,7 +22,7 @@ def unsupported(code: str, where: str, what: str) -> UnsupportedModelError:
 def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
     """The causal or image-text model of a checkpoint: parameters on the meta device, buffers with their values.
 
-    Raises UnsupportedModelError for quantised weights, encoder-decoders, custom code, layers that share keys and
+    Raises UnsupportedModelError for most quantised weights, encoder-decoders, custom code, layers that share keys and
     values, and models that transformers cannot build.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -57,16 +57,19 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
 
 def _config_problems(checkpoint: Checkpoint, config: Any) -> Iterator[Problem]:
     where, text = str(checkpoint), config.get_text_config()
-    if quantisation_config(checkpoint.config) is not None or getattr(config, "quantization_config", None) is not None:
-        what = "is quantised, and a search computes with dense weights only"
-        yield Problem(
-            "quantised-model", where, what, "search the unquantised pair, and restore the selected layers here"
-        )
+    yield from quantisation_problems(checkpoint, config)
     if getattr(config, "is_encoder_decoder", False):
         yield Problem("encoder-decoder", where, f"is an encoder-decoder model ({config.model_type})", REMEDY)
-    if shared := getattr(text, "num_kv_shared_layers", None):
-        what = f"its last {shared} layers use the keys and values of earlier layers ({config.model_type})"
+    # an assistant model has all keys and values from another model, and a property that raises
+    shared = getattr(text, "num_kv_shared_layers", 0) or _layers_that_reuse(getattr(text, "kv_sharing_modes", ()))
+    if shared:
+        what = f"{shared} of its layers use the keys and values of other layers ({config.model_type})"
         yield Problem("shared-keys-and-values", where, what, REMEDY)
+
+
+def _layers_that_reuse(modes: Iterable[str | None]) -> int:
+    """The number of layers that take keys and values from earlier ones, by transformers' names for what they do."""
+    return sum(mode is not None and mode.startswith("reuse") for mode in modes)
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class Sweep:
         tensors, by_row = self._plan.tensors(0, variant), self._model.by_row[0]
         some = {tensor.name: self._weights.load_rows(tensor, rows) for tensor in tensors if tensor.name in by_row}
         whole = self._weights.load(tensor for tensor in tensors if tensor.name not in by_row)
-        return self._model.weights(whole) | self._model.row_weights(some)
+        return self._model.embedding_weights(whole, some, rows)
 
     def _stage_weights(self, stage: int, variant: int) -> dict[str, torch.Tensor]:
         return self._model.weights(self._weights.load(self._plan.tensors(stage, variant)))

@@ -4,6 +4,7 @@ Renamed tensors, experts that are stored one by one, and stored buffers come out
 only module that uses transformers' internal API.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from inspect import signature
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from slrmerge.errors import Problem, UnsupportedModelError, raise_all
+from slrmerge.searching.sweep.quantised import dequantiser
 
 Weights = Mapping[str, torch.Tensor]
 """Parameters and buffers of a model by their names in the model."""
@@ -22,6 +24,13 @@ class Placement(NamedTuple):
 
     target: str
     is_converted: bool
+
+
+class _PlainWeight(NamedTuple):
+    """The weight that a tensor is, unchanged, and the dtype that it is loaded in."""
+
+    name: str
+    dtype: torch.dtype
 
 
 class WeightLoader:
@@ -35,34 +44,62 @@ class WeightLoader:
         api = _transformers_api(where)
         self._convert, self._rename_key = api.convert, api.rename_key
         self._model, self._where = deepcopy(model), where
-        self._mapping = api.mapping_of(self._model)
+        self._quantizer = dequantiser(model.config)
+        self._mapping = api.mapping_of(self._model, hf_quantizer=self._quantizer)
         self._settings = {
             "dtype": dtype,
             "dtype_plan": model._get_dtype_plan(dtype),
             "weight_mapping": self._mapping,
+            "hf_quantizer": self._quantizer,
         }
         self._make_config = api.make_config
         self._device = device
         self._renamings = [each for each in self._mapping if isinstance(each, api.renaming)]
         self._converters = [each for each in self._mapping if isinstance(each, api.converter)]
+        of_quantizer = self._quantizer.get_weight_conversions() if self._quantizer is not None else ()
+        self._dequantised = {pattern for each in of_quantizer for pattern in each.source_patterns}
+        self._plain: dict[str, _PlainWeight] = {}
         self._own = dict(self._model.state_dict(keep_vars=True))
 
     def placements(self, names: Iterable[str]) -> dict[str, Placement]:
         """Where tensors of the checkpoint go; those that the model has no place for are left out."""
-        found = {}
+        targets: dict[str, tuple[str, str | None]] = {}
         for name in names:
             target, pattern = self._rename(name, self._renamings, self._converters)
             if target not in self._own and name in self._own:  # as transformers does
                 target, pattern = self._rename(name, [], [])
             if target in self._own:
-                found[name] = Placement(target, pattern is not None)
-        return found
+                targets[name] = target, pattern
+        parts = Counter(target for target, _ in targets.values())
+        return {  # what only dequantises changes nothing without scales
+            name: Placement(target, pattern is not None and (pattern not in self._dequantised or parts[target] > 1))
+            for name, (target, pattern) in targets.items()
+        }
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weights from tensors by their names in the checkpoint, on the device and in the dtype that the model wants.
 
-        Tensors on the meta device give weights there. Raises UnsupportedModelError where they do not fit the model.
+        Tensors on the meta device give weights there; after that, those of them that are weights unchanged need no
+        conversion. Raises UnsupportedModelError where they do not fit the model.
         """
+        plain = {
+            found.name: tensor.to(self._device, found.dtype)
+            for name, tensor in tensors.items()
+            if (found := self._plain.get(name)) and not tensor.is_meta
+        }
+        others = {name: tensor for name, tensor in tensors.items() if name not in self._plain or tensor.is_meta}
+        converted = self._converted(others) if others else {}
+        if any(tensor.is_meta for tensor in others.values()):
+            placements = self.placements(others)
+            parts = Counter(placement.target for placement in placements.values())
+            self._plain |= {
+                name: _PlainWeight(target, converted[target].dtype)
+                for name, (target, is_converted) in placements.items()
+                if not is_converted and parts[target] == 1 and target in converted
+            }
+        return plain | converted
+
+    def _converted(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         from transformers.utils import logging as transformers_logging
 
         logging: Any = transformers_logging  # without types
@@ -73,7 +110,7 @@ class WeightLoader:
         try:
             info, _ = self._convert(self._model, dict(tensors), config)
             loaded = {
-                name: tensor.detach()
+                name: self._in_wanted_dtype(name, tensor.detach())
                 for name, tensor in self._model.state_dict(keep_vars=True).items()
                 if tensor is not self._own[name]
             }
@@ -93,6 +130,10 @@ class WeightLoader:
             [Problem("parameter-mismatch", self._where, what, remedy) for what in problems[:3]], UnsupportedModelError
         )
         return loaded
+
+    def _in_wanted_dtype(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a quantised checkpoint, transformers leaves tensors that are not quantised in their own dtype."""
+        return tensor.to(self._own[name].dtype) if self._quantizer is not None else tensor
 
     def dtype_of(self, placement: Placement) -> torch.dtype:
         """The dtype that the model wants a weight in."""

@@ -88,6 +88,15 @@ class StagedModel:
             made[placement.target] = rows.to(self.device, self._loader.dtype_of(placement))
         return made | {name: made[tied] for name, tied in self._tensors.ties.items() if tied in made}
 
+    def embedding_weights(
+        self, whole: Mapping[str, torch.Tensor], by_row: Mapping[str, torch.Tensor], rows: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """The first stage's weights from whole tensors and from `rows` of others; of the embedding only these rows."""
+        made = self.weights(whole)
+        if self.embedding in made:  # cannot be loaded by row
+            made[self.embedding] = made[self.embedding][list(rows)]
+        return made | self.row_weights(by_row)
+
     # stages
 
     def record(

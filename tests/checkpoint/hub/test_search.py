@@ -10,7 +10,8 @@ from slrmerge.errors import OutputError, PlanError
 from slrmerge.merging.executor import merge
 from slrmerge.recipe.load import load_recipe
 from slrmerge.searching.options import SearchOptions
-from slrmerge.searching.results import SearchResult, read_result
+from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search, search
 from tests.checkpoint.hub.conftest import BASE, CHAT
 from tests.checkpoint.hub.server import HubServer

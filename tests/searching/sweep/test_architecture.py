@@ -45,9 +45,14 @@ BY_CONFIG: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
         ["shared-keys-and-values"],
     ),
+    "shared keys and values of single layers": (
+        "mistral_large4",
+        {"text_config": {"num_hidden_layers": LAYERS, "kv_source_layers": [0, 1, 0, 1]}},
+        ["shared-keys-and-values"],
+    ),
     "encoder and decoder": ("t5", {"num_layers": LAYERS}, ["encoder-decoder"]),
     "no text": ("vit", {}, ["no-language-model"]),
-    "quantised": ("llama", {"quantization_config": {"quant_method": "fp8"}}, ["quantised-model"]),
+    "quantised": ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised-model"]),
     "quantised under the older key": ("llama", {"compression_config": {"format": "int"}}, ["quantised-model"]),
     "two problems": (
         "gemma3n_text",
@@ -55,6 +60,14 @@ BY_CONFIG: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["quantised-model", "shared-keys-and-values"],
     ),
 }
+
+
+def test_the_layers_that_share_keys_and_values_are_counted(tmp_path: Path) -> None:
+    for architecture, more in (BY_CONFIG[name][:2] for name in BY_CONFIG if name.startswith("shared")):
+        config = config_of(architecture, **more).to_dict()
+        post = write_checkpoint(tmp_path / architecture, llama_tensors("post", layers=LAYERS), config)
+        (what,) = assert_refused(post, "shared-keys-and-values")
+        assert what.startswith("2 of its layers")
 
 
 @pytest.mark.parametrize(("architecture", "more", "codes"), BY_CONFIG.values(), ids=BY_CONFIG)

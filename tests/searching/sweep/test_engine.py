@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from slrmerge.checkpoint.pair import open_checkpoint
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.engine import Sweep
+from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import TensorAlpha
 from slrmerge.searching.sweep.weights import HybridWeights
 from tests.searching.sweep.models import (
@@ -54,6 +55,14 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 # What is computed
+
+
+def test_an_embedding_that_cannot_be_loaded_by_row_gives_the_same(
+    llamas: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_row = swept(llamas, FEW, contexts())
+    monkeypatch.setattr(StagedModel, "_named_by_row", lambda self, after: ((), ()))
+    assert same(swept(llamas, FEW, contexts()), by_row)
 
 
 def test_layers_that_are_the_same_on_both_sides_are_computed_once(tmp_path: Path) -> None:

@@ -81,3 +81,28 @@ def test_another_internal_api_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with refused(UnsupportedModelError, "unknown-transformers") as caught:
         loader(tmp_path)
     assert caught.value.problems[0].where == str(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen3_next"])
+def test_tensors_that_are_weights_unchanged_are_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, dtype: torch.dtype
+) -> None:
+    """transformers' conversion goes through the whole model for every call."""
+    written(tmp_path, architecture)
+    stored = load_file(tmp_path / "model.safetensors")
+    made = loader(tmp_path, dtype)
+    expected = made.load(stored)
+    made.load({name: tensor.to("meta") for name, tensor in stored.items()})
+    given: list[set[str]] = []
+    convert = made._convert
+    monkeypatch.setattr(
+        made, "_convert", lambda model, tensors, config: given.append({*tensors}) or convert(model, tensors, config)
+    )
+    loaded = made.load(stored)
+    assert loaded.keys() == expected.keys()
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in expected.items()
+    )
+    converted = {name for name, placement in made.placements(stored).items() if placement.is_converted}
+    assert given == ([converted] if converted else [])

@@ -189,7 +189,32 @@ def layers_return_a_wider_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def replace_loop(monkeypatch: pytest.MonkeyPatch, between: Callable[..., torch.Tensor]) -> None:
+def layers_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_loop(monkeypatch, lambda number, hidden, first, extra: hidden, count=LAYERS - 1)
+
+
+def layers_get_several_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_loop(monkeypatch, lambda number, hidden, first, extra: hidden[:, :, None] if number == 1 else hidden)
+
+
+def layers_cannot_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_loop(monkeypatch, lambda number, hidden, first, extra: hidden.no_such_attribute)
+
+
+def a_tensor_is_located(monkeypatch: pytest.MonkeyPatch, tensor: str, place: tuple[int, str] | None) -> None:
+    locate = LayerStack.locate
+    monkeypatch.setattr(LayerStack, "locate", lambda self, name: place if name == tensor else locate(self, name))
+
+
+def a_tensor_outside_the_layers_is_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_tensor_is_located(monkeypatch, "model.layers.3.mlp.up_proj.weight", None)
+
+
+def a_tensor_of_a_layer_is_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_tensor_is_located(monkeypatch, "model.norm.weight", (0, "norm.weight"))
+
+
+def replace_loop(monkeypatch: pytest.MonkeyPatch, between: Callable[..., torch.Tensor], *, count: int = LAYERS) -> None:
     """Run the layers with something between them, and with one more argument."""
 
     def forward(self: Any, input_ids: torch.Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
@@ -200,7 +225,7 @@ def replace_loop(monkeypatch: pytest.MonkeyPatch, between: Callable[..., torch.T
             config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
         )
         extra: dict[str, Any] = {}
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers[:count]):
             hidden = between(number, hidden, first, extra)
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **extra)
         return modeling_llama.BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
@@ -213,8 +238,14 @@ GUARDS = {
     "states-change-between-layers": states_change,
     "layers-depend-on-layers": layers_see_earlier_outputs,
     "layers-not-in-order": layers_run_twice,
+    "layers-not-in-order: skipped": layers_are_skipped,
     "unknown-layer-output": layers_return_a_wider_state,
+    "unknown-layer-input": layers_get_several_states,
+    "unsupported-layer-call": layers_cannot_be_called,
+    "layers-not-separate: inner": a_tensor_outside_the_layers_is_in_one,
+    "layers-not-separate: outer": a_tensor_of_a_layer_is_outside,
 }
+"""By the code of the refusal, and what tells guards of one code apart."""
 
 
 @pytest.mark.parametrize(("code", "edit"), GUARDS.items(), ids=GUARDS)
@@ -223,9 +254,32 @@ def test_a_model_that_cannot_be_run_stage_by_stage_is_refused(
 ) -> None:
     staged(llama)
     edit(tmp_path, monkeypatch)
-    with refused(UnsupportedModelError, code) as caught:
+    with refused(UnsupportedModelError, code.partition(":")[0]) as caught:
         staged(llama)
     assert caught.value.problems[0].where == str(llama)
+
+
+def shifted_by_place(number: int, hidden: torch.Tensor, first: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
+    return hidden + torch.arange(hidden.shape[1])[:, None] if number == 0 else hidden
+
+
+def with_places(number: int, hidden: torch.Tensor, first: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
+    extra["places"] = torch.arange(hidden.shape[1])
+    return hidden
+
+
+ODD_LOOPS = {
+    "does not follow the positions": shifted_by_place,
+    "more than positions": with_places,
+}
+
+
+@pytest.mark.parametrize(("why", "between"), ODD_LOOPS.items(), ids=ODD_LOOPS)
+def test_a_loop_that_a_trie_does_not_fit_leads_to_rows(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, why: str, between: Callable[..., torch.Tensor]
+) -> None:
+    replace_loop(monkeypatch, between)
+    assert why in (staged(llama).why_rows or "")
 
 
 def test_an_argument_that_depends_on_the_embedding_leads_to_rows(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
