@@ -48,7 +48,7 @@ class GenerationsFile:
         """See `ChatModel`. Whether answers are truncated is not known."""
         if settings.temperature == 0:
             what = "has samples, not the answers of greedy decoding"
-            remedy = "name another model first, or choose a temperature above 0"
+            remedy = "name another model first, choose a temperature above 0, or pass missed=False to ask all questions"
             raise DataError(Problem("no-greedy-answers", str(self._path), what, remedy))
         raise_shown(list(self._lacking(requests)))
         for request in requests:

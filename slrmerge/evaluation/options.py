@@ -21,6 +21,12 @@ class EvaluationOptions(Options):
         default_help="all",
         group="Questions",
     )
+    missed: bool = option(
+        True,
+        "Ask only what the first model misses with greedy decoding (reasoning).",
+        flag="--missed/--no-missed",
+        group="Questions",
+    )
     samples: int | None = option(
         None, "Samples per question.", minimum=1, default_help="as in the paper: 128, 32, 64", group="Answers"
     )
@@ -53,6 +59,14 @@ class EvaluationOptions(Options):
         None,
         "Model for diversity (creative): a sentence-transformers model, or MODEL@URL.",
         metavar="MODEL",
+        group="Scores",
+    )
+    extract: str = option(
+        "number",
+        "How to read answers (reasoning): number, lm-evaluation-harness's strict-match or flexible-extract, or "
+        "math-verify, for answers other than numbers.",
+        choices=("number", "strict-match", "flexible-extract", "math-verify"),
+        metavar="HOW",
         group="Scores",
     )
     export: str | None = option(

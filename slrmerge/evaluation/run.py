@@ -90,9 +90,9 @@ class Evaluation:
         require_extra("eval", "openai", "scipy", "matplotlib", "jinja2")
         if task not in TASKS:
             raise OptionError(Problem("invalid-choice", "task", f"{task!r} is not a task", did_you_mean(task, TASKS)))
-        self.task: Task[Any] = TASKS[task]()
-        self.data, self.models = data, parse_models(models)
         self.options = options = options or EvaluationOptions()
+        self.task: Task[Any] = TASKS[task](options)
+        self.data, self.models = data, parse_models(models)
         self.samples = options.samples or self.task.samples
         self._judge = parse_location(options.judge) if options.judge else None
         self._embeddings = parse_location(options.embeddings) if options.embeddings else None
