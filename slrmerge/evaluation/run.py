@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from slrmerge.errors import (
 )
 from slrmerge.evaluation.embedding_file import KeptEmbeddings
 from slrmerge.evaluation.embeddings import Embedder, LocalEmbeddings
-from slrmerge.evaluation.generations import SUFFIX, GenerationsFile
+from slrmerge.evaluation.generations import SUFFIX, GenerationsFile, noveltybench_folder
 from slrmerge.evaluation.judge import Judge
 from slrmerge.evaluation.lexical import LEXICAL, lexical_metrics
 from slrmerge.evaluation.models import (
@@ -34,6 +35,7 @@ from slrmerge.evaluation.models import (
     request_missing,
     sample_keys,
 )
+from slrmerge.evaluation.novelty import Novelty
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.output import claim, write_noveltybench, write_results
 from slrmerge.evaluation.questions import Question, parse_questions, read_data
@@ -254,9 +256,15 @@ class _Run:
         judge = Judge(models.judge, self.files.judge, self.progress) if models.judge else None
         with closing(models.judge) if models.judge else nullcontext():
             scored = evaluation.task.score(responses, Helpers(evaluation.samples, judge, models.embedder))
-        metrics = (*evaluation.task.metrics(evaluation.samples), *LEXICAL)
+        folder = self.files.samples.path.parent
+        novelty = {label: Novelty.read(noveltybench_folder(folder, label)) for label in models.by_label}
+        more = tuple(dict.fromkeys(chain.from_iterable(found.metrics for found in novelty.values())))
+        metrics = (*evaluation.task.metrics(evaluation.samples), *more, *LEXICAL)
         scores = [
-            replace(score, metrics={**score.metrics, **lexical_metrics(each.texts)})
+            replace(
+                score,
+                metrics={**score.metrics, **novelty[each.model].values(each, more), **lexical_metrics(each.texts)},
+            )
             for each, score in zip(responses, scored.scores, strict=True)
         ]
         return EvaluationResult(
