@@ -71,8 +71,8 @@ class EvaluationOptions(Options):
     )
     export: str | None = option(
         None,
-        "Also write the samples in another form: noveltybench.",
-        choices=("noveltybench",),
+        "Also write the samples in another form: noveltybench, or inspect (inspect-ai's log).",
+        choices=("noveltybench", "inspect"),
         metavar="FORM",
         group="Output",
     )

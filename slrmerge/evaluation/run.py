@@ -24,6 +24,7 @@ from slrmerge.errors import (
 from slrmerge.evaluation.embedding_file import KeptEmbeddings
 from slrmerge.evaluation.embeddings import Embedder, LocalEmbeddings
 from slrmerge.evaluation.generations import SUFFIX, GenerationsFile, noveltybench_folder
+from slrmerge.evaluation.inspect_log import write_inspect
 from slrmerge.evaluation.judge import Judge
 from slrmerge.evaluation.lexical import LEXICAL, lexical_metrics
 from slrmerge.evaluation.models import (
@@ -121,8 +122,10 @@ class Evaluation:
                 run.request_samples(chosen.questions)
                 result = run.score(chosen, data.name)
                 write_results(folder.path, result)
-                if self.options.export:
+                if self.options.export == "noveltybench":
                     write_noveltybench(folder.path, result)
+                elif self.options.export == "inspect":
+                    write_inspect(folder.path, result, sampled_s=files.samples.path.stat().st_mtime)
         return result
 
     @property
@@ -135,7 +138,9 @@ class Evaluation:
         return self.options.max_tokens or max(self.task.max_tokens, minimum)
 
     def _check_options(self) -> None:
-        """Raise OptionError for options that do not fit together, or this machine."""
+        """Raise OptionError for options that do not fit together, or this machine, and MissingExtraError."""
+        if self.options.export == "inspect":
+            require_extra("inspect", "inspect_ai")
         verbalized = self.options.verbalized
         if verbalized and self.samples % verbalized:
             what = f"{self.samples} is not a multiple of verbalized, which is {verbalized}"
