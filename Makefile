@@ -39,6 +39,7 @@ slow: $(VENV)/.slow $(PEER)/.installed $(GGUF)/.installed
 	$(BIN)/python benchmarks/merge.py --size 100MB --runs 1 --filesystem xfs
 	$(BIN)/python benchmarks/hub.py --size 50MB --runs 1
 	$(BIN)/python benchmarks/sweep.py --layers 3 --hidden 64 --sample 2 --no-prediction
+	$(BIN)/python benchmarks/eval.py --requests 500 --runs 1
 
 peer: $(PEER)/.installed
 
@@ -60,6 +61,7 @@ bench: $(VENV)/.test $(PEER)/.installed
 	$(BIN)/python benchmarks/merge.py --mergekit $(PEER)/bin/mergekit-yaml
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/hub.py
+	$(BIN)/python benchmarks/eval.py
 
 # Mounts loop files: needs root, xfsprogs and btrfs-progs.
 bench-clone: $(VENV)/.test

@@ -63,7 +63,7 @@ def curves(result: EvaluationResult) -> "Figure":
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    names = [metric.name for metric in result.shown]
+    names = [metric.name for metric in result.shown if metric.name.startswith("pass@")]
     ks = [int(name.partition("@")[2]) for name in names]
     for model, colour in model_colours(result.models).items():
         cells = [result.cell(model, name) for name in names]

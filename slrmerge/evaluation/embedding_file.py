@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from slrmerge.errors import OutputError, Problem
+from slrmerge.errors import OutputError, Problem, ServerError
 from slrmerge.evaluation.embeddings import Embedder
 from slrmerge.io.files import open_no_link, write_file
 from slrmerge.io.pieces import translate_os_errors
@@ -28,9 +28,9 @@ class KeptEmbeddings:
     """An Embedder that keeps embeddings in the evaluation's folder, in one file for each model.
 
     A file has a line of JSON with the model and the width, and a record for each text: its digest, whether the model
-    truncates it, the vector. An incomplete last record, which a kill leaves, is dropped; a file with another first line
-    is written anew. Vectors stay on disk until they are asked for. Raises OutputError, also where the model gives
-    vectors of another width than before.
+    truncates it, the vector, which is NaN where the model refuses the text. An incomplete last record, which a kill
+    leaves, is dropped; a file with another first line is written anew. Vectors stay on disk until they are asked for.
+    Raises OutputError, also where the model gives vectors of another width than before.
     """
 
     def __init__(self, embedder: Embedder, folder: Path) -> None:
@@ -78,7 +78,7 @@ class KeptEmbeddings:
 
     def _compute(self, texts: dict[bytes, str]) -> None:
         """Embed texts, by digest, and append their records to the file."""
-        vectors = self._embedder.embed(list(texts.values()))
+        vectors = self._embed(list(texts.values()))
         (width,) = vectors.shape[1:]
         if not self._places:
             self._start(width)
@@ -91,6 +91,15 @@ class KeptEmbeddings:
         with translate_os_errors(self.path), open(self.path, "ab", opener=open_no_link) as file:
             file.write(records.tobytes())
         self._places |= {digest: len(self._places) + place for place, digest in enumerate(texts)}
+
+    def _embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
+        """Embeddings; NaN also where the model refuses all of these texts, and has not refused all others before."""
+        try:
+            return self._embedder.embed(texts)
+        except ServerError as error:
+            if not self._places or [problem.code for problem in error.problems] != ["request-rejected"]:
+                raise
+            return np.full((len(texts), *self._record["vector"].shape), np.nan)
 
     def _start(self, width: int) -> None:
         """Begin an empty file of vectors of this width."""

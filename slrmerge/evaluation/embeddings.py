@@ -31,7 +31,7 @@ class Embedder(Protocol):
         ...
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
-        """Embeddings, shape (texts, width)."""
+        """Embeddings, shape (texts, width); NaN for a text that the model refuses."""
         ...
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import xxhash
 
@@ -48,7 +49,7 @@ class GenerationsFile:
         """See `ChatModel`. Whether answers are truncated is not known."""
         if settings.temperature == 0:
             what = "has samples, not the answers of greedy decoding"
-            remedy = "name another model first, or choose a temperature above 0"
+            remedy = "name another model first, choose a temperature above 0, or pass missed=False to ask all questions"
             raise DataError(Problem("no-greedy-answers", str(self._path), what, remedy))
         raise_shown(list(self._lacking(requests)))
         for request in requests:
@@ -96,6 +97,12 @@ def _line(value: Any) -> tuple[str, list[str]]:
     if not all(isinstance(text, str) for text in generations):
         raise TypeError("a generation is not text")
     return prompt, generations
+
+
+def noveltybench_folder(folder: Path, label: str) -> Path:
+    """Where the generations of a model are in an evaluation's folder, and what NoveltyBench's scripts make of them."""
+    name = quote(label, safe=" +=,") if label.strip(".") else label.replace(".", "%2E")
+    return folder / "noveltybench" / name
 
 
 def write_generations(folder: Path, model: str, responses: Iterable[ModelResponses[Any]]) -> None:

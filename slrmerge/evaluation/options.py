@@ -21,6 +21,12 @@ class EvaluationOptions(Options):
         default_help="all",
         group="Questions",
     )
+    missed: bool = option(
+        True,
+        "Ask only what the first model misses with greedy decoding (reasoning).",
+        flag="--missed/--no-missed",
+        group="Questions",
+    )
     samples: int | None = option(
         None, "Samples per question.", minimum=1, default_help="as in the paper: 128, 32, 64", group="Answers"
     )
@@ -55,10 +61,18 @@ class EvaluationOptions(Options):
         metavar="MODEL",
         group="Scores",
     )
+    extract: str = option(
+        "number",
+        "How to read answers (reasoning): number, lm-evaluation-harness's strict-match or flexible-extract, or "
+        "math-verify, for answers other than numbers.",
+        choices=("number", "strict-match", "flexible-extract", "math-verify"),
+        metavar="HOW",
+        group="Scores",
+    )
     export: str | None = option(
         None,
-        "Also write the samples in another form: noveltybench.",
-        choices=("noveltybench",),
+        "Also write the samples in another form: noveltybench, or inspect (inspect-ai's log).",
+        choices=("noveltybench", "inspect"),
         metavar="FORM",
         group="Output",
     )

@@ -5,12 +5,11 @@ from dataclasses import asdict, fields
 from math import isnan
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from slrmerge._version import __version__
 from slrmerge.errors import OutputError, Problem
 from slrmerge.evaluation import charts
-from slrmerge.evaluation.generations import write_generations
+from slrmerge.evaluation.generations import noveltybench_folder, write_generations
 from slrmerge.evaluation.page import page
 from slrmerge.evaluation.result import Cell, EvaluationResult
 from slrmerge.io import files
@@ -60,9 +59,8 @@ def write_results(folder: Path, result: EvaluationResult) -> None:
 def write_noveltybench(folder: Path, result: EvaluationResult) -> None:
     """Write `noveltybench/LABEL/generations.jsonl` for each model: what NoveltyBench's `partition.py` reads."""
     for label, model_id in result.models.items():
-        name = quote(label, safe=" +=,") if label.strip(".") else label.replace(".", "%2E")
         responses = [each for each in result.responses if each.model == label]
-        write_generations(folder / "noveltybench" / name, model_id, responses)
+        write_generations(noveltybench_folder(folder, label), model_id, responses)
 
 
 def summary(result: EvaluationResult) -> dict[str, Any]:

@@ -69,12 +69,12 @@ def _column(task: str, responses: ModelResponses[Any], score: Score) -> Column:
     given = list(responses.texts)
     marks = dict(zip(given, score.marks, strict=True))
     counts = Counter(given).most_common()
-    texts = [_shown(task, text, count, marks[text]) for text, count in counts[:TEXTS_SHOWN]]
+    texts = [shown_text(task, text, count, marks[text]) for text, count in counts[:TEXTS_SHOWN]]
     metrics = ", ".join(f"{name} {value:.3f}" for name, value in score.metrics.items() if not isnan(value))
     return Column(responses.model, texts, len(counts) - len(texts), metrics)
 
 
-def _shown(task: str, text: str | None, count: int, mark: str) -> ShownText:
+def shown_text(task: str, text: str | None, count: int, mark: str) -> ShownText:
     """A right answer has a mark in open questions; in reasoning the mark ends in a sign, which the page shows first."""
     if task == "open-qa":
         return ShownText(text, count, "" if mark == (text or "").strip() else mark, bool(mark))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from slrmerge.errors import (
 )
 from slrmerge.evaluation.embedding_file import KeptEmbeddings
 from slrmerge.evaluation.embeddings import Embedder, LocalEmbeddings
-from slrmerge.evaluation.generations import SUFFIX, GenerationsFile
+from slrmerge.evaluation.generations import SUFFIX, GenerationsFile, noveltybench_folder
+from slrmerge.evaluation.inspect_log import write_inspect
 from slrmerge.evaluation.judge import Judge
 from slrmerge.evaluation.lexical import LEXICAL, lexical_metrics
 from slrmerge.evaluation.models import (
@@ -34,6 +36,7 @@ from slrmerge.evaluation.models import (
     request_missing,
     sample_keys,
 )
+from slrmerge.evaluation.novelty import Novelty
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.output import claim, write_noveltybench, write_results
 from slrmerge.evaluation.questions import Question, parse_questions, read_data
@@ -90,9 +93,9 @@ class Evaluation:
         require_extra("eval", "openai", "scipy", "matplotlib", "jinja2")
         if task not in TASKS:
             raise OptionError(Problem("invalid-choice", "task", f"{task!r} is not a task", did_you_mean(task, TASKS)))
-        self.task: Task[Any] = TASKS[task]()
-        self.data, self.models = data, parse_models(models)
         self.options = options = options or EvaluationOptions()
+        self.task: Task[Any] = TASKS[task](options)
+        self.data, self.models = data, parse_models(models)
         self.samples = options.samples or self.task.samples
         self._judge = parse_location(options.judge) if options.judge else None
         self._embeddings = parse_location(options.embeddings) if options.embeddings else None
@@ -119,8 +122,10 @@ class Evaluation:
                 run.request_samples(chosen.questions)
                 result = run.score(chosen, data.name)
                 write_results(folder.path, result)
-                if self.options.export:
+                if self.options.export == "noveltybench":
                     write_noveltybench(folder.path, result)
+                elif self.options.export == "inspect":
+                    write_inspect(folder.path, result, sampled_s=files.samples.path.stat().st_mtime)
         return result
 
     @property
@@ -133,7 +138,9 @@ class Evaluation:
         return self.options.max_tokens or max(self.task.max_tokens, minimum)
 
     def _check_options(self) -> None:
-        """Raise OptionError for options that do not fit together, or this machine."""
+        """Raise OptionError for options that do not fit together, or this machine, and MissingExtraError."""
+        if self.options.export == "inspect":
+            require_extra("inspect", "inspect_ai")
         verbalized = self.options.verbalized
         if verbalized and self.samples % verbalized:
             what = f"{self.samples} is not a multiple of verbalized, which is {verbalized}"
@@ -254,9 +261,15 @@ class _Run:
         judge = Judge(models.judge, self.files.judge, self.progress) if models.judge else None
         with closing(models.judge) if models.judge else nullcontext():
             scored = evaluation.task.score(responses, Helpers(evaluation.samples, judge, models.embedder))
-        metrics = (*evaluation.task.metrics(evaluation.samples), *LEXICAL)
+        folder = self.files.samples.path.parent
+        novelty = {label: Novelty.read(noveltybench_folder(folder, label)) for label in models.by_label}
+        more = tuple(dict.fromkeys(chain.from_iterable(found.metrics for found in novelty.values())))
+        metrics = (*evaluation.task.metrics(evaluation.samples), *more, *LEXICAL)
         scores = [
-            replace(score, metrics={**score.metrics, **lexical_metrics(each.texts)})
+            replace(
+                score,
+                metrics={**score.metrics, **novelty[each.model].values(each, more), **lexical_metrics(each.texts)},
+            )
             for each, score in zip(responses, scored.scores, strict=True)
         ]
         return EvaluationResult(

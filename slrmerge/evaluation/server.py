@@ -5,14 +5,14 @@ import json
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slrmerge.errors import OptionError, Problem, ServerError
-from slrmerge.evaluation.models import AnswerSink, SampleRequest, ServerAddress
+from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, SampleRequest, ServerAddress
 from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.evaluation.server_errors import INVALID_JSON, InvalidResponseError, translate_server_errors
 from slrmerge.io.progress import Progress
@@ -131,19 +131,40 @@ class ServerModel:
         self._run_all(requests, one)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """See `Embedder`. Raises ServerError like `answer`."""
+        """See `Embedder`. Raises ServerError like `answer`, and where the server rejects all texts, or the first 20."""
         model = self.model_id
         starts = range(0, len(texts), EMBEDDINGS_PER_REQUEST)
         found: dict[int, NDArray[np.float32]] = {}
+        rejected: dict[int, ServerError] = {}
 
         async def one(client: "AsyncOpenAI", start: int) -> None:
-            part = texts[start : start + EMBEDDINGS_PER_REQUEST]
-            found[start] = await self._bounded(_valid(lambda: _embed(client, model, part)))
+            waiting = [range(start, min(start + EMBEDDINGS_PER_REQUEST, len(texts)))]
+            while waiting:
+                part = waiting.pop()
+                try:
+                    request = partial(_embed, client, model, [texts[number] for number in part])
+                    found.update(zip(part, await self._bounded(_valid(request)), strict=True))
+                except ServerError as error:
+                    if error.problems[0].code != "request-rejected":
+                        raise
+                    if len(part) > 1:  # one of the texts, or all of them together, may be too long
+                        half = len(part) // 2
+                        waiting += [part[half:], part[:half]]
+                        continue
+                    rejected[part[0]] = error
+                    if not found and len(rejected) >= MOST_REFUSED:
+                        raise
 
         self._run_all(starts, one)
-        if len({part.shape[1] for part in found.values()}) > 1:
+        if rejected and not found:
+            raise next(iter(rejected.values()))
+        widths = {vector.shape[0] for vector in found.values()}
+        if len(widths) > 1:
             raise ServerError(Problem("invalid-response", str(self._at), "returned embeddings of different widths"))
-        return np.concatenate([found[start] for start in starts] or [np.empty((0, 0), np.float32)])
+        vectors = np.full((len(texts), *(widths or {0})), np.nan, np.float32)
+        for number, vector in found.items():
+            vectors[number] = vector
+        return vectors
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """See `Embedder`; unknown: a server rejects a long text, or is silent."""

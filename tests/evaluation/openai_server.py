@@ -68,13 +68,14 @@ class OpenAIServer:
 
     It serves `models`, and answers with what `say` makes of (prompt, seed, request) and with `finish_reason`. In
     `asked` are the JSON bodies of all questions as they came, in `at_once` how many of them were under way at a time at
-    most, in `requests` every request with its headers that got an answer. With `strict` it knows only the fields that
-    `transformers serve` knows.
+    most, in `requests` every request with its headers that got an answer. It rejects embeddings of texts with more than
+    `embeds_up_to` characters. With `strict` it knows only the fields that `transformers serve` knows.
     """
 
     def __init__(self, *models: str, say: Words = repeat, strict: bool = False) -> None:
         self.models, self.say, self.strict = list(models), say, strict
         self.finish_reason: str | None = "stop"
+        self.embeds_up_to: int | None = None
         self.asked: list[dict[str, Any]] = []
         self.requests: list[Request] = []
         self.connections: list[str] = []
@@ -167,6 +168,8 @@ class OpenAIServer:
         body = asked.json()
         if self.strict and (unknown := sorted(OWN_FIELDS & body.keys())):
             return _refusal(422, f"Unexpected fields in the request: {', '.join(unknown)}")
+        if asked.path == EMBEDDINGS and self.embeds_up_to and max(map(len, body["input"])) > self.embeds_up_to:
+            return _refusal(400, "a text is too long")
         if asked.path == EMBEDDINGS:
             return Answer.of(embeddings(*map(vector, body["input"])))
         return Answer.of(reply(self.say(body["messages"][0]["content"], body["seed"], body), self.finish_reason))

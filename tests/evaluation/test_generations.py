@@ -85,6 +85,8 @@ def test_a_file_has_no_greedy_answers(tmp_path: Path) -> None:
     path = written(tmp_path / "answers.jsonl", {"prompt": "How many?", "generations": ["4"] * 4})
     with refused(DataError, "no-greedy-answers"):
         evaluate("reasoning", data, {"post": path}, tmp_path / "eval", samples=4)
+    result = evaluate("reasoning", data, {"post": path}, tmp_path / "eval", samples=4, missed=False)
+    assert result.cell("post", "pass@1").mean == 1
 
 
 def test_a_file_cannot_judge(data: Path) -> None:

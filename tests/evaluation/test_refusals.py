@@ -5,15 +5,19 @@ from collections.abc import Collection, Sequence
 from math import log
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from slrmerge.errors import Problem, ServerError, SlrmergeError
-from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, SampleRequest, request_missing
+from slrmerge.evaluation.embedding_file import KeptEmbeddings
+from slrmerge.evaluation.metrics import dissimilarity
+from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, SampleRequest, ServerAddress, request_missing
 from slrmerge.evaluation.run import evaluate
 from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings
+from slrmerge.evaluation.server import ServerModel
 from slrmerge.io.progress import Progress
 from tests.evaluation.helpers import Answering
-from tests.evaluation.openai_server import OpenAIServer
+from tests.evaluation.openai_server import OpenAIServer, vector
 from tests.problems import refused
 
 SETTINGS = Settings("a-model", 1.0, 0.1, 64)
@@ -131,3 +135,53 @@ def test_a_key_that_is_rejected_later_ends_the_evaluation(server: OpenAIServer, 
     with refused(ServerError, "key-rejected"):
         evaluate("open-qa", data, {"post": f"m@{server.url}"}, data.with_name("eval"), samples=4, concurrency=1)
     assert len((data.with_name("eval") / "samples.jsonl").read_bytes().splitlines()) == 5
+
+
+# of embeddings
+
+
+def embedder(server: OpenAIServer) -> ServerModel:
+    return ServerModel(ServerAddress("m", server.url), concurrency=2, timeout_s=60)
+
+
+@pytest.mark.parametrize("places", [{0}, {2, 3}, {99}, {0, 40, 63, 64, 70}, set(range(1, 100))], ids=str)
+def test_texts_that_an_embeddings_server_rejects_have_no_embedding(server: OpenAIServer, places: set[int]) -> None:
+    server.embeds_up_to = 10
+    texts = [f"{'long ' * 10 if number in places else ''}{number}" for number in range(100)]
+    found = embedder(server).embed(texts)
+    assert found.shape == (100, 3)
+    assert {number for number in range(100) if np.isnan(found[number]).all()} == places
+    assert all(found[number].tolist() == vector(texts[number]) for number in range(100) if number not in places)
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_an_embeddings_server_that_rejects_everything_is_an_error(server: OpenAIServer, count: int) -> None:
+    server.embeds_up_to = 1
+    with refused(ServerError, "request-rejected"):
+        embedder(server).embed(["long"] * count)
+    assert len(server.asked) < 200  # also where there are many texts
+
+
+def test_a_rejected_text_is_recorded_and_not_embedded_again(server: OpenAIServer, tmp_path: Path) -> None:
+    server.embeds_up_to = 10
+    texts = ["a", "long " * 10, "b"]
+    first = KeptEmbeddings(embedder(server), tmp_path).embed(texts)
+    asked = len(server.asked)
+    again = KeptEmbeddings(embedder(server), tmp_path)
+    np.testing.assert_array_equal(again.embed(texts), first)
+    assert len(server.asked) == asked
+    assert np.isnan(again.embed(["longer " * 10])).all()  # where all that are missing are rejected
+    assert again.embed(["c", "longer " * 10])[0].tolist() == vector("c")
+
+
+def test_diversity_leaves_rejected_texts_out_and_counts_them(server: OpenAIServer, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Tell me a joke.\n")
+    server.say = lambda prompt, seed, body: ["a", "b", "long " * 10][seed % 3]
+    server.embeds_up_to = 10
+    at = f"m@{server.url}"
+    result = evaluate("creative", tmp_path / "prompts.txt", {"post": at}, tmp_path / "eval", samples=8, embeddings=at)
+    texts = [text for text in result.responses[0].texts if text in ("a", "b")]
+    assert 2 <= len(texts) < 8
+    vectors = np.array([vector(text) for text in texts], np.float32)
+    assert result.cell("post", "diversity").mean == pytest.approx(dissimilarity(vectors))
+    assert "m refuses 1 of 3 texts, which diversity leaves out" in result.notes

@@ -11,6 +11,8 @@ import pytest
 
 from slrmerge.errors import DataError
 from slrmerge.evaluation.judge import Judge
+from slrmerge.evaluation.options import EvaluationOptions
+from slrmerge.evaluation.questions import QuestionRow, parse_questions
 from slrmerge.evaluation.samples import SampleFile
 from slrmerge.evaluation.tasks import TASKS
 from slrmerge.evaluation.tasks.base import Helpers, ModelResponses, Task
@@ -178,7 +180,7 @@ def test_quality_is_blank_where_the_judges_reply_cannot_be_read(judging: Judging
 
 def test_reasoning_compares_numbers() -> None:
     metrics, marks, _ = score(Reasoning(), SUM, ["It is 4.", "#### 4.0", "5", "none", None], Helpers(5))
-    assert marks == ["4 ✓", "4 ✓", "5 ✗", "no number ✗", "no number ✗"]
+    assert marks == ["4 ✓", "4 ✓", "5 ✗", "no answer ✗", "no answer ✗"]
     assert metrics["pass@1"] == pytest.approx(0.4)
     assert metrics["pass@4"] == 1
     assert isnan(metrics["pass@8"])
@@ -200,6 +202,41 @@ def test_reasoning_chooses_questions_that_greedy_decoding_misses_until_there_are
     assert len(asked) == 128
     assert "128" in chosen.note
     assert len(Reasoning().choose(sums(300), None, greedy).questions) == 150
+
+
+def test_reasoning_can_ask_all_questions_without_greedy_decoding() -> None:
+    def greedy(_: object) -> list[str]:
+        raise AssertionError("decodes")
+
+    chosen = Reasoning(EvaluationOptions(missed=False)).choose(sums(9), 5, greedy)
+    assert (list(chosen.questions), chosen.note) == (sums(5), "")
+
+
+def test_reasoning_reads_answers_as_the_option_says() -> None:
+    texts = ["#### 4, not 5", "#### 4.0", "4"]
+    for extract, marks in {
+        "number": ["4 ✓", "4 ✓", "4 ✓"],
+        "strict-match": ["4 ✓", "4.0 ✗", "no answer ✗"],
+        "flexible-extract": ["5 ✗", "4.0 ✗", "4 ✓"],
+    }.items():
+        task = Reasoning(EvaluationOptions(extract=extract))
+        _, found, notes = score(task, SUM, texts, Helpers(3))
+        assert found == marks
+        assert [extract in note for note in notes] == [True] * (extract != "number")
+        missed = task.choose([SUM], None, lambda _: ["#### 4.0"]) if extract != "number" else None
+        assert missed is None or missed.questions == [SUM]
+
+
+def test_reasoning_takes_answers_that_are_not_numbers_where_math_verify_reads_them() -> None:
+    task = Reasoning(EvaluationOptions(extract="math-verify"))
+    rows = [{"question": "Expand.", "answer": r"#### x^2 + 2x + 1"}, {"question": "Half?", "answer": 0.5}]
+    expand, half = parse_questions(task.question, [QuestionRow("a", row) for row in rows])
+    _, marks, _ = score(task, expand, [r"So it is \boxed{(x+1)^2}.", r"\boxed{x^2}", "no", None], Helpers(4))
+    assert marks == ["(x+1)^2 ✓", "x^2 ✗", "no answer ✗", "no answer ✗"]
+    assert score(task, half, [r"It is $\frac{1}{2}$."], Helpers(1)).marks == [r"\frac{1}{2} ✓"]
+    for answer in ("####", "", None, True):
+        with refused(DataError, "no-expression"):
+            parse_questions(task.question, [QuestionRow("a", {"question": "What?", "answer": answer})])
 
 
 def test_reasoning_needs_a_question_that_is_missed() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from slrmerge.io.strict_yaml import write_yaml
+from slrmerge.merging.finding import HeldOut, HeldOutScores, ScoreChange
 from slrmerge.recipe.model import Recipe
 from slrmerge.recipe.rules import Rules
 from slrmerge.searching.candidates import CandidateInfo
@@ -117,6 +118,29 @@ def test_the_page_has_every_candidate_with_its_scores_and_recipe() -> None:
         else:
             recipe = write_yaml(result.choice.recipe_for(each).to_dict())
             assert data["recipe_head"] + shown["recipe_rest"] == recipe
+
+
+@pytest.mark.usefixtures("small_library")
+def test_the_page_has_the_scores_on_held_out_prompts() -> None:
+    result = made_result(made_rows(SCORES))
+    assert "On other prompts" not in page(result).text
+    change = ScoreChange(mean=0.25, low=-0.5, high=0.75)
+    scores = {
+        "post": HeldOutScores(label="post-trained", quality=0.9881, diversity=1.2342),
+        "runner_up": HeldOutScores(
+            label="<b>&", quality=0.8769, diversity=2.3458, quality_change=change, diversity_change=ScoreChange(mean=1)
+        ),
+    }
+    asked = replace(
+        result, held_out=HeldOut(prompts=12, scores=scores), reselected={"layers 1–2": 0.625, "layers 3": 0.2}
+    )
+    text = page(asked).text
+    for expected in (
+        "On other prompts", "post-trained", "0.988", "1.234", "runner-up", "<b>&", "0.877", "2.346",
+        "+0.250 [-0.500, +0.750]", "+1.000", "12 prompts", "layers 1–2 most often, in 62% of the draws",
+    ):  # fmt: skip
+        assert expected in text
+    assert "layers 3" not in text[text.index("On other prompts") :].split("Recipe")[0]
 
 
 @pytest.mark.usefixtures("small_library")

@@ -7,6 +7,7 @@ from typing import ClassVar, Generic, Literal, NamedTuple
 
 from slrmerge.evaluation.embeddings import Embedder
 from slrmerge.evaluation.judge import Judge
+from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.questions import Q
 
 Plot = Literal["bars", "curves"]
@@ -79,6 +80,9 @@ class Task(ABC, Generic[Q]):
     max_tokens: ClassVar[int]
     plot: ClassVar[Plot] = "bars"
     question: type[Q]
+
+    def __init__(self, options: EvaluationOptions | None = None) -> None:
+        self.options = options or EvaluationOptions()
 
     def choose(
         self,

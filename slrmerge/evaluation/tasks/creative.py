@@ -112,7 +112,7 @@ def _diversities(
     if embedder is None:
         return [Diversity()] * len(responses), ["diversity was not measured; it needs an embeddings model"]
     found: list[Diversity] = []
-    texts, truncated = 0, 0
+    texts, truncated, refused = 0, 0, 0
     for start in range(0, len(responses), RESPONSES_AT_ONCE):
         groups = [
             [text for text in each.texts if text and text.strip()]
@@ -120,12 +120,17 @@ def _diversities(
         ]
         place = {text: number for number, text in enumerate(dict.fromkeys(chain.from_iterable(groups)))}
         vectors = embedder.embed(list(place)) if place else np.empty((0, 0))
+        is_refused = np.isnan(vectors[:, :1]).ravel()
         for group in groups:
-            own = vectors[[place[text] for text in group]]
+            own = vectors[[place[text] for text in group if not is_refused[place[text]]]]
             found.append(Diversity(dissimilarity(own), vendi_score(own)))
-        texts, truncated = texts + len(place), truncated + int(embedder.truncated(list(place)).sum())
-    note = f"{embedder.model_id} truncates {truncated:,} of {texts:,} texts"
-    return found, [note] if truncated else []
+        texts, refused = texts + len(place), refused + int(is_refused.sum())
+        truncated += int(embedder.truncated(list(place)).sum())
+    counts = {
+        f"truncates {truncated:,} of {texts:,} texts": truncated,
+        f"refuses {refused:,} of {texts:,} texts, which diversity leaves out": refused,
+    }
+    return found, [f"{embedder.model_id} {what}" for what, count in counts.items() if count]
 
 
 def _judge(responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> Judgements:

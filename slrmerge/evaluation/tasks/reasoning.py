@@ -1,4 +1,4 @@
-"""Questions whose worked solution ends in a number: does it help to try again? (the form of GSM8K)"""
+"""Questions whose worked solution ends in an answer: does it help to try again? (the form of GSM8K)"""
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -6,9 +6,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AliasChoices, Field, PlainSerializer, PlainValidator
 
-from slrmerge.errors import DataError, Problem
+from slrmerge.errors import DataError, Problem, require_extra
+from slrmerge.evaluation.answers import MATH_VERIFY, READERS, Reading, as_math, parse_expression
 from slrmerge.evaluation.metrics import pass_at_k
 from slrmerge.evaluation.numbers import MOST_DIGITS, final_number
+from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.questions import Question, Text
 from slrmerge.evaluation.tasks.base import ChosenQuestions, Helpers, Metric, ModelResponses, Score, Task, TaskScores
 from slrmerge.io.model import InvalidValue
@@ -30,39 +32,73 @@ def _number(value: Any) -> Fraction:
     return found
 
 
-class WordProblem(Question):
-    """A question and the correct number; a worked solution, ended by `####`, may precede it."""
+def _expression(value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = str(value).rpartition("####")[2].strip() if isinstance(value, str) or is_number else ""
+    if not (text and parse_expression(as_math(text))):
+        remedy = r"give the correct answer as LaTeX, such as \frac{3}{4}, alone or after ####"
+        raise InvalidValue("no-expression", "contains no answer that math-verify reads", remedy)
+    return text
+
+
+class SolvedQuestion(Question):
+    """A question and its correct answer; a worked solution, ended by `####`, may precede it."""
 
     question: Text = Field(validation_alias=AliasChoices("question", "problem", "prompt"))
-    answer: Annotated[Fraction, PlainValidator(_number), PlainSerializer(str)]
+    answer: Any
 
     @property
     def text(self) -> str:
         return self.question
 
 
-class Reasoning(Task[WordProblem]):
-    """pass@k, by the unbiased estimator, on the questions that the first model misses with greedy decoding."""
+class WordProblem(SolvedQuestion):
+    """One whose answer is a number."""
+
+    answer: Annotated[Fraction, PlainValidator(_number), PlainSerializer(str)]
+
+
+class MathProblem(SolvedQuestion):
+    """One whose answer is any expression that math-verify reads."""
+
+    answer: Annotated[str, PlainValidator(_expression)]
+
+
+class Reasoning(Task[SolvedQuestion]):
+    """pass@k, by the unbiased estimator, on the questions that the first model misses with greedy decoding, or on all.
+
+    Raises MissingExtraError where answers are to be read by math-verify, which is not installed.
+    """
 
     name: ClassVar = "reasoning"
     samples: ClassVar = 64
     max_tokens: ClassVar = 4096
     plot: ClassVar = "curves"
-    question = WordProblem
+
+    def __init__(self, options: EvaluationOptions | None = None) -> None:
+        super().__init__(options)
+        self._is_only_missed, self._extract = self.options.missed, self.options.extract
+        self._read = READERS[self._extract]
+        self.question: type[SolvedQuestion] = WordProblem
+        if self._extract == MATH_VERIFY:
+            require_extra("eval", "math_verify")
+            self.question = MathProblem
 
     def choose(
         self,
-        questions: Sequence[WordProblem],
+        questions: Sequence[SolvedQuestion],
         wanted: int | None,
-        greedy: Callable[[Sequence[WordProblem]], list[str]],
-    ) -> ChosenQuestions[WordProblem]:
-        missed: list[WordProblem] = []
+        greedy: Callable[[Sequence[SolvedQuestion]], list[str]],
+    ) -> ChosenQuestions[SolvedQuestion]:
+        if not self._is_only_missed:
+            return super().choose(questions, wanted, greedy)
+        missed: list[SolvedQuestion] = []
         per_round = QUESTIONS_PER_ROUND if wanted else len(questions)
         tried = 0
         while tried < len(questions) and (wanted is None or len(missed) < wanted):
             part = questions[tried : tried + per_round]
             answers = zip(part, greedy(part), strict=True)
-            missed += [question for question, answer in answers if final_number(answer) != question.answer]
+            missed += [question for question, answer in answers if not self._read(answer, question.answer).is_correct]
             tried += len(part)
         if not missed:
             what = f"answers all {len(questions):,} questions correctly with greedy decoding"
@@ -76,14 +112,15 @@ class Reasoning(Task[WordProblem]):
     def metrics(self, samples: int) -> tuple[Metric, ...]:  # noqa: ARG002 (undefined where k is larger)
         return tuple(Metric(f"pass@{k}", f"probability that at least one of {k} samples is correct") for k in KS)
 
-    def score(self, responses: Sequence[ModelResponses[WordProblem]], helpers: Helpers) -> TaskScores:  # noqa: ARG002
+    def score(self, responses: Sequence[ModelResponses[SolvedQuestion]], helpers: Helpers) -> TaskScores:  # noqa: ARG002
         scores = []
         for each in responses:
-            numbers = [None if text is None else final_number(text) for text in each.texts]
-            correct = [number == each.question.answer for number in numbers]
-            marks = [
-                f"{'no number' if number is None else number} {'✓' if is_correct else '✗'}"
-                for number, is_correct in zip(numbers, correct, strict=True)
+            readings = [
+                Reading(None, False) if text is None else self._read(text, each.question.answer) for text in each.texts
             ]
-            scores.append(Score({f"pass@{k}": pass_at_k(len(correct), sum(correct), k) for k in KS}, marks))
-        return TaskScores(scores)
+            correct = sum(reading.is_correct for reading in readings)
+            marks = [
+                f"{'no answer' if text is None else text} {'✓' if is_correct else '✗'}" for text, is_correct in readings
+            ]
+            scores.append(Score({f"pass@{k}": pass_at_k(len(readings), correct, k) for k in KS}, marks))
+        return TaskScores(scores, [f"answers were read by {self._extract}"] if self._extract != "number" else [])
