@@ -1,17 +1,11 @@
 """The token embeddings and the output head, and which of them are one tensor under several names."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.layers import text_sections
-
-TOWER = re.compile(
-    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|multi_?modal|mm|perceiver|resampler|connector)(?:[._]|$)"
-)
-"""Modules of vision and audio towers, and what connects them to the decoder."""
+from slrmerge.checkpoint.layers import TOWER, text_sections
 
 _EMBEDDINGS = frozenset({
     "embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings", "token_embd", "embeddings",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from slrmerge.checkpoint.buffers import is_constant
 from slrmerge.checkpoint.fused import fusion, is_regrouped
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
+from slrmerge.checkpoint.layers import split_layer
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.quantised import Quantisation
 from slrmerge.errors import PlanError, Problem, raise_all
@@ -294,13 +295,12 @@ class TensorPlanner:
         if _LORA.search(name):
             what = "belongs to a LoRA that is not merged into the weights"
             self._refuse(name, "lora-not-merged", what, "merge it first (PEFT merge_and_unload)")
-        elif stack and stack.locate(name):
-            if differing := self._names.differing_layers:
-                what = f"has no layers {differing[1]}.* like the post-trained model"
-                what += f"; its own are {differing[0]}.*" if differing[0] else ""
-                self._refuse(str(self._pair.pretrained), "different-layers", what, _ANOTHER_MODEL)
-            else:
-                self._refuse(name, "not-in-pretrained", what, _ANOTHER_MODEL)
+        elif differing := self._names.differing_layers:  # the reason for tensors outside the layers too
+            what = f"has no layers {differing[1]}.* like the post-trained model"
+            what += f"; its own are {differing[0]}.*" if differing[0] else ""
+            self._refuse(str(self._pair.pretrained), "different-layers", what, _ANOTHER_MODEL)
+        elif stack.locate(name) if stack else split_layer(name):
+            self._refuse(name, "not-in-pretrained", what, _ANOTHER_MODEL)
         elif name == self._names.head:
             what += ", whose config says that its head is not tied to its embedding"
             self._refuse(name, "not-in-pretrained", what, _TIE + _KEEP)

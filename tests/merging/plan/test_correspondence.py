@@ -87,8 +87,18 @@ def test_a_mergekit_config_merges_layers_under_other_names(tmp_path: Path) -> No
 
 def test_layers_under_an_incompatible_name_are_one_problem(tmp_path: Path) -> None:
     pre = {name.replace("model.layers", "transformer.h"): tensor for name, tensor in llama_tensors("pre").items()}
+    pre |= {f"someones.{name}": pre.pop(name) for name in ("model.norm.weight", EMBED)}
     write_pair(tmp_path, pre, llama_tensors("post"))
-    assert refusals(tmp_path, "different-layers", restore=[1, 2]) == [str(tmp_path / "pre")]
+    for content in ({"restore": [1, 2]}, {"alpha": 0.5}):
+        assert refusals(tmp_path, "different-layers", **content) == [str(tmp_path / "pre")]
+
+
+def test_layers_that_cannot_be_told_from_others_are_never_to_be_kept(tmp_path: Path) -> None:
+    post = tensors("post", *(f"{part}.layers.{k}.mlp.weight" for part in ("one", "two") for k in LAYERS))
+    write_pair(tmp_path, tensors("pre", *in_layers("mlp.weight")), post)
+    with refused(PlanError, "not-in-pretrained") as caught:
+        planned(tmp_path, alpha=0.5)
+    assert not any("alpha: 0" in problem.remedy for problem in caught.value.problems)
 
 
 MASKS = [f"model.layers.{k}.attn.bias" for k in LAYERS]
