@@ -73,6 +73,7 @@ class TensorPlanner:
             return PlannedTensors([], self._problems(), [])
         planned = [tensor for name, alpha in alphas.items() if (tensor := self._plan_one(name, alpha))]
         self._check_quantised_modules(alphas)
+        self._check_quantised_layers(alphas)
         self._check_tied(alphas)
         self._check_unmatched(alphas)
         if self._dtype and self._quantised_post:
@@ -213,6 +214,24 @@ class TensorPlanner:
             if len(found) > 1:
                 what = "is quantised, and its tensors would come from different sides"
                 self._refuse(module, "quantised-module-split", what, "give the whole module one alpha")
+
+    def _check_quantised_layers(self, alphas: Mapping[str, float]) -> None:
+        """Where factors were moved between the tensors of a layer, such as from weights to the norm before them."""
+        quantisation, stack = self._quantised.posttrained, self._pair.stack
+        if not (quantisation and quantisation.moves_scales and stack):
+            return
+        by_layer: dict[int, set[float]] = defaultdict(set)
+        quantised: set[int] = set()
+        for name, alpha in alphas.items():
+            if place := stack.locate(name):
+                by_layer[place[0]].add(alpha)
+                quantised |= {place[0]} if name in self._quantised_post else set()
+        split = sorted(layer for layer in quantised if by_layer[layer] not in ({0}, {1}))
+        if split:
+            what = f"is quantised{quantisation.name} by a method that may move factors between the tensors of a layer"
+            remedy = "restore whole layers with `restore`, or merge the unquantised models"
+            more = f" and {len(split) - 1} more layers" if len(split) > 1 else ""
+            self._refuse(f"{stack.prefix}.{split[0]}{more}", "quantised-layer-split", what, remedy)
 
     def _check_tied(self, alphas: Mapping[str, float]) -> None:
         """Tensors that are one for a loader cannot become two."""
