@@ -1,10 +1,13 @@
-"""Whether the embedding has a row for every token that the tokenizer gives."""
+"""Whether the embedding has a row for every token that the tokenizer gives, and rows of the same tokens meet."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.files import SourceFile, unreadable
 from slrmerge.checkpoint.pair import ModelPair, Side
+from slrmerge.checkpoint.vocabulary import TOKENIZER_NAME
+from slrmerge.errors import CheckpointError
 from slrmerge.io.files import read_file
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 from slrmerge.merging.plan.model import PlannedTensor
@@ -20,10 +23,38 @@ _FILES = ("tokenizer.json", "added_tokens.json", "vocab.json")
 
 
 def tokenizer_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
-    """A warning where the tokenizer of `side` has ids past the last row of an embedding of the output.
+    """Warnings where the tokenizer of `side` does not fit the output, or rows of other tokens are mixed.
 
     A tokenizer on the Hub is downloaded only where the recipe asks for the pre-trained side's.
     """
+    tensors = list(tensors)
+    yield from _row_notes(side, pair, tensors)
+    yield from _token_notes(side, pair, tensors)
+
+
+def _token_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
+    """A warning where rows of the pre-trained side mean other tokens than they will in the output."""
+    mixed = [
+        tensor.name
+        for tensor in tensors
+        if tensor.pretrained is not None
+        and tensor.rows is None
+        and (tensor.alpha < 1 or side == "posttrained")
+        and pair.correspondence.is_vocabulary(tensor.name)
+    ]
+    files = [checkpoint.side_files.get(TOKENIZER_NAME) for _, checkpoint in pair.items()]
+    if not mixed or not all(file and not file.download_bytes and file.file_bytes <= _MAX_BYTES for file in files):
+        return
+    with suppress(CheckpointError):  # a tokenizer that cannot be read says nothing
+        if (token := pair.vocabulary.difference) is not None:
+            yield (
+                f"the two tokenizers differ: id {token} is another token on either side, "
+                f"but its rows are mixed or exchanged in {', '.join(mixed)}"
+            )
+
+
+def _row_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
+    """A warning where the tokenizer of `side` has ids past the last row of an embedding of the output."""
     rows = {
         tensor.name: tensor.info.shape[0]
         for tensor in tensors
