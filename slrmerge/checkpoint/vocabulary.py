@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.files import unreadable
 from slrmerge.errors import CheckpointError, Problem
+from slrmerge.io.files import read_file
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
 TOKENIZER_NAME = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 100_000_000
+"""The largest tokenizer.json that is read; Gemma 3's has 33 MB."""
 
 
 class SharedVocabulary(NamedTuple):
@@ -37,7 +40,7 @@ def _tokens(checkpoint: Checkpoint) -> dict[int, str]:
         return {}
     path = source.fetch()
     try:
-        content: Any = parse_json(path.read_bytes(), allow_nan=True)
+        content: Any = parse_json(read_file(path, MAX_TOKENIZER_BYTES), allow_nan=True)
     except OSError as error:
         raise unreadable(path, error) from error
     except InvalidJsonError as error:

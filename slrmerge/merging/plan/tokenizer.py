@@ -6,7 +6,7 @@ from contextlib import suppress
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.files import SourceFile, unreadable
 from slrmerge.checkpoint.pair import ModelPair, Side
-from slrmerge.checkpoint.vocabulary import TOKENIZER_NAME
+from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
 from slrmerge.errors import CheckpointError
 from slrmerge.io.files import read_file
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
@@ -18,7 +18,6 @@ EMBEDDING_SUFFIXES = (
 )  # fmt: skip
 """The ends of names of matrices with a row for each token."""
 
-_MAX_BYTES = 100_000_000
 _FILES = ("tokenizer.json", "added_tokens.json", "vocab.json")
 
 
@@ -43,7 +42,9 @@ def _token_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) 
         and pair.correspondence.is_vocabulary(tensor.name)
     ]
     files = [checkpoint.side_files.get(TOKENIZER_NAME) for _, checkpoint in pair.items()]
-    if not mixed or not all(file and not file.download_bytes and file.file_bytes <= _MAX_BYTES for file in files):
+    if not mixed or not all(
+        file and not file.download_bytes and file.file_bytes <= MAX_TOKENIZER_BYTES for file in files
+    ):
         return
     with suppress(CheckpointError):  # a tokenizer that cannot be read says nothing
         if (token := pair.vocabulary.difference) is not None:
@@ -83,11 +84,11 @@ def highest_token_id(checkpoint: Checkpoint, *, download: bool = False) -> int |
 
 
 def _ids(name: str, file: SourceFile) -> Iterator[int]:
-    if file.file_bytes > _MAX_BYTES:
+    if file.file_bytes > MAX_TOKENIZER_BYTES:
         return
     path = file.fetch()
     try:
-        content = parse_json(read_file(path, _MAX_BYTES))
+        content = parse_json(read_file(path, MAX_TOKENIZER_BYTES))
     except OSError as error:
         raise unreadable(path, error) from error
     except InvalidJsonError:

@@ -1,14 +1,18 @@
 """Pairs whose names, ties, constants, towers and vocabularies differ: planned right, or refused for the reason."""
 
 import json
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES
 from slrmerge.errors import CheckpointError, PlanError
 from slrmerge.merging.plan.model import PlannedTensor
+from slrmerge.merging.plan.planner import plan as make_plan
 from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor
@@ -306,6 +310,18 @@ def test_a_tokenizer_that_is_not_json_is_refused(tmp_path: Path) -> None:
     with refused(CheckpointError, "invalid-json"):
         plan_of(tmp_path, alpha=0.5, vocabulary="shared")
     assert planned(tmp_path, restore=[1, 2])
+
+
+def test_a_tokenizer_of_any_size_is_not_held(tmp_path: Path) -> None:
+    of_sizes(tmp_path, 16, 18, tokenizer("a"), tokenizer("a"))
+    os.truncate(tmp_path / "post" / "tokenizer.json", 3_000_000_000)
+    tracemalloc.start()
+    with refused(CheckpointError, "unreadable"):
+        plan_of(tmp_path, alpha=0.5, vocabulary="shared")
+    make_plan({"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post"), "restore": [1, 2]})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * MAX_TOKENIZER_BYTES
 
 
 def test_tensors_of_a_search_are_planned_by_the_same_correspondence(tmp_path: Path) -> None:
