@@ -6,7 +6,7 @@ from contextlib import suppress
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.files import SourceFile, unreadable
 from slrmerge.checkpoint.pair import ModelPair, Side
-from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
+from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES, TOKENIZER_NAME, scan_tokens
 from slrmerge.errors import CheckpointError
 from slrmerge.io.files import read_file
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
@@ -88,21 +88,14 @@ def _ids(name: str, file: SourceFile) -> Iterator[int]:
         return
     path = file.fetch()
     try:
-        content = parse_json(read_file(path, MAX_TOKENIZER_BYTES))
+        data = read_file(path, MAX_TOKENIZER_BYTES)
+        if name == TOKENIZER_NAME:
+            yield from [len(tokens) - 1] if (tokens := scan_tokens(data)) else []
+            return
+        content = parse_json(data)
     except OSError as error:
         raise unreadable(path, error) from error
     except InvalidJsonError:
         return
-    if not isinstance(content, dict):
-        return
-    if name != "tokenizer.json":
+    if isinstance(content, dict):
         yield from (each for each in content.values() if type(each) is int)
-        return
-    model, added = content.get("model"), content.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict):
-        yield from (each for each in vocabulary.values() if type(each) is int)
-    elif isinstance(vocabulary, list):  # Unigram: a token's id is its place
-        yield len(vocabulary) - 1
-    if isinstance(added, list):
-        yield from (each["id"] for each in added if isinstance(each, dict) and type(each.get("id")) is int)
