@@ -32,7 +32,7 @@ from slrmerge.io.files import replace_file
 from slrmerge.io.text import to_json
 from slrmerge.merging.manifest import read_manifest
 from slrmerge.recipe.load import AnyRecipe, load_recipe
-from slrmerge.searching.results import read_result
+from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.selection import Selection
 
 EVERY = ("post", "soup", "early", "late", "slr")

@@ -40,7 +40,7 @@ _UNSUPPORTED = {
     "trainable_token_indices": "some rows of the embedding are stored by themselves",
     "target_parameters": "its tensors belong to parameters, not to modules",
     "layer_replication": "layers of the base are repeated",
-    "alora_invocation_tokens": "an activated LoRA applies to some tokens only, so it cannot be merged",
+    "alora_invocation_tokens": "an activated LoRA applies to some tokens only",
     "use_qalora": "QALoRA pools the inputs",
     "use_bdlora": "its factors are block-diagonal",
     "kasa_config": "KaSA truncates the base's weights",
@@ -53,6 +53,16 @@ _INITIALISATIONS = frozenset({True, False, "true", "false", "gaussian", "eva", "
 """Values of `init_lora_weights` that leave the base's weights as they are."""
 
 _REMEDY = "merge it into its base with peft's `merge_and_unload`, and name the folder of the result"
+_NO_REMEDY = "it cannot be merged into its base: name a plain LoRA or a whole model as the post-trained side"
+
+_NOT_WEIGHTS = frozenset({
+    "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CARTRIDGE", "CPT",
+    "POLY", "XLORA",
+})  # fmt: skip
+"""Values of `peft_type` that peft cannot merge either: prompts, states, or a mixture that depends on the input."""
+
+_UNMERGEABLE = frozenset({"alora_invocation_tokens", "arrow_config", "layer_replication"})
+"""Keys of `_UNSUPPORTED` for which merging with peft gives no model of the base's layers."""
 
 
 N = TypeVar("N", int, float)
@@ -136,7 +146,7 @@ def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
     kind = content.get("peft_type")
     if kind != "LORA":
         what = f"peft_type {shorten(kind)} is not supported, only LORA is"
-        yield Problem("unsupported-adapter", where, what, _REMEDY)
+        yield Problem("unsupported-adapter", where, what, _NO_REMEDY if kind in _NOT_WEIGHTS else _REMEDY)
         return
     initialisation = content.get("init_lora_weights", True)
     if not isinstance(initialisation, bool | str) or initialisation not in _INITIALISATIONS:
@@ -147,7 +157,8 @@ def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
         if not value or key in _NO_EFFECT or key in AdapterConfig.model_fields:
             continue
         if key in _UNSUPPORTED:
-            yield Problem("unsupported-adapter", where, f"{key} is not supported: {_UNSUPPORTED[key]}", _REMEDY)
+            what = f"{key} is not supported: {_UNSUPPORTED[key]}"
+            yield Problem("unsupported-adapter", where, what, _NO_REMEDY if key in _UNMERGEABLE else _REMEDY)
         elif key not in ("peft_type", "init_lora_weights"):
             what = f"{shorten(key)} is not a known key of a LoRA adapter, and may change the weights"
             yield Problem("unsupported-adapter", where, what, _REMEDY)

@@ -20,6 +20,8 @@ _FACTOR = re.compile(
     r"(\.(?!weight$|bias$)(?P<adapter>[^.]+))?(\.(?P<leaf>weight|bias))?"
 )
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.(?!weight$|bias$)[^.]+)?)(?=\.(weight|bias)$)")
+_ORIGINAL = re.compile(r"\.original_module(?=\.(weight|bias)$)")
+"""What peft also saves of an embedding that is stored whole: its weights before the training."""
 
 _HEAD = "lm_head.weight"
 _MAX_EXTRA_COMPONENTS = 2
@@ -76,8 +78,10 @@ class Fitting:
                 part = found["part"] + (".bias" if found["leaf"] == "bias" else "")
                 self._factors[found["module"]][part] = name
                 adapters |= {found["adapter"]} - {None}
-            else:
-                self._values[_WRAPPED.sub("", short)] = name
+            elif (plain := _WRAPPED.sub("", short)) == short or plain not in self._values:
+                self._values[plain] = name
+        for name in [name for name in self._values if _ORIGINAL.sub("", name) in self._values.keys() - {name}]:
+            del self._values[name]
         if len(adapters) > 1:
             what = f"has {len(adapters)} adapters in one file: {', '.join(sorted(adapters))}"
             self._refuse(str(self.adapter.shard.file), "unsupported-adapter", what, "save each by itself")
@@ -182,6 +186,10 @@ class Fitting:
         self.infos.setdefault(target, self.base[target])
         return None
 
+    def _shape(self, target: str) -> tuple[int, ...]:
+        """The shape of a tensor of the base, which the adapter may have resized."""
+        return self.infos.get(target, self.base[target]).shape
+
     def _update(self, target: str) -> Update:
         return self.updates.get(target, Update(target))
 
@@ -190,7 +198,7 @@ class Fitting:
 
         Its shape says so. Where it is square, the modules beside it do, or else the config.
         """
-        shape = self.base[target].shape
+        shape = self._shape(target)
         if linear[0] != linear[1]:
             return bool(shape != linear)
         evidence = self._orientations[_is_in_layer(target)]
@@ -208,7 +216,7 @@ class Fitting:
             if target and parts.keys() >= {"lora_A", "lora_B"}:
                 linear = self.stored[parts["lora_B"]].shape[:1] + self.stored[parts["lora_A"]].shape[1:]
                 if linear != linear[::-1]:
-                    found[_is_in_layer(target)].add(self.base[target].shape != linear)
+                    found[_is_in_layer(target)].add(self._shape(target) != linear)
         for name, info in self.base.items():
             bias = self.base.get(f"{name.removesuffix('.weight')}.bias")
             if name.endswith(".weight") and bias and len(info.shape) == 2 and info.shape[0] != info.shape[1]:

@@ -6,10 +6,13 @@ from typing import Any
 from slrmerge.checkpoint.header import FLOATING, TensorInfo
 from slrmerge.checkpoint.layers import text_sections
 
-_CONSTANTS = {"inv_freq": 1, "original_inv_freq": 1, "masked_bias": 0, "position_ids": 2, "token_type_ids": 2}
+_CONSTANTS = {
+    "inv_freq": 1, "original_inv_freq": 1, "cos_cached": 4, "sin_cached": 4, "freqs_cis": 3, "masked_bias": 0,
+    "position_ids": 2, "token_type_ids": 2,
+}  # fmt: skip
 """Last components of names, and the most dimensions that the constant has."""
 
-_INTEGER_CONSTANTS = frozenset({"position_ids", "token_type_ids"})
+_OTHER_DTYPES = {"position_ids": ("I64", "I32"), "token_type_ids": ("I64", "I32"), "freqs_cis": ("C64",)}
 _MASK_OWNERS = frozenset({"attn", "attention", "self_attn"})
 _MASKS = frozenset({"bias", "causal_mask"})
 _POSITIONS_KEYS = ("n_positions", "n_ctx", "max_position_embeddings", "max_sequence_length", "seq_length")
@@ -19,7 +22,7 @@ def is_constant(name: str, info: TensorInfo, config: Mapping[str, Any]) -> bool:
     """Whether a tensor follows from the config. A learned bias is never taken for a mask: it is not a square."""
     *_, owner, last = ("", *name.split("."))
     if last in _CONSTANTS:
-        has_dtype = info.dtype in FLOATING or (last in _INTEGER_CONSTANTS)
+        has_dtype = info.dtype in FLOATING or info.dtype in _OTHER_DTYPES.get(last, ())
         is_single = last != "masked_bias" or info.shape in ((), (1,))
         return has_dtype and is_single and len(info.shape) <= max(_CONSTANTS[last], 1)
     return last in _MASKS and owner in _MASK_OWNERS and _is_mask(info, config)

@@ -4,9 +4,10 @@ The same setting has other names in other architectures and releases of transfor
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Set
+from typing import Any, NamedTuple, TypeGuard
 
+from slrmerge.checkpoint.config_defaults import config_defaults
 from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS
 from slrmerge.io.sizes import shorten
 
@@ -33,32 +34,6 @@ _SYNONYMS = {
 _ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_python": "gelu"}
 """Names of the same function."""
 
-_DEFAULTS: Mapping[str, Any] = {
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "scale_attn_weights": True,
-}
-_DEFAULTS_BY_TYPE: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"norm_epsilon": 1e-6, "activation": "silu"},
-    "mistral": {"norm_epsilon": 1e-6, "activation": "silu", "sliding_window": 4096},
-    "mixtral": {"activation": "silu", "num_experts_per_tok": 2},
-    "qwen2": {"norm_epsilon": 1e-6, "activation": "silu"},
-    "qwen3": {"norm_epsilon": 1e-6, "activation": "silu", "head_dim": 128},
-    "gemma": {"norm_epsilon": 1e-6, "head_dim": 256},
-    "gemma2": {
-        "norm_epsilon": 1e-6, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
-        "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
-    },
-}  # fmt: skip
-"""What an absent key means; everything else that is absent on one side is compared with None."""
-
-_ROPE_THETA = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "gpt_neox"), 10000.0),
-    "mixtral": 1e6,
-}
-
 _ROPE_KEYS = frozenset({
     "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "rotary_emb_base", "rotary_pct",
     "partial_rotary_factor", "global_rope_theta", "local_rope_theta",
@@ -70,10 +45,13 @@ _INCIDENTAL = re.compile(
     r"|num_labels|problem_type|finetuning_task|task_specific_params|tokenizer_class|auto_map|quantization(_config)?"
     r"|compression_config|pretraining_tp|torchscript|return_dict|gradient_checkpointing|attn_implementation|use_bfloat16"
     r"|max_position_embeddings|n_positions|n_ctx|(model_)?max_length|max_window_layers|summary_.*|num_hidden_layers"
-    r"|n_layers?|num_layers|hidden_size|intermediate_size|seq_aux|ep_size|keys_to_ignore_at_inference"
+    r"|n_layers?|num_layers|moe_layers|.*hidden_size|.*intermediate_size|seq_aux|ep_size|keys_to_ignore_at_inference"
     r"|(num_)?beams?|do_sample|temperature|top_[kp]|.*_penalty|use_flash_attn|license|text_config"
-    r"|language_config|llm_config|sliding_window_pattern|layer_types|use_sliding_window|.*_config|torch_.*|add_.*"
+    r"|language_config|llm_config|sliding_window_pattern|layer_types|.*_config|torch_.*|add_.*|.*ffn_dim|d_ff|n_inner"
     r"|chunk_size_feed_forward|pruned_heads|prefix|use_return_dict|tf_legacy_loss|cross_attention_.*"
+    r"|is_(encoder_)?decoder|classifier_.*|sparse_pred.*|mask_(time|feature)_.*|.*layerdrop|apply_spec_augment"
+    r"|deterministic_.*|.*_aux_loss|num_(local_)?experts|n_routed_experts|moe_num_experts|num_mtp_layers"
+    r"|num_nextn_predict_layers|mm_.*|image_.*|video_.*|(begin_)?suppress_tokens|router_jitter_noise|.*_jitter_noise"
 )
 """Keys that do not change what a layer computes, are compared by their shapes or in another place."""
 
@@ -102,10 +80,13 @@ def compare_configs(pretrained: Mapping[str, Any], posttrained: Mapping[str, Any
     pre, post = _decoder(pretrained), _decoder(posttrained)
     found = list(_rope_differences(pre, post))
     ours, theirs = _settings(pre), _settings(post)
+    known = _known_settings(pre) if _model_type(pre) == _model_type(post) else None
     for key in sorted(ours.keys() | theirs.keys()):
         own, other = ours.get(key), theirs.get(key)
         if key in _HEAD_KEYS and (own is None or other is None):
             continue  # not derivable: an architecture of its own
+        if known is not None and key not in known and (own is None or other is None):
+            continue  # derived from other settings, or not a setting of this architecture at all
         if not _same(own, other):
             found.append(Difference(key, own, other))
     own_types, other_types = _layer_types(pre), _layer_types(post)
@@ -122,30 +103,45 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **section}
 
 
+def _model_type(config: Mapping[str, Any]) -> str:
+    """The model type as the table of defaults has it, where it has: that of the decoder rather than of the whole."""
+    model_type = str(config.get("model_type", ""))
+    return next((each for each in (f"{model_type}_text", model_type) if each in config_defaults()), model_type)
+
+
+def _known_settings(config: Mapping[str, Any]) -> Set[str] | None:
+    """The settings that an architecture has, by one name each; None where it is not known."""
+    defaults = config_defaults().get(_model_type(config))
+    return None if defaults is None else {_SYNONYMS.get(key, key) for key in defaults}
+
+
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by one name each, off ones left out, defaults filled in."""
     model_type = str(config.get("model_type", "")).removesuffix("_text")
-    found = {**_DEFAULTS, **_DEFAULTS_BY_TYPE.get(model_type, {})}
-    for key, value in config.items():
+    defaults = config_defaults().get(_model_type(config), {})
+    found: dict[str, Any] = {}
+    for key, value in [*defaults.items(), *config.items()]:
         name = _SYNONYMS.get(key, key)
-        is_derived = value is None and name in _HEAD_KEYS  # any other null turns a setting off
+        is_derived = value is None and (name in _HEAD_KEYS or key not in config)  # any other null turns a setting off
         if not (is_derived or key in _ROPE_KEYS or _INCIDENTAL.fullmatch(key)):
             found[name] = value
     if isinstance(config.get("hidden_activation"), str):  # Gemma's own; its hidden_act is ignored
         found["activation"] = config["hidden_activation"]
-    elif model_type == "gemma":
+    elif model_type.startswith("gemma"):
         found["activation"] = "gelu_pytorch_tanh"
     activation = found.get("activation")
     if isinstance(activation, str):
         found["activation"] = _ACTIVATIONS.get(activation, activation)
-    if config.get("use_sliding_window") is False:
+    if found.pop("use_sliding_window", None) is False:
         found["sliding_window"] = None
+    if "qk_rope_head_dim" in config:  # attention over latents: heads have two other sizes
+        found.pop("head_dim", None)
     heads = found.get("num_attention_heads")
     hidden = next((config[key] for key in ("hidden_size", "n_embd", "d_model") if type(config.get(key)) is int), None)
     if type(heads) is int and heads > 0:
         if "multi_query" not in config and "new_decoder_architecture" not in config:
             found.setdefault("num_key_value_heads", heads)
-        if hidden:
+        if hidden and "qk_rope_head_dim" not in config:
             found.setdefault("head_dim", hidden // heads)
     return {key: value for key, value in found.items() if value is not None and value is not False}
 
@@ -167,39 +163,66 @@ def _layer_types(config: Mapping[str, Any]) -> list[Any] | None:
 
 def _rope_differences(pre: Mapping[str, Any], post: Mapping[str, Any]) -> Iterator[Difference]:
     own, other = _rope(pre), _rope(post)
-    for kind in sorted(own.keys() | other.keys()):
-        ours, theirs = (each.get(kind, each.get("")) for each in (own, other))
-        if ours is None or theirs is None or (not kind and (own.keys() | other.keys()) != {""}):
-            continue  # one that names kinds of layers is compared kind by kind
+    if own.keys() != other.keys():  # what is said of all layers is meant for those of full attention
+        own, other = _by_kind(own), _by_kind(other)
+    for kind in sorted(own.keys() & other.keys()):
+        ours, theirs = own[kind], other[kind]
         place = f" of {kind}" if kind else ""
         for key in sorted(ours.keys() | theirs.keys()):
             if not _same(ours.get(key), theirs.get(key)):
                 yield Difference(f"{key}{place}", ours.get(key), theirs.get(key))
 
 
+def _by_kind(rope: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rotary embedding for each kind of layer; sliding ones have the same base, and are not scaled."""
+    whole = rope.get("")
+    if whole is None:
+        return rope
+    base = {key: whole.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    return {"full_attention": whole, "sliding_attention": {**base, "rope_type": "default"}}
+
+
 def _rope(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rotary embedding, for each kind of layer where they differ, else under an empty name."""
+    default = config_defaults().get(_model_type(config), {}).get("rope_parameters") or {}
     parameters = config.get("rope_parameters")
-    if isinstance(parameters, dict) and parameters and all(isinstance(each, dict) for each in parameters.values()):
-        return {kind: _rope_of(each, config) for kind, each in parameters.items()}
+    if _is_by_kind(parameters):
+        return {
+            kind: _rope_of(each, config, default.get(kind, {}) if _is_by_kind(default) else default)
+            for kind, each in parameters.items()
+        }
+    full, sliding = (default["full_attention"], default["sliding_attention"]) if _is_by_kind(default) else (default, {})
     scaling = parameters if isinstance(parameters, dict) else config.get("rope_scaling")
-    scaling = scaling if isinstance(scaling, dict) else {}
-    whole = _rope_of(scaling, config)
-    local = config.get("rope_local_base_freq", config.get("local_rope_theta"))
+    if scaling is None and "rope_scaling" not in config:  # with the default's scaling, but not with its base
+        scaling = {key: value for key, value in full.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    whole = _rope_of(scaling if isinstance(scaling, dict) else {}, config, full)
+    locals_ = (config.get("rope_local_base_freq"), config.get("local_rope_theta"), sliding.get("rope_theta"))
+    local = next((value for value in locals_ if value is not None), None)
     if local is None:
         return {"": whole}
-    return {"full_attention": whole, "sliding_attention": _rope_of({"rope_theta": local}, config)}
+    return {"full_attention": whole, "sliding_attention": _rope_of({"rope_theta": local}, config, {})}
 
 
-def _rope_of(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _is_by_kind(parameters: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether rope parameters are those of full and of sliding attention, each by itself."""
+    kinds = ("full_attention", "sliding_attention")
+    return isinstance(parameters, dict) and all(isinstance(parameters.get(kind), dict) for kind in kinds)
+
+
+def _rope_of(parameters: Mapping[str, Any], config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
     kind = {"su": "longrope", "mrope": "default"}.get(kind, kind) if isinstance(kind, str) else kind
     thetas = [config.get(key) for key in ("rope_theta", "global_rope_theta", "rotary_emb_base")]
-    thetas = [parameters.get("rope_theta"), *thetas, _ROPE_THETA.get(str(config.get("model_type", "")))]
+    thetas = [parameters.get("rope_theta"), *thetas, default.get("rope_theta")]
     theta = next((value for value in thetas if value is not None), None)
     partials = [parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), config.get("rotary_pct")]
-    partial = next((value for value in partials if value not in (None, 1)), None)
-    found: dict[str, Any] = {"rope_theta": theta, "rope_type": kind, "partial_rotary_factor": partial}
+    partials.append(default.get("partial_rotary_factor"))
+    partial = next((value for value in partials if value is not None), 1)
+    found: dict[str, Any] = {
+        "rope_theta": theta,
+        "rope_type": kind,
+        "partial_rotary_factor": None if partial == 1 else partial,
+    }
     if kind != "default":
         rest = {key: each for key, each in parameters.items() if key not in ("type", *found) and each is not None}
         if kind in ("dynamic", "yarn", "longrope"):

@@ -12,16 +12,16 @@ from functools import cached_property
 from typing import TypeVar
 
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.embeddings import TOWER, Embeddings, are_halves, find_embeddings, is_vocabulary_tensor, synonym
-from slrmerge.checkpoint.layers import LayerStack
+from slrmerge.checkpoint.embeddings import Embeddings, are_halves, find_embeddings, is_vocabulary_tensor, synonym
+from slrmerge.checkpoint.layers import TOWER, LayerStack
 
 K = TypeVar("K", bound=Hashable)
 
-_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, FSDP and activation checkpointing insert anywhere in a name."""
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, Lightning, FSDP and activation checkpointing insert anywhere in a name."""
 
 _CONTAINERS = frozenset({
-    "model", "transformer", "language_model", "text_model", "llm", "backbone", "auto_model", "thinker",
+    "model", "transformer", "language_model", "language", "text_model", "llm", "backbone", "auto_model", "thinker",
     "base_model", "module",
     "gpt_neox", "bert", "roberta", "distilbert", "electra", "albert", "deberta", "mpnet", "esm",
 })  # fmt: skip
@@ -130,7 +130,7 @@ def _same_layers(first: LayerStack, second: LayerStack) -> bool:
     """Whether two prefixes differ only in modules that contain the decoder, or by one module that a side lacks."""
     short, long = sorted((_without_containers(_clean(stack.prefix)) for stack in (first, second)), key=len)
     module, _, rest = long.partition(".")
-    return short == long or (short == rest and not _OTHER_PART.search(module))
+    return short == long or (short == _without_containers(rest) and not _OTHER_PART.search(module))
 
 
 def _clean(name: str) -> str:
@@ -140,7 +140,7 @@ def _clean(name: str) -> str:
 
 def _is_wrapped(name: str) -> bool:
     """Whether a name may have wrappers; quick, as it is asked of every name."""
-    return "_orig_mod." in name or "_wrapped_module." in name
+    return "_orig_mod." in name or "_forward_module." in name or "_wrapped_module." in name
 
 
 def _without_containers(name: str, components: int = 1) -> str:
@@ -163,14 +163,14 @@ def _roots(pre: LayerStack, post: LayerStack) -> tuple[tuple[str, ...], tuple[st
 
 def _outside(checkpoint: Checkpoint, stack: LayerStack | None, root: tuple[str, ...]) -> dict[str, str]:
     """The names outside the layers, each with the name without prefixes."""
-    start = ".".join((*root, ""))
-    return {
-        name: _without_containers(_clean(name).removeprefix(start), 2).replace(
-            "vision_tower.vision_model.", "vision_tower."
-        )
-        for name in checkpoint
-        if not (stack and stack.locate(name))
-    }
+
+    def key(name: str) -> str:
+        name = _clean(name)
+        for module in root:  # the head of `wrapper.model.layers` may be `wrapper.lm_head`
+            name = name.removeprefix(f"{module}.")
+        return _without_containers(name, 2).replace("vision_tower.vision_model.", "vision_tower.")
+
+    return {name: key(name) for name in checkpoint if not (stack and stack.locate(name))}
 
 
 def _inside(stack: LayerStack) -> Callable[[str], tuple[int, str] | None]:

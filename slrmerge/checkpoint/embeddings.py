@@ -1,17 +1,12 @@
 """The token embeddings and the output head, and which of them are one tensor under several names."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.layers import text_sections
-
-TOWER = re.compile(
-    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|multi_?modal|mm|perceiver|resampler|connector)(?:[._]|$)"
-)
-"""Modules of vision and audio towers, and what connects them to the decoder."""
+from slrmerge.checkpoint.config_defaults import config_defaults
+from slrmerge.checkpoint.layers import TOWER, text_sections
 
 _EMBEDDINGS = frozenset({
     "embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings", "token_embd", "embeddings",
@@ -34,18 +29,8 @@ _BIASES = (
 )
 """Names of one tensor, without prefixes."""
 
-_TIED_BY_DEFAULT = frozenset({
-    "albert", "bart", "bert", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small", "bloom",
-    "camembert", "cohere", "cohere2", "convbert", "ctrl", "deberta", "deberta-v2", "distilbert", "electra", "ernie",
-    "ernie4_5", "ernie4_5_moe", "esm", "falcon", "falcon_mamba", "flaubert", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo",
-    "ibert", "led", "lfm2", "lfm2_moe", "longformer", "longt5", "m2m_100", "mamba", "marian", "mbart",
-    "megatron-bert", "mobilebert", "modernbert", "mpnet", "mpt", "mt5", "mvp", "nllb-moe", "nystromformer",
-    "openai-gpt", "opt", "paligemma", "pegasus", "pegasus_x", "plbart", "prophetnet", "recurrent_gemma", "roberta",
-    "roformer", "shieldgemma2", "smollm3", "speech_to_text", "starcoder2", "switch_transformers", "t5", "t5gemma",
-    "umt5", "whisper", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "zamba", "zamba2",
-})  # fmt: skip
-"""Model types whose head is the embedding unless their config says otherwise (transformers 5.23)."""
+_ALSO_TIED = frozenset({"paligemma", "shieldgemma2", "t5", "umt5"})
+"""Model types whose head is the embedding unless their config says otherwise, besides those of `config_defaults`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,4 +112,5 @@ def _shares_halves(config: Mapping[str, Any]) -> bool:
 def _is_tied_by_default(config: Mapping[str, Any]) -> bool:
     """By the model type, where there is a text section by that section's."""
     *_, section = text_sections(config)
-    return (section.get("model_type") or config.get("model_type")) in _TIED_BY_DEFAULT
+    model_type = str(section.get("model_type") or config.get("model_type"))
+    return model_type in _ALSO_TIED or config_defaults().get(model_type, {}).get("tie_word_embeddings") is True

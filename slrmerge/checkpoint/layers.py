@@ -31,6 +31,11 @@ STACK_PREFIXES = (
 )
 """Prefixes of decoder layers. Only needed where a model has two stacks of the right length: the first here wins."""
 
+TOWER = re.compile(
+    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|multi_?modal|mm|perceiver|resampler|connector)(?:[._]|$)"
+)
+"""Modules of vision and audio towers, and what connects them to the decoder."""
+
 _LAYER = re.compile(r"\.(\d{1,9})\.", re.ASCII)
 
 
@@ -89,6 +94,7 @@ def find_stack(stacks: Mapping[str, int], config: Mapping[str, Any]) -> LayerSta
     longer = {prefix: count for prefix, run in found.items() if (count := counts[prefix]) is not None and run >= count}
     open_ended = {prefix: run for prefix, run in found.items() if counts[prefix] is None}
     found = exact or longer or open_ended
+    found = {prefix: run for prefix, run in found.items() if not TOWER.search(prefix)} or found
     if not found or (len(found) > 1 and found.keys().isdisjoint(STACK_PREFIXES)):
         return None
     chosen = next(iter(found))

@@ -97,6 +97,16 @@ class Quantisation:
         return cls(method, config or {}, modules, unknown)
 
     @property
+    def moves_scales(self) -> bool:
+        """Whether the program that quantised it may have moved factors between the tensors of a layer, norms included.
+
+        AWQ and SmoothQuant do. compressed-tensors does not say which of its modifiers ran; they are of no use for fp8.
+        """
+        says = json.dumps(self.config).lower()
+        is_integer = self.method == "compressed-tensors" and self.config.get("format") != "float-quantized"
+        return is_integer or any(word in f"{self.method} {says}" for word in ("awq", "smooth"))
+
+    @property
     def name(self) -> str:
         """The format in parentheses where the config names it, as in ` (mxfp4)`."""
         return f" ({self.method})" if self.method else ""

@@ -1,13 +1,34 @@
-"""Which rows of two vocabularies of different size have the same meaning."""
+"""Which rows of two vocabularies of different size have the same meaning.
 
+A tokenizer.json is scanned, not parsed: as Python objects it would take up to twenty times its size.
+"""
+
+import json
+import re
+from array import array
 from typing import Any, NamedTuple
+
+import xxhash
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.files import unreadable
 from slrmerge.errors import CheckpointError, Problem
-from slrmerge.io.strict_json import InvalidJsonError, parse_json
+from slrmerge.io.files import read_file
 
 TOKENIZER_NAME = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 100_000_000
+"""The largest tokenizer.json that is read; Gemma 3's has 33 MB."""
+
+_MAX_TOKENS = 5_000_000
+"""Ids past this are those of no tokenizer, and are ignored."""
+
+_MAX_ADDED_BYTES = 10_000_000
+
+_STRING = rb'"(?:[^"\\]|\\.)*"'
+_BEGIN = re.compile(rb'"vocab"\s*:\s*([\[{])')
+_NUMBERED = re.compile(rb"[\s,]*(%b)\s*:\s*(\d{1,9})" % _STRING)
+_LISTED = re.compile(rb"[\s,]*\[\s*(%b)\s*,[^\],\"]*\]" % _STRING)
+_ADDED = re.compile(rb'"added_tokens"\s*:\s*(?=\[)')
 
 
 class SharedVocabulary(NamedTuple):
@@ -22,37 +43,68 @@ class SharedVocabulary(NamedTuple):
 
 def compare_vocabularies(pretrained: Checkpoint, posttrained: Checkpoint) -> SharedVocabulary:
     """Compare two tokenizers, id by id. Raises CheckpointError for one that cannot be read, and HubError."""
-    pre, post = _tokens(pretrained), _tokens(posttrained)
+    pre, post = _tokens_of(pretrained), _tokens_of(posttrained)
     if not pre or not post:
         return SharedVocabulary(None, None)
-    shared = min(max(pre), max(post)) + 1
-    difference = next((number for number in range(shared) if pre.get(number) != post.get(number)), None)
+    shared = min(len(pre), len(post))
+    difference = next((number for number in range(shared) if pre[number] != post[number]), None)
     return SharedVocabulary(shared, difference)
 
 
-def _tokens(checkpoint: Checkpoint) -> dict[int, str]:
-    """The tokens of tokenizer.json by id; none where there is no such file."""
+def _tokens_of(checkpoint: Checkpoint) -> "array[int]":
     source = checkpoint.side_files.get(TOKENIZER_NAME)
     if source is None:
-        return {}
+        return array("Q")
     path = source.fetch()
     try:
-        content: Any = parse_json(path.read_bytes(), allow_nan=True)
+        data = read_file(path, MAX_TOKENIZER_BYTES)
     except OSError as error:
         raise unreadable(path, error) from error
-    except InvalidJsonError as error:
-        raise CheckpointError(
-            Problem("invalid-json", str(path), f"invalid JSON ({error})", "download it again")
-        ) from None
-    model = content.get("model") if isinstance(content, dict) else None
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    found: dict[int, str] = {}
-    if isinstance(vocabulary, dict):
-        found = {number: token for token, number in vocabulary.items() if type(number) is int}
-    elif isinstance(vocabulary, list):
-        found = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
-    added = content.get("added_tokens") if isinstance(content, dict) else None
-    for entry in added if isinstance(added, list) else ():
-        if isinstance(entry, dict) and type(entry.get("id")) is int:
-            found[entry["id"]] = str(entry.get("content"))
-    return found
+    if not data.lstrip().startswith(b"{"):
+        raise CheckpointError(Problem("invalid-json", str(path), "invalid JSON", "download it again"))
+    return scan_tokens(data)
+
+
+def scan_tokens(data: bytes) -> "array[int]":
+    """A digest of each token in a tokenizer.json, by its id; 0 for an id without a token."""
+    digests = array("Q")
+
+    def put(number: int, token: bytes) -> None:
+        if number < _MAX_TOKENS:
+            if number >= len(digests):
+                digests.frombytes(bytes(8 * (number + 1 - len(digests))))
+            digests[number] = xxhash.xxh3_64_intdigest(token) | 1
+
+    begin = _BEGIN.search(data)
+    if begin:
+        is_numbered = begin[1] == b"{"
+        scanner = (_NUMBERED if is_numbered else _LISTED).scanner(data, begin.end())  # type: ignore[attr-defined]
+        for place, found in enumerate(iter(scanner.match, None)):
+            put(int(found[2]) if is_numbered else place, _plain(found[1]))
+    for entry in _added(data):
+        if isinstance(entry, dict) and type(entry.get("id")) is int and entry["id"] >= 0:
+            put(entry["id"], str(entry.get("content")).encode("utf-8", "surrogatepass"))
+    return digests
+
+
+def _plain(string: bytes) -> bytes:
+    """A JSON string without its quotes and escapes."""
+    if b"\\" not in string:
+        return string[1:-1]
+    try:
+        return str(json.loads(string)).encode("utf-8", "surrogatepass")
+    except ValueError:
+        return string
+
+
+def _added(data: bytes) -> list[Any]:
+    """The tokens that were added to the vocabulary, such as the special ones; none where they are not JSON."""
+    begin = _ADDED.search(data)
+    if begin is None:
+        return []
+    try:
+        text = data[begin.end() : begin.end() + _MAX_ADDED_BYTES].decode("utf-8", "ignore")
+        found, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) else []

@@ -95,8 +95,9 @@ def push(
     from huggingface_hub.errors import FileDuplicationError
 
     from slrmerge.checkpoint.hub.errors import is_refused, with_retries
-    from slrmerge.checkpoint.hub.file import RESPONSE_TIMEOUT_S, client
+    from slrmerge.checkpoint.hub.file import client
     from slrmerge.checkpoint.hub.repository import pin
+    from slrmerge.checkpoint.hub.session import RESPONSE_TIMEOUT_S
 
     _require_valid_card(folder)
     where, branch = str(target), target.revision

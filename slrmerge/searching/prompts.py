@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
 from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_all
+from slrmerge.io.sizes import format_bytes
 from slrmerge.io.threads import memory_limit, time_limit
 from slrmerge.searching.proxy_tasks import Question
 from slrmerge.searching.sweep.contexts import Context
@@ -120,6 +122,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """The tokenizer of the chat model in `folder`. Raises UnsupportedModelError where it or its template is missing."""
     from transformers import AutoTokenizer
 
+    file = Path(folder, TOKENIZER_NAME)
+    if file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:  # loading it would take three times its size
+        what = f"the tokenizer is larger than {format_bytes(MAX_TOKENIZER_BYTES)}"
+        raise UnsupportedModelError(Problem("no-tokenizer", str(file), what, "download it again"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read

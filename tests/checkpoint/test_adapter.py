@@ -173,6 +173,31 @@ def test_a_resized_vocabulary_changes_the_config(tmp_path: Path) -> None:
     assert checkpoint.has_own_config
 
 
+def test_a_resized_head_with_factors_is_not_taken_for_a_transposed_one(tmp_path: Path) -> None:
+    head = random_tensor("F32", (18, 8), "head")
+    whole = {f"{PREFIX}lm_head.base_layer.weight": head, f"{PREFIX}{EMBEDDING}": random_tensor("F32", (18, 8), "e")}
+    factors = lora_tensors({HEAD: head}, ["lm_head"])
+    base = {name: random_tensor("F32", tensor.shape, name) for name, tensor in BASE.items()}
+    checkpoint = on(tmp_path, base, whole | factors)
+    expected = merged({HEAD: head}, factors, "lm_head", 1.5).reshape(-1)
+    assert np.abs(read_all(checkpoint, HEAD, range(0, 144, 144)) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_weights_before_the_training_that_peft_saves_beside_a_whole_module_are_ignored(
+    tmp_path: Path, plain: bool
+) -> None:
+    trained, before = (random_tensor("BF16", (18, 8), name) for name in ("trained", "before"))
+    adapter = {
+        f"{PREFIX}{module}.{part}weight": before if part == "original_module." else trained
+        for module in ("lm_head", "model.embed_tokens")
+        for part in ("modules_to_save.", "original_module.", *([""] if plain else []))
+    }
+    checkpoint = on(tmp_path, BASE, adapter, modules_to_save=["lm_head", "embed_tokens"])
+    assert checkpoint.computed == {HEAD, EMBEDDING}
+    assert (read_all(checkpoint, HEAD, range(0, 144, 144)) == values(trained).reshape(-1)).all()
+
+
 @pytest.mark.parametrize("stored", [(HEAD, EMBEDDING), (EMBEDDING,), (HEAD,)])
 def test_an_embedding_or_head_trained_by_itself_unties_them(tmp_path: Path, stored: tuple[str, ...]) -> None:
     tied = llama_tensors("base", tied=True)
@@ -253,6 +278,25 @@ def test_a_kind_that_is_not_supported_is_refused_by_name(base: Path, tmp_path: P
         open_checkpoint(folder)
     (name,) = config
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "mergeable"),
+    [
+        ({"peft_type": "LOHA"}, True),
+        ({"use_dora": True}, True),
+        ({"peft_type": "PREFIX_TUNING"}, False),
+        ({"peft_type": "XLORA"}, False),
+        ({"alora_invocation_tokens": [1]}, False),
+        ({"layer_replication": [[0, 4], [2, 6]]}, False),
+    ],
+)
+def test_merging_with_peft_is_the_remedy_only_where_it_gives_a_model_of_the_bases_layers(
+    base: Path, tmp_path: Path, config: dict[str, Any], mergeable: bool
+) -> None:
+    with refused(CheckpointError, "unsupported-adapter") as caught:
+        open_checkpoint(write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), **config))
+    assert ("merge_and_unload" in caught.value.problems[0].remedy) == mergeable
 
 
 @pytest.mark.parametrize("config", [{"r": 0}, {"r": "4"}, {"lora_alpha": "much"}, {"rank_pattern": {"(": 3}}])

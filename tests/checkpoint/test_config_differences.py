@@ -62,14 +62,21 @@ def test_equal_meanings_are_no_difference(pre: dict[str, Any], post: dict[str, A
         ({"rotary_pct": 0.25}, {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", 0.25, 0.5)),
         ({"rms_norm_eps": 1e-5}, {}, ("norm_epsilon", 1e-5, 1e-6)),
         ({"hidden_act": "gelu"}, {}, ("activation", "gelu", "silu")),
-        ({"final_logit_softcapping": 30.0}, {}, ("final_logit_softcapping", 30.0, None)),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, {"model_type": "gemma3_text"}, (
+            "final_logit_softcapping", 30.0, None,
+        )),
+        ({"model_type": "someones", "final_logit_softcapping": 30.0}, {"model_type": "someones"}, (
+            "final_logit_softcapping", 30.0, None,
+        )),
         ({"attention_bias": True}, {}, ("attention_bias", True, None)),
         ({"sliding_window": 512}, {"sliding_window": 1024}, ("sliding_window", 512, 1024)),
         ({"layer_types": ["full_attention"] * 4}, {"sliding_window_pattern": 2}, (
             "layer_types", ["full_attention"] * 4, ["sliding_attention", "full_attention"] * 2,
         )),
         ({"logit_scale": 0.0625}, {"logit_scale": 0.25}, ("logit_scale", 0.0625, 0.25)),
-        ({"residual_multiplier": 0.22}, {}, ("residual_multiplier", 0.22, 1.0)),
+        ({"model_type": "granite", "residual_multiplier": 0.22}, {"model_type": "granite"}, (
+            "residual_multiplier", 0.22, 1.0,
+        )),
         ({"num_attention_heads": 8, "head_dim": 8, "num_key_value_heads": 4}, {}, ("num_attention_heads", 8, 4)),
         ({"n_head_kv": 2}, {}, ("num_key_value_heads", 2, 4)),
         ({"num_experts_per_tok": 2}, {"num_experts_per_tok": 4}, ("num_experts_per_tok", 2, 4)),
@@ -89,6 +96,40 @@ def test_an_absent_key_means_what_its_architecture_takes_it_for() -> None:
     assert compare_configs(GEMMA, {**GEMMA, "hidden_act": "gelu"}) == []  # Gemma ignores hidden_act
     assert compare_configs(GEMMA, {**GEMMA, "head_dim": 256}) == []
     assert [each.setting for each in compare_configs(GEMMA, {**GEMMA, "head_dim": 128})] == ["head_dim"]
+
+
+LEGACY: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "head_dim": 8, "hidden_act": "silu", "use_sliding_window": False, "sliding_window": 4096, "num_experts": 4,
+        "norm_topk_prob": True, "mlp_only_layers": [], "num_experts_per_tok": 2, "rope_theta": 1e6,
+    },
+    "gemma3_text": {"head_dim": 8, "sliding_window": 512, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+    "granite": {"attention_multiplier": 0.0078, "logits_scaling": 8.0, "rope_theta": 1e7},
+    "deepseek_v3": {
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "routed_scaling_factor": 2.5, "topk_group": 1,
+        "n_routed_experts": 4, "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 16},
+    },
+    "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000, "hidden_act": "gelu"},
+    "gpt_oss": {"sliding_window": 128, "rope_theta": 150000},
+    "olmo3": {"sliding_window": 16, "rope_scaling": {**YARN, "attention_factor": 1.2}, "rope_theta": 5e5},
+    "phi": {"partial_rotary_factor": 0.5, "hidden_act": "gelu_new"},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "modernbert": {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
+    "qwen2": {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28},
+    "cohere2": {"logit_scale": 0.25, "sliding_window_pattern": 4},
+}  # fmt: skip
+"""Configs as they were written before transformers 5, which leave out or name otherwise what it writes."""
+
+
+@pytest.mark.parametrize("model_type", LEGACY)
+def test_a_config_and_what_transformers_writes_for_it_are_the_same(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    legacy = {**LLAMA, "model_type": model_type, "num_attention_heads": 4, "max_position_embeddings": 64}
+    legacy |= {"num_key_value_heads": 4, "intermediate_size": 64} | LEGACY[model_type]
+    written = AutoConfig.for_model(**legacy).to_dict()
+    assert compare_configs(legacy, written) == []
+    assert compare_configs(written, legacy) == []
 
 
 @pytest.mark.parametrize("value", [None, 7, "x", [], {}, [[1]], {"a": {"b": 1}}, {"": {}}, {"rope_type": []}, True])

@@ -63,14 +63,19 @@ NAMINGS: dict[str, Rename] = {
     "compiled layers": lambda name: name.replace(".mlp.", "._orig_mod.mlp."),
     "checkpointed layers": lambda name: name.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
     "another prefix": replacing("model.", "someones_model."),
+    "an unknown wrapper": wrapped("student."),
+    "lightning": wrapped("_forward_module.module."),
+    "language": replacing("model.", "language.model."),
 }
+
+UNKNOWN = {"another prefix", "an unknown wrapper"}
 
 
 SIDES = [
     (pre, post)
     for pre in NAMINGS
     for post in NAMINGS
-    if "another prefix" not in (pre, post) or pre == post or "bare" in (pre, post)  # unknown modules: with none only
+    if pre == post or not {pre, post} <= UNKNOWN  # one module that is not known, on one side
 ]
 
 
@@ -301,6 +306,11 @@ def info(dtype: str, *shape: int) -> TensorInfo:
         ("h.0.attn.masked_bias", info("F32", 8), False),
         ("layers.0.self_attn.rotary_emb.inv_freq", info("F32", 16), True),
         ("layers.0.self_attn.rotary_emb.inv_freq", info("F32", 4, 16), False),
+        ("layers.0.self_attn.rotary_emb.cos_cached", info("F32", 1, 1, 32, 16), True),
+        ("rotary_emb.sin_cached", info("F16", 32, 16), True),
+        ("freqs_cis", info("C64", 32, 8), True),
+        ("freqs_cis", info("F32", 32, 8, 2), True),
+        ("layers.0.cos_cached", info("I32", 32, 16), False),
         ("embeddings.position_ids", info("I64", 1, 512), True),
         ("embeddings.position_embeddings.weight", info("F32", 32, 8), False),
     ],

@@ -55,6 +55,13 @@ def test_a_vision_tower_of_the_same_length_gives_way_to_a_known_prefix(prefix: s
     assert stack_of(layers("vision_tower.encoder.layers", 6) + layers(prefix, 6), 6) == LayerStack(prefix, 6)
 
 
+@pytest.mark.parametrize("prefix", ["language.model.layers", "backbone.layers", "decoder.blocks"])
+def test_a_vision_tower_of_the_same_length_gives_way_to_any_other_prefix(prefix: str) -> None:
+    for vision in ("vision_tower.encoder.layers", "model.visual.blocks"):
+        assert stack_of(layers(vision, 6) + layers(prefix, 6), 6) == LayerStack(prefix, 6)
+        assert stack_of(layers(prefix, 6) + layers(vision, 6), 6) == LayerStack(prefix, 6)
+
+
 def test_a_longer_vision_tower_is_not_taken_for_a_decoder_that_lacks_layers() -> None:
     names = layers("vision_tower.encoder.layers", 8) + layers("model.language_model.layers", 5)
     assert stack_of(names, 6) is None

@@ -1,5 +1,6 @@
 """Questions become the right tokens, or are refused, with templates and tokenizers that have traps."""
 
+import os
 from datetime import date
 from pathlib import Path
 
@@ -296,6 +297,13 @@ def test_the_date_today_gives_the_prompt_that_transformers_renders(tmp_path: Pat
 def test_a_template_that_asks_for_no_date_has_none(tmp_path: Path) -> None:
     (prompt,) = tokenize([Question(ASK, ("A", "B"))], save(tmp_path, PLAIN), day=date(2025, 3, 7))
     assert prompt.day is None
+
+
+def test_a_tokenizer_that_is_no_tokenizer_by_its_size_is_not_loaded(tmp_path: Path) -> None:
+    save(tmp_path, PLAIN)
+    os.truncate(tmp_path / "tokenizer.json", 3_000_000_000)
+    with refused(UnsupportedModelError, "no-tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 # answers of several tokens

@@ -87,17 +87,17 @@ class Job:
 
 
 class Runner:
-    """Runs a job in children of one process, which imports what the first child imported. Use it in a `with`."""
+    """Runs jobs in children of one process, which imports what the children imported. Use it in a `with`."""
 
-    def __init__(self, folder: Path, job: Job) -> None:
-        self._folder, self._job = folder, job
+    def __init__(self, folder: Path, *, hurried: bool) -> None:
+        self._folder, self._hurried = folder, hurried
         self._library = folder / "injector.so"
         source = Path(__file__).with_name("injector.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", self._library, source, "-ldl"], check=True)
 
     def __enter__(self) -> Self:
         environment = os.environ | {"LD_PRELOAD": str(self._library), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-        command = [sys.executable, "-m", "tests.slow.faults", self._library, self._folder, str(int(self._job.hurried))]
+        command = [sys.executable, "-m", "tests.slow.faults", self._library, self._folder, str(int(self._hurried))]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -106,10 +106,10 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
-    def run(self, *more: str, fault: str = "", at: int = 0) -> Outcome:
-        """Run the job with `more` options, and a fault at operation number `at` in its folder, sources included."""
+    def run(self, job: Job, *more: str, fault: str = "", at: int = 0) -> Outcome:
+        """Run a job with `more` options, and a fault at operation number `at` in its folder, sources included."""
         what, _, _, again = FAULTS[fault] if fault else Fault(0, bool, set())
-        command, folder = [*self._job.command, *more], str(self._job.out.parents[1])
+        command, folder = [*job.command, *more], str(job.out.parents[1])
         request = {"command": command, "folder": folder, "at": at, "what": what, "again": again}
         assert self._process.stdin
         assert self._process.stdout

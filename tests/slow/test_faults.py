@@ -6,6 +6,7 @@ The target is absent, as before, or complete and right, never a mixture; the nex
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 EVERY = "default"
 """The file system on which every operation of a merge is tried."""
-
-HEAVY = ("search", "eval")
-"""Jobs that are tried on `EVERY` alone."""
 
 PER_FAULT = 3
 """Operations of each kind of fault that are tried elsewhere, and of other jobs twice as many on `EVERY`."""
@@ -125,27 +123,32 @@ def system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield request.param, root
 
 
+@pytest.fixture(scope="module")
+def runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Runner]]:
+    """A runner for jobs that are hurried and one for the others, on all file systems: their imports take long."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler for the injector")
+    with ExitStack() as stack:
+        yield {
+            hurried: stack.enter_context(Runner(tmp_path_factory.mktemp("runner"), hurried=hurried))
+            for hurried in (False, True)
+        }
+
+
 @pytest.fixture(scope="module", params=JOBS)
 def trial(
-    request: pytest.FixtureRequest,
-    system: tuple[str, Path],
-    server: OpenAIServer,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Trial]:
-    if request.param in HEAVY and system[0] != EVERY:
-        pytest.skip("its imports take half a minute on each file system")
+    request: pytest.FixtureRequest, system: tuple[str, Path], server: OpenAIServer, runners: dict[bool, Runner]
+) -> Trial:
     folder = system[1] / request.param
     folder.mkdir()
     job = JOBS[request.param](folder, server)
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler for the injector")
-    with Runner(tmp_path_factory.mktemp("runner"), job) as runner:
-        job.reset()
-        outcome = runner.run()
-        assert outcome.exit_code == 0, outcome.stderr
-        expected = job.written()
-        assert expected
-        yield Trial(request.param, job, runner, expected, outcome.operations)
+    runner = runners[job.hurried]
+    job.reset()
+    outcome = runner.run(job)
+    assert outcome.exit_code == 0, outcome.stderr
+    expected = job.written()
+    assert expected
+    return Trial(request.param, job, runner, expected, outcome.operations)
 
 
 def chosen(trial: Trial, fault: str, system: str) -> list[int]:
@@ -176,7 +179,7 @@ def violations_at(trial: Trial, fault: str, number: int) -> Iterator[str]:
     """What should not be after a run with a fault at an operation, and after the run that follows it."""
     job, runner = trial.job, trial.runner
     job.reset()
-    outcome = runner.run(fault=fault, at=number)
+    outcome = runner.run(job, fault=fault, at=number)
     if outcome.exit_code not in FAULTS[fault].exit_codes:
         yield f"exit code {outcome.exit_code}: {outcome.stderr[-1500:]}"
     if "Traceback" in outcome.stderr:
@@ -189,7 +192,7 @@ def violations_at(trial: Trial, fault: str, number: int) -> Iterator[str]:
     if not (is_whole_in_place(trial) if job.in_place else state(trial) in ("before", "complete")):
         yield f"the target is {state(trial)}"
     is_replaced = state(trial) == "complete" and not job.before and not job.in_place
-    again = runner.run(*["--overwrite"] * is_replaced)
+    again = runner.run(job, *["--overwrite"] * is_replaced)
     if again.exit_code or job.written() != trial.expected or leftovers(job.out):
         yield f"the next run: {again.exit_code}, {state(trial)}, {leftovers(job.out)}, {again.stderr[-1500:]}"
 

@@ -21,13 +21,10 @@ from slrmerge.checkpoint.hub.errors import (
     with_retries,
 )
 from slrmerge.checkpoint.hub.ranges import Ranges
-from slrmerge.checkpoint.hub.session import session
+from slrmerge.checkpoint.hub.session import RESPONSE_TIMEOUT_S, session
 from slrmerge.checkpoint.location import Repository
 from slrmerge.errors import HubError, Problem, first_line
 from slrmerge.io.pieces import git_digest
-
-RESPONSE_TIMEOUT_S = 60.0
-"""How long the Hub may take to answer a request that is not a download."""
 
 _SPARE_BYTES = 50_000_000
 

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
+from typing import Any
 from urllib.parse import urlsplit
 
+import httpcore2
 import httpx2
 from huggingface_hub import constants, get_session
 from huggingface_hub.utils import build_hf_headers
@@ -21,6 +23,12 @@ LEAST_BYTES_PER_S = 1000
 MAX_ANSWER_BYTES = 100_000_000
 """The most bytes in a response that is not a file, since the client holds it in memory."""
 
+
+RESPONSE_TIMEOUT_S = 60.0
+"""How long the Hub may take to answer a request, from its first byte to the last of the response's headers."""
+
+_answer_by: ContextVar[float | None] = ContextVar("_answer_by", default=None)
+"""When the headers of the response that this thread waits for must be complete."""
 
 MAX_PAGES = 1000
 """The most requests for one list of files. A page has 1,000 of them, and may have none."""
@@ -49,6 +57,9 @@ def session() -> httpx2.Client:
     if _check_request not in hooks["request"]:
         hooks["request"].append(_check_request)
         hooks["response"].append(_check_response)
+        for transport in (http._transport, *http._mounts.values()):
+            if (pool := getattr(transport, "_pool", None)) is not None:
+                pool._network_backend = _BoundedBackend(pool._network_backend)
     return http
 
 
@@ -65,6 +76,7 @@ def _is_ours(request: httpx2.Request) -> bool:
 
 
 def _check_request(request: httpx2.Request) -> None:
+    _answer_by.set(monotonic() + RESPONSE_TIMEOUT_S if _is_ours(request) else None)
     if _is_ours(request):
         if (left := _pages_left.get()) is not None:
             _pages_left.set(left - 1)
@@ -76,6 +88,7 @@ def _check_request(request: httpx2.Request) -> None:
 
 
 def _check_response(response: httpx2.Response) -> None:
+    _answer_by.set(None)
     request = response.request
     if not _is_ours(request):
         return
@@ -112,6 +125,47 @@ def _require_names(response: httpx2.Response) -> None:
         if not re.fullmatch(r'(W/)?"?[\w-]*"?', value, re.ASCII):
             what, remedy = f"the response has an invalid {name}", "check that this is a Hugging Face Hub"
             raise HubError(Problem("unexpected-response", constants.ENDPOINT, what, remedy))
+
+
+class _BoundedBackend(httpcore2.NetworkBackend):
+    """Makes connections whose reads end when a response's headers are due: the client limits each read alone."""
+
+    def __init__(self, backend: httpcore2.NetworkBackend) -> None:
+        self._backend = backend
+
+    def connect_tcp(self, *arguments: Any, **more: Any) -> httpcore2.NetworkStream:
+        return _BoundedStream(self._backend.connect_tcp(*arguments, **more))
+
+    def connect_unix_socket(self, *arguments: Any, **more: Any) -> httpcore2.NetworkStream:
+        return _BoundedStream(self._backend.connect_unix_socket(*arguments, **more))
+
+    def sleep(self, seconds: float) -> None:
+        self._backend.sleep(seconds)
+
+
+class _BoundedStream(httpcore2.NetworkStream):
+    def __init__(self, stream: httpcore2.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if (due := _answer_by.get()) is not None:
+            left = due - monotonic()
+            if left <= 0:
+                raise httpcore2.ReadTimeout(f"no complete headers after {RESPONSE_TIMEOUT_S:g} s")
+            timeout = left if timeout is None else min(left, timeout)
+        return self._stream.read(max_bytes, timeout)
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, timeout)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(self, *arguments: Any, **more: Any) -> httpcore2.NetworkStream:
+        return _BoundedStream(self._stream.start_tls(*arguments, **more))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
 
 
 class _LimitedStream(httpx2.SyncByteStream):

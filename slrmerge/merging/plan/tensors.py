@@ -13,6 +13,7 @@ from typing import NamedTuple
 from slrmerge.checkpoint.buffers import is_constant
 from slrmerge.checkpoint.fused import fusion, is_regrouped
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
+from slrmerge.checkpoint.layers import split_layer
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.quantised import Quantisation
 from slrmerge.errors import PlanError, Problem, raise_all
@@ -72,6 +73,7 @@ class TensorPlanner:
             return PlannedTensors([], self._problems(), [])
         planned = [tensor for name, alpha in alphas.items() if (tensor := self._plan_one(name, alpha))]
         self._check_quantised_modules(alphas)
+        self._check_quantised_layers(alphas)
         self._check_tied(alphas)
         self._check_unmatched(alphas)
         if self._dtype and self._quantised_post:
@@ -213,6 +215,24 @@ class TensorPlanner:
                 what = "is quantised, and its tensors would come from different sides"
                 self._refuse(module, "quantised-module-split", what, "give the whole module one alpha")
 
+    def _check_quantised_layers(self, alphas: Mapping[str, float]) -> None:
+        """Where factors were moved between the tensors of a layer, such as from weights to the norm before them."""
+        quantisation, stack = self._quantised.posttrained, self._pair.stack
+        if not (quantisation and quantisation.moves_scales and stack):
+            return
+        by_layer: dict[int, set[float]] = defaultdict(set)
+        quantised: set[int] = set()
+        for name, alpha in alphas.items():
+            if place := stack.locate(name):
+                by_layer[place[0]].add(alpha)
+                quantised |= {place[0]} if name in self._quantised_post else set()
+        split = sorted(layer for layer in quantised if by_layer[layer] not in ({0}, {1}))
+        if split:
+            what = f"is quantised{quantisation.name} by a method that may move factors between the tensors of a layer"
+            remedy = "restore whole layers with `restore`, or merge the unquantised models"
+            more = f" and {len(split) - 1} more layers" if len(split) > 1 else ""
+            self._refuse(f"{stack.prefix}.{split[0]}{more}", "quantised-layer-split", what, remedy)
+
     def _check_tied(self, alphas: Mapping[str, float]) -> None:
         """Tensors that are one for a loader cannot become two."""
         for group in self._names.tied:
@@ -294,13 +314,12 @@ class TensorPlanner:
         if _LORA.search(name):
             what = "belongs to a LoRA that is not merged into the weights"
             self._refuse(name, "lora-not-merged", what, "merge it first (PEFT merge_and_unload)")
-        elif stack and stack.locate(name):
-            if differing := self._names.differing_layers:
-                what = f"has no layers {differing[1]}.* like the post-trained model"
-                what += f"; its own are {differing[0]}.*" if differing[0] else ""
-                self._refuse(str(self._pair.pretrained), "different-layers", what, _ANOTHER_MODEL)
-            else:
-                self._refuse(name, "not-in-pretrained", what, _ANOTHER_MODEL)
+        elif differing := self._names.differing_layers:  # the reason for tensors outside the layers too
+            what = f"has no layers {differing[1]}.* like the post-trained model"
+            what += f"; its own are {differing[0]}.*" if differing[0] else ""
+            self._refuse(str(self._pair.pretrained), "different-layers", what, _ANOTHER_MODEL)
+        elif stack.locate(name) if stack else split_layer(name):
+            self._refuse(name, "not-in-pretrained", what, _ANOTHER_MODEL)
         elif name == self._names.head:
             what += ", whose config says that its head is not tied to its embedding"
             self._refuse(name, "not-in-pretrained", what, _TIE + _KEEP)

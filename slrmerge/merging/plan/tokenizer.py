@@ -1,10 +1,13 @@
-"""Whether the embedding has a row for every token that the tokenizer gives."""
+"""Whether the embedding has a row for every token that the tokenizer gives, and rows of the same tokens meet."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.files import SourceFile, unreadable
 from slrmerge.checkpoint.pair import ModelPair, Side
+from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES, TOKENIZER_NAME, scan_tokens
+from slrmerge.errors import CheckpointError
 from slrmerge.io.files import read_file
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 from slrmerge.merging.plan.model import PlannedTensor
@@ -15,15 +18,44 @@ EMBEDDING_SUFFIXES = (
 )  # fmt: skip
 """The ends of names of matrices with a row for each token."""
 
-_MAX_BYTES = 100_000_000
 _FILES = ("tokenizer.json", "added_tokens.json", "vocab.json")
 
 
 def tokenizer_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
-    """A warning where the tokenizer of `side` has ids past the last row of an embedding of the output.
+    """Warnings where the tokenizer of `side` does not fit the output, or rows of other tokens are mixed.
 
     A tokenizer on the Hub is downloaded only where the recipe asks for the pre-trained side's.
     """
+    tensors = list(tensors)
+    yield from _row_notes(side, pair, tensors)
+    yield from _token_notes(side, pair, tensors)
+
+
+def _token_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
+    """A warning where rows of the pre-trained side mean other tokens than they will in the output."""
+    mixed = [
+        tensor.name
+        for tensor in tensors
+        if tensor.pretrained is not None
+        and tensor.rows is None
+        and (tensor.alpha < 1 or side == "posttrained")
+        and pair.correspondence.is_vocabulary(tensor.name)
+    ]
+    files = [checkpoint.side_files.get(TOKENIZER_NAME) for _, checkpoint in pair.items()]
+    if not mixed or not all(
+        file and not file.download_bytes and file.file_bytes <= MAX_TOKENIZER_BYTES for file in files
+    ):
+        return
+    with suppress(CheckpointError):  # a tokenizer that cannot be read says nothing
+        if (token := pair.vocabulary.difference) is not None:
+            yield (
+                f"the two tokenizers differ: id {token} is another token on either side, "
+                f"but its rows are mixed or exchanged in {', '.join(mixed)}"
+            )
+
+
+def _row_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
+    """A warning where the tokenizer of `side` has ids past the last row of an embedding of the output."""
     rows = {
         tensor.name: tensor.info.shape[0]
         for tensor in tensors
@@ -52,25 +84,18 @@ def highest_token_id(checkpoint: Checkpoint, *, download: bool = False) -> int |
 
 
 def _ids(name: str, file: SourceFile) -> Iterator[int]:
-    if file.file_bytes > _MAX_BYTES:
+    if file.file_bytes > MAX_TOKENIZER_BYTES:
         return
     path = file.fetch()
     try:
-        content = parse_json(read_file(path, _MAX_BYTES))
+        data = read_file(path, MAX_TOKENIZER_BYTES)
+        if name == TOKENIZER_NAME:
+            yield from [len(tokens) - 1] if (tokens := scan_tokens(data)) else []
+            return
+        content = parse_json(data)
     except OSError as error:
         raise unreadable(path, error) from error
     except InvalidJsonError:
         return
-    if not isinstance(content, dict):
-        return
-    if name != "tokenizer.json":
+    if isinstance(content, dict):
         yield from (each for each in content.values() if type(each) is int)
-        return
-    model, added = content.get("model"), content.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict):
-        yield from (each for each in vocabulary.values() if type(each) is int)
-    elif isinstance(vocabulary, list):  # Unigram: a token's id is its place
-        yield len(vocabulary) - 1
-    if isinstance(added, list):
-        yield from (each["id"] for each in added if isinstance(each, dict) and type(each.get("id")) is int)

@@ -1,6 +1,5 @@
 """mergekit's config format, as far as it describes merges of two models."""
 
-import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -12,17 +11,15 @@ from slrmerge.recipe.model import Dtype
 
 
 def _as_model(value: object) -> object:
-    """A model's name as a string: mergekit also writes it as a mapping of path and revision."""
+    """A model's name as a string: mergekit also writes it as a mapping of path and revision, or of model and LoRA."""
     if isinstance(value, dict) and value.keys() <= {"path", "revision"} and isinstance(value.get("path"), str):
         value = value["path"] + (f"@{value['revision']}" if value.get("revision") else "")
-    if isinstance(value, dict) and set(value) == {"model"}:
-        return _as_model(value["model"])
+    if isinstance(value, dict) and "model" in value and value.keys() <= {"model", "lora"}:
+        model, lora = _as_model(value["model"]), value.get("lora")
+        return f"{model}+{_as_model(lora)}" if lora is not None else model
     if not isinstance(value, str) or not value:
         what = f"{shorten(value)} is not a model"
         raise InvalidValue("invalid-model", what, "name a folder or a repository")
-    if "+" in value and not os.path.isdir(value):  # noqa: PTH112 (a long name is no error)
-        what, remedy = f"{shorten(value)} adds a LoRA", "merge the LoRA into its model first, and name the result"
-        raise InvalidValue("adapter", what, remedy)
     return value
 
 

@@ -144,8 +144,14 @@ class MergekitRecipe:
 
 
 def _absolute(model: str) -> str:
-    """A folder as mergekit finds it: relative to the current folder. Anything else is returned as it is."""
-    return str(Path(model).absolute()) if os.path.exists(model) else model  # noqa: PTH110 (a long name is no error)
+    """A folder as mergekit finds it: relative to the current folder. Anything else is returned as it is.
+
+    Of a model with a LoRA, written `MODEL+LORA`, both.
+    """
+    if os.path.exists(model):  # noqa: PTH110 (a long name is no error)
+        return str(Path(model).absolute())
+    below, plus, lora = model.rpartition("+")
+    return f"{_absolute(below)}+{_absolute(lora)}" if plus else model
 
 
 def _config_problems(config: MergekitConfig, where: str) -> Iterator[Problem]:

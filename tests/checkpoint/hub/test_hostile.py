@@ -56,6 +56,28 @@ def test_a_listing_of_a_few_bytes_per_second_is_given_up(hub: HubServer, monkeyp
         pin(REPOSITORY)
 
 
+@pytest.mark.parametrize("match", ["/api/", BLOB])
+def test_headers_that_come_a_byte_at_a_time_are_given_up(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, match: str
+) -> None:
+    file = publish(hub)
+    monkeypatch.setattr(session, "RESPONSE_TIMEOUT_S", 0.1)
+    answer_with(monkeypatch, hub, match, lambda answer: replace(answer, header_pace_s=0.02))
+    with refused(HubError, "hub-timeout"):
+        pin(REPOSITORY) if match == "/api/" else read(file)
+
+
+def test_a_limit_on_headers_does_not_end_a_body_that_takes_longer(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = publish(hub)
+    monkeypatch.setattr(session, "RESPONSE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(session, "LEAST_BYTES_PER_S", 1)
+    answer_with(monkeypatch, hub, BLOB, lambda answer: replace(answer, pace_s=0.01))
+    assert read(file, 0, 100) == DATA[:100]
+    assert len(hub.requests) == len({request.path for request in hub.requests})  # nothing was requested again
+
+
 def test_a_listing_of_empty_pages_without_end_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(hub)
     monkeypatch.setattr(session, "MAX_PAGES", 20)

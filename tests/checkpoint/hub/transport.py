@@ -72,7 +72,10 @@ class Asked:
 
 @dataclass
 class Answer:
-    """A response; `whole` is the file that `body` is a range of, from `start` on; `pace_s` is the wait after a byte."""
+    """A response; `whole` is the file that `body` is a range of, from `start` on.
+
+    `pace_s` is the wait after a byte of the body, `header_pace_s` after one of the headers.
+    """
 
     body: bytes = b""
     status: int = 200
@@ -80,6 +83,7 @@ class Answer:
     whole: bytes = b""
     start: int = 0
     pace_s: float = 0.0
+    header_pace_s: float = 0.0
 
     @classmethod
     def of(cls, value: object, status: int = 200) -> Self:
@@ -214,7 +218,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if length is not None:
             self.send_header("Content-Length", str(length))
-        self.end_headers()
+        if answer.header_pace_s:
+            for byte in b"".join((*self._headers_buffer, b"\r\n")):
+                self.server.site.closing.wait(answer.header_pace_s)
+                self.wfile.write(bytes([byte]))
+            self._headers_buffer.clear()
+        else:
+            self.end_headers()
         body = memoryview(b"" if self.command == "HEAD" else answer.body)
         self.close_connection |= self.command != "HEAD" and len(body) != length
         while body:

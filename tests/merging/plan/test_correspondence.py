@@ -1,14 +1,18 @@
 """Pairs whose names, ties, constants, towers and vocabularies differ: planned right, or refused for the reason."""
 
 import json
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES
 from slrmerge.errors import CheckpointError, PlanError
 from slrmerge.merging.plan.model import PlannedTensor
+from slrmerge.merging.plan.planner import plan as make_plan
 from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor
@@ -87,8 +91,18 @@ def test_a_mergekit_config_merges_layers_under_other_names(tmp_path: Path) -> No
 
 def test_layers_under_an_incompatible_name_are_one_problem(tmp_path: Path) -> None:
     pre = {name.replace("model.layers", "transformer.h"): tensor for name, tensor in llama_tensors("pre").items()}
+    pre |= {f"someones.{name}": pre.pop(name) for name in ("model.norm.weight", EMBED)}
     write_pair(tmp_path, pre, llama_tensors("post"))
-    assert refusals(tmp_path, "different-layers", restore=[1, 2]) == [str(tmp_path / "pre")]
+    for content in ({"restore": [1, 2]}, {"alpha": 0.5}):
+        assert refusals(tmp_path, "different-layers", **content) == [str(tmp_path / "pre")]
+
+
+def test_layers_that_cannot_be_told_from_others_are_never_to_be_kept(tmp_path: Path) -> None:
+    post = tensors("post", *(f"{part}.layers.{k}.mlp.weight" for part in ("one", "two") for k in LAYERS))
+    write_pair(tmp_path, tensors("pre", *in_layers("mlp.weight")), post)
+    with refused(PlanError, "not-in-pretrained") as caught:
+        planned(tmp_path, alpha=0.5)
+    assert not any("alpha: 0" in problem.remedy for problem in caught.value.problems)
 
 
 MASKS = [f"model.layers.{k}.attn.bias" for k in LAYERS]
@@ -296,6 +310,18 @@ def test_a_tokenizer_that_is_not_json_is_refused(tmp_path: Path) -> None:
     with refused(CheckpointError, "invalid-json"):
         plan_of(tmp_path, alpha=0.5, vocabulary="shared")
     assert planned(tmp_path, restore=[1, 2])
+
+
+def test_a_tokenizer_of_any_size_is_not_held(tmp_path: Path) -> None:
+    of_sizes(tmp_path, 16, 18, tokenizer("a"), tokenizer("a"))
+    os.truncate(tmp_path / "post" / "tokenizer.json", 3_000_000_000)
+    tracemalloc.start()
+    with refused(CheckpointError, "unreadable"):
+        plan_of(tmp_path, alpha=0.5, vocabulary="shared")
+    make_plan({"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post"), "restore": [1, 2]})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * MAX_TOKENIZER_BYTES
 
 
 def test_tensors_of_a_search_are_planned_by_the_same_correspondence(tmp_path: Path) -> None:

@@ -91,6 +91,29 @@ def test_a_tokenizer_past_the_rows_of_the_embedding_is_noted(
 
 
 @pytest.mark.parametrize(
+    ("rules", "noted"),
+    [
+        ({"alpha": 0.5}, True),
+        ({"tensors": [{"match": "*embed_tokens*", "alpha": 1}]}, True),
+        ({"tensors": [{"match": "*embed_tokens*", "alpha": 1}, {"match": "lm_head*", "alpha": 1}]}, True),
+        ({"alpha": 1, "tokenizer": "pretrained"}, False),
+        ({"restore": [1, 2]}, False),
+        ({"restore": [1, 2], "tensors": [{"match": "model.norm.weight", "alpha": 0.5}]}, False),
+    ],
+)
+def test_rows_of_other_tokens_are_noted_where_they_are_mixed(
+    tmp_path: Path, rules: dict[str, Any], noted: bool
+) -> None:
+    first, second = tokenizer(16), json.dumps({"model": {"vocab": {f"other{k}": k for k in range(16)}}})
+    for name, post, differs in (("other", second, noted), ("same", first, False)):
+        folder = tmp_path / name
+        write_checkpoint(folder / "pre", llama_tensors("pre"), side_files={"tokenizer.json": first})
+        write_checkpoint(folder / "post", llama_tensors("post"), side_files={"tokenizer.json": post})
+        made = make_plan({"pretrained": str(folder / "pre"), "posttrained": str(folder / "post"), **rules})
+        assert bool([note for note in made.notes if "tokenizers differ" in note]) == differs
+
+
+@pytest.mark.parametrize(
     ("rules", "idle"),
     [
         ({"alpha": 0}, 1),

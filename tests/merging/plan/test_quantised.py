@@ -169,3 +169,38 @@ def test_whole_numbers_that_are_no_weights_do_not_make_a_model_quantised(tmp_pat
     for side in ("pre", "post"):
         write_checkpoint(tmp_path / side, llama_tensors(side) | {name: random_tensor("I64", (2, 3), side)})
     assert by_name(plan_of(tmp_path, alpha=0.5))["lm_head.weight"].alpha == 0.5
+
+
+AWQ: Parts = {"qweight": ("I32", (8, 1)), "qzeros": ("I32", (1, 1)), "scales": ("F16", (1, 8))}
+PACKED: Parts = {"weight_packed": ("I32", (8, 1)), "weight_scale": ("F16", (8, 1)), "weight_shape": ("I64", (2,))}
+FP8: Parts = {"weight": ("F8_E4M3", (8, 8)), "weight_scale": ("F32", (8, 1))}
+IN_LAYER = [
+    {"layers": [{"range": [1, 2], "alpha": 1, "modules": ["self_attn"]}]},
+    {"layers": [{"range": [1, 2], "alpha": 0.5, "modules": ["input_layernorm"]}]},
+    {"restore": [1, 2], "tensors": [{"match": "*.input_layernorm.weight", "alpha": 0}]},
+]
+
+
+@pytest.mark.parametrize("content", IN_LAYER)
+@pytest.mark.parametrize(
+    ("parts", "config", "moves_scales"),
+    [
+        (AWQ, {"quant_method": "awq", "bits": 4}, True),
+        (AWQ, {"quant_method": "gptq", "bits": 4}, False),
+        (PACKED, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, True),
+        (FP8, {"quant_method": "compressed-tensors", "format": "float-quantized"}, False),
+        (FP8, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, True),
+        (FP8, {"quant_method": "fp8"}, False),
+    ],
+)
+def test_layers_whose_tensors_share_factors_are_taken_whole(
+    tmp_path: Path, parts: Parts, config: dict[str, Any], moves_scales: bool, content: dict[str, Any]
+) -> None:
+    for side in ("pre", "post"):
+        write_checkpoint(tmp_path / side, quantised(parts, side), llama_config(quantization_config=config))
+    plan_of(tmp_path, restore=[1, 2])
+    plan_of(tmp_path, tensors=[{"match": "model.norm.weight", "alpha": 0.5}])
+    if moves_scales:
+        assert refusals(tmp_path, "quantised-layer-split", **content)[0].startswith("model.layers.")
+    else:
+        plan_of(tmp_path, **content)

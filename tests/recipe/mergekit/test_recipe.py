@@ -5,10 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from slrmerge.errors import OptionError, RecipeError
+from slrmerge.merging.export import export_mergekit
+from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.recipe.mergekit.recipe import MergekitRecipe
-from tests.checkpoints import llama_config, random_tensor, write_checkpoint
+from tests.adapters import lora_tensors, write_adapter
+from tests.checkpoints import llama_config, llama_tensors, random_tensor, write_checkpoint
 from tests.conftest import Pair
 from tests.problems import refused
 from tests.recipe.mergekit import (
@@ -83,6 +87,30 @@ def test_folders_count_from_the_current_one_as_in_mergekit(tmp_path: Path, monke
     assert recipe.place("$") == "elsewhere/c.yml: $"
 
 
+@pytest.mark.parametrize("model", ["pre+lora", {"model": {"path": "pre"}, "lora": {"path": "lora"}}])
+def test_a_model_with_a_lora_is_the_adapter_on_that_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: object
+) -> None:
+    base = llama_tensors("pre")
+    write_checkpoint(tmp_path / "pre", base)
+    write_adapter(tmp_path / "lora", lora_tensors(base, ["model.layers.2.self_attn.q_proj"]))
+    monkeypatch.chdir(tmp_path)
+    config = read(linear(1, 1, models=[{"model": model, "parameters": {"weight": 1}}, source("pre")]))
+    pair = config.open_pair()
+    assert pair.posttrained.computed == {"model.layers.2.self_attn.q_proj.weight"}
+    assert read(config.as_run(pair, tmp_path)).open_pair().posttrained.identity == pair.posttrained.identity
+
+
+def test_what_export_writes_for_a_merge_with_an_adapter_is_read_again(tmp_path: Path) -> None:
+    base = llama_tensors("pre")
+    write_checkpoint(tmp_path / "pre", base)
+    write_adapter(tmp_path / "lora", lora_tensors(base, ["model.layers.2.self_attn.q_proj"]))
+    posttrained = f"{tmp_path / 'pre'}+{tmp_path / 'lora'}"
+    plan = plan_merge({"pretrained": str(tmp_path / "pre"), "posttrained": posttrained, "restore": [1, 2]})
+    again = plan_merge(read(yaml.safe_load(export_mergekit(plan))))
+    assert list(again.tensors()) == list(plan.tensors())
+
+
 def test_a_folder_with_a_plus_in_its_name_is_not_a_lora(tmp_path: Path) -> None:
     (tmp_path / "a+b").mkdir()
     recipe = read(linear(1, 1, models=[source("post"), source(str(tmp_path / "a+b"))]))
@@ -134,10 +162,6 @@ REFUSED: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     "another tokenizer": (
         linear(1, 1, tokenizer_source="third"),
         [("unsupported-config", "recipe: $.tokenizer_source")],
-    ),
-    "a LoRA": (
-        linear(1, 1, models=[source("post"), source("pre+lora")]),
-        [("adapter", "recipe: $.models[1].model")],
     ),
     "values that are not models": (
         linear(1, 1, base_model="", models=[source(3), source({"path": "a", "name": "b"}), source(None)]),
