@@ -65,7 +65,8 @@ def _run_at_a_terminal(
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
-    variables = {**os.environ, "TERM": "xterm", **environment}
+    size = {"COLUMNS": str(columns), "LINES": "24"}  # pytest's workers have others
+    variables = {**os.environ, "TERM": "xterm", **size, **environment}
     done = subprocess.Popen(command, stdout=stdout or theirs, stderr=theirs, env=variables, cwd=cwd)
     os.close(theirs)
     seen = b""

@@ -256,7 +256,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 def test_the_papers_data_is_read_whole(task: str, file: str, count: int) -> None:
     if not DATA.exists():
         pytest.skip("the data for trials is not here")
-    assert len(parse_questions(TASKS[task].question, read_data(str(DATA / file)).rows)) == count
+    assert len(parse_questions(TASKS[task]().question, read_data(str(DATA / file)).rows)) == count
 
 
 def test_every_name_in_coverageqa_matches_its_own_answer_in_every_form() -> None:

@@ -280,7 +280,7 @@ def test_questions(tmp_path: Path, content: bytes, suffix: str, task: str) -> No
     path.write_bytes(content)
 
     def use() -> None:
-        for question in parse_questions(TASKS[task].question, read_data(path).rows):
+        for question in parse_questions(TASKS[task]().question, read_data(path).rows):
             assert question.text.strip()
             assert question.text.encode()
 

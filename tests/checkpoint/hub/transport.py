@@ -219,10 +219,11 @@ class Handler(BaseHTTPRequestHandler):
         if length is not None:
             self.send_header("Content-Length", str(length))
         if answer.header_pace_s:
-            for byte in b"".join((*self._headers_buffer, b"\r\n")):
+            headers: list[bytes] = vars(self)["_headers_buffer"]
+            for byte in b"".join((*headers, b"\r\n")):
                 self.server.site.closing.wait(answer.header_pace_s)
                 self.wfile.write(bytes([byte]))
-            self._headers_buffer.clear()
+            headers.clear()
         else:
             self.end_headers()
         body = memoryview(b"" if self.command == "HEAD" else answer.body)
