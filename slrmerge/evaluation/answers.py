@@ -16,7 +16,7 @@ from slrmerge.evaluation.numbers import final_number
 
 MATH_VERIFY = "math-verify"
 
-LIMIT_S = 5
+LIMIT_S = 20
 """Seconds for each comparison of two expressions, which may be of any difficulty."""
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
