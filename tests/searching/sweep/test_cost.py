@@ -108,9 +108,15 @@ def test_states_of_half_the_width_take_half_the_bytes(llamas: Path) -> None:
 
 
 def test_the_rate_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = iter([0.0, 2.0, 10.0, 11.0, 20.0, 20.5, 30.0, 33.0, 40.0, 41.0])
+    ends = iter([0.0, 0.25, 1.0, 1.25, 2.0, 2.125, 3.0, 3.25, 4.0, 4.25])
     monkeypatch.setattr(slrmerge.searching.sweep.cost, "perf_counter", lambda: next(ends))
-    assert measured_rate(16, torch.float32, torch.device("cpu")) == 2 * 512 * 16 * 16 / 0.5
+    assert measured_rate(16, torch.float32, torch.device("cpu")) == 2 * 512 * 16 * 16 / 0.125
+
+
+def test_a_slow_product_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter([0.0, 8.0])
+    monkeypatch.setattr(slrmerge.searching.sweep.cost, "perf_counter", lambda: next(ends))
+    assert measured_rate(16, torch.float32, torch.device("cpu")) == 2 * 512 * 16 * 16 / 8
 
 
 def test_of_experts_those_count_that_a_token_goes_through(tmp_path: Path) -> None:
