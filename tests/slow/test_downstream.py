@@ -10,7 +10,7 @@ from tests.slow.llama_cpp import convert, serve
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),  # the first test may wait for the pair
+    pytest.mark.timeout(1800),  # the first test may wait for the pair
 ]
 
 QUESTION = "Tell me a short story about a dog."

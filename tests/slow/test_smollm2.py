@@ -14,7 +14,7 @@ from tests.slow.conftest import SLRMERGE, run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),  # the first test makes the pair, on shared cores
+    pytest.mark.timeout(1800),  # the first test makes the pair, on shared cores
 ]
 
 
