@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,20 @@ def test_a_pair_goes_through_the_paper_in_one_command(done: Path) -> None:
         assert (done / "out" / figure).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_computes_nothing(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
+@pytest.fixture
+def beside(done: Path) -> Path:
+    """A folder in which a copy of the finished run finds the pair: its recipes name it relative to themselves."""
+    return Path(tempfile.mkdtemp(dir=done.parent))
+
+
+def test_a_second_run_computes_nothing(done: Path, beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = beside / "out"
     shutil.copytree(done / "out", out)
     monkeypatch.setattr(paper.slr, "merge", None)
     before, report = state(out), (out / "report.md").read_bytes()
     assert {name.split("/")[0] for name in before} >= {"search", "models", "open-qa", "joke", "story-hot", "reasoning"}
     forbid(monkeypatch, (Search, "run"), (LocalModel, "_answer"))
-    run(command(tmp_path, out, "--serve", ""))
+    run(command(beside, out, "--serve", ""))
     assert state(out) == before
     assert (out / "report.md").read_bytes() == report
 
@@ -141,9 +148,9 @@ def helper(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
 
 
 def test_models_are_served_one_after_the_other_and_only_where_samples_are_missing(
-    done: Path, tmp_path: Path, helper: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+    done: Path, beside: Path, helper: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, script = tmp_path / "out", tmp_path / "server.py"
+    out, script = beside / "out", beside / "server.py"
     for name in ("search", "models"):
         shutil.copytree(done / "out" / name, out / name)
     script.write_text(SERVER)
@@ -151,7 +158,7 @@ def test_models_are_served_one_after_the_other_and_only_where_samples_are_missin
     helper.say = lambda prompt, seed, body: grades
     helpers = [f"--{name}=m@{helper.url}" for name in ("judge", "embeddings")]
     serve = f"{sys.executable} {script} {{name}} {{port}}"
-    arguments = command(tmp_path, out, *helpers, "--serve", serve, writing=["joke"])
+    arguments = command(beside, out, *helpers, "--serve", serve, writing=["joke"])
     run(arguments)
     assert sorted(log.stem for log in out.glob("*.log")) == EVERY
     three = ["Post-trained", "Proxy-Soup", "SLR"]
@@ -163,17 +170,17 @@ def test_models_are_served_one_after_the_other_and_only_where_samples_are_missin
     assert "joke: quality | joke: diversity" in report
     before = state(out)
     forbid(monkeypatch, (ServerModel, "_complete"), (ServerModel, "embed"))
-    shutil.move(script, tmp_path / "moved.py")
+    shutil.move(script, beside / "moved.py")
     run(arguments)
     assert state(out) == before
 
 
-def test_another_pair_in_the_folder_of_a_run_is_an_error(done: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_another_pair_in_the_folder_of_a_run_is_an_error(done: Path, beside: Path) -> None:
+    out = beside / "out"
     shutil.copytree(done / "out" / "search", out / "search")
-    shutil.copytree(TINY, tmp_path / "other")
-    arguments = command(tmp_path, out, "--serve", "")
-    found = CliRunner().invoke(paper.main, [str(tmp_path / "other" / "recipe.yaml"), *arguments[1:]])
+    shutil.copytree(TINY, beside / "other")
+    arguments = command(beside, out, "--serve", "")
+    found = CliRunner().invoke(paper.main, [str(beside / "other" / "recipe.yaml"), *arguments[1:]])
     assert found.exit_code == OutputError.exit_code
     assert not (out / "models").exists()
 
