@@ -187,9 +187,8 @@ def free_port() -> int:
     return port
 
 
-def report(recipe: AnyRecipe, found: slr.SearchResult, results: tables.Results) -> str:
+def report(recipe: AnyRecipe, found: slr.SearchResult, results: tables.Results, paper: tables.Published) -> str:
     """The search's selection, the tables, and what limits them, as Markdown."""
-    paper = tables.published(recipe.posttrained.partition("@")[0])
     own = [(f"recipe {row.info.full_label}", row) for row in found.rows if row.info.space == "recipe"]
     selected = [
         f"| {name} | {row.info.full_label} | {row.quality:.4f} | {row.diversity:.4f} |"
@@ -231,7 +230,7 @@ def reproduce(recipe: AnyRecipe, run: Run) -> Path:
     paper = tables.published(recipe.posttrained.partition("@")[0])
     save_figure(tables.figure_3(results, paper), run.out / "figure3")
     replace_file(run.out / "tables.csv", tables.as_csv(results, paper).encode())
-    replace_file(run.out / "report.md", report(recipe, found, results).encode())
+    replace_file(run.out / "report.md", report(recipe, found, results, paper).encode())
     return run.out / "report.md"
 
 

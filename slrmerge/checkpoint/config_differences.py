@@ -163,7 +163,7 @@ def _layer_types(config: Mapping[str, Any]) -> list[Any] | None:
 
 def _rope_differences(pre: Mapping[str, Any], post: Mapping[str, Any]) -> Iterator[Difference]:
     own, other = _rope(pre), _rope(post)
-    if own.keys() != other.keys():  # what is said of all layers is meant for those of full attention
+    if own.keys() != other.keys():  # one side has a single rope, which its full attention uses
         own, other = _by_kind(own), _by_kind(other)
     for kind in sorted(own.keys() & other.keys()):
         ours, theirs = own[kind], other[kind]

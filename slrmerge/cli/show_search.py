@@ -9,6 +9,7 @@ from slrmerge.cli.group import as_typed
 from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.io.sizes import format_bytes, format_duration
 from slrmerge.merging.finding import HeldOut
+from slrmerge.searching.held_out import NAMES
 from slrmerge.searching.results import LOW_QUALITY, SearchResult
 from slrmerge.searching.results_folder import RECIPES
 from slrmerge.searching.selection import ScoredCandidate, ten_best
@@ -16,16 +17,6 @@ from slrmerge.searching.selection import ScoredCandidate, ten_best
 if TYPE_CHECKING:
     from slrmerge.searching.estimate import Estimate
     from slrmerge.searching.prepare import Prepared
-
-_NAMES = {
-    "post": "post-trained",
-    "slr": "selected",
-    "runner_up": "runner-up",
-    "soup": "best soup",
-    "early": "early control",
-    "late": "late control",
-    "pre": "pre-trained",
-}
 
 
 def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
@@ -105,7 +96,7 @@ def _print_held_out(held_out: HeldOut) -> None:
     for same in names.values():
         found = held_out.scores[same[0]]
         changes = (change.text(3) if change else "" for change in (found.quality_change, found.diversity_change))
-        named = ", ".join(_NAMES[name] for name in same)
+        named = ", ".join(NAMES[name] for name in same)
         table.add_row(named, found.label, f"{found.quality:.3f}", f"{found.diversity:.3f}", *changes)
     table.print()
 
@@ -127,7 +118,7 @@ def _compared(result: SearchResult) -> list[tuple[str, ScoredCandidate]]:
     """The rows of the first table: each hybrid once, with all its names; recipes that were scored come last."""
     groups: dict[str, tuple[list[str], ScoredCandidate]] = {}
     for name, row in result.choice.named().items():
-        groups.setdefault(row.info.label, ([], row))[0].append(_NAMES[name])
+        groups.setdefault(row.info.label, ([], row))[0].append(NAMES[name])
     for row in result.rows:
         if row.info.space == "recipe" or row.info.also_named:
             groups.setdefault(row.info.label, (["recipe"], row))

@@ -5,8 +5,8 @@
   const count = data.relative_change[0].length;
   const layers = [...Array(count).keys()];
   const places = { tick0: 0, dtick: Math.ceil(count / 16), zeroline: false, title: { text: "layer" } };
-  const escaped = (text) => text.replace(/[&<>]/g, (char) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[char]); // in plotly
   const modules = data.modules.map(escaped);
+  const height = 110 + 26 * modules.length; // of a map
 
   function bars() {
     const trace = { x: layers, y: data.by_layer, type: "bar", marker: { color: colour("slr") }, hovertemplate: "layer %{x}: %{y:.2e}<extra></extra>" };
@@ -23,7 +23,7 @@
       hovertemplate: `layer %{x}, %{y}<br>${title} ${shown}<extra></extra>`, colorbar: { thickness: 12, outlinewidth: 0, exponentformat: "e" },
     };
     const layout = {
-      ...common(), height: 110 + 26 * modules.length, margin: { l: 8, r: 8, t: 34, b: 46 }, title: { text: title, font: { size: 14 }, x: 0.02, xanchor: "left" },
+      ...common(), height, margin: { l: 8, r: 8, t: 34, b: 46 }, title: { text: title, font: { size: 14 }, x: 0.02, xanchor: "left" },
       xaxis: { ...places, showgrid: false }, yaxis: { automargin: true, autorange: "reversed", showgrid: false },
     };
     return [[trace], layout];
@@ -36,6 +36,5 @@
   }
 
   draw();
-  const height = 110 + 26 * modules.length;
   redrawn(draw, { layers: [680, 280], relative_change: [680, height], cosine: [680, height] });
 }

@@ -18,12 +18,22 @@ RESAMPLES, CONFIDENCE = 9999, 0.95
 DRAWS = 2000
 """Draws of prompts that are selected by; their shares have a standard error of at most 1.1 %."""
 
+NAMES = {
+    "post": "post-trained",
+    "slr": "selected",
+    "runner_up": "runner-up",
+    "soup": "best soup",
+    "early": "early control",
+    "late": "late control",
+    "pre": "pre-trained",
+}
+"""What tables call the hybrids that a search compares, in their order."""
+
 
 def candidates_to_ask(choice: Selection) -> dict[str, ScoredCandidate]:
     """The candidates that answer held-out prompts, by name: those that a selection names, and the runner-up."""
     named = {**choice.named(), **({"runner_up": choice.runner_up} if choice.runner_up else {})}
-    order = ("post", "slr", "runner_up", "soup", "early", "late", "pre")
-    return {name: named[name] for name in order if name in named}
+    return {name: named[name] for name in NAMES if name in named}
 
 
 def look_again(choice: Selection, answered: PromptScores | None) -> HeldOut | None:

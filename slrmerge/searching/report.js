@@ -28,7 +28,6 @@
   const isFeasible = (row) => share <= row.keeps;
   const number = (value) => value.toFixed(3);
   const short = (value) => String(Number(value.toPrecision(6)));
-  const escaped = (text) => text.replace(/[&<>]/g, (char) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[char]); // in plotly
 
   function change(row, score) {
     if (row === post || !post[score]) return "";

@@ -14,6 +14,7 @@ from slrmerge.io.page import plotly_js, plotly_js_version, render_page
 from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.io.text import printable
 from slrmerge.merging.finding import SearchSummary
+from slrmerge.searching.held_out import NAMES
 from slrmerge.searching.selection import (
     ScoredCandidate,
     Selection,
@@ -40,6 +41,7 @@ def report(rows: Sequence[ScoredCandidate], choice: Selection, summary: SearchSu
         "report.html.jinja",
         data=report_data(rows, choice, summary),
         summary=summary,
+        names=NAMES,
         plotly=plotly_js(),
         versions={**summary.versions, "plotly.js": plotly_js_version()},
     )
