@@ -6,7 +6,7 @@ an encoder-decoder it is the decoder's.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,3 +145,12 @@ def _count_of(prefix: str, stacks: Mapping[str, int], config: Mapping[str, Any])
 
 def _run_from_zero(numbers: set[int]) -> int:
     return next(k for k in range(len(numbers) + 1) if k not in numbers)
+
+
+def group_names(names: Iterable[str]) -> Iterator[str]:
+    """Names that differ in numbers only, as one: `model.layers.*.mlp.up_proj.weight (32 tensors)`."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)].append(name)
+    for group, members in groups.items():
+        yield members[0] if len(members) == 1 else f"{group} ({len(members)} tensors)"

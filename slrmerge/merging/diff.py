@@ -7,6 +7,7 @@ from math import prod
 from slrmerge.checkpoint.fused import is_regrouped
 from slrmerge.checkpoint.gguf_header import QUANTISED
 from slrmerge.checkpoint.header import FLOATING
+from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.io.pieces import CHUNK_BYTES
@@ -15,7 +16,6 @@ from slrmerge.io.threads import cancellable_pool, thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
 from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance
 from slrmerge.merging.executor import default_threads
-from slrmerge.merging.plan.tensors import group_names
 
 
 def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slrmerge.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
+from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.side_files import (
     CARD_NAME,
@@ -35,7 +36,6 @@ from slrmerge.merging.manifest import build_manifest, read_manifest
 from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan
-from slrmerge.merging.plan.tensors import group_names
 from slrmerge.merging.shard_writer import missing_pieces, needed_bytes, write_shards
 from slrmerge.merging.stream import HybridReader, file_chunks
 from slrmerge.recipe.load import RecipeLike

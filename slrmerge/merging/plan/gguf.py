@@ -3,17 +3,17 @@
 The output is the post-trained side's files with some tensors overwritten, so key-values, types and offsets are theirs.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from slrmerge.checkpoint.gguf import GgufCheckpoint, differing_values
 from slrmerge.checkpoint.gguf_header import QUANTISED
 from slrmerge.checkpoint.header import FLOATING, TensorInfo
+from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import Problem
 from slrmerge.merging.plan.model import PlannedTensor
-from slrmerge.merging.plan.tensors import PlannedTensors, group_names
+from slrmerge.merging.plan.refusals import KEEP, Refusals
+from slrmerge.merging.plan.tensors import PlannedTensors
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.recipe.load import AnyRecipe
 from slrmerge.recipe.model import DEFAULT_SHARD_BYTES
@@ -22,7 +22,6 @@ DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 """Constants of the post-trained side's context length, which its key-values go with."""
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-_KEEP = "keep it post-trained: give it alpha: 0 under `tensors`"
 _ORIGINALS = "merge the original checkpoints, and convert the result"
 _CONVERT_ALIKE = "convert both models with the same --outtype"
 _QUANTISE_ALIKE = "quantise both models by the same command, both with an importance matrix or both without"
@@ -41,38 +40,36 @@ def plan_gguf_tensors(recipe: AnyRecipe, pair: ModelPair, alphas: TensorAlphas) 
         )
         return PlannedTensors([], [*problems, Problem("different-architectures", str(pre), what, remedy)], [])
     planned: list[PlannedTensor] = []
-    refused: dict[Problem, list[str]] = defaultdict(list)
+    refused = Refusals()
     for name, alpha in alphas.items():
         found = _plan_tensor(name, alpha, alphas.blend, pre, post)
-        if isinstance(found, Problem):
-            refused[found].append(name)
-        else:
+        if isinstance(found, PlannedTensor):
             planned.append(found)
-    for name, problem in _left_out(pair, alphas):
-        refused[problem].append(name)
-    problems += [replace(problem, where=where) for problem, names in refused.items() for where in group_names(names)]
-    return PlannedTensors(planned, problems, list(_notes(pre, post, alphas)))
+        else:
+            refused.add(name, *found)
+    _refuse_unmatched(pair, alphas, refused)
+    return PlannedTensors(planned, problems + refused.problems(), list(_notes(pre, post, alphas)))
 
 
 def _plan_tensor(
     name: str, alpha: float, blend: str, pre: Mapping[str, TensorInfo], post: Mapping[str, TensorInfo]
-) -> PlannedTensor | Problem:
-    """Where a tensor comes from, or why it cannot, as a problem of no place yet."""
+) -> PlannedTensor | tuple[str, str, str]:
+    """Where a tensor comes from, or why it cannot: code, reason and remedy."""
     info = post[name]
     if alpha == 0 or name in DERIVED or (alpha < 1 and info.dtype not in QUANTISED | FLOATING):
         return PlannedTensor(name, info, 0.0, "copy", None, name)
     twin = _EMBEDDING if name == _HEAD and name not in pre else name
     if twin not in pre:
-        return Problem("not-in-pretrained", "", "is not in the pre-trained checkpoint", _KEEP)
+        return "not-in-pretrained", "is not in the pre-trained checkpoint", KEEP
     if pre[twin].shape != info.shape:
         what = f"has shape {list(pre[twin].shape)} pre-trained and {list(info.shape)} post-trained"
-        return Problem("different-shapes", "", what, _KEEP)
+        return "different-shapes", what, KEEP
     types = {pre[twin].dtype, info.dtype}
     if alpha < 1 and types & QUANTISED:
-        return Problem("quantised-blend", "", "is quantised and cannot be blended", _ORIGINALS)
+        return "quantised-blend", "is quantised and cannot be blended", _ORIGINALS
     if len(types) > 1:
         what = f"is {pre[twin].dtype} pre-trained and {info.dtype} post-trained"
-        return Problem("different-types", "", what, _QUANTISE_ALIKE if types & QUANTISED else _CONVERT_ALIKE)
+        return "different-types", what, _QUANTISE_ALIKE if types & QUANTISED else _CONVERT_ALIKE
     if alpha == 1:
         return PlannedTensor(name, info, 1.0, "copy", twin, None)
     return PlannedTensor(name, info, alpha, blend, twin, name)
@@ -97,17 +94,17 @@ def _recipe_problems(recipe: AnyRecipe) -> Iterator[Problem]:
         yield Problem("gguf-tokenizer", recipe.place("$.tokenizer"), what, remedy)
 
 
-def _left_out(pair: ModelPair, alphas: TensorAlphas) -> Iterator[tuple[str, Problem]]:
-    """Pre-trained tensors without which what is restored would not compute what it did."""
+def _refuse_unmatched(pair: ModelPair, alphas: TensorAlphas, refused: Refusals) -> None:
+    """Refuse to leave out pre-trained tensors without which what is restored would not compute what it did."""
     stack = pair.stack
     touched = {place[0] for name, alpha in alphas.items() if alpha and stack and (place := stack.locate(name))}
     for name in pair.pretrained:
         if name not in pair.posttrained and stack and (place := stack.locate(name)) and place[0] in touched:
             what = "is in a pre-trained layer, but not in the post-trained file"
-            yield name, Problem("different-architectures", "", what, "the two do not compute the same")
+            refused.add(name, "different-architectures", what, "the two do not compute the same")
     if _HEAD in pair.pretrained and _HEAD not in pair.posttrained and alphas.get(_EMBEDDING):
         what = "is the output head too on the post-trained side, and on the pre-trained side it is not"
-        yield _EMBEDDING, Problem("tied-differently", "", what, _KEEP)
+        refused.add(_EMBEDDING, "tied-differently", what, KEEP)
 
 
 def _notes(pre: GgufCheckpoint, post: GgufCheckpoint, alphas: TensorAlphas) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from slrmerge.checkpoint.config_differences import compare_configs
 from slrmerge.checkpoint.header import FLOATING
+from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair, require_pair, require_same_depth
 from slrmerge.checkpoint.side_files import CONFIG_NAME
 from slrmerge.errors import PlanError, Problem, raise_all
@@ -17,7 +18,7 @@ from slrmerge.merging.plan.gguf import plan_gguf_tensors
 from slrmerge.merging.plan.metadata import plan_metadata
 from slrmerge.merging.plan.model import MergePlan, PlannedTensor
 from slrmerge.merging.plan.shards import lay_out
-from slrmerge.merging.plan.tensors import TensorPlanner, group_names
+from slrmerge.merging.plan.tensors import TensorPlanner
 from slrmerge.merging.plan.tokenizer import tokenizer_notes
 from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe, require_rules
 

@@ -1,12 +1,14 @@
 """What quantisation allows a merge to take from the pre-trained side, decided for the whole pair."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.quantised import Quantisation
+from slrmerge.merging.plan.refusals import QUANTISED_ALIKE, Refusals
 
 
 class QuantisedPair(NamedTuple):
@@ -15,52 +17,87 @@ class QuantisedPair(NamedTuple):
     pretrained: Quantisation | None
     posttrained: Quantisation | None
 
+    @classmethod
+    def of(cls, pair: ModelPair) -> Self:
+        return cls(Quantisation.of(pair.pretrained), Quantisation.of(pair.posttrained))
+
+    @property
+    def modules(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """The tensors of either side that belong to recognised modules → those modules."""
+        pre, post = (side.modules if side else {} for side in self)
+        return pre, post
+
     @property
     def unknown(self) -> str:
         """Why the format of one side is not known, or empty."""
         return next((side.unknown for side in self if side and side.unknown), "")
 
 
-class Refusal(NamedTuple):
-    """A tensor or a checkpoint that cannot be merged, and why."""
-
-    where: str
-    code: str
-    what: str
-    remedy: str
-
-
-_LIKE_BOTH = "merge two models quantised in the same way, or the unquantised ones"
+_ALIKE_OR_NOT = f"{QUANTISED_ALIKE}, or the unquantised ones"
+_WHOLE_LAYERS = "restore whole layers with `restore`, or merge the unquantised models"
 
 
 def refuse_quantised(
-    pair: ModelPair, quantised: QuantisedPair, alphas: Mapping[str, float], *, casts: bool
-) -> Iterator[Refusal]:
-    """Why these alphas cannot be merged: one side is quantised, both differ, or the format is not known.
+    pair: ModelPair, quantised: QuantisedPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool
+) -> None:
+    """Refuse alphas for which one side is quantised, both differ, or the format is not known.
 
     `casts` says whether the recipe gives a dtype.
     """
     pre, post = quantised
     touched = {name for name, alpha in alphas.items() if alpha}
-    if not (pre or post):
-        return
     if _touches(pair.posttrained, post, pair.posttrained, touched) or _touches(
         pair.pretrained, pre, pair.posttrained, touched
     ):
-        if pre is None and post is not None:
+        if post is not None and pre is None:
             what = f"the post-trained side is quantised{post.name}, the pre-trained side is not"
-            yield Refusal(str(pair.posttrained), "quantised-one-side", what, _LIKE_BOTH)
-            return
+            return refused.add(str(pair.posttrained), "quantised-one-side", what, _ALIKE_OR_NOT)
         if pre is not None and post is None:
             what = f"the pre-trained side is quantised{pre.name}, the post-trained side is not"
-            yield Refusal(str(pair.pretrained), "quantised-one-side", what, "use the unquantised base (bf16)")
-            return
+            return refused.add(str(pair.pretrained), "quantised-one-side", what, "use the unquantised base (bf16)")
         if pre and post and (difference := pre.difference(post)):
             what = f"the two sides are quantised differently: {difference}"
-            yield Refusal(str(pair.pretrained), "different-quantisation", what, _LIKE_BOTH)
-            return
+            return refused.add(str(pair.pretrained), "different-quantisation", what, _ALIKE_OR_NOT)
     if quantised.unknown:
-        yield from _refuse_unknown(pair, quantised.unknown, alphas, casts=casts)
+        _refuse_unknown(pair, quantised.unknown, alphas, refused, casts=casts)
+    return None
+
+
+def refuse_split_modules(
+    pair: ModelPair, quantised: QuantisedPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool
+) -> None:
+    """Refuse to take apart what is one value in several tensors: a module, or a layer; and to cast it."""
+    _, modules = quantised.modules
+    by_module: dict[str, set[float]] = defaultdict(set)
+    for name, module in modules.items():
+        if name in alphas:
+            by_module[module].add(alphas[name])
+    for module, found in by_module.items():
+        if len(found) > 1:
+            what = "is quantised, and its tensors would come from different sides"
+            refused.add(module, "quantised-module-split", what, "give the whole module one alpha")
+    if quantised.posttrained and quantised.posttrained.moves_scales and pair.stack:
+        _refuse_split_layers(pair.stack, quantised.posttrained, alphas, refused)
+    if casts and modules:
+        what = "is quantised and cannot be cast to another dtype"
+        refused.add(next(iter(modules)), "quantised-cast", what, "leave out `dtype`")
+
+
+def _refuse_split_layers(
+    stack: LayerStack, quantisation: Quantisation, alphas: Mapping[str, float], refused: Refusals
+) -> None:
+    """Where factors were moved between the tensors of a layer, such as from weights to the norm before them."""
+    by_layer: dict[int, set[float]] = defaultdict(set)
+    quantised: set[int] = set()
+    for name, alpha in alphas.items():
+        if place := stack.locate(name):
+            by_layer[place[0]].add(alpha)
+            quantised |= {place[0]} if name in quantisation.modules else set()
+    split = sorted(layer for layer in quantised if by_layer[layer] not in ({0}, {1}))
+    if split:
+        what = f"is quantised{quantisation.name} by a method that may move factors between the tensors of a layer"
+        more = f" and {len(split) - 1} more layers" if len(split) > 1 else ""
+        refused.add(f"{stack.prefix}.{split[0]}{more}", "quantised-layer-split", what, _WHOLE_LAYERS)
 
 
 def _touches(checkpoint: Checkpoint, quantisation: Quantisation | None, post: Checkpoint, touched: set[str]) -> bool:
@@ -83,29 +120,29 @@ def _place(checkpoint: Checkpoint, name: str) -> str:
     return f"{place[0]}.{place[1]}" if place else name
 
 
-def _refuse_unknown(pair: ModelPair, why: str, alphas: Mapping[str, float], *, casts: bool) -> Iterator[Refusal]:
-    """Everything but whole layers: packed values and their scales may be in any tensors of a layer."""
-    code, whole = "unknown-quantisation", "restore whole layers with `restore`, or merge the unquantised models"
-    is_in = f"is in a model quantised in an unknown format ({why})"
+def _refuse_unknown(pair: ModelPair, why: str, alphas: Mapping[str, float], refused: Refusals, *, casts: bool) -> None:
+    """Refuse everything but whole layers: packed values and their scales may be in any tensors of a layer."""
+    code, is_in = "unknown-quantisation", f"is in a model quantised in an unknown format ({why})"
     if casts:
-        yield Refusal(str(pair.posttrained), code, f"is quantised in an unknown format ({why})", "leave out `dtype`")
+        what = f"is quantised in an unknown format ({why})"
+        refused.add(str(pair.posttrained), code, what, "leave out `dtype`")
     twins = pair.correspondence.twins
     stack, by_layer = pair.stack, defaultdict[int, dict[str, float]](dict)
     for name, alpha in alphas.items():
         place = stack.locate(name) if stack else None
         if 0 < alpha < 1:
-            yield Refusal(name, code, f"{is_in} and cannot be blended", whole)
+            refused.add(name, code, f"{is_in} and cannot be blended", _WHOLE_LAYERS)
         elif place:
             by_layer[place[0]][name] = alpha
         elif alpha:
-            yield Refusal(name, code, f"{is_in} and cannot be restored: it is outside the layers", whole)
+            what = f"{is_in} and cannot be restored: it is outside the layers"
+            refused.add(name, code, what, _WHOLE_LAYERS)
     for members in by_layer.values():
-        if len(set(members.values())) > 1:
-            what = f"{is_in}; only part of its layer would be restored"
-            yield from (Refusal(name, code, what, whole) for name, alpha in members.items() if alpha)
-            continue
-        for name, alpha in members.items():
+        is_split = len(set(members.values())) > 1
+        for name in (name for name, alpha in members.items() if alpha):
             pre, post = pair.pretrained.get(twins.get(name, "")), pair.posttrained[name]
-            if alpha and pre is not None and pre.dtype != post.dtype:
+            if is_split:
+                refused.add(name, code, f"{is_in}; only part of its layer would be restored", _WHOLE_LAYERS)
+            elif pre is not None and pre.dtype != post.dtype:
                 what = f"{is_in}; it is {pre.dtype} pre-trained and {post.dtype} post-trained"
-                yield Refusal(name, "different-quantisation", what, _LIKE_BOTH)
+                refused.add(name, "different-quantisation", what, _ALIKE_OR_NOT)
