@@ -1,5 +1,7 @@
 """A plan in words: which layers come from where."""
 
+import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,20 +33,22 @@ def summarise_parts(plan: MergePlan) -> list[Part]:
     """The layers in order, neighbours with the same alphas as one part, then everything outside the layers."""
     plan = plan.whole or plan
     stack = plan.pair.stack
-    by_layer: dict[int, list[PlannedTensor]] = {}
+    by_layer: dict[int, dict[str, PlannedTensor]] = defaultdict(dict)
     outside: list[PlannedTensor] = []
     for tensor in plan.tensors():
-        place = stack.locate(tensor.name) if stack else None
-        (by_layer.setdefault(place[0], []) if place else outside).append(tensor)
+        if place := stack.locate(tensor.name) if stack else None:
+            by_layer[place[0]][sys.intern(place[1])] = tensor
+        else:
+            outside.append(tensor)
     parts: list[Part] = []
-    treated = []
-    for layer, members in sorted(by_layer.items()):
-        alphas = {place[1]: tensor.alpha for tensor in members if stack and (place := stack.locate(tensor.name))}
-        treated.append((layer, by_module(alphas)))
+    treated = [
+        (layer, by_module({inner: tensor.alpha for inner, tensor in members.items()}))
+        for layer, members in sorted(by_layer.items())
+    ]
     for treatment, run in groupby(treated, key=itemgetter(1)):
         layers = [layer for layer, _ in run]
         words = f"{describe_layers(layers)}, {len(layers)} of {stack.count if stack else 0}"
-        members = [tensor for layer in layers for tensor in by_layer[layer]]
+        members = [tensor for layer in layers for tensor in by_layer[layer].values()]
         for alpha, modules in treatment:
             inside = f": {_listed(modules)}" if len(treatment) > 1 else ""
             parts.append(_part(words + inside, alpha, members))
