@@ -35,20 +35,24 @@ _OTHER_PART = re.compile("encoder|decoder|vision|visual|image|video|audio|speech
 class Correspondence:
     """`twins` maps post-trained names to pre-trained ones.
 
-    `by_tie` are those of them that correspond because one side's head is its embedding. `tied` are groups of
-    post-trained names that are one tensor. `note` says how the names differ; `differing_layers` are the prefixes of
-    stacks that could not be matched, pre-trained first; `stacks` are those that were. `head` is the post-trained head.
+    `by_tie` are those of them that correspond because one side's head is its embedding. `embeddings` are the
+    post-trained side's, with its head. `note` says how the names differ; `differing_layers` are the prefixes of stacks
+    that could not be matched, pre-trained first; `stacks` are those that were.
     """
 
     twins: Mapping[str, str]
-    by_tie: frozenset[str] = frozenset()
-    tied: tuple[tuple[str, ...], ...] = ()
-    note: str = ""
-    differing_layers: tuple[str, str] | None = None
-    stacks: tuple[LayerStack | None, LayerStack | None] = (None, None)
-    head: str | None = None
-    keys: tuple[Mapping[str, str], Mapping[str, str]] = field(default=({}, {}), repr=False)
+    by_tie: frozenset[str]
+    embeddings: Embeddings
+    note: str
+    differing_layers: tuple[str, str] | None
+    stacks: tuple[LayerStack | None, LayerStack | None]
+    keys: tuple[Mapping[str, str], Mapping[str, str]] = field(repr=False)
     """The names outside the layers of both sides, the pre-trained first → the same without prefixes."""
+
+    @property
+    def tied(self) -> list[tuple[str, ...]]:
+        """Groups of post-trained names that are one tensor."""
+        return self.embeddings.groups
 
     def is_tower(self, name: str) -> bool:
         """Whether a post-trained tensor belongs to a vision or audio tower that the pre-trained side lacks entirely."""
@@ -99,11 +103,10 @@ def correspond(pre: Checkpoint, post: Checkpoint) -> Correspondence:
     return Correspondence(
         final,
         frozenset(by_tie),
-        tuple(embeddings[1].groups),
+        embeddings[1],
         _describe(twins, pre_stack, post_stack),
         differing,
         (pre_stack, post_stack),
-        embeddings[1].head,
         keys,
     )
 

@@ -4,7 +4,7 @@ The format: docs/gguf.md in ggml's repository. Arrays of key-values, such as voc
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from struct import Struct
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import xxhash
 
 from slrmerge.checkpoint.files import OpenFile, SourceFile
-from slrmerge.checkpoint.header import Shard, TensorInfo, name_problem
+from slrmerge.checkpoint.header import Shard, TensorInfo, in_data_order, name_problem
 from slrmerge.errors import CheckpointError, Problem, raise_all
 from slrmerge.io.sizes import shorten
 
@@ -116,8 +116,7 @@ def _read(file: SourceFile, source: "_Bytes") -> GgufShard:
     if not tensors:  # a file of key-values alone need not be padded
         data_start = min(data_start, file.file_bytes)
     digest = xxhash.xxh3_128_hexdigest(source.upto(data_start))
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
-    raise_all(_layout_problems(file, tensors, file.file_bytes - data_start, alignment), CheckpointError)
+    tensors = in_data_order(file, tensors, file.file_bytes - data_start, alignment)
     return GgufShard(file, data_start, digest, tensors, key_values=values)
 
 
@@ -251,25 +250,6 @@ class _Bytes:
     def _unknown_kind(self, key: str, kind: int) -> CheckpointError:
         what = "an array of arrays" if kind == _ARRAY else f"a value of unknown type {kind}"
         return _invalid(self._file, f"has {what} at {shorten(key)}")
-
-
-def _layout_problems(
-    file: SourceFile, tensors: Mapping[str, TensorInfo], data_bytes: int, alignment: int
-) -> Iterator[Problem]:
-    """What is wrong with the offsets of `tensors`, given in the order of their data."""
-    end = 0
-    for name, info in tensors.items():
-        if info.begin != -(-end // alignment) * alignment:
-            what = f"tensor {shorten(name)} begins at byte {info.begin:,} of the data, after one that ends at {end:,}"
-            yield Problem("invalid-header", str(file), f"{what} (hole or overlap)", "download it again")
-            return
-        end = info.end
-    if data_bytes < end:
-        what = f"is truncated: {end - data_bytes:,} of {end:,} data bytes are missing"
-        yield Problem("truncated", str(file), what, "download it again")
-    elif data_bytes >= end + alignment:
-        what = f"has {data_bytes - end:,} bytes after its last tensor"
-        yield Problem("invalid-header", str(file), what, "download it again")
 
 
 def _invalid(file: SourceFile, what: str) -> CheckpointError:

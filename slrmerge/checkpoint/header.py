@@ -29,6 +29,9 @@ DTYPE_BITS = {
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The floating dtypes: safetensors' name → torch's, which is also a recipe's."""
 
+SAFETENSORS_DTYPES = {name: dtype for dtype, name in TORCH_DTYPES.items()}
+"""A recipe's dtypes → safetensors' names."""
+
 FLOATING = frozenset(TORCH_DTYPES)
 """The dtypes that can be blended and cast: real, floating, and meaningful without a scale beside them."""
 
@@ -193,9 +196,27 @@ def _check_entries(
         else:
             tensors[sys.intern(name)] = entry  # index, headers and both sides of a pair have the same names
     raise_all(problems, CheckpointError)
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
-    raise_all(_layout_problems(file, tensors, data_bytes), CheckpointError)
-    return tensors
+    return in_data_order(file, tensors, data_bytes)
+
+
+def in_data_order(
+    file: SourceFile, tensors: Mapping[str, TensorInfo], data_bytes: int, alignment: int = 1
+) -> dict[str, TensorInfo]:
+    """Tensors in the order of their data. Raises CheckpointError where they do not fill `data_bytes` one by one."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
+    end = 0
+    for name, info in ordered.items():
+        expected = -(-end // alignment) * alignment
+        if info.begin != expected:
+            what = f"tensor {shorten(name)} begins at byte {info.begin:,} of the data, expected {expected:,}"
+            raise _invalid(file, f"{what} (hole or overlap)", "download it again")
+        end = info.end
+    if data_bytes < end:
+        what = f"is truncated: {end - data_bytes:,} of {end:,} data bytes are missing"
+        raise _invalid(file, what, "download it again", code="truncated")
+    if data_bytes >= end + alignment:
+        raise _invalid(file, f"has {data_bytes - end:,} bytes after its last tensor", "download it again")
+    return ordered
 
 
 def name_problem(name: str) -> str:
@@ -249,20 +270,3 @@ def _is_sizes(value: Any) -> bool:
         if type(size) is not int or size < 0:
             return False
     return True
-
-
-def _layout_problems(file: SourceFile, tensors: Mapping[str, TensorInfo], data_bytes: int) -> Iterable[Problem]:
-    """What is wrong with the offsets of `tensors`, given in the order of their data."""
-    expected = 0
-    for name, info in tensors.items():
-        if info.begin != expected:
-            what = f"tensor {name!r} begins at byte {info.begin:,} of the data, expected {expected:,} (hole or overlap)"
-            yield Problem("invalid-header", str(file), what, "download it again")
-            return
-        expected = info.end
-    if data_bytes < expected:
-        what = f"is truncated: {expected - data_bytes:,} of {expected:,} data bytes are missing"
-        yield Problem("truncated", str(file), what, "download it again")
-    elif data_bytes > expected:
-        what = f"has {data_bytes - expected:,} bytes after its last tensor"
-        yield Problem("invalid-header", str(file), what, "download it again")

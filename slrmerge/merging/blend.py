@@ -17,7 +17,6 @@ CHUNK_ELEMENTS = 1 << 17
 """Elements per step: 512 KiB in float32, so that all buffers of a step fit in a core's cache."""
 
 MAX_ELEMENT_BYTES = 8
-DTYPES = TORCH_DTYPES
 
 
 class Blender:
@@ -150,7 +149,7 @@ def torch_dtype(dtype: str) -> "torch.dtype":
     """torch's dtype for a floating safetensors dtype."""
     import torch
 
-    found: torch.dtype = getattr(torch, DTYPES[dtype])
+    found: torch.dtype = getattr(torch, TORCH_DTYPES[dtype])
     return found
 
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from slrmerge.checkpoint.header import TORCH_DTYPES
 from slrmerge.checkpoint.pair import require_layers
 from slrmerge.errors import PlanError, Problem
 from slrmerge.io.strict_yaml import write_yaml
-from slrmerge.merging.blend import DTYPES
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.recipe.mergekit.write import write_config
@@ -23,9 +23,9 @@ def export_mergekit(plan: MergePlan) -> str:
     alphas = TensorAlphas({tensor.name: tensor.alpha for tensor in plan.tensors()}, blend=plan.recipe.blend)
     names = {side: checkpoint.reference for side, checkpoint in plan.pair.items()}
     config: dict[str, Any] = write_config(alphas, require_layers(plan.pair), **names)
-    dtypes = {tensor.info.dtype for tensor in plan.tensors()} & DTYPES.keys()
+    dtypes = {tensor.info.dtype for tensor in plan.tensors()} & TORCH_DTYPES.keys()
     if len(dtypes) == 1:
-        output = DTYPES[dtypes.pop()]
+        output = TORCH_DTYPES[dtypes.pop()]
         # mergekit rounds its inputs to `dtype`: blends are computed wide and rounded once.
         wide = "float64" if output == "float64" else "float32"
         copies = config["merge_method"] == "passthrough"

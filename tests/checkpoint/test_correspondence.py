@@ -199,7 +199,7 @@ def ties(
 def test_a_head_that_is_not_stored_is_the_embedding(tmp_path: Path, config: dict[str, Any]) -> None:
     found = ties(tmp_path, [EMBED], [EMBED, HEAD], config, {"tie_word_embeddings": False})
     assert (found.twins[HEAD], found.by_tie) == (EMBED, {HEAD})
-    assert found.tied == ()
+    assert found.tied == []
 
 
 def test_a_head_that_is_missing_from_an_untied_model_is_not_its_embedding(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_stored_tensors_that_a_loader_makes_one_are_tied(
 def test_tensors_that_a_loader_keeps_apart_are_not_tied(
     tmp_path: Path, config: dict[str, Any], names: list[str]
 ) -> None:
-    assert ties(tmp_path, names, names, config, config).tied == ()
+    assert ties(tmp_path, names, names, config, config).tied == []
 
 
 def test_what_is_tied_now_was_trained_from_the_embedding(tmp_path: Path) -> None:

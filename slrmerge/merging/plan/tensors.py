@@ -11,17 +11,13 @@ from typing import NamedTuple
 
 from slrmerge.checkpoint.buffers import is_constant
 from slrmerge.checkpoint.fused import is_regrouped
-from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
+from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, SAFETENSORS_DTYPES, TensorInfo
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import PlanError, Problem, raise_all
-from slrmerge.merging.blend import DTYPES
 from slrmerge.merging.plan.model import ADAPTER, PlannedTensor
 from slrmerge.merging.plan.quantised import QuantisedPair, refuse_quantised, refuse_split_modules
 from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, QUANTISED_ALIKE, Notes, Refusals
 from slrmerge.merging.plan.unmatched import CONSTANT, refuse_unmatched
-
-SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-"""A recipe's dtypes → safetensors' names."""
 
 _ROWS = "in a recipe, set `vocabulary: shared` to blend the rows that both sides have, or "
 

@@ -12,12 +12,6 @@ from slrmerge.io.files import read_file
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 from slrmerge.merging.plan.model import PlannedTensor
 
-EMBEDDING_SUFFIXES = (
-    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight",
-    "shared.weight",
-)  # fmt: skip
-"""The ends of names of matrices with a row for each token."""
-
 _FILES = ("tokenizer.json", "added_tokens.json", "vocab.json")
 
 
@@ -56,11 +50,8 @@ def _token_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) 
 
 def _row_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
     """A warning where the tokenizer of `side` has ids past the last row of an embedding of the output."""
-    rows = {
-        tensor.name: tensor.info.shape[0]
-        for tensor in tensors
-        if tensor.name.endswith(EMBEDDING_SUFFIXES) and len(tensor.info.shape) == 2
-    }
+    tokens = pair.correspondence.embeddings.tokens
+    rows = {tensor.name: tensor.info.shape[0] for tensor in tensors if tensor.name in tokens}
     if not rows:
         return
     name, count = max(rows.items(), key=lambda item: item[1])

@@ -114,7 +114,7 @@ def _refuse_posttrained(name: str, pair: ModelPair, refused: Refusals) -> None:
         refused.add(str(pair.pretrained), "different-layers", what, ANOTHER_MODEL)
     elif stack.locate(name) if stack else split_layer(name):
         refused.add(name, "not-in-pretrained", what, ANOTHER_MODEL)
-    elif name == names.head:
+    elif name == names.embeddings.head:
         what += ", whose config says that its head is not tied to its embedding"
         refused.add(name, "not-in-pretrained", what, _TIE + KEEP)
     else:
