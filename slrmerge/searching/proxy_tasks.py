@@ -190,7 +190,7 @@ class RangeQuestions(Model):
             yield self._question(self.text, pair)
 
     def held_out_questions(self) -> Iterator[Question]:
-        asked = _ranges(len(self.values), self.shortest, self.count, random.Random(0))
+        asked = set(_ranges(len(self.values), self.shortest, self.count, random.Random(0)))
         others = [pair for pair in _all_ranges(len(self.values), self.shortest) if pair not in asked]
         for pair, text in _in_turn(others, self.held_out_texts or (self.text,), self.count):
             yield self._question(text, pair)

@@ -151,6 +151,7 @@ class Sweep:
                 for before, after in _chunks(alike, self._chunk_tokens // states.shape[1]):
                     chunk = states[before].to(self._model.device)
                     made[after] = self._layout.run_layer(stage - 1, weights, chunk, origin).to(made.device)
+                    store.release()
                     progress.advance(len(before))
             del weights  # before the next are loaded
         return made

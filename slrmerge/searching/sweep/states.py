@@ -1,5 +1,6 @@
 """The hidden states of a sweep, in memory or in a mapped file, and what is kept on disk so that a sweep can resume."""
 
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -67,12 +68,14 @@ class StateStore:
         self._max_bytes = max_bytes
         self._fingerprint = fingerprint
         self._held_bytes = 0
+        self._maps: list[mmap.mmap] = []
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialized states for a stage, while those of the stage before are still held."""
         state_bytes = prod(shape) * dtype.itemsize
         in_memory = self._folder is None or self._held_bytes + state_bytes <= self._max_bytes
         self._held_bytes = state_bytes
+        self._maps = self._maps[-1:]  # those of the stage before
         if self._folder is not None:
             with translate_os_errors(self._new_file):
                 self._new_file.unlink(missing_ok=True)  # unfinished, from a killed run
@@ -81,7 +84,12 @@ class StateStore:
         with translate_os_errors(self._new_file), open(self._new_file, "wb") as file:
             if hasattr(os, "posix_fallocate"):  # writing to a map on a full disk would end the process
                 os.posix_fallocate(file.fileno(), 0, max(state_bytes, 1))
-        return _mapped(self._new_file, shape, dtype)
+        return self._map(self._new_file, shape, dtype)
+
+    def release(self) -> None:
+        """Let go of the memory of mapped states, whose values the files keep: it would count as the process's own."""
+        for mapped in self._maps if hasattr(mmap, "MADV_DONTNEED") else ():
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def commit(self, stages_done: int, hybrid_states: Sequence[int], states: torch.Tensor) -> None:
         """Keep the states of a finished stage; a run that is killed later resumes from here."""
@@ -133,7 +141,7 @@ class StateStore:
     def _load(self, file: Path, saved: _SavedProgress) -> torch.Tensor:
         self._held_bytes = prod(saved.shape) * saved.torch_dtype.itemsize
         if 2 * self._held_bytes > self._max_bytes:
-            return _mapped(file, saved.shape, saved.torch_dtype)
+            return self._map(file, saved.shape, saved.torch_dtype)
         states = torch.empty(saved.shape, dtype=saved.torch_dtype)
         with translate_os_errors(file), open(file, "rb") as opened:
             opened.readinto(as_bytes(states))
@@ -146,6 +154,12 @@ class StateStore:
                 for path in (self._folder / _PROGRESS, self._new_file, *self._folder.glob("states-*")):
                     path.unlink(missing_ok=True)
 
+    def _map(self, path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A file of raw elements as a tensor; what is written to the tensor is written to the file."""
+        with open(path, "r+b") as file:
+            self._maps.append(mmap.mmap(file.fileno(), 0))
+        return torch.frombuffer(self._maps[-1], dtype=dtype, count=prod(shape)).view(*shape)
+
     @property
     def _new_file(self) -> Path:
         """The states of the stage that is being computed."""
@@ -155,8 +169,3 @@ class StateStore:
     def _stage_file(self, stages_done: int) -> Path:
         assert self._folder is not None
         return self._folder / f"states-{stages_done}"
-
-
-def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A file of raw elements as a tensor; what is written to the tensor is written to the file."""
-    return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(*shape)

@@ -62,6 +62,32 @@ def test_a_committed_stage_comes_back_bit_by_bit(
     assert torch.equal(resumed.states, values(1, dtype))
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what is resident")
+def test_released_states_are_in_no_memory_of_this_process_and_keep_their_values(tmp_path: Path) -> None:
+    keeper = store(tmp_path, max_bytes=MAPPED)
+    first = filled(keeper, 1)
+    keeper.commit(1, (0, 1, 2), first)
+    second = filled(keeper, 2)
+    assert resident_bytes(tmp_path) > 0
+    keeper.release()
+    assert resident_bytes(tmp_path) == 0
+    assert torch.equal(first, values(1))
+    assert torch.equal(second, values(2))
+    assert resident_bytes(tmp_path) > 0
+
+
+def resident_bytes(folder: Path) -> int:
+    """What this process holds in memory of the files in a folder that it has mapped."""
+    sizes = 0
+    is_in_folder = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line[0].isupper():  # the head of a mapping, which begins with its addresses
+            is_in_folder = f"{folder}/" in line
+        elif is_in_folder and line.startswith("Rss:"):
+            sizes += int(line.split()[1]) * 1024
+    return sizes
+
+
 @pytest.mark.parametrize("max_bytes", [IN_MEMORY, MAPPED])
 def test_only_the_last_stage_is_kept(tmp_path: Path, max_bytes: int) -> None:
     keeper = store(tmp_path, max_bytes=max_bytes)
