@@ -205,7 +205,7 @@ def test_a_head_that_is_not_stored_is_the_embedding(tmp_path: Path, config: dict
 def test_a_head_that_is_missing_from_an_untied_model_is_not_its_embedding(tmp_path: Path) -> None:
     found = ties(tmp_path, [EMBED], [EMBED, HEAD], {"tie_word_embeddings": False})
     assert HEAD not in found.twins
-    assert found.head == HEAD
+    assert found.embeddings.head == HEAD
 
 
 def test_a_head_of_another_width_is_not_the_embedding(tmp_path: Path) -> None:
