@@ -169,7 +169,7 @@ def test_the_table_sorts_by_the_clicked_column(opened: "sync_api.Page") -> None:
 def test_the_page_fits_its_window(opened: "sync_api.Page", width: int) -> None:
     opened.set_viewport_size({"width": width, "height": 800})
     opened.wait_for_timeout(300)
-    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
 
 
 def test_the_page_prints_in_light_colours_without_controls(opened: "sync_api.Page") -> None:
@@ -206,7 +206,7 @@ def test_the_samples_of_an_evaluation_are_shown_with_their_chart(
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.querySelector('.chart img').naturalWidth") > 100
         assert page.locator("ol li").count() == 8
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -220,6 +220,6 @@ def test_a_comparison_is_shown_by_layer_and_module(
         page.wait_for_selector("#cosine .main-svg")
         assert page.locator("#layers .bars .point").count() == 2
         assert page.evaluate("document.getElementById('relative_change').data[0].z") == [[0, 0.5], [None, None]]
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
         page.emulate_media(media="print")
         assert page.pdf(format="A4").count(b"/Type /Page\n") <= 3
