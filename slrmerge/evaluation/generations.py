@@ -32,6 +32,8 @@ class GenerationsFile:
     of another form, and in `answer` for answers that it does not have.
     """
 
+    dtype = None
+
     def __init__(self, path: Path) -> None:
         self._path = path
         digest = xxhash.xxh3_64()

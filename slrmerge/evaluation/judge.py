@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from slrmerge.evaluation.models import ChatModel, request_missing
+from slrmerge.evaluation.models import ChatModel, request_missing, settings_of
 from slrmerge.evaluation.questions import prompt_id
-from slrmerge.evaluation.samples import SampleFile, SampleKey, Settings
+from slrmerge.evaluation.samples import SampleFile, SampleKey
 from slrmerge.io.progress import Progress
 
 MAX_TOKENS = 8192
@@ -16,7 +16,7 @@ class Judge:
 
     def __init__(self, model: ChatModel, file: SampleFile, progress: Progress) -> None:
         self._model, self._file, self._progress = model, file, progress
-        self._settings = Settings(model.model_id, temperature=0.0, min_p=0.0, max_tokens=MAX_TOKENS)
+        self._settings = settings_of(model, temperature=0.0, min_p=0.0, max_tokens=MAX_TOKENS)
 
     @property
     def model_id(self) -> str:

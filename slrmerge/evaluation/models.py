@@ -84,6 +84,11 @@ class ChatModel(Protocol):
         """Identifies the model exactly: samples are only reused for the same id."""
         ...
 
+    @property
+    def dtype(self) -> str | None:
+        """The dtype of the arithmetic of a model in this process."""
+        ...
+
     def check(self) -> None:
         """Raise ServerError or UnsupportedModelError if the model cannot answer, as far as is cheap to find out."""
         ...
@@ -153,6 +158,14 @@ def parse_models(models: ModelNames) -> list[NamedModel]:
         what = f"two models have the label {repeated[0]}"
         raise OptionError(Problem("duplicate-label", "models", what, "write LABEL=MODEL"))
     return named
+
+
+def settings_of(
+    model: ChatModel, *, temperature: float, min_p: float, max_tokens: int, seed: int = 0, verbalized: int | None = None
+) -> Settings:
+    """The settings of a model's answers."""
+    dtype = None if model.dtype == "float32" else model.dtype
+    return Settings(model.model_id, temperature, min_p, max_tokens, seed, verbalized, dtype)
 
 
 def sample_keys(label: str, prompts: Iterable[str], samples: int) -> list[SampleKey]:

@@ -80,5 +80,22 @@ class EvaluationOptions(Options):
     timeout_s: float = option(
         600.0, "Seconds that a server has to answer.", above=0, flag="--timeout", group="Resources"
     )
-    batch: int = option(32, "Batch size of models in this process.", minimum=1, group="Resources")
-    device: str = option("cpu", "Torch device of models in this process; cuda is not tested yet.", group="Resources")
+    batch: int | str = option(
+        "auto",
+        "Batch size of models in this process, or auto: as many answers as memory holds.",
+        minimum=1,
+        or_auto=True,
+        group="Resources",
+    )
+    dtype: str | None = option(
+        None,
+        "Dtype of models in this process.",
+        choices=("float32", "bfloat16", "float16"),
+        default_help="float32; from 1e9 parameters the stored dtype, where it is faster",
+        group="Resources",
+    )
+    device: str = option(
+        "cpu",
+        "Torch device of models in this process, such as cuda:0; CUDA is not tested yet.",
+        group="Resources",
+    )

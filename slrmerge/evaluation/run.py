@@ -35,6 +35,7 @@ from slrmerge.evaluation.models import (
     parse_models,
     request_missing,
     sample_keys,
+    settings_of,
 )
 from slrmerge.evaluation.novelty import Novelty
 from slrmerge.evaluation.options import EvaluationOptions
@@ -150,7 +151,7 @@ class Evaluation:
             raise OptionError(Problem("not-a-judge", "judge", what, remedy))
         places = [*(model.at for model in self.models), *filter(None, (self._judge, self._embeddings))]
         if not all(isinstance(at, ServerAddress) for at in places):
-            from slrmerge.searching.scorer import require_device
+            from slrmerge.searching.device import require_device
 
             require_device(self.options.device)
 
@@ -170,7 +171,9 @@ class Evaluation:
         require_extra("eval", "transformers")
         from slrmerge.evaluation.local import LocalModel
 
-        return LocalModel(at, device=self.options.device, batch=self.options.batch, progress=self._progress)
+        options = self.options
+        batch = options.batch if isinstance(options.batch, int) else None
+        return LocalModel(at, device=options.device, batch=batch, dtype=options.dtype, progress=self._progress)
 
     def _open_embedder(self, at: Place | ServerAddress) -> Embedder:
         return self._server(at) if isinstance(at, ServerAddress) else LocalEmbeddings(at, device=self.options.device)
@@ -287,8 +290,8 @@ class _Run:
 
     def _settings(self, model: ChatModel, *, greedy: bool = False) -> Settings:
         options = self.evaluation.options
-        return Settings(
-            model.model_id,
+        return settings_of(
+            model,
             temperature=0.0 if greedy else options.temperature,
             min_p=options.min_p,
             max_tokens=self.evaluation.max_tokens,
@@ -299,6 +302,7 @@ class _Run:
     def _described(self, data_name: str) -> dict[str, object]:
         """The settings that a result reports."""
         options = self.evaluation.options
+        dtypes = sorted({model.dtype for model in self.models.by_label.values() if model.dtype})
         return {
             "data": data_name,
             "samples": self.evaluation.samples,
@@ -307,6 +311,7 @@ class _Run:
             "max_tokens": self.evaluation.max_tokens,
             "seed": options.seed,
             "verbalized": options.verbalized,
+            "dtype": ", ".join(dtypes) or None,
             "judge": self.models.judge and self.models.judge.model_id,
             "embeddings": self.models.embedder and self.models.embedder.model_id,
         }

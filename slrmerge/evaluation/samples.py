@@ -29,7 +29,7 @@ class Settings(NamedTuple):
 
     `temperature` 0 is greedy decoding; `min_p` is the minimum probability of a token relative to the most probable one;
     `max_tokens` is the maximum length of an answer. `seed` is the seed that samples' own seeds derive from, and
-    `verbalized` the number of answers requested at once.
+    `verbalized` the number of answers requested at once. `dtype` is that of a model in this process, None for float32.
     """
 
     model_id: str
@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     max_tokens: int
     seed: int = 0
     verbalized: int | None = None
+    dtype: str | None = None
 
 
 class SampleKey(NamedTuple):
