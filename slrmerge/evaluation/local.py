@@ -99,7 +99,7 @@ class LocalModel:
         done = 0
         while done < len(requests):
             batch = self._fitting(requests[done : done + self._largest], settings)
-            refusals = {request: error for request in batch if (error := self._refusal(request))}
+            refusals = {request: refusal for request in batch if (refusal := self._refusal(request))}
             accepted = [request for request in batch if request not in refusals]
             try:
                 answers = self._answer(accepted, settings) if accepted else []
@@ -109,8 +109,8 @@ class LocalModel:
                 self._largest = len(accepted) // 2
                 self._progress.message(f"{self._device} lacks memory for {len(accepted)} answers at once; halving")
                 continue
-            for request, error in refusals.items():
-                sink.refuse(request, error)
+            for request, refusal in refusals.items():
+                sink.refuse(request, refusal)
             for request, answer in zip(accepted, answers, strict=True):
                 sink.keep(request, answer)
             done += len(batch)
@@ -217,7 +217,9 @@ def row_bytes(config: Any, tokens: int, itemsize: int) -> int:
     heads = getattr(config, "num_attention_heads", None) or 1
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     width = (getattr(config, "num_key_value_heads", None) or heads) * head_width
-    return 2 * config.num_hidden_layers * width * tokens * itemsize + _LOGIT_COPIES * 4 * config.vocab_size
+    keys_and_values: int = 2 * config.num_hidden_layers * width * tokens * itemsize
+    logits: int = _LOGIT_COPIES * 4 * config.vocab_size
+    return keys_and_values + logits
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

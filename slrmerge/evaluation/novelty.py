@@ -6,7 +6,7 @@ them. The next report reads these: which generations are equivalent, and how goo
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from slrmerge.evaluation.samples import MAX_LINE_BYTES
 from slrmerge.evaluation.tasks.base import Metric, ModelResponses
 from slrmerge.io.strict_json import parse_json
 
-DISTINCT = Metric("novelty-distinct", "NoveltyBench's distinct: the number of different generations")
+DISTINCT = Metric("novelty-distinct", "NoveltyBench's distinct: the number of different generations", most=inf)
 UTILITY = Metric(
-    "novelty-utility", "NoveltyBench's utility, 0 to 10: scores of generations unlike earlier ones, with patience 0.8"
+    "novelty-utility",
+    "NoveltyBench's utility, 0 to 10: scores of generations unlike earlier ones, with patience 0.8",
+    most=10,
 )
 
 PATIENCE = 0.8

@@ -71,8 +71,8 @@ class EvaluationOptions(Options):
     )
     export: str | None = option(
         None,
-        "Also write the samples in another form: noveltybench, or inspect (inspect-ai's log).",
-        choices=("noveltybench", "inspect"),
+        "Also write the results in another form: noveltybench, inspect (inspect-ai's log), every-eval-ever.",
+        choices=("noveltybench", "inspect", "every-eval-ever"),
         metavar="FORM",
         group="Output",
     )

@@ -23,6 +23,7 @@ from slrmerge.errors import (
 )
 from slrmerge.evaluation.embedding_file import KeptEmbeddings
 from slrmerge.evaluation.embeddings import Embedder, LocalEmbeddings
+from slrmerge.evaluation.every_eval_ever import write_every_eval_ever
 from slrmerge.evaluation.generations import SUFFIX, GenerationsFile, noveltybench_folder
 from slrmerge.evaluation.inspect_log import write_inspect
 from slrmerge.evaluation.judge import Judge
@@ -123,10 +124,13 @@ class Evaluation:
                 run.request_samples(chosen.questions)
                 result = run.score(chosen, data.name)
                 write_results(folder.path, result)
+                sampled_s = files.samples.path.stat().st_mtime
                 if self.options.export == "noveltybench":
                     write_noveltybench(folder.path, result)
                 elif self.options.export == "inspect":
-                    write_inspect(folder.path, result, sampled_s=files.samples.path.stat().st_mtime)
+                    write_inspect(folder.path, result, sampled_s=sampled_s)
+                elif self.options.export == "every-eval-ever":
+                    write_every_eval_ever(folder.path, result, opened.by_label, sampled_s=sampled_s)
         return result
 
     @property
@@ -149,8 +153,11 @@ class Evaluation:
         if self._judge is not None and _is_generations(self._judge):
             what, remedy = "is a file of generations, which cannot judge others", "name a model"
             raise OptionError(Problem("not-a-judge", "judge", what, remedy))
-        places = [*(model.at for model in self.models), *filter(None, (self._judge, self._embeddings))]
-        if not all(isinstance(at, ServerAddress) for at in places):
+        places: list[Place | ServerAddress] = [
+            *(model.at for model in self.models),
+            *filter(None, (self._judge, self._embeddings)),
+        ]
+        if not all(isinstance(at, ServerAddress) or _is_generations(at) for at in places):
             from slrmerge.searching.device import require_device
 
             require_device(self.options.device)

@@ -49,6 +49,7 @@ def test_a_line_holds_everything_that_a_sample_depends_on(path: Path) -> None:
         "max_tokens": 64,
         "seed": 5,
         "verbalized": None,
+        "dtype": None,
     }
     assert json.loads(path.read_text()) == {
         "model": "post", "prompt": "p1", "sample": 0, "seed": seed_of(5, "p1", 0), "settings": settings,
@@ -75,6 +76,18 @@ def test_samples_are_read_when_the_file_is_opened_again(path: Path) -> None:
         assert file.missing([KEY, other]) == [other]
         assert file.answer(KEY) == ANSWER
         assert len(file) == 1
+
+
+def test_samples_without_a_dtype_are_those_of_float32(path: Path) -> None:
+    with SampleFile(path) as file:
+        append(file)
+    line = json.loads(path.read_text())
+    assert line["settings"].pop("dtype") is None
+    path.write_text(json.dumps(line) + "\n")
+    with SampleFile(path) as file:
+        file.require_same([KEY], SETTINGS)
+        with refused(OutputError, "settings-changed"):
+            file.require_same([KEY], SETTINGS._replace(dtype="bfloat16"))
 
 
 @given(st.text(), st.integers(0, 400))
