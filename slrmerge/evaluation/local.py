@@ -82,8 +82,10 @@ class LocalModel:
     @cached_property
     def dtype(self) -> str:
         """See `ChatModel`."""
+        if self._dtype:
+            return self._dtype
         default = default_dtype(self._checkpoint.parameters, self._device, _stored_dtype(self._checkpoint))
-        return self._dtype or str(default).removeprefix("torch.")
+        return str(default).removeprefix("torch.")
 
     def close(self) -> None:
         """See `ChatModel`."""
@@ -95,7 +97,10 @@ class LocalModel:
         load_tokenizer(self._checkpoint.folder)
 
     def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
-        """See `ChatModel`; refuses prompts that are too long. Raises UnsupportedModelError for one it cannot load."""
+        """See `ChatModel`; refuses prompts that are too long.
+
+        Raises UnsupportedModelError for a model that cannot be loaded, and where memory is lacking for one answer.
+        """
         done = 0
         while done < len(requests):
             batch = self._fitting(requests[done : done + self._largest], settings)

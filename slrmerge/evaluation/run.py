@@ -153,10 +153,8 @@ class Evaluation:
         if self._judge is not None and _is_generations(self._judge):
             what, remedy = "is a file of generations, which cannot judge others", "name a model"
             raise OptionError(Problem("not-a-judge", "judge", what, remedy))
-        places: list[Place | ServerAddress] = [
-            *(model.at for model in self.models),
-            *filter(None, (self._judge, self._embeddings)),
-        ]
+        scoring = [at for at in (self._judge, self._embeddings) if at is not None]
+        places = [*(model.at for model in self.models), *scoring]
         if not all(isinstance(at, ServerAddress) or _is_generations(at) for at in places):
             from slrmerge.searching.device import require_device
 
