@@ -4,19 +4,19 @@ A line is JSON: `{"id": …, "prompt": …, "model": …, "generations": […]}`
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote
 
 import xxhash
 
 from slrmerge.errors import DataError, Problem, raise_all
+from slrmerge.evaluation.lines import MAX_LINE_BYTES, lines_of, open_data
 from slrmerge.evaluation.models import AnswerSink, SampleRequest
 from slrmerge.evaluation.questions import PROBLEMS_SHOWN, raise_shown
-from slrmerge.evaluation.samples import MAX_LINE_BYTES, Answer, Settings
+from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.evaluation.tasks.base import ModelResponses
 from slrmerge.io.files import create_folder, replace_file
 from slrmerge.io.pieces import translate_os_errors
@@ -75,26 +75,24 @@ class GenerationsFile:
     def _read(self, digest: xxhash.xxh3_64) -> None:
         """Read which prompts the file has, where, and with how many generations."""
         problems: list[Problem] = []
-        start = 0
-        with self._opened() as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-                digest.update(line)
-                if line.strip() and len(problems) < PROBLEMS_SHOWN:
+        with open_data(self._path) as file:
+            for line in lines_of(file):
+                digest.update(line.data)
+                if line.data.strip() and len(problems) < PROBLEMS_SHOWN:
                     try:
-                        prompt, generations = _line(parse_json(line))
+                        prompt, generations = _line(parse_json(line.data))
                     except (ValueError, KeyError, TypeError):
                         what = "is not a prompt with its generations"
                         remedy = 'write {"prompt": "…", "generations": ["…", …]}'
-                        problems.append(Problem("not-generations", f"{self._path}:{number}", what, remedy))
+                        problems.append(Problem("not-generations", f"{self._path}:{line.number}", what, remedy))
                     else:
-                        self._lines.setdefault(prompt, []).append(start)
+                        self._lines.setdefault(prompt, []).append(line.start)
                         self._counts[prompt] += len(generations)
-                start += len(line)
         raise_all(problems, DataError)
 
     def _read_generations(self, prompt: str) -> Sequence[str]:
         found: list[str] = []
-        with self._opened() as file:
+        with open_data(self._path) as file:
             for start in self._lines[prompt]:
                 file.seek(start)
                 try:
@@ -105,15 +103,6 @@ class GenerationsFile:
         if len(found) != self._counts[prompt]:
             raise DataError(Problem("data-changed", str(self._path), "was changed while it was in use", "run again"))
         return found
-
-    @contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
-        try:
-            with open(self._path, "rb") as file:
-                yield file
-        except OSError as error:
-            what = f"cannot be read ({error.strerror})"
-            raise DataError(Problem("data-unreadable", str(self._path), what, "check the path")) from error
 
 
 def _line(value: Any) -> tuple[str, list[str]]:

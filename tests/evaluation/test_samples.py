@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrmerge.errors import NoSpaceError, OutputError
-from slrmerge.evaluation import samples
+from slrmerge.evaluation import lines, samples
 from slrmerge.evaluation.samples import REFUSED, Answer, SampleFile, SampleKey, Settings, seed_of
 from tests.problems import refused
 
@@ -175,7 +175,8 @@ def test_all_invalid_lines_are_named_up_to_ten(path: Path) -> None:
 
 
 def test_a_line_without_end_is_not_read_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "MAX_LINE_BYTES", 1000)
+    for module in (lines, samples):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
     path.write_text(f"{VALID}\n" + "x" * 5000)
     with refused(OutputError, "not-a-sample") as caught:
         SampleFile(path)
