@@ -40,6 +40,7 @@ slow: $(VENV)/.slow $(PEER)/.installed $(GGUF)/.installed
 	$(BIN)/python benchmarks/hub.py --size 50MB --runs 1
 	$(BIN)/python benchmarks/sweep.py --layers 3 --hidden 64 --sample 2 --no-prediction
 	$(BIN)/python benchmarks/eval.py --requests 500 --runs 1
+	$(BIN)/python benchmarks/eval_memory.py --questions 20 --samples 4 --characters 400 --judge
 
 peer: $(PEER)/.installed
 
@@ -62,6 +63,7 @@ bench: $(VENV)/.test $(PEER)/.installed
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/hub.py
 	$(BIN)/python benchmarks/eval.py
+	$(BIN)/python benchmarks/eval_memory.py
 
 # Mounts loop files: needs root, xfsprogs and btrfs-progs.
 bench-clone: $(VENV)/.test

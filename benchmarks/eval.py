@@ -15,6 +15,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,22 +30,32 @@ from slrmerge.io.progress import Progress
 SAMPLES = 100
 """Samples of each prompt."""
 
-MESSAGE = {"role": "assistant", "content": "An answer of about as many words as a short one has. " * 4}
-COMPLETION = {
-    "id": "1", "object": "chat.completion", "created": 1, "model": "m",
-    "choices": [{"index": 0, "message": MESSAGE, "finish_reason": "stop"}],
-}  # fmt: skip
+ANSWER = "An answer of about as many words as a short one has. " * 4
 
 
-def serve(pipe: Connection) -> None:
+@contextmanager
+def serving(content: str = ANSWER) -> Iterator[str]:
+    """The URL of a server in another process that answers everything with `content`, for the block."""
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    pipe, other = multiprocessing.Pipe()
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=(other, content), daemon=True)
+    server.start()
+    yield f"http://127.0.0.1:{pipe.recv()}/v1"
+    server.terminate()
+
+
+def serve(pipe: Connection, content: str) -> None:
     """A server that reads a request and answers it, whatever it is; tells its port."""
-    body = json.dumps(COMPLETION).encode()
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    completion = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    models = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "m"}]}
+    body = json.dumps(completion | models).encode()  # of both, the client reads what it asked for
     answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]))
+                await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0] or 0))
                 writer.write(answer)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -104,16 +116,11 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.requests % SAMPLES:
         parser.error(f"--requests is not a multiple of {SAMPLES}")
-    os.environ["NO_PROXY"] = "127.0.0.1"
-    pipe, other = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(other,), daemon=True)
-    server.start()
-    url = f"http://127.0.0.1:{pipe.recv()}/v1"
-    for measure in (ours, theirs):  # uncounted
-        measure(url, SAMPLES, chosen.concurrency)
-    size = chosen.requests, chosen.concurrency
-    pairs = [(ours(url, *size), theirs(url, *size)) for _ in range(chosen.runs)]
-    server.terminate()
+    with serving() as url:
+        for measure in (ours, theirs):  # uncounted
+            measure(url, SAMPLES, chosen.concurrency)
+        size = chosen.requests, chosen.concurrency
+        pairs = [(ours(url, *size), theirs(url, *size)) for _ in range(chosen.runs)]
     ratios = [a / b for a, b in pairs]
     print("| what | slrmerge / rival, median (range) | slrmerge | rival |\n|---|---|---|---|")
     print(

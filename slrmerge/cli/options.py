@@ -45,6 +45,13 @@ class DtypeType(click.Choice[str]):
         return super().convert(self._SHORT.get(value, value), param, ctx)
 
 
+class NumberOrAuto(click.IntRange):
+    """A whole number in a range, or the word auto."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 def options_from(kind: type[Any], *only: str) -> Decorator:
     """The options of an option class, all or `only` some, for a command that takes them as `**options`."""
     hints = get_type_hints(kind)
@@ -90,7 +97,8 @@ def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorato
         }
     elif int in kinds and not known.is_size:
         lower, upper = (None if bound is None else int(bound) for bound in (known.minimum, known.maximum))
-        more |= {"type": click.IntRange(lower, upper), "metavar": known.metavar or "N"}
+        kind = NumberOrAuto if known.or_auto else click.IntRange
+        more |= {"type": kind(lower, upper), "metavar": known.metavar or ("N|auto" if known.or_auto else "N")}
     return click.option(flag, name, **more)
 
 

@@ -101,9 +101,9 @@ def completion(ctx: click.Context, shell: str | None, *, install: bool) -> None:
 
 
 def _environment() -> dict[str, Any]:
+    from slrmerge.io.memory import physical_memory_bytes
     from slrmerge.io.sizes import format_bytes
     from slrmerge.io.threads import available_cores
-    from slrmerge.searching.options import physical_memory_bytes
 
     found: dict[str, Any] = {
         "slrmerge": __version__,

@@ -3,20 +3,22 @@
 A line is JSON: `{"id": …, "prompt": …, "model": …, "generations": […]}`.
 """
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import xxhash
 
-from slrmerge.errors import DataError, Problem
+from slrmerge.errors import DataError, Problem, raise_all
+from slrmerge.evaluation.lines import MAX_LINE_BYTES, lines_of, open_data
 from slrmerge.evaluation.models import AnswerSink, SampleRequest
 from slrmerge.evaluation.questions import PROBLEMS_SHOWN, raise_shown
-from slrmerge.evaluation.samples import MAX_LINE_BYTES, Answer, Settings
+from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.evaluation.tasks.base import ModelResponses
-from slrmerge.io.files import create_folder, open_no_link
+from slrmerge.io.files import create_folder, replace_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.sizes import shorten
 from slrmerge.io.strict_json import parse_json
@@ -26,16 +28,21 @@ SUFFIX = ".jsonl"
 
 
 class GenerationsFile:
-    """A ChatModel that gives the answers in a file: sample n of a prompt is its generation n.
+    """A ChatModel that gives the answers in a file: sample n of a prompt is its generation n. They stay in the file.
 
     Other keys than `prompt` and `generations` are ignored. Raises DataError for a file that cannot be read, for lines
     of another form, and in `answer` for answers that it does not have.
     """
 
+    dtype = None
+
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lines: dict[str, list[int]] = {}  # where the lines of each prompt start
+        self._counts: Counter[str] = Counter()
         digest = xxhash.xxh3_64()
-        self._generations = self._read(digest)
+        self._read(digest)
+        self._generations = lru_cache(1)(self._read_generations)  # a prompt's samples follow each other
         self.model_id = f"{printable(path.name)} {digest.hexdigest()}"
         """The file's name and a digest of its content."""
 
@@ -53,39 +60,48 @@ class GenerationsFile:
             raise DataError(Problem("no-greedy-answers", str(self._path), what, remedy))
         raise_shown(list(self._lacking(requests)))
         for request in requests:
-            sink.keep(request, Answer(self._generations[request.prompt][request.key.sample], "stop"))
+            sink.keep(request, Answer(self._generations(request.prompt)[request.key.sample], "stop"))
 
     def _lacking(self, requests: Sequence[SampleRequest]) -> Iterable[Problem]:
         wanted: dict[str, int] = {}
         for request in requests:
             wanted[request.prompt] = max(wanted.get(request.prompt, 0), request.key.sample + 1)
         for prompt, count in wanted.items():
-            known = len(self._generations.get(prompt, ()))
+            known = self._counts[prompt]
             if known < count:
                 what = f"has {known} of {count} generations for the prompt {shorten(prompt)}"
                 yield Problem("generations-missing", str(self._path), what, "add them, or ask for fewer samples")
 
-    def _read(self, digest: xxhash.xxh3_64) -> Mapping[str, Sequence[str]]:
-        found: dict[str, list[str]] = {}
+    def _read(self, digest: xxhash.xxh3_64) -> None:
+        """Read which prompts the file has, where, and with how many generations."""
         problems: list[Problem] = []
-        try:
-            with open(self._path, "rb") as file:
-                for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-                    digest.update(line)
-                    if line.strip() and len(problems) < PROBLEMS_SHOWN:
-                        try:
-                            prompt, generations = _line(parse_json(line))
-                        except (ValueError, KeyError, TypeError):
-                            what = "is not a prompt with its generations"
-                            remedy = 'write {"prompt": "…", "generations": ["…", …]}'
-                            problems.append(Problem("not-generations", f"{self._path}:{number}", what, remedy))
-                        else:
-                            found.setdefault(prompt, []).extend(generations)
-        except OSError as error:
-            what = f"cannot be read ({error.strerror})"
-            raise DataError(Problem("data-unreadable", str(self._path), what, "check the path")) from error
-        if problems:
-            raise DataError(*problems)
+        with open_data(self._path) as file:
+            for line in lines_of(file):
+                digest.update(line.data)
+                if line.data.strip() and len(problems) < PROBLEMS_SHOWN:
+                    try:
+                        prompt, generations = _line(parse_json(line.data))
+                    except (ValueError, KeyError, TypeError):
+                        what = "is not a prompt with its generations"
+                        remedy = 'write {"prompt": "…", "generations": ["…", …]}'
+                        problems.append(Problem("not-generations", f"{self._path}:{line.number}", what, remedy))
+                    else:
+                        self._lines.setdefault(prompt, []).append(line.start)
+                        self._counts[prompt] += len(generations)
+        raise_all(problems, DataError)
+
+    def _read_generations(self, prompt: str) -> Sequence[str]:
+        found: list[str] = []
+        with open_data(self._path) as file:
+            for start in self._lines[prompt]:
+                file.seek(start)
+                try:
+                    same, generations = _line(parse_json(file.readline(MAX_LINE_BYTES)))
+                except (ValueError, KeyError, TypeError):
+                    same, generations = "", []
+                found += generations if same == prompt else []
+        if len(found) != self._counts[prompt]:
+            raise DataError(Problem("data-changed", str(self._path), "was changed while it was in use", "run again"))
         return found
 
 
@@ -111,16 +127,15 @@ def write_generations(folder: Path, model: str, responses: Iterable[ModelRespons
     Missing answers are empty.
     """
     path = folder / "generations.jsonl"
-    beside = path.with_name(f"{path.name}.new")
+    lines = (
+        {
+            "id": each.question.id,
+            "prompt": each.question.text,
+            "model": model,
+            "generations": [text or "" for text in each.texts],
+        }
+        for each in responses
+    )
     with translate_os_errors(path):
         create_folder(folder, durable=False)
-        with open(beside, "wb", opener=open_no_link) as file:
-            for each in responses:
-                line = {
-                    "id": each.question.id,
-                    "prompt": each.question.text,
-                    "model": model,
-                    "generations": [text or "" for text in each.texts],
-                }
-                file.write(to_json(line).encode("utf-8", "replace") + b"\n")
-        os.replace(beside, path)
+        replace_file(path, (to_json(line).encode("utf-8", "replace") + b"\n" for line in lines))

@@ -39,12 +39,7 @@ def inspect_log(result: EvaluationResult, label: str, *, created: str) -> "EvalL
     from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalMetric, EvalResults, EvalScore, EvalSpec
     from inspect_ai.model import GenerateConfig
 
-    samples = [
-        sample
-        for each, score in zip(result.responses, result.scores, strict=True)
-        if each.model == label
-        for sample in _samples(result, each, score)
-    ]
+    samples = [sample for each, score in result.of(label) for sample in _samples(result, each, score)]
     cells = [cell for cell in result.cells if cell.model == label and not isnan(cell.mean)]
     metrics = {cell.metric: EvalMetric(name=cell.metric, value=cell.mean) for cell in cells}
     settings = result.settings
@@ -82,8 +77,6 @@ def _samples(result: EvaluationResult, each: ModelResponses[Any], score: Score) 
     from inspect_ai.scorer import Score as InspectScore
 
     question, model = each.question, result.models[each.model]
-    answers = getattr(question, "answers", None)
-    target = [names[0] for names in answers] if answers else str(getattr(question, "answer", ""))
     for epoch, (text, mark) in enumerate(zip(each.texts, score.marks, strict=True), 1):
         number = _id(each.model, question.id, epoch)
         shown = shown_text(result.task, text, 1, mark)
@@ -98,7 +91,7 @@ def _samples(result: EvaluationResult, each: ModelResponses[Any], score: Score) 
             epoch=epoch,
             uuid=number,
             input=question.text,
-            target=target,
+            target=question.reference,
             messages=[
                 ChatMessageUser(id=f"{number}-u", content=question.text),
                 ChatMessageAssistant(id=f"{number}-a", content=text or "", model=model),

@@ -1,6 +1,7 @@
 """Diversity of a prompt's samples as texts, for every task: distinct-n and compression ratio."""
 
 from collections.abc import Sequence
+from math import inf
 
 from slrmerge.evaluation.metrics import compression_ratio, distinct
 from slrmerge.evaluation.tasks.base import Metric
@@ -8,7 +9,13 @@ from slrmerge.evaluation.tasks.base import Metric
 LEXICAL = (
     Metric("distinct-1", "share of the words of all samples that are different", in_table=False),
     Metric("distinct-2", "share of the pairs of neighbouring words that are different", in_table=False),
-    Metric("compression-ratio", "size of all samples by their size after gzip; less is more diverse", in_table=False),
+    Metric(
+        "compression-ratio",
+        "size of all samples by their size after gzip; less is more diverse",
+        in_table=False,
+        most=inf,
+        less_is_better=True,
+    ),
 )
 
 

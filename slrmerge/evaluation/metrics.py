@@ -34,9 +34,7 @@ def dissimilarity(embeddings: NDArray[np.floating]) -> float:
     count = len(embeddings)
     if count < 2:
         return nan
-    vectors = embeddings.astype(np.float64)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    units = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    units = _units(embeddings)
     every_pair_twice = float((units.sum(axis=0) ** 2).sum() - (units**2).sum())
     return 1 - every_pair_twice / (count * (count - 1))
 
@@ -50,14 +48,20 @@ def vendi_score(embeddings: NDArray[np.floating]) -> float:
     count = len(embeddings)
     if not count:
         return nan
-    vectors = embeddings.astype(np.float64)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    units = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    units = _units(embeddings)
     similarities = units @ units.T
     np.fill_diagonal(similarities, 1.0)
     shares = np.linalg.eigvalsh(similarities / count)
     shares = shares[shares > 0]  # by rounding, some of them are not
     return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def _units(embeddings: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The vectors in float64 with length 1; zero vectors stay zero."""
+    vectors = embeddings.astype(np.float64)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    units: NDArray[np.float64] = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    return units
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

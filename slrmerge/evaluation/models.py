@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 from urllib.parse import parse_qsl, urlsplit
 
 from slrmerge.checkpoint.location import Place, parse_place
@@ -84,6 +84,11 @@ class ChatModel(Protocol):
         """Identifies the model exactly: samples are only reused for the same id."""
         ...
 
+    @property
+    def dtype(self) -> str | None:
+        """The dtype of the arithmetic of a model in this process."""
+        ...
+
     def check(self) -> None:
         """Raise ServerError or UnsupportedModelError if the model cannot answer, as far as is cheap to find out."""
         ...
@@ -155,6 +160,14 @@ def parse_models(models: ModelNames) -> list[NamedModel]:
     return named
 
 
+def settings_of(
+    model: ChatModel, *, temperature: float, min_p: float, max_tokens: int, seed: int = 0, verbalized: int | None = None
+) -> Settings:
+    """The settings of a model's answers."""
+    dtype = None if model.dtype == "float32" else model.dtype
+    return Settings(model.model_id, temperature, min_p, max_tokens, seed, verbalized, dtype)
+
+
 def sample_keys(label: str, prompts: Iterable[str], samples: int) -> list[SampleKey]:
     """The keys of `samples` samples of a model for each prompt id, prompt by prompt."""
     return [SampleKey(label, prompt, sample) for prompt in prompts for sample in range(samples)]
@@ -181,9 +194,6 @@ def request_missing(
     missing = file.missing(keys)
     if not missing:
         return
-    requests = [
-        SampleRequest(key, prompts[key.prompt], seed_of(settings.seed, key.prompt, key.sample)) for key in missing
-    ]
     if len(missing) < len(keys):
         progress.message(f"{label}: reusing {len(keys) - len(missing):,} of {len(keys):,} samples")
     progress.start(label, len(missing), " samples")
@@ -192,8 +202,28 @@ def request_missing(
     known = file.answers(key for key in keys if key not in wanted)
     is_accepted = any(not answer.is_refusal for answer in known)
     recorder = _Recorder(file, settings, progress, is_accepted=is_accepted)
-    model.answer(requests, settings, recorder)
+    model.answer(_Requests(missing, prompts, settings.seed), settings, recorder)
     recorder.finish()
+
+
+class _Requests(Sequence[SampleRequest]):
+    """Requests for samples, each made when it is asked for: their prompts may be too many to hold in memory."""
+
+    def __init__(self, keys: Sequence[SampleKey], prompts: Mapping[str, str], seed: int) -> None:
+        self._keys, self._prompts, self._seed = keys, prompts, seed
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, at: int) -> SampleRequest: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[SampleRequest]: ...
+    def __getitem__(self, at: int | slice) -> SampleRequest | list[SampleRequest]:
+        return [*map(self._request, self._keys[at])] if isinstance(at, slice) else self._request(self._keys[at])
+
+    def _request(self, key: SampleKey) -> SampleRequest:
+        return SampleRequest(key, self._prompts[key.prompt], seed_of(self._seed, key.prompt, key.sample))
 
 
 class _Recorder:

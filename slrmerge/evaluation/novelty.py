@@ -6,21 +6,24 @@ them. The next report reads these: which generations are equivalent, and how goo
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from slrmerge.errors import DataError, Problem
+from slrmerge.evaluation.lines import lines_of, open_data
 from slrmerge.evaluation.questions import raise_shown
-from slrmerge.evaluation.samples import MAX_LINE_BYTES
 from slrmerge.evaluation.tasks.base import Metric, ModelResponses
 from slrmerge.io.strict_json import parse_json
 
-DISTINCT = Metric("novelty-distinct", "NoveltyBench's distinct: the number of different generations")
+DISTINCT = Metric("novelty-distinct", "NoveltyBench's distinct: the number of different generations", most=inf)
 UTILITY = Metric(
-    "novelty-utility", "NoveltyBench's utility, 0 to 10: scores of generations unlike earlier ones, with patience 0.8"
+    "novelty-utility",
+    "NoveltyBench's utility, 0 to 10: scores of generations unlike earlier ones, with patience 0.8",
+    most=10,
 )
 
 PATIENCE = 0.8
@@ -64,19 +67,15 @@ class Novelty:
             return cls(path, (), {})
         found: dict[str, dict[str, Any]] = {}
         problems = []
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-                    try:
-                        checked = _checked(parse_json(line))
-                    except (ValueError, KeyError, TypeError):
-                        what = "is not a line of NoveltyBench's partitions or scores"
-                        problems.append(Problem("not-partitions", f"{path}:{number}", what, "partition again"))
-                    else:
-                        found[checked["id"]] = checked
-        except OSError as error:
-            what = f"cannot be read ({error.strerror})"
-            raise DataError(Problem("data-unreadable", str(path), what, "check the file")) from error
+        with open_data(path) as file:
+            for line in lines_of(file):
+                try:
+                    checked = _checked(parse_json(line.data))
+                except (ValueError, KeyError, TypeError):
+                    what = "is not a line of NoveltyBench's partitions or scores"
+                    problems.append(Problem("not-partitions", f"{path}:{line.number}", what, "partition again"))
+                else:
+                    found[checked["id"]] = checked
         raise_shown(problems)
         return cls(path, metrics, found)
 
@@ -86,7 +85,7 @@ class Novelty:
         Raises DataError where its generations are others than those that were partitioned.
         """
         line = self.lines.get(each.question.id, {})
-        if line and line["generations"] != [text or "" for text in each.texts]:
+        if line and line["generations"] != _digest(text or "" for text in each.texts):
             what = f"has other generations for the prompt {each.question.id}"
             remedy = "delete the file, then partition again"
             raise DataError(Problem("partitions-outdated", str(self.path), what, remedy))
@@ -98,11 +97,20 @@ class Novelty:
 
 
 def _checked(line: Any) -> dict[str, Any]:
-    """A line of the right form. Raises KeyError, TypeError and ValueError."""
+    """A line of the right form, with a digest of its generations. Raises KeyError, TypeError and ValueError."""
     partition, generations = line["partition"], line["generations"]
     numbers = [*partition, *line.get("generation_scores", ())]
-    if not isinstance(line["id"], str) or not all(type(number) in (int, float) for number in numbers):
+    is_text = all(isinstance(text, str) for text in (line["id"], *generations))
+    if not is_text or not all(type(number) in (int, float) for number in numbers):
         raise TypeError("a value has another type")
     if {len(partition), len(line.get("generation_scores", partition))} != {len(generations)}:
         raise ValueError("the lists have different lengths")
-    return dict(line)
+    return {**line, "generations": _digest(generations)}
+
+
+def _digest(texts: Iterable[str]) -> bytes:
+    digest = xxhash.xxh3_128()
+    for text in texts:
+        data = text.encode("utf-8", "replace")
+        digest.update(b"%d " % len(data) + data)
+    return digest.digest()

@@ -71,8 +71,8 @@ class EvaluationOptions(Options):
     )
     export: str | None = option(
         None,
-        "Also write the samples in another form: noveltybench, or inspect (inspect-ai's log).",
-        choices=("noveltybench", "inspect"),
+        "Also write the results in another form: noveltybench, inspect (inspect-ai's log), every-eval-ever.",
+        choices=("noveltybench", "inspect", "every-eval-ever"),
         metavar="FORM",
         group="Output",
     )
@@ -80,5 +80,22 @@ class EvaluationOptions(Options):
     timeout_s: float = option(
         600.0, "Seconds that a server has to answer.", above=0, flag="--timeout", group="Resources"
     )
-    batch: int = option(32, "Batch size of models in this process.", minimum=1, group="Resources")
-    device: str = option("cpu", "Torch device of models in this process; cuda is not tested yet.", group="Resources")
+    batch: int | str = option(
+        "auto",
+        "Batch size of models in this process, or auto: as many answers as memory holds.",
+        minimum=1,
+        or_auto=True,
+        group="Resources",
+    )
+    dtype: str | None = option(
+        None,
+        "Dtype of models in this process.",
+        choices=("float32", "bfloat16", "float16"),
+        default_help="float32; from 1e9 parameters the stored dtype, where it is faster",
+        group="Resources",
+    )
+    device: str = option(
+        "cpu",
+        "Torch device of models in this process, such as cuda:0; CUDA is not tested yet.",
+        group="Resources",
+    )

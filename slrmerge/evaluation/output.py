@@ -59,7 +59,7 @@ def write_results(folder: Path, result: EvaluationResult) -> None:
 def write_noveltybench(folder: Path, result: EvaluationResult) -> None:
     """Write `noveltybench/LABEL/generations.jsonl` for each model: what NoveltyBench's `partition.py` reads."""
     for label, model_id in result.models.items():
-        responses = [each for each in result.responses if each.model == label]
+        responses = (responses for responses, _ in result.of(label))
         write_generations(noveltybench_folder(folder, label), model_id, responses)
 
 

@@ -64,6 +64,11 @@ class Question(Model):
         raise NotImplementedError
 
     @property
+    def reference(self) -> list[str]:
+        """The right answers, if there are any."""
+        return []
+
+    @property
     def id(self) -> str:
         """A digest of the text."""
         return prompt_id(self.text)

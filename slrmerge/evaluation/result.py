@@ -1,6 +1,6 @@
 """The result of an evaluation: mean and standard deviation over prompts, confidence intervals, changes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from math import isnan, nan
@@ -85,6 +85,12 @@ class EvaluationResult:
         from pandas import DataFrame
 
         return DataFrame([asdict(cell) for cell in self.cells])
+
+    def of(self, model: str) -> Iterator[tuple[ModelResponses[Any], Score]]:
+        """One model's responses and their scores, prompt by prompt."""
+        for responses, score in zip(self.responses, self.scores, strict=True):
+            if responses.model == model:
+                yield responses, score
 
     def cell(self, model: str, metric: str) -> Cell:
         return next(cell for cell in self.cells if (cell.model, cell.metric) == (model, metric))

@@ -23,6 +23,7 @@ from slrmerge.errors import (
 )
 from slrmerge.evaluation.embedding_file import KeptEmbeddings
 from slrmerge.evaluation.embeddings import Embedder, LocalEmbeddings
+from slrmerge.evaluation.every_eval_ever import write_every_eval_ever
 from slrmerge.evaluation.generations import SUFFIX, GenerationsFile, noveltybench_folder
 from slrmerge.evaluation.inspect_log import write_inspect
 from slrmerge.evaluation.judge import Judge
@@ -35,6 +36,7 @@ from slrmerge.evaluation.models import (
     parse_models,
     request_missing,
     sample_keys,
+    settings_of,
 )
 from slrmerge.evaluation.novelty import Novelty
 from slrmerge.evaluation.options import EvaluationOptions
@@ -122,10 +124,13 @@ class Evaluation:
                 run.request_samples(chosen.questions)
                 result = run.score(chosen, data.name)
                 write_results(folder.path, result)
+                sampled_s = files.samples.path.stat().st_mtime
                 if self.options.export == "noveltybench":
                     write_noveltybench(folder.path, result)
                 elif self.options.export == "inspect":
-                    write_inspect(folder.path, result, sampled_s=files.samples.path.stat().st_mtime)
+                    write_inspect(folder.path, result, sampled_s=sampled_s)
+                elif self.options.export == "every-eval-ever":
+                    write_every_eval_ever(folder.path, result, opened.by_label, sampled_s=sampled_s)
         return result
 
     @property
@@ -148,9 +153,10 @@ class Evaluation:
         if self._judge is not None and _is_generations(self._judge):
             what, remedy = "is a file of generations, which cannot judge others", "name a model"
             raise OptionError(Problem("not-a-judge", "judge", what, remedy))
-        places = [*(model.at for model in self.models), *filter(None, (self._judge, self._embeddings))]
-        if not all(isinstance(at, ServerAddress) for at in places):
-            from slrmerge.searching.scorer import require_device
+        scoring = [at for at in (self._judge, self._embeddings) if at is not None]
+        places = [*(model.at for model in self.models), *scoring]
+        if not all(isinstance(at, ServerAddress) or _is_generations(at) for at in places):
+            from slrmerge.searching.device import require_device
 
             require_device(self.options.device)
 
@@ -170,7 +176,9 @@ class Evaluation:
         require_extra("eval", "transformers")
         from slrmerge.evaluation.local import LocalModel
 
-        return LocalModel(at, device=self.options.device, batch=self.options.batch, progress=self._progress)
+        options = self.options
+        batch = options.batch if isinstance(options.batch, int) else None
+        return LocalModel(at, device=options.device, batch=batch, dtype=options.dtype, progress=self._progress)
 
     def _open_embedder(self, at: Place | ServerAddress) -> Embedder:
         return self._server(at) if isinstance(at, ServerAddress) else LocalEmbeddings(at, device=self.options.device)
@@ -287,8 +295,8 @@ class _Run:
 
     def _settings(self, model: ChatModel, *, greedy: bool = False) -> Settings:
         options = self.evaluation.options
-        return Settings(
-            model.model_id,
+        return settings_of(
+            model,
             temperature=0.0 if greedy else options.temperature,
             min_p=options.min_p,
             max_tokens=self.evaluation.max_tokens,
@@ -299,6 +307,7 @@ class _Run:
     def _described(self, data_name: str) -> dict[str, object]:
         """The settings that a result reports."""
         options = self.evaluation.options
+        dtypes = sorted({model.dtype for model in self.models.by_label.values() if model.dtype})
         return {
             "data": data_name,
             "samples": self.evaluation.samples,
@@ -307,6 +316,7 @@ class _Run:
             "max_tokens": self.evaluation.max_tokens,
             "seed": options.seed,
             "verbalized": options.verbalized,
+            "dtype": ", ".join(dtypes) or None,
             "judge": self.models.judge and self.models.judge.model_id,
             "embeddings": self.models.embedder and self.models.embedder.model_id,
         }

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Self
 import xxhash
 
 from slrmerge.errors import OutputError, Problem, raise_all
+from slrmerge.evaluation.lines import MAX_LINE_BYTES, lines_of
 from slrmerge.io.pieces import output_error
 from slrmerge.io.strict_json import parse_json
 from slrmerge.io.text import to_json
-
-MAX_LINE_BYTES = 1 << 28
 
 PROBLEMS_SHOWN = 10
 
@@ -29,7 +28,7 @@ class Settings(NamedTuple):
 
     `temperature` 0 is greedy decoding; `min_p` is the minimum probability of a token relative to the most probable one;
     `max_tokens` is the maximum length of an answer. `seed` is the seed that samples' own seeds derive from, and
-    `verbalized` the number of answers requested at once.
+    `verbalized` the number of answers requested at once. `dtype` is that of a model in this process, None for float32.
     """
 
     model_id: str
@@ -38,6 +37,7 @@ class Settings(NamedTuple):
     max_tokens: int
     seed: int = 0
     verbalized: int | None = None
+    dtype: str | None = None
 
 
 class SampleKey(NamedTuple):
@@ -175,18 +175,18 @@ class SampleFile:
         complete = 0
         problems: list[Problem] = []
         with open(self.path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            for number, start, line in lines_of(file):
                 if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
                     break
                 try:
                     key, _, settings = _sample(parse_json(line))
-                    self._keep(key, settings, start=complete)
+                    self._keep(key, settings, start=start)
                 except (ValueError, KeyError, TypeError):
                     remedy = "delete this line: its sample is then requested again; or choose another output folder"
                     problems.append(Problem("not-a-sample", f"{self.path}:{number}", "is not a sample", remedy))
                     if len(problems) == PROBLEMS_SHOWN:
                         break
-                complete += len(line)
+                complete = start + len(line)
         raise_all(problems, OutputError)
         if complete < os.fstat(self._file.fileno()).st_size:
             os.ftruncate(self._file.fileno(), complete)

@@ -76,6 +76,8 @@ class ServerModel:
     `timeout_s`. An invalid response is requested again, and an error the third time.
     """
 
+    dtype = None
+
     def __init__(
         self,
         at: ServerAddress,

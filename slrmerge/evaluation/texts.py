@@ -5,7 +5,7 @@ from itertools import islice
 from typing import overload
 
 from slrmerge.evaluation.models import sample_keys
-from slrmerge.evaluation.samples import Answer, SampleFile
+from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey
 from slrmerge.evaluation.verbalized import parse_verbalized
 
 
@@ -38,7 +38,11 @@ class StoredTexts(Sequence[str | None]):
     @overload
     def __getitem__(self, at: slice) -> list[str | None]: ...
     def __getitem__(self, at: int | slice) -> str | list[str | None] | None:
-        return list(self)[at]
+        if isinstance(at, slice):
+            return list(self)[at]
+        request, number = divmod(range(len(self))[at], self._verbalized or 1)
+        answer = self._file.answer(SampleKey(self._model, self._prompt, request))
+        return texts_of(answer, self._verbalized)[number]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and not isinstance(other, str) and list(self) == list(other)

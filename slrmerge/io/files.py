@@ -7,6 +7,7 @@ import shutil
 import stat
 import struct
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,11 @@ def write_file(path: Path, data: bytes, *, durable: bool) -> None:
             sync_file(file.fileno())
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace a small file atomically: its name refers to the old content or to the new."""
+def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Replace a file atomically, by `data` or its lines: its name refers to the old content or to the new."""
     beside = path.with_name(f"{path.name}.new")
-    write_file(beside, data, durable=False)
+    with open(beside, "wb", opener=open_no_link) as file:
+        file.writelines([data] if isinstance(data, bytes) else data)
     os.replace(beside, path)
 
 

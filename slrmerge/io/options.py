@@ -25,7 +25,7 @@ class Option:
 
     `flag` is its name on the command line where that is not the field's.
     `above` is an open lower bound. `is_size` marks a number of bytes, which may be given as text such as 4GB; `is_date`
-    a date, as text such as 2025-03-07.
+    a date, as text such as 2025-03-07. `or_auto` allows the word auto instead of a number.
     `default_help` describes a default of None. `or_file` are suffixes of files that may be named instead of a choice.
     `group` is the heading under which the command line's help lists it.
     """
@@ -40,6 +40,7 @@ class Option:
     flag: str | None = None
     is_size: bool = False
     is_date: bool = False
+    or_auto: bool = False
     default_help: str = ""
     group: str = ""
 
@@ -114,7 +115,7 @@ def _type_problems(name: str, value: Any, annotation: Any) -> list[Problem]:
 
 
 def _problems(name: str, value: Any, known: Option) -> list[Problem]:
-    if value is None:
+    if value is None or (known.or_auto and value == "auto"):
         return []
     if known.is_date:
         try:

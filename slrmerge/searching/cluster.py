@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from slrmerge.checkpoint.pair import ModelPair, open_pair
@@ -16,7 +17,8 @@ from slrmerge.errors import ClusterError, Problem
 from slrmerge.io.cluster import Cluster, Workers, require_shared
 from slrmerge.io.progress import Progress
 from slrmerge.recipe.alphas import TensorAlphas
-from slrmerge.searching.scorer import LocalScorer, ScoreRequest, require_device, torch_threads
+from slrmerge.searching.device import require_device
+from slrmerge.searching.scorer import LocalScorer, ScoreRequest, torch_threads
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import Cost
 
@@ -56,7 +58,7 @@ class RayScorer:
         self.local = LocalScorer(
             pair,
             output_dtype=output_dtype,
-            device=require_device("cpu"),
+            device=torch.device("cpu"),
             max_memory_bytes=max_memory_bytes,
             shares_vocabulary=shares_vocabulary,
         )

@@ -1,10 +1,11 @@
-"""The options of searches, and this machine's memory."""
+"""The options of searches."""
 
 import datetime
 import os
 from dataclasses import dataclass
 from typing import Any
 
+from slrmerge.io.memory import physical_memory_bytes
 from slrmerge.io.options import Options, option
 
 MIN_QUALITY = 0.9
@@ -68,7 +69,7 @@ class SearchOptions(Options):
         default_help="bfloat16 from 1e9 parameters, where it is faster",
         group="Resources",
     )
-    device: str = option("cpu", "Torch device; cuda is not tested yet.", group="Resources")
+    device: str = option("cpu", "Torch device, such as cuda:0; CUDA is not tested yet.", group="Resources")
     max_memory: int | str | None = option(
         None,
         "Memory for hidden states; the rest is kept on disk.",
@@ -101,11 +102,3 @@ class SearchOptions(Options):
     @property
     def max_memory_bytes(self) -> int:
         return self.max_memory if isinstance(self.max_memory, int) else physical_memory_bytes() // 2
-
-
-def physical_memory_bytes() -> int:
-    """This machine's memory, or a low guess where the system does not report it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 8 << 30

@@ -16,17 +16,11 @@ from slrmerge.errors import PlanError, Problem, UnsupportedModelError, raise_all
 from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.candidates import Candidate, leave_out_blends, leave_out_unlike, make_candidates
+from slrmerge.searching.device import default_dtype, parse_device
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.passes import Pass
 from slrmerge.searching.prompts import Prompt, contexts_of, tokenize
 from slrmerge.searching.proxy_tasks import Question
-from slrmerge.searching.sweep.cost import measured_rate
-
-BIG_PARAMETERS = 1_000_000_000
-"""From this size a first pass runs in bfloat16 by default, where that is faster."""
-
-_MEASURED_WIDTH = 1024
-"""The width of the matrix products that show which dtype is faster."""
 
 QUICK_PROMPTS = 8
 """Prompts of a quick first pass, spread over the task's."""
@@ -85,19 +79,11 @@ def prepare(
     if options.held_out and not held_out:
         notes.append("the task has no held-out prompts; list some under `held_out` to check the selection by them")
     asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if options.quick else prompts
-    dtype = getattr(torch, options.dtype) if options.dtype else _default_dtype(pair, options)
+    if options.dtype:
+        dtype: torch.dtype = getattr(torch, options.dtype)
+    else:
+        dtype = default_dtype(pair.posttrained.parameters, parse_device(options.device))
     return Prepared(pair, prompts, held_out, candidates, Pass("first", candidates, asked, dtype), tuple(notes))
-
-
-def _default_dtype(pair: ModelPair, options: SearchOptions) -> torch.dtype:
-    """The dtype of a first pass: bfloat16 for a large model, unless this processor is slower at it than at float32."""
-    if pair.posttrained.parameters < BIG_PARAMETERS:
-        return torch.float32
-    if not options.device.startswith("cpu"):
-        return torch.bfloat16
-    return max(
-        (torch.bfloat16, torch.float32), key=lambda dtype: measured_rate(_MEASURED_WIDTH, dtype, torch.device("cpu"))
-    )
 
 
 def recipe_of(pair: ModelPair) -> Recipe:

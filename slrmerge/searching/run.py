@@ -22,6 +22,7 @@ from slrmerge.io.progress import Progress
 from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.candidates import Candidate
+from slrmerge.searching.device import parse_device, require_device
 from slrmerge.searching.estimate import Estimate, estimate, estimate_parts
 from slrmerge.searching.held_out import candidates_to_ask, look_again, reselect
 from slrmerge.searching.options import SearchOptions
@@ -32,7 +33,7 @@ from slrmerge.searching.prompts import answer_log_probs
 from slrmerge.searching.proxy_tasks import Question, Scores, make_task
 from slrmerge.searching.results import SearchResult
 from slrmerge.searching.results_folder import RECIPES, why_not_results, write_result
-from slrmerge.searching.scorer import LocalScorer, Scorer, require_device, torch_threads
+from slrmerge.searching.scorer import LocalScorer, Scorer, torch_threads
 from slrmerge.searching.selection import ScoredCandidate, Selection, finalists, mark_feasible, select_from
 from slrmerge.searching.sweep.cost import Cost
 
@@ -72,7 +73,8 @@ class Search:
         self._day = self.options.day
         self.questions = self.task.questions()
         self.held_out = self.task.held_out_questions() if self.options.held_out else ()
-        self.device = require_device("cpu" if self.options.ray else self.options.device)
+        parse_device(self.options.device)  # whether the workers of a cluster have it, only they know
+        self.device = torch.device("cpu") if self.options.ray else require_device(self.options.device)
         self._make_scorer = make_scorer or (self._ray_scorer if self.options.ray else self._local_scorer)
         self._scorer: tuple[ModelPair, Scorer] | None = None
 

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from slrmerge.checkpoint.pair import ModelPair, require_layers
-from slrmerge.errors import OptionError, Problem, first_line
 from slrmerge.io.files import replace_file
 from slrmerge.io.progress import Progress
 from slrmerge.merging.plan.model import PlannedTensor
@@ -184,18 +183,6 @@ class LocalScorer:
         plan, planned = self._plan(request)
         with HybridWeights(planned, self._reader) as weights:
             yield Sweep(self.model(request.dtype), weights, plan=plan, contexts=request.contexts)
-
-
-def require_device(device: str) -> torch.device:
-    """The torch device of this name. Raises OptionError where torch cannot compute on it."""
-    try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError) as error:  # the latter for a torch without CUDA
-        raise OptionError(
-            Problem("device-unavailable", "device", f"{device} is not available ({first_line(error)})")
-        ) from error
-    return found
 
 
 @contextmanager

@@ -199,4 +199,6 @@ def _states() -> str:
 def test_the_device_matters_only_for_models_in_this_process(models: dict[str, Seeded]) -> None:
     local = ["--model", "post=.", "--out", "eval", "--device", "abacus"]
     assert refusal("eval", "open-qa", "--data", _states(), *local) == (2, ["device-unavailable"])
+    batches = ["--batch", "auto", "--dtype", "bf16"]
+    assert refusal("eval", "open-qa", "--data", _states(), *local, *batches) == (2, ["device-unavailable"])
     assert evaluate("open-qa", STATES, "--device", "abacus", post="poor").exit_code == 0

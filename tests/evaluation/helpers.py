@@ -31,6 +31,8 @@ class Kept:
 class Answering:
     """A ChatModel that answers by `reply`, and records its requests and their settings."""
 
+    dtype: str | None = None
+
     def __init__(self, reply: Callable[[str], str], model_id: str = "a-model") -> None:
         self.reply, self.model_id = reply, model_id
         self.requests: list[SampleRequest] = []

@@ -1,6 +1,7 @@
 """Answers from a file, and answers for other tools: what is exported can be read again."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,16 @@ import pytest
 
 from slrmerge.errors import DataError, OptionError
 from slrmerge.evaluation.generations import GenerationsFile
+from slrmerge.evaluation.models import SampleRequest
+from slrmerge.evaluation.questions import prompt_id
 from slrmerge.evaluation.result import EvaluationResult
 from slrmerge.evaluation.run import evaluate
+from slrmerge.evaluation.samples import SampleKey, Settings
+from tests.evaluation.helpers import Kept
 from tests.evaluation.openai_server import OpenAIServer
 from tests.problems import refused
 
+SETTINGS = Settings("", temperature=1.0, min_p=0.1, max_tokens=64)
 QUESTIONS = {"Name a colour.": ["red", "blue"], "Name a river.": ["Nile"]}
 GENERATIONS = {"Name a colour.": ["red", "Blue!", "green", ""], "Name a river.": ["the Nile", "Nile", "Po", "größer"]}
 
@@ -34,6 +40,10 @@ def generations(folder: Path, **more: Any) -> Path:
     return written(folder / "answers.jsonl", *lines)
 
 
+def request(prompt: str, sample: int) -> SampleRequest:
+    return SampleRequest(SampleKey("post", prompt_id(prompt), sample), prompt, 0)
+
+
 def run(data: Path, models: dict[str, str | Path], **options: Any) -> EvaluationResult:
     return evaluate("open-qa", data, models, data.with_name("eval"), **{"samples": 4, **options})
 
@@ -51,6 +61,28 @@ def test_lines_of_one_prompt_add_up(data: Path) -> None:
     lines = [{"prompt": p, "generations": [text]} for p, texts in GENERATIONS.items() for text in texts]
     result = run(data, {"post": written(data.parent / "answers.jsonl", *lines, "")})
     assert {each.question.text: list(each.texts) for each in result.responses} == GENERATIONS
+
+
+@pytest.mark.parametrize("content", ["", "x" * 99, '{"prompt": "Name a river.", "generations": ["Po"]}\n' * 9])
+def test_a_file_that_is_changed_while_it_is_in_use_is_an_error(tmp_path: Path, content: str) -> None:
+    path = generations(tmp_path)
+    model = GenerationsFile(path)
+    path.write_text(content)
+    with refused(DataError, "data-changed"):
+        model.answer([request("Name a colour.", 0)], SETTINGS, Kept())
+
+
+def test_generations_stay_in_the_file(tmp_path: Path) -> None:
+    line = {"prompt": "p", "generations": ["x" * 100_000]}
+    path = written(tmp_path / "answers.jsonl", *({**line, "prompt": str(number)} for number in range(200)))
+    tracemalloc.start()
+    model, kept = GenerationsFile(path), Kept()
+    for number in range(200):
+        model.answer([request(str(number), 0)], SETTINGS, kept)
+        kept.answers.clear()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5_000_000  # of 20 MB
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slrmerge.errors import CheckpointError, UnsupportedModelError
-from slrmerge.evaluation.local import LocalModel
+from slrmerge.evaluation.local import LARGEST_CPU_BATCH, LocalModel, row_bytes
 from slrmerge.evaluation.models import SampleRequest
 from slrmerge.evaluation.samples import Answer, SampleKey, Settings
 from slrmerge.io.progress import Progress
@@ -32,8 +32,8 @@ SETTINGS = Settings("", temperature=1.0, min_p=0.0, max_tokens=4)
 GREEDY = SETTINGS._replace(temperature=0.0)
 
 
-def opened(folder: Path, batch: int = 64) -> LocalModel:
-    return LocalModel(folder, device="cpu", batch=batch, progress=Progress())
+def opened(folder: Path, batch: int | None = 64, dtype: str | None = None) -> LocalModel:
+    return LocalModel(folder, device="cpu", batch=batch, dtype=dtype, progress=Progress())
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +205,124 @@ def test_a_gguf_file_is_left_to_a_server(tmp_path: Path) -> None:
     with refused(UnsupportedModelError, "gguf") as caught:
         opened(write_gguf(tmp_path / "m.gguf", 1))
     assert "llama-server" in caught.value.problems[0].remedy
+
+
+# batches and dtypes
+
+
+class Batches:
+    """The sizes of the batches that models answer; a batch larger than `memory` rows is out of memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        self.memory = 1000
+        answer = LocalModel._answer
+
+        def answered(model: LocalModel, requests: Sequence[SampleRequest], settings: Settings) -> list[Answer]:
+            self.sizes.append(len(requests))
+            if len(requests) > self.memory:
+                raise torch.cuda.OutOfMemoryError
+            return answer(model, requests, settings)
+
+        monkeypatch.setattr(LocalModel, "_answer", answered)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
+    return Batches(monkeypatch)
+
+
+def test_the_estimate_of_a_rows_memory_contains_its_keys_and_values() -> None:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(POST, dtype=torch.float32)
+    with torch.inference_mode():
+        cache = loaded(torch.ones(1, 9, dtype=torch.long), use_cache=True).past_key_values
+    kept = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    assert row_bytes(loaded.config, 9, 4) - row_bytes(loaded.config, 0, 4) == kept
+
+
+def test_a_batch_has_as_many_rows_as_memory_holds(
+    model: LocalModel, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [DIGIT, LETTER] * 20
+    together = asked(model, SETTINGS, *prompts)
+    batches.sizes.clear()
+    with closing(opened(POST, batch=None)) as other:
+        assert asked(other, SETTINGS, *prompts) == together
+    assert batches.sizes == [LARGEST_CPU_BATCH, 40 - LARGEST_CPU_BATCH]
+
+    config = AutoModelForCausalLM.from_pretrained(POST).config
+    tokenizer: Any = AutoTokenizer.from_pretrained(POST)
+    longest = max(len(tokenizer(render(tokenizer, prompt)).input_ids) for prompt in prompts)
+    row = row_bytes(config, longest + SETTINGS.max_tokens, 4)
+    for rows, expected in ((15.9, [15, 15, 10]), (0.5, [1] * 40)):
+        monkeypatch.setattr("slrmerge.evaluation.local.available_memory_bytes", lambda rows=rows: int(2 * rows * row))
+        batches.sizes.clear()
+        with closing(opened(POST, batch=None)) as other:
+            assert asked(other, SETTINGS, *prompts) == together
+        assert batches.sizes == expected
+
+
+@pytest.mark.parametrize("batch", [None, 32])
+def test_a_batch_for_which_the_device_lacks_memory_is_halved(
+    model: LocalModel, batches: Batches, batch: int | None
+) -> None:
+    together = asked(model, SETTINGS, *[DIGIT] * 20)
+    batches.sizes.clear()
+    batches.memory = 6
+    with closing(opened(POST, batch=batch)) as other:
+        assert asked(other, SETTINGS, *[DIGIT] * 20) == together
+    assert batches.sizes == [20, 10, 5, 5, 5, 5]
+
+
+def test_an_answer_for_which_the_device_lacks_memory_is_an_error(batches: Batches) -> None:
+    batches.memory = 0
+    with refused(UnsupportedModelError, "out-of-memory"), closing(opened(POST)) as model:
+        asked(model, SETTINGS, DIGIT, DIGIT)
+    assert batches.sizes == [2, 1]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_once_where_its_batch_is_halved(copied: Path, batches: Batches) -> None:
+    changed(copied / "config.json", max_position_embeddings=40)
+    batches.memory = 1
+    prompts = [DIGIT, DIGIT * 9, DIGIT]
+    requests = [SampleRequest(SampleKey("post", "p", number), text, 0) for number, text in enumerate(prompts)]
+    kept = Kept()
+    with closing(opened(copied)) as short:
+        short.answer(requests, GREEDY, kept)
+    assert list(kept.answers) == [requests[0], requests[2]]
+    assert list(kept.refusals) == [requests[1]]
+    assert batches.sizes == [2, 1, 1]
+
+
+def test_a_model_too_large_for_the_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks_memory(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", lacks_memory)
+    with refused(UnsupportedModelError, "out-of-memory"), closing(opened(POST)) as model:
+        asked(model, SETTINGS, DIGIT)
+
+
+def test_a_model_runs_in_the_dtype_that_was_chosen(model: LocalModel) -> None:
+    assert model.dtype == "float32"
+    with closing(opened(POST, dtype="bfloat16")) as other:
+        assert other.dtype == "bfloat16"
+        (answer,) = asked(other, GREEDY, DIGIT)
+        assert answer.finish_reason == "stop"
+        assert other._ready().model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("stored", "rate", "expected"), [
+    ("F16", 1e12, "float16"), ("BF16", 1e12, "bfloat16"), ("BF16", 1e10, "float32"), ("F32", 1e12, "float32"),
+    ("U8", 1e12, "bfloat16"),
+])  # fmt: skip
+def test_a_large_model_runs_in_its_stored_dtype_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, stored: str, rate: float, expected: str
+) -> None:
+    monkeypatch.setattr("slrmerge.searching.device.BIG_PARAMETERS", 1)
+    rates = {torch.float32: 1e11}
+    monkeypatch.setattr("slrmerge.searching.device.measured_rate", lambda width, dtype, device: rates.get(dtype, rate))
+    model = opened(POST)
+    tensors = {name: info._replace(dtype=stored) for name, info in model._checkpoint.items()}
+    monkeypatch.setattr(type(model._checkpoint), "values", lambda self: tensors.values())
+    assert model.dtype == expected

@@ -11,6 +11,7 @@ from slrmerge.errors import CheckpointError, DataError, OptionError, OutputError
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.run import Evaluation, evaluate
 from slrmerge.io.options import options_of
+from tests.conftest import TINY
 from tests.evaluation.openai_server import OpenAIServer
 from tests.problems import refused
 
@@ -40,6 +41,9 @@ def data(tmp_path: Path) -> Path:
         ({"min_p": 1.5}, "min_p", "out-of-range"),
         ({"timeout_s": 0}, "timeout_s", "out-of-range"),
         ({"samples": 0}, "samples", "out-of-range"),
+        ({"batch": 0}, "batch", "out-of-range"),
+        ({"batch": "automatic"}, "batch", "out-of-range"),
+        ({"dtype": "int8"}, "dtype", "invalid-choice"),
         ({"concurrency": 1001}, "concurrency", "out-of-range"),
         ({"max_token": 5}, "max_token", "unknown-option"),
     ],
@@ -95,6 +99,21 @@ def test_an_evaluation_returns_its_result_and_writes_it(data: Path, tmp_path: Pa
     assert result.cell("post", "precision").mean == 0.5
     assert result.cell("slr", "entropy").change > 0
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["prompts"] == 2
+
+
+def test_the_dtype_is_recorded_and_samples_of_two_dtypes_are_not_mixed(data: Path, tmp_path: Path) -> None:
+    def dtype(samples: int, **options: Any) -> object:
+        models = {"post": TINY / "posttrained"}
+        result = evaluate("open-qa", data, models, tmp_path / "out", samples=samples, max_tokens=2, **options)
+        assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["settings"] == result.settings
+        return result.settings["dtype"]
+
+    assert dtype(1, dtype="bfloat16", batch="auto") == "bfloat16"
+    with refused(OutputError, "settings-changed"):
+        dtype(1)
+    (tmp_path / "out" / "samples.jsonl").unlink()
+    assert dtype(1) == "float32"
+    assert dtype(2, dtype="float32", batch=1) == "float32"
 
 
 def test_the_signature_shows_every_option_and_every_option_has_help() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrmerge.errors import NoSpaceError, OutputError
-from slrmerge.evaluation import samples
+from slrmerge.evaluation import lines, samples
 from slrmerge.evaluation.samples import REFUSED, Answer, SampleFile, SampleKey, Settings, seed_of
 from tests.problems import refused
 
@@ -49,6 +49,7 @@ def test_a_line_holds_everything_that_a_sample_depends_on(path: Path) -> None:
         "max_tokens": 64,
         "seed": 5,
         "verbalized": None,
+        "dtype": None,
     }
     assert json.loads(path.read_text()) == {
         "model": "post", "prompt": "p1", "sample": 0, "seed": seed_of(5, "p1", 0), "settings": settings,
@@ -75,6 +76,18 @@ def test_samples_are_read_when_the_file_is_opened_again(path: Path) -> None:
         assert file.missing([KEY, other]) == [other]
         assert file.answer(KEY) == ANSWER
         assert len(file) == 1
+
+
+def test_samples_without_a_dtype_are_those_of_float32(path: Path) -> None:
+    with SampleFile(path) as file:
+        append(file)
+    line = json.loads(path.read_text())
+    assert line["settings"].pop("dtype") is None
+    path.write_text(json.dumps(line) + "\n")
+    with SampleFile(path) as file:
+        file.require_same([KEY], SETTINGS)
+        with refused(OutputError, "settings-changed"):
+            file.require_same([KEY], SETTINGS._replace(dtype="bfloat16"))
 
 
 @given(st.text(), st.integers(0, 400))
@@ -162,7 +175,8 @@ def test_all_invalid_lines_are_named_up_to_ten(path: Path) -> None:
 
 
 def test_a_line_without_end_is_not_read_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "MAX_LINE_BYTES", 1000)
+    for module in (lines, samples):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
     path.write_text(f"{VALID}\n" + "x" * 5000)
     with refused(OutputError, "not-a-sample") as caught:
         SampleFile(path)

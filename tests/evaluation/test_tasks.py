@@ -1,6 +1,7 @@
 """Scores of each task, with and without judge and embeddings."""
 
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from math import isnan, log
@@ -11,9 +12,10 @@ import pytest
 
 from slrmerge.errors import DataError
 from slrmerge.evaluation.judge import Judge
+from slrmerge.evaluation.models import AnswerSink, SampleRequest
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.questions import QuestionRow, parse_questions
-from slrmerge.evaluation.samples import SampleFile
+from slrmerge.evaluation.samples import Answer, SampleFile, Settings
 from slrmerge.evaluation.tasks import TASKS
 from slrmerge.evaluation.tasks.base import Helpers, ModelResponses, Task
 from slrmerge.evaluation.tasks.creative import CRITERIA, RUBRIC, Creative, WritingPrompt
@@ -53,6 +55,50 @@ def score(task: Task[Any], question: Any, texts: Sequence[str | None], helpers: 
     found = task.score([ModelResponses("post", question, texts)], helpers)
     (one,) = found.scores
     return Scored(dict(one.metrics), list(one.marks), list(found.notes))
+
+
+class Long(Sequence[str | None]):
+    """Long texts, each made when it is asked for."""
+
+    def __init__(self, prompt: str, count: int = 20) -> None:
+        self.prompt, self.count = prompt, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, at: Any) -> Any:
+        if at >= self.count:
+            raise IndexError
+        return f"{self.prompt} {at} " + "x" * 100_000
+
+
+class Grader(Answering):
+    """A judge that gives everything the same grade, and keeps no request."""
+
+    def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
+        for request in requests:
+            sink.keep(request, Answer(self.reply(request.prompt), "stop"))
+
+
+@pytest.mark.parametrize(
+    ("task", "make", "grade"),
+    [
+        (Creative(), lambda name: WritingPrompt(prompt=name), json.dumps(dict.fromkeys(CRITERIA, 5))),
+        (OpenQA(), lambda name: OpenQuestion(question=name, answers=["a"]), '{"answer": 0}'),
+    ],
+    ids=["creative", "open-qa"],
+)
+def test_the_prompts_of_a_judge_are_not_held_in_memory(task: Task[Any], make: Any, grade: str, tmp_path: Path) -> None:
+    responses = [ModelResponses("post", make(name), Long(name)) for name in map(str, range(10))]
+    with SampleFile(tmp_path / "judge.jsonl") as file:
+        judge = Judge(Grader(lambda prompt: grade), file, Progress())
+        tracemalloc.start()
+        scores = task.score(responses, Helpers(20, judge)).scores
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(file) == 200
+    assert {mark for score in scores for mark in score.marks} == ({"0.50"} if task.name == "creative" else {""})
+    assert peak < 5_000_000  # of 20 MB
 
 
 # open-qa

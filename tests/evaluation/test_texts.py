@@ -38,6 +38,9 @@ def test_verbalized_replies_are_parsed_and_refusals_have_no_answers(file: Sample
     texts = StoredTexts(file, "post", "p", requests=4, verbalized=2)
     assert list(texts) == [None, None, None, None, "one", "two", None, None]
     assert len(texts) == 8
+    assert [texts[number] for number in (0, 4, 5, -3, -1)] == [None, "one", "two", "two", None]
+    with pytest.raises(IndexError):
+        texts[8]
 
 
 def test_texts_can_be_read_when_the_file_is_closed_or_longer(file: SampleFile) -> None:

@@ -3,26 +3,23 @@
 import pytest
 import torch
 
+from slrmerge.errors import OptionError
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.run import Search
+from tests.problems import refused
 from tests.searching.pairs import SmallPair
 
-FAST, SLOW = 1e12, 1e10
 
-
-def first_dtype(
-    pair: SmallPair, monkeypatch: pytest.MonkeyPatch, bfloat16: float, dtype: str | None = None
-) -> torch.dtype:
-    """The dtype of the first pass of a large model where matrix products in bfloat16 have this rate."""
-    rates = {torch.bfloat16: bfloat16, torch.float32: 1e11}
-    monkeypatch.setattr("slrmerge.searching.prepare.BIG_PARAMETERS", 1)
-    monkeypatch.setattr("slrmerge.searching.prepare.measured_rate", lambda width, dtype, device: rates[dtype])
-    return Search(pair.recipe(), SearchOptions(dtype=dtype)).prepared.first.dtype
-
-
-def test_a_large_model_runs_in_the_dtype_that_this_processor_is_faster_at(
+def test_the_first_pass_has_the_dtype_that_was_chosen_or_suits_the_device(
     small: SmallPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert first_dtype(small, monkeypatch, FAST) is torch.bfloat16
-    assert first_dtype(small, monkeypatch, SLOW) is torch.float32
-    assert first_dtype(small, monkeypatch, SLOW, "bfloat16") is torch.bfloat16
+    assert Search(small.recipe()).prepared.first.dtype is torch.float32
+    monkeypatch.setattr("slrmerge.searching.prepare.default_dtype", lambda parameters, device: torch.bfloat16)
+    assert Search(small.recipe()).prepared.first.dtype is torch.bfloat16
+    assert Search(small.recipe(), SearchOptions(dtype="float32")).prepared.first.dtype is torch.float32
+
+
+def test_the_device_of_a_cluster_has_a_valid_name(small: SmallPair) -> None:
+    with refused(OptionError, "device-unavailable"):
+        Search(small.recipe(), SearchOptions(device="abacus", ray="local"))
+    assert Search(small.recipe(), SearchOptions(device="cuda:0", ray="local")).device == torch.device("cpu")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from slrmerge.checkpoint.pair import ModelPair
-from slrmerge.errors import OptionError, PlanError, SourceChangedError, UnsupportedModelError
+from slrmerge.errors import PlanError, SourceChangedError, UnsupportedModelError
 from slrmerge.io.progress import Progress
 from slrmerge.merging.executor import merge
 from slrmerge.recipe.alphas import TensorAlphas
@@ -28,7 +28,7 @@ from slrmerge.searching.proxy_tasks import TASKS, Question, score
 from slrmerge.searching.results import SearchResult
 from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search
-from slrmerge.searching.scorer import LocalScorer, ScoreRequest, require_device
+from slrmerge.searching.scorer import LocalScorer, ScoreRequest
 from slrmerge.searching.selection import ScoredCandidate
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import Cost
@@ -255,26 +255,6 @@ def test_a_source_that_changes_before_it_is_read_is_reported(small: SmallPair, f
         search.run(small.out)
     assert {problem.where for problem in caught.value.problems} == {str(shard)}
     assert not small.out.exists()
-
-
-# devices
-
-
-def test_an_available_device_is_returned() -> None:
-    assert require_device("cpu") == torch.device("cpu")
-
-
-@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "meta"])
-def test_a_device_that_cannot_compute_is_refused(device: str) -> None:
-    with refused(OptionError, "device-unavailable") as caught:
-        require_device(device)
-    assert caught.value.problems[0].where == "device"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
-def test_cuda_is_refused_where_there_is_none() -> None:
-    with refused(OptionError, "device-unavailable"):
-        require_device("cuda")
 
 
 # another scorer

@@ -15,7 +15,7 @@ Plot = Literal["bars", "curves"]
 
 
 class Metric(NamedTuple):
-    """A number for each prompt and model, where more is better unless its meaning says otherwise.
+    """A number for each prompt and model, at least 0 and at most `most`, where more is better unless `less_is_better`.
 
     Those not `in_table` are in the files of a result only.
     """
@@ -23,6 +23,8 @@ class Metric(NamedTuple):
     name: str
     meaning: str
     in_table: bool = True
+    most: float = 1
+    less_is_better: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from math import nan
+from math import inf, nan
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import AliasChoices, Field
 
 from slrmerge.evaluation.metrics import dissimilarity, vendi_score
-from slrmerge.evaluation.questions import Question, Text
+from slrmerge.evaluation.questions import Question, Text, prompt_id
 from slrmerge.evaluation.replies import json_values
 from slrmerge.evaluation.tasks.base import Helpers, Metric, ModelResponses, Score, Task, TaskScores
+from slrmerge.evaluation.tasks.judging import JudgePrompts
 
 CRITERIA = ("request", "language", "craft", "invention", "effect")
 TOP = 10
@@ -55,9 +56,9 @@ class WritingPrompt(Question):
 
 
 class Judgements(NamedTuple):
-    """The share of all points by prompt and response, None where the judge's reply was invalid; and notes."""
+    """The share of all points by the judge's prompt, None where its reply was invalid; and notes."""
 
-    shares: Mapping[tuple[str, str], float | None]
+    shares: Mapping[str, float | None]
     notes: list[str]
 
 
@@ -82,8 +83,12 @@ class Creative(Task[WritingPrompt]):
     def metrics(self, samples: int) -> tuple[Metric, ...]:  # noqa: ARG002 (the same for any number)
         return (
             Metric("quality", f"the judge's points out of {TOP}, as a share, mean of {len(CRITERIA)} criteria"),
-            Metric("diversity", "1 − mean cosine similarity of embeddings"),
-            Metric("vendi", "Vendi score: effective number of different samples, by cosine similarity of embeddings"),
+            Metric("diversity", "1 − mean cosine similarity of embeddings", most=2),
+            Metric(
+                "vendi",
+                "Vendi score: effective number of different samples, by cosine similarity of embeddings",
+                most=inf,
+            ),
         )
 
     def score(self, responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> TaskScores:
@@ -92,7 +97,8 @@ class Creative(Task[WritingPrompt]):
         scores = []
         for each, diversity in zip(responses, diversities, strict=True):
             shares: list[float | None] = [
-                judged.shares.get((each.question.prompt, text)) if text and text.strip() else 0.0 for text in each.texts
+                judged.shares.get(prompt_id(_prompt(each.question, text))) if text and text.strip() else 0.0
+                for text in each.texts
             ]
             if helpers.judge is None:
                 shares = [None] * len(each.texts)
@@ -136,14 +142,12 @@ def _diversities(
 def _judge(responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> Judgements:
     if helpers.judge is None:
         return Judgements({}, ["quality was not measured; it needs a judge"])
-    prompts = {
-        (each.question.prompt, text): RUBRIC.format(request=each.question.prompt, response=text)
-        for each in responses
-        for text in each.texts
-        if text and text.strip()
-    }
-    replies = helpers.judge.replies(prompts.values())
-    shares = {key: _share(replies[prompt]) for key, prompt in prompts.items()}
+    prompts = JudgePrompts(_prompt)
+    for each in responses:
+        for number, text in enumerate(each.texts):
+            if text and text.strip():
+                prompts.add(each, number, text)
+    shares = helpers.judge.grades(prompts, lambda _, reply: _share(reply))
     notes = []
     if invalid := sum(share is None for share in shares.values()):
         notes.append(
@@ -152,6 +156,10 @@ def _judge(responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers)
         )
     notes.append(f"{helpers.judge.model_id} used this rubric:\n{RUBRIC.format(request='…', response='…')}")
     return Judgements(shares, notes)
+
+
+def _prompt(question: WritingPrompt, response: str) -> str:
+    return RUBRIC.format(request=question.prompt, response=response)
 
 
 def _share(reply: str) -> float | None:

@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import inf
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
 
 from slrmerge.evaluation.matching import match_stated, match_whole, names_of, normalise
 from slrmerge.evaluation.metrics import coverage, entropy, precision
-from slrmerge.evaluation.questions import Question, Text
+from slrmerge.evaluation.questions import Question, Text, prompt_id
 from slrmerge.evaluation.replies import whole_number
 from slrmerge.evaluation.tasks.base import Helpers, Metric, ModelResponses, Score, Task, TaskScores
+from slrmerge.evaluation.tasks.judging import JudgePrompts
 from slrmerge.io.model import InvalidValue
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
@@ -73,6 +75,11 @@ class OpenQuestion(Question):
     def text(self) -> str:
         return self.question
 
+    @property
+    def reference(self) -> list[str]:
+        """See `Question`; of each answer the first name."""
+        return [names[0] for names in self.answers]
+
     @cached_property
     def names(self) -> dict[str, int]:
         """See `names_of`."""
@@ -80,9 +87,9 @@ class OpenQuestion(Question):
 
 
 class Judgements(NamedTuple):
-    """The answer that the judge matched, or None, by question id and normalised response; and notes."""
+    """The answer that the judge matched, or None, by the response's `_key`; and notes."""
 
-    answers: Mapping[tuple[str, str], int | None]
+    answers: Mapping[str, int | None]
     notes: list[str]
 
 
@@ -101,7 +108,7 @@ class OpenQA(Task[OpenQuestion]):
     def metrics(self, samples: int) -> tuple[Metric, ...]:
         return (
             Metric("precision", "share of the samples that are an accepted answer"),
-            Metric("entropy", "entropy of the accepted answers given, in nats"),
+            Metric("entropy", "entropy of the accepted answers given, in nats", most=inf),
             Metric(f"coverage-{samples}", f"share of the accepted answers given at least once in {samples} samples"),
         )
 
@@ -116,7 +123,7 @@ class OpenQA(Task[OpenQuestion]):
             for text in each.texts:
                 answer = None if text is None else match_whole(text, names)
                 if text is not None and answer is None and helpers.judge:
-                    answer = judged.answers.get((question.id, normalise(text)))
+                    answer = judged.answers.get(_key(question, normalise(text)))
                 elif text is not None and answer is None:
                     answer = match_stated(text, names)
                     stated[each.model] += answer is not None
@@ -135,23 +142,33 @@ def _judge(responses: Sequence[ModelResponses[OpenQuestion]], helpers: Helpers) 
     """Ask the judge about every response that is not an accepted name."""
     if helpers.judge is None:
         return Judgements({}, [])
-    prompts: dict[tuple[str, str], str] = {}
-    tops: dict[tuple[str, str], int] = {}
+    prompts = JudgePrompts(_prompt)
+    judged: dict[str, str] = {}
     for each in responses:
         question = each.question
-        for text in each.texts:
-            key = (question.id, normalise(text or ""))
-            if text is not None and key[1] and match_whole(text, question.names) is None and key not in prompts:
-                prompts[key], tops[key] = _prompt(question, text), len(question.answers)
-    replies = helpers.judge.replies(prompts.values())
-    numbers = {key: whole_number(replies[prompt], "answer", top=tops[key]) for key, prompt in prompts.items()}
+        for number, text in enumerate(each.texts):
+            normalised = normalise(text or "")
+            key = _key(question, normalised)
+            if text is not None and normalised and match_whole(text, question.names) is None and key not in judged:
+                judged[key] = prompts.add(each, number, text)
+
+    def read(prompt: str, reply: str) -> int | None:
+        return whole_number(reply, "answer", top=len(prompts.question(prompt).answers))
+
+    numbers = helpers.judge.grades(prompts, read)
     notes = []
     if invalid := sum(number is None for number in numbers.values()):
         notes.append(
             f"{helpers.judge.model_id} judged {len(numbers):,} responses; {invalid:,} of its replies were invalid, and "
             "those responses count as wrong"
         )
-    return Judgements({key: number - 1 if number else None for key, number in numbers.items()}, notes)
+    places = {prompt: number - 1 if number else None for prompt, number in numbers.items()}
+    return Judgements({key: places[prompt] for key, prompt in judged.items()}, notes)
+
+
+def _key(question: OpenQuestion, normalised: str) -> str:
+    """Identifies the responses to a question that are judged alike."""
+    return prompt_id(f"{question.id} {normalised}")
 
 
 def _prompt(question: OpenQuestion, response: str) -> str:

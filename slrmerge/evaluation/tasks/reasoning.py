@@ -51,6 +51,11 @@ class SolvedQuestion(Question):
     def text(self) -> str:
         return self.question
 
+    @property
+    def reference(self) -> list[str]:
+        """See `Question`."""
+        return [str(self.answer)]
+
 
 class WordProblem(SolvedQuestion):
     """One whose answer is a number."""
