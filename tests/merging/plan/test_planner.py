@@ -97,6 +97,8 @@ def test_a_tokenizer_past_the_rows_of_the_embedding_is_noted(
         ({"tensors": [{"match": "*embed_tokens*", "alpha": 1}]}, True),
         ({"tensors": [{"match": "*embed_tokens*", "alpha": 1}, {"match": "lm_head*", "alpha": 1}]}, True),
         ({"alpha": 1, "tokenizer": "pretrained"}, False),
+        ({"restore": [1, 2], "tokenizer": "pretrained"}, True),
+        ({"alpha": 0.5, "tokenizer": "pretrained"}, True),
         ({"restore": [1, 2]}, False),
         ({"restore": [1, 2], "tensors": [{"match": "model.norm.weight", "alpha": 0.5}]}, False),
     ],
