@@ -5,7 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from slrmerge.checkpoint.config_defaults import config_defaults
 from slrmerge.checkpoint.config_differences import compare_configs
+from slrmerge.checkpoint.correspondence import embeddings_of
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.pair import ModelPair, require_pair, require_same_depth
 from slrmerge.checkpoint.side_files import CONFIG_NAME
@@ -71,6 +73,7 @@ def plan_merge(
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
     notes = (
         *_config_notes(pair),
+        *_head_notes(pair),
         *_shared_block_notes(pair, alphas),
         *_idle_notes(alphas),
         *recipe.notes(pair),
@@ -111,6 +114,22 @@ def _head_problems(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[Pro
         if difference.is_about_heads:
             remedy = "name the model that the post-trained one was trained from"
             yield Problem("different-heads", f"{pair.pretrained}/{CONFIG_NAME}", str(difference), remedy)
+
+
+def _head_notes(pair: ModelPair) -> Iterator[str]:
+    """A language model without a head: loaders initialise it at random where the config does not tie it."""
+    post = pair.posttrained
+    embeddings, architectures = embeddings_of(post), post.config.get("architectures")
+    is_language_model = isinstance(architectures, list) and any(
+        str(each).endswith(("ForCausalLM", "LMHeadModel")) for each in architectures
+    )
+    is_default_known = post.config.get("model_type") in config_defaults()
+    is_untied = not embeddings.is_tied and (is_default_known or not embeddings.may_lack_one)
+    if is_language_model and embeddings.token and embeddings.head is None and is_untied:
+        yield (
+            f"the post-trained side stores no head, and its config does not tie one to {embeddings.token}: loaders "
+            "initialise it at random; set tie_word_embeddings: true in its config if the embedding serves as both"
+        )
 
 
 def _shared_block_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[str]:

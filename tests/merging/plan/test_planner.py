@@ -182,3 +182,21 @@ def test_a_block_that_layers_share_is_noted_where_they_differ(
         write_checkpoint(tmp_path / side, tensors, llama_config(model_type=model_type))
     notes = make_plan({"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post"), **rules}).notes
     assert sum(block in note for note in notes) == noted
+
+
+@pytest.mark.parametrize(
+    ("config", "noted"),
+    [
+        ({}, 1),
+        ({"tie_word_embeddings": False}, 1),
+        ({"tie_word_embeddings": True}, 0),
+        ({"model_type": "gemma"}, 0),
+        ({"model_type": "of-its-own-code"}, 0),
+        ({"architectures": ["LlamaModel"]}, 0),
+    ],
+)
+def test_a_head_that_is_neither_stored_nor_tied_is_noted(tmp_path: Path, config: dict[str, Any], noted: int) -> None:
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre"), llama_config() | config)
+    write_checkpoint(tmp_path / "post", llama_tensors("post", tied=True), llama_config() | config)
+    recipe = {"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post"), "restore": [1, 2]}
+    assert sum("stores no head" in note for note in make_plan(recipe).notes) == noted
