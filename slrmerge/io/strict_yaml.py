@@ -138,7 +138,7 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem="a key must be a single value", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
-            if key.value == "<<" and isinstance(value, yaml.SequenceNode):  # releases of PyYAML differ in which counts
+            if key.value == "<<" and isinstance(value, yaml.SequenceNode):  # PyYAML 6.0.4: the last; YAML: the first
                 what = "<< takes one mapping; in a list, programs disagree on which mapping counts"
                 raise yaml.MarkedYAMLError(problem=what, problem_mark=value.start_mark)
             seen.add(key.value)
