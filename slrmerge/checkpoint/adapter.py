@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import xxhash
 
-from slrmerge.checkpoint.adapter_config import ADAPTER_WEIGHTS_NAME, AdapterFolder
+from slrmerge.checkpoint.adapter_config import AdapterFolder
 from slrmerge.checkpoint.adapter_fit import Delta, Fitting, Update
 from slrmerge.checkpoint.base import Checkpoint, TensorReader, read_steps
 from slrmerge.checkpoint.files import ByteStream, OpenFile, SourceFile, unreadable
 from slrmerge.checkpoint.header import DTYPE_BITS, TORCH_DTYPES, Shard, TensorInfo
 from slrmerge.checkpoint.location import folder_name
 from slrmerge.checkpoint.safetensors import SafetensorsCheckpoint, exists
-from slrmerge.checkpoint.side_files import is_tokenizer_file, local_side_files
+from slrmerge.checkpoint.side_files import ADAPTER_WEIGHTS_NAME, is_tokenizer_file, local_side_files
 from slrmerge.errors import CheckpointError, Problem, raise_all
 from slrmerge.io.pieces import DIGEST_NAME
 from slrmerge.io.progress import Progress

@@ -16,14 +16,16 @@ from pydantic import Field
 from slrmerge.checkpoint.files import unreadable
 from slrmerge.checkpoint.header import Shard
 from slrmerge.checkpoint.safetensors import exists, read_json, read_local_shard
-from slrmerge.checkpoint.side_files import INDEX_NAME, SINGLE_NAME
+from slrmerge.checkpoint.side_files import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_PICKLE_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+)
 from slrmerge.errors import CheckpointError, Problem, raise_all
 from slrmerge.io.model import Model, validate_as
 from slrmerge.io.sizes import shorten
-
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
-_PICKLE_NAME = "adapter_model.bin"
 
 _NO_EFFECT = frozenset({
     "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "runtime_config",
@@ -124,8 +126,8 @@ def read_adapter_folder(folder: Path, **more: Any) -> AdapterFolder:
         path = folder / ADAPTER_WEIGHTS_NAME
         if not exists(path):
             what, remedy = "is missing", "complete the download"
-            if exists(folder / _PICKLE_NAME):
-                what = f"is missing; {_PICKLE_NAME} is a pickle, which is not read"
+            if exists(folder / ADAPTER_PICKLE_NAME):
+                what = f"is missing; {ADAPTER_PICKLE_NAME} is a pickle, which is not read"
                 remedy = "load the adapter with peft and save it again, which writes safetensors"
             raise CheckpointError(Problem("adapter-weights-missing", str(path), what, remedy))
         return AdapterFolder(folder, content, config, read_local_shard(path), **more)

@@ -10,12 +10,14 @@ from slrmerge.checkpoint.layers import TOWER, text_sections
 
 _EMBEDDINGS = frozenset({
     "embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings", "token_embd", "embeddings",
+    "tokens_embed", "word_embedding", "input_embedding", "w",
 })  # fmt: skip
 """Modules whose `weight` is a token embedding."""
 
 _HEADS = frozenset({
     "lm_head", "embed_out", "cls.predictions.decoder", "predictions.decoder", "lm_head.decoder", "proj_out",
-    "vocab_projector", "generator_lm_head", "output_layer", "output",
+    "vocab_projector", "generator_lm_head", "output_layer", "output", "output_projection", "pred_layer.proj", "lm_loss",
+    "lm_head.out_proj", "head", "head.decoder", "decoder",
 })  # fmt: skip
 """Modules whose `weight` is the output head, without prefixes."""
 

@@ -13,7 +13,16 @@ from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFil
 from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.layers import missing_layers
 from slrmerge.checkpoint.location import folder_name
-from slrmerge.checkpoint.side_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, list_left_out, local_side_files
+from slrmerge.checkpoint.side_files import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_PICKLE_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    list_left_out,
+    local_side_files,
+)
 from slrmerge.errors import CheckpointError, Problem, collect, raise_all
 from slrmerge.io.pieces import DIGEST_NAME, digest_bytes
 from slrmerge.io.sizes import shorten
@@ -122,8 +131,8 @@ def open_folder(folder: Path) -> SafetensorsFolder:
     """Read the config, the index and every header of the checkpoint in `folder`.
 
     Raises CheckpointError with every problem found: no such folder, only pickles or GGUF files; an index
-    that names paths, disagrees with its shards, or hides an older single file; fewer layers than the config says; and
-    everything that `read_shard` refuses.
+    that names paths, disagrees with its shards, or hides an older single file; an adapter beside the weights; fewer
+    layers than the config says; and everything that `read_shard` refuses.
     """
     try:
         if not exists(folder) or not folder.is_dir():
@@ -179,6 +188,10 @@ def read_layout(folder: Path, names: set[str], *, where: str) -> Layout:
     if index and SINGLE_NAME in names and SINGLE_NAME not in index.values():
         what = f"contains two models: {SINGLE_NAME} and the shards in {INDEX_NAME}"
         remedy = "loaders disagree on which one to load: move the stale one away"
+        problems.append(Problem("two-models", where, what, remedy))
+    if ADAPTER_CONFIG_NAME in names and (adapters := names & {ADAPTER_WEIGHTS_NAME, ADAPTER_PICKLE_NAME}):
+        what = f"contains two models: its own weights, and an adapter in {min(adapters)}"
+        remedy = f"transformers would add the adapter: move it away, with its {ADAPTER_CONFIG_NAME}, or the weights"
         problems.append(Problem("two-models", where, what, remedy))
     files = (SINGLE_NAME,) if index is None else tuple(sorted(set(index.values())))
     return Layout(folder, config, files, index, tuple(problems))

@@ -16,6 +16,9 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_PICKLE_NAME = "adapter_model.bin"
 
 MANIFEST_NAME = "slrmerge.json"
 RECIPE_NAME = "slrmerge.yaml"
@@ -36,7 +39,7 @@ _TERMS = re.compile(rf"([A-Z0-9]+[-_. ])*({'|'.join(COPIED_STEMS)}).*", re.DOTAL
 
 _MAX_MODULES_BYTES = 1_000_000
 
-_NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, "adapter_config.json", "trainer_state.json"})
+_NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, ADAPTER_CONFIG_NAME, "trainer_state.json"})
 
 _COMMON_FILE = re.compile(
     r"((generation|preprocessor|video_preprocessor|processor|quantize|quantization)_)?config\.json"

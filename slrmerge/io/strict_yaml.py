@@ -133,11 +133,14 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key must be a single value", problem_mark=key.start_mark)
-            if key.value in seen and key.value != "<<":
+            if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
+            if key.value == "<<" and isinstance(value, yaml.SequenceNode):  # PyYAML 6.0.4: the last; YAML: the first
+                what = "<< takes one mapping; in a list, programs disagree on which mapping counts"
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=value.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slrmerge.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
 from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.side_files import (
+    ADAPTER_CONFIG_NAME,
     CARD_NAME,
     CHAT_TEMPLATE_FOLDERS,
     CONFIG_NAME,
@@ -38,6 +38,7 @@ from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan
 from slrmerge.merging.shard_writer import missing_pieces, needed_bytes, write_shards
 from slrmerge.merging.stream import HybridReader, file_chunks
+from slrmerge.merging.tied import require_tied
 from slrmerge.recipe.load import RecipeLike
 
 _REMOTE_THREADS = 8
@@ -173,6 +174,7 @@ def _write(
     with plan.pair.open() as readers:
         reader = HybridReader(readers)
         _check_bools(plan, reader)
+        require_tied(plan.pair, readers, (tensor.name for tensor in plan.tensors() if tensor.alpha))
         output.create_staging()
         journal = Journal.open(output.staging, plan.fingerprint(), durable=output.durable)
         total = sum(1 for shard in plan.shards for _ in pieces_of(shard))

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slrmerge.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
 from slrmerge.checkpoint.files import open_within, unreadable
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.side_files import (
+    ADAPTER_CONFIG_NAME,
     CARD_NAME,
     INDEX_NAME,
     MANIFEST_NAME,

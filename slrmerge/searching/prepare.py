@@ -63,9 +63,11 @@ def prepare(
         raise UnsupportedModelError(Problem("gguf", str(pair.posttrained), what, remedy))
     raise_all(require_same_depth(pair), PlanError)
     require_layers(pair)
-    raise_all(_other_pairs(pair, also), PlanError)
-    fetch_side_files(pair.posttrained.side_files)
-    every = tokenize((*questions, *held_out_questions), pair.posttrained.tokenizer_folder, day=day)
+    raise_all((*_other_pairs(pair, also), *_other_tokenizers(recipe, also)), PlanError)
+    asking = pair[recipe.tokenizer]  # the side whose tokenizer and template the hybrids have
+    for checkpoint in {id(each): each for each in (pair.posttrained, asking)}.values():
+        fetch_side_files(checkpoint.side_files)
+    every = tokenize((*questions, *held_out_questions), asking.tokenizer_folder, day=day)
     raise_all(_unknown_tokens(pair, every), UnsupportedModelError)
     prompts, held_out = every[: len(questions)], every[len(questions) :]
     own = [("the recipe's own", recipe)] if recipe.has_rules else []
@@ -113,6 +115,15 @@ def _other_pairs(pair: ModelPair, also: Sequence[tuple[str, AnyRecipe]]) -> Iter
                 what = f"names {getattr(other, side)}, which is not the {side} side of this search"
                 remedy = "score only recipes for the same two checkpoints"
                 yield Problem("other-checkpoint", f"{label}: $.{side}", what, remedy)
+
+
+def _other_tokenizers(recipe: AnyRecipe, also: Sequence[tuple[str, AnyRecipe]]) -> Iterator[Problem]:
+    """Recipes in `also` whose hybrids would be asked in the words of another chat template."""
+    for label, other in also:
+        if other.tokenizer != recipe.tokenizer:
+            what = f"takes the tokenizer of the {other.tokenizer} side, the other hybrids do not"
+            remedy = "search with that recipe alone, or give all the same tokenizer"
+            yield Problem("other-tokenizer", f"{label}: $.tokenizer", what, remedy)
 
 
 def _unknown_tokens(pair: ModelPair, prompts: Sequence[Prompt]) -> Iterator[Problem]:

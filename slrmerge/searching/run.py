@@ -281,7 +281,7 @@ class Search:
         named = self.recipe if isinstance(self.recipe, Recipe) else recipe_of(pair)
         content = named.relative_to(folder, pair)
         sides = {side: content[side] for side in ("pretrained", "posttrained")}
-        kept = {"dtype": self.recipe.dtype, "vocabulary": self.recipe.vocabulary}
+        kept = {key: getattr(self.recipe, key) for key in ("dtype", "tokenizer", "vocabulary")}
         return Recipe(**sides, **kept).loaded_from(folder / RECIPES["slr"])
 
     def _keep_date(self, path: Path) -> None:

@@ -229,6 +229,11 @@ def test_a_head_of_another_width_is_not_the_embedding(tmp_path: Path) -> None:
             ["embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"],
         ),
         (["model.decoder.embed_tokens.weight"], ["model.decoder.embed_tokens.weight", "proj_out.weight"]),
+        (["biogpt.embed_tokens.weight"], ["biogpt.embed_tokens.weight", "output_projection.weight"]),
+        (["model.embeddings.tok_embeddings.weight"], ["model.embeddings.tok_embeddings.weight", "decoder.weight"]),
+        (["rwkv.embeddings.weight"], ["rwkv.embeddings.weight", "head.weight"]),
+        (["transformer.w.weight"], ["transformer.w.weight", HEAD]),
+        (["transformer.tokens_embed.weight"], ["transformer.tokens_embed.weight", HEAD]),
     ],
 )
 def test_one_tensor_is_found_under_whichever_of_its_names_is_stored(

@@ -241,6 +241,13 @@ def test_a_single_file_beside_an_index_of_others_is_two_models(sharded: Path) ->
     refusal(sharded, "two-models")
 
 
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_the_weights_is_two_models(single: Path, weights: str) -> None:
+    for file in ("adapter_config.json", weights):
+        (single / file).write_text("{}")
+    refusal(single, "two-models")
+
+
 def test_a_single_file_that_the_index_names_is_one_model(single: Path) -> None:
     (single / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(llama_tensors(0), SINGLE)}))
     assert open_folder(single).weight_map == dict.fromkeys(llama_tensors(0), SINGLE)

@@ -142,3 +142,11 @@ def test_a_pipe_is_read_whole_or_refused(tmp_path: Path) -> None:
 def _write_to_pipe(pipe: Path, text: bytes) -> None:
     with suppress(BrokenPipeError):  # the reader may have seen enough
         pipe.write_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["<<: [{a: 1}, {a: 2}]\n", "<<: {a: 1}\n<<: {a: 2}\n"])
+def test_several_mappings_to_merge_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with refused(RecipeError, "invalid-yaml"):
+        read_mapping(path)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slrmerge.checkpoint.files import LocalFile
@@ -195,7 +195,8 @@ def mean_reference(dtype: str, alpha: float, pre: int, post: int) -> int:
     wide, source = FORMATS["F64" if dtype == "F64" else "F32"], FORMATS[dtype]
     weight = wide.value(wide.round(Fraction(alpha), negative=False))
     bits, factor = (post, weight) if weight < Fraction(1, 2) else (pre, weight - 1)
-    difference = wide.round(source.value(pre) - source.value(post), negative=False)
+    is_negative = source.value(pre) == 0 and source.negative(pre) and not source.negative(post)  # (-0) - (+0)
+    difference = wide.round(source.value(pre) - source.value(post), negative=is_negative)
     step, base = factor * wide.value(difference), source.value(bits)
     step_negative = (factor < 0) != wide.negative(difference)
     total = wide.round(step + base, negative=step == 0 and base == 0 and step_negative and source.negative(bits))
@@ -238,6 +239,7 @@ BLENDS = [
 
 @pytest.mark.parametrize(("pre", "post", "output"), BLENDS)
 @given(SEEDS, st.floats(0, 1) | st.sampled_from([0.85, 0.5, 0.9, 1 / 3]))
+@example(46077, 0.5)  # zeros of both signs
 @settings(deadline=None, max_examples=15)
 def test_blends_round_every_step_in_the_wide_format_and_the_result_once(
     pre: str, post: str, output: str, seed: int, alpha: float

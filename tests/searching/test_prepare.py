@@ -1,13 +1,14 @@
-"""What a search decides before it scores: the dtype of its first pass."""
+"""What a search decides before it scores: the dtype of its first pass, and the tokenizer of its prompts."""
 
 import pytest
 import torch
 
-from slrmerge.errors import OptionError
+from slrmerge.errors import OptionError, PlanError
+from slrmerge.recipe.load import load_recipe
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.run import Search
 from tests.problems import refused
-from tests.searching.pairs import SmallPair
+from tests.searching.pairs import TEMPLATE, SmallPair
 
 
 def test_the_first_pass_has_the_dtype_that_was_chosen_or_suits_the_device(
@@ -23,3 +24,19 @@ def test_the_device_of_a_cluster_has_a_valid_name(small: SmallPair) -> None:
     with refused(OptionError, "device-unavailable"):
         Search(small.recipe(), SearchOptions(device="abacus", ray="local"))
     assert Search(small.recipe(), SearchOptions(device="cuda:0", ray="local")).device == torch.device("cpu")
+
+
+def test_the_prompts_are_those_of_the_side_whose_tokenizer_the_hybrids_have(small: SmallPair, hurried: None) -> None:
+    (small.folder / "pre" / "chat_template.jinja").write_text("<|end|>" + TEMPLATE)
+    assert small.search().prepared.prompts[0].text.startswith("<|user|>")
+    search = small.search(small.recipe(tokenizer="pretrained"))
+    assert search.prepared.prompts[0].text.startswith("<|end|><|user|>")
+    search.run(small.out)
+    assert load_recipe(small.out / "slr.yaml").tokenizer == "pretrained"
+
+
+def test_a_recipe_with_another_tokenizer_is_refused(small: SmallPair) -> None:
+    other = small.recipe_file("other.yaml", alpha=0.5, tokenizer="pretrained")
+    with refused(PlanError, "other-tokenizer") as caught:
+        _ = small.search(also=other).prepared
+    assert caught.value.problems[0].where == "other.yaml: $.tokenizer"

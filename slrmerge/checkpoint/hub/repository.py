@@ -11,13 +11,7 @@ from typing import Any, Self
 
 from huggingface_hub import RepoFile, RepoFolder, constants, try_to_load_from_cache
 
-from slrmerge.checkpoint.adapter_config import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_WEIGHTS_NAME,
-    AdapterFolder,
-    is_adapter,
-    read_adapter_folder,
-)
+from slrmerge.checkpoint.adapter_config import AdapterFolder, is_adapter, read_adapter_folder
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.hub.errors import translate_hub_errors, translate_parse_errors, with_retries
@@ -34,6 +28,8 @@ from slrmerge.checkpoint.safetensors import (
     require_layers,
 )
 from slrmerge.checkpoint.side_files import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
     CARD_NAME,
     CHAT_TEMPLATE_FOLDERS,
     CONFIG_NAME,

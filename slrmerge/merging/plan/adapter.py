@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from slrmerge.checkpoint.adapter import AdapterCheckpoint
-from slrmerge.checkpoint.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from slrmerge.checkpoint.adapter_fit import Delta
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.header import DTYPE_BITS, TensorInfo
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.safetensors import SafetensorsCheckpoint
-from slrmerge.checkpoint.side_files import is_tokenizer_file
+from slrmerge.checkpoint.side_files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, is_tokenizer_file
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.plan.model import SCALED, MergePlan, PlannedFile, PlannedShard, PlannedTensor
 

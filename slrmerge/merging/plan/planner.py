@@ -1,9 +1,11 @@
 """Recipe and headers → MergePlan. Pure: reads no weights, writes nothing."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from slrmerge.checkpoint.config_defaults import config_defaults
 from slrmerge.checkpoint.config_differences import compare_configs
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.layers import group_names
@@ -21,6 +23,12 @@ from slrmerge.merging.plan.shards import lay_out
 from slrmerge.merging.plan.tensors import TensorPlanner
 from slrmerge.merging.plan.tokenizer import tokenizer_notes
 from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe, require_rules
+
+_SHARED_BLOCKS = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
+"""Architectures whose layers share a block of weights, and its name."""
+
+_RUNS_SHARED_BLOCK = "mamba_decoder."
+"""What layers that run such a block have besides."""
 
 
 @collector_paused()
@@ -65,6 +73,8 @@ def plan_merge(
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
     notes = (
         *_config_notes(pair),
+        *_head_notes(pair),
+        *_shared_block_notes(pair, alphas),
         *_idle_notes(alphas),
         *recipe.notes(pair),
         *pair.posttrained.notes,
@@ -104,6 +114,39 @@ def _head_problems(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[Pro
         if difference.is_about_heads:
             remedy = "name the model that the post-trained one was trained from"
             yield Problem("different-heads", f"{pair.pretrained}/{CONFIG_NAME}", str(difference), remedy)
+
+
+def _head_notes(pair: ModelPair) -> Iterator[str]:
+    """A language model without a head: loaders initialise it at random where the config does not tie it."""
+    post = pair.posttrained
+    embeddings, architectures = pair.correspondence.embeddings, post.config.get("architectures")
+    is_language_model = isinstance(architectures, list) and any(
+        str(each).endswith(("ForCausalLM", "LMHeadModel")) for each in architectures
+    )
+    is_default_known = post.config.get("model_type") in config_defaults()
+    is_untied = not embeddings.is_tied and (is_default_known or not embeddings.may_lack_one)
+    if is_language_model and embeddings.token and embeddings.head is None and is_untied:
+        yield (
+            f"the post-trained side stores no head, and its config does not tie one to {embeddings.token}: loaders "
+            "initialise it at random; set tie_word_embeddings: true in its config if the embedding serves as both"
+        )
+
+
+def _shared_block_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[str]:
+    """A block that several layers run is stored in one of them, and follows the rules of that one."""
+    block, stack = _SHARED_BLOCKS.get(str(pair.posttrained.config.get("model_type"))), pair.stack
+    if block is None or stack is None:
+        return
+    found: dict[int, set[float]] = defaultdict(set)
+    storing: set[int] = set()
+    for name, alpha in alphas.items():
+        place = stack.locate(name)
+        if place and place[1].startswith((f"{block}.", _RUNS_SHARED_BLOCK)):
+            found[place[0]].add(alpha)
+            storing |= {place[0]} if place[1].startswith(f"{block}.") else set()
+    if found.keys() - storing and len(set().union(*found.values())) > 1:
+        layers, stored = (", ".join(map(str, sorted(numbers))) for numbers in (found, storing))
+        yield f"layers {layers} run {block} of layer {stored}, whose rules decide about it for all of them"
 
 
 def _left_out_notes(pair: ModelPair) -> Iterator[str]:

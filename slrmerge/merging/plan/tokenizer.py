@@ -26,13 +26,12 @@ def tokenizer_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor
 
 
 def _token_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
-    """A warning where rows of the pre-trained side mean other tokens than they will in the output."""
+    """A warning where rows come from the other side than the tokenizer, and mean other tokens there."""
     mixed = [
         tensor.name
         for tensor in tensors
-        if tensor.pretrained is not None
+        if (tensor.pretrained if side == "posttrained" else tensor.posttrained) is not None
         and tensor.rows is None
-        and (tensor.alpha < 1 or side == "posttrained")
         and pair.correspondence.is_vocabulary(tensor.name)
     ]
     files = [checkpoint.side_files.get(TOKENIZER_NAME) for _, checkpoint in pair.items()]
@@ -42,9 +41,10 @@ def _token_notes(side: Side, pair: ModelPair, tensors: Iterable[PlannedTensor]) 
         return
     with suppress(CheckpointError):  # a tokenizer that cannot be read says nothing
         if (token := pair.vocabulary.difference) is not None:
+            own = "pre-trained" if side == "pretrained" else "post-trained"
             yield (
                 f"the two tokenizers differ: id {token} is another token on either side, "
-                f"but its rows are mixed or exchanged in {', '.join(mixed)}"
+                f"but not all rows are those of the {own} side, whose tokenizer the output has: {', '.join(mixed)}"
             )
 
 

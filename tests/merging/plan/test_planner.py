@@ -97,6 +97,8 @@ def test_a_tokenizer_past_the_rows_of_the_embedding_is_noted(
         ({"tensors": [{"match": "*embed_tokens*", "alpha": 1}]}, True),
         ({"tensors": [{"match": "*embed_tokens*", "alpha": 1}, {"match": "lm_head*", "alpha": 1}]}, True),
         ({"alpha": 1, "tokenizer": "pretrained"}, False),
+        ({"restore": [1, 2], "tokenizer": "pretrained"}, True),
+        ({"alpha": 0.5, "tokenizer": "pretrained"}, True),
         ({"restore": [1, 2]}, False),
         ({"restore": [1, 2], "tensors": [{"match": "model.norm.weight", "alpha": 0.5}]}, False),
     ],
@@ -165,3 +167,36 @@ def test_tensors_of_whole_numbers_may_be_empty(tmp_path: Path) -> None:
     pre, post = (llama_tensors(side) | {"model.g_idx": random_tensor("I32", (0,), side)} for side in ("pre", "post"))
     write_pair(tmp_path, pre, post)
     assert plan_of(tmp_path, restore=[1, 2]).kinds == {"copy": len(post)}
+
+
+@pytest.mark.parametrize(("rules", "noted"), [({"restore": [1, 1]}, 1), ({"restore": [3, 3]}, 1), ({"alpha": 0.5}, 0)])
+@pytest.mark.parametrize(("model_type", "block"), [("zamba", "shared_transf"), ("zamba2", "shared_transformer")])
+def test_a_block_that_layers_share_is_noted_where_they_differ(
+    tmp_path: Path, model_type: str, block: str, rules: dict[str, Any], noted: int
+) -> None:
+    for side in ("pre", "post"):
+        tensors = llama_tensors(side)
+        for layer in (1, 3):
+            tensors[f"model.layers.{layer}.mamba_decoder.in_proj.weight"] = random_tensor("BF16", (8, 8), side)
+        tensors[f"model.layers.1.{block}.o_proj.weight"] = random_tensor("BF16", (8, 8), side)
+        write_checkpoint(tmp_path / side, tensors, llama_config(model_type=model_type))
+    notes = make_plan({"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post"), **rules}).notes
+    assert sum(block in note for note in notes) == noted
+
+
+@pytest.mark.parametrize(
+    ("config", "noted"),
+    [
+        ({}, 1),
+        ({"tie_word_embeddings": False}, 1),
+        ({"tie_word_embeddings": True}, 0),
+        ({"model_type": "gemma"}, 0),
+        ({"model_type": "of-its-own-code"}, 0),
+        ({"architectures": ["LlamaModel"]}, 0),
+    ],
+)
+def test_a_head_that_is_neither_stored_nor_tied_is_noted(tmp_path: Path, config: dict[str, Any], noted: int) -> None:
+    write_checkpoint(tmp_path / "pre", llama_tensors("pre"), llama_config() | config)
+    write_checkpoint(tmp_path / "post", llama_tensors("post", tied=True), llama_config() | config)
+    recipe = {"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post"), "restore": [1, 2]}
+    assert sum("stores no head" in note for note in make_plan(recipe).notes) == noted

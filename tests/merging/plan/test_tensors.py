@@ -218,7 +218,8 @@ def test_an_untied_head_is_read_from_the_embeddings_of_a_tied_pre_trained_model(
 
 
 def test_a_tied_post_trained_model_leaves_the_pre_trained_head_out(tmp_path: Path) -> None:
-    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post", tied=True))
+    tied = llama_config(tie_word_embeddings=True)
+    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post", tied=True), post_config=tied)
     plan = plan_of(tmp_path, alpha=0.5)
     assert "lm_head.weight" not in by_name(plan)
     assert [note.rpartition(": ")[2] for note in plan.notes] == ["lm_head.weight"]

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from slrmerge.errors import CheckpointError
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.model import StagedModel
+from tests.problems import refused
 from tests.searching.sweep.models import (
     ARCHITECTURES,
     INTERVALS,
@@ -178,3 +180,11 @@ def test_a_sweep_without_sliding_windows_is_far_off(
     with windows_ignored(monkeypatch):
         quality, _ = gaps(swept(tmp_path, [POST, PRE], contexts()), expected)
     assert quality > 1000 * TOLERANCE
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused_where_it_is_blended(tmp_path: Path) -> None:
+    write_models(tmp_path, "llama")
+    edit_config(tmp_path / "post", tie_word_embeddings=True)
+    assert swept(tmp_path, [hybrid(restore=[1, 2])], contexts()).shape[0] == 1
+    with refused(CheckpointError, "tied-but-different"):
+        swept(tmp_path, [POST, PRE], contexts())
