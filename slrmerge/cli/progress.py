@@ -15,6 +15,8 @@ _SECONDS_PER_LINE = 60
 
 
 _WITHOUT_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+_WITH_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+"""tqdm's own format turns a rate below one per second around."""
 
 
 class TerminalProgress(Progress):
@@ -55,7 +57,7 @@ class TerminalProgress(Progress):
         self._bar = tqdm(
             total=total,
             desc=shown(description),
-            bar_format=None if unit else _WITHOUT_RATE,
+            bar_format=_WITH_RATE if unit else _WITHOUT_RATE,
             unit=unit,
             unit_scale=unit == "B",
             file=sys.stderr,
