@@ -61,7 +61,15 @@ def parse_place(text: str | os.PathLike[str], *, base: Path = Path()) -> Place:
         return base / text
     folder = base / os.path.expanduser(text)  # noqa: PTH111 (an unknown user is not an error here)
     exists = os.path.exists(folder)  # noqa: PTH110 (nor is a name that is too long)
-    return folder if exists or text.endswith(".gguf") else Repository.parse(text) or folder
+    if exists:
+        return _shortened(folder)
+    return folder if text.endswith(".gguf") else Repository.parse(text) or folder
+
+
+def _shortened(path: Path) -> Path:
+    """`search/../pre` as `pre`, where no symbolic link makes that another place."""
+    short = Path(os.path.normpath(path))
+    return short if os.path.realpath(short) == os.path.realpath(path) else path
 
 
 def folder_name(folder: Path) -> str:

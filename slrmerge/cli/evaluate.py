@@ -46,9 +46,11 @@ def evaluate(
     (questions whose answer is a number). Killed at any moment, the same command resumes and requests no sample twice.
 
     \b
-    slrmerge eval open-qa --data coverageqa.json --model post=./post --model slr=./hybrid --out ./eval
-    slrmerge eval reasoning --data openai/gsm8k --subset main --questions 100 --out ./gsm8k \\
-        --model post=http://localhost:8000/v1 --model slr=http://localhost:8001/v1
+    slrmerge eval open-qa --data coverageqa.json --out ./eval \\
+        --model post=./post --model slr=./hybrid
+    slrmerge eval reasoning --data openai/gsm8k --subset main --out ./gsm8k \\
+        --model post=http://localhost:8000/v1 \\
+        --model slr=http://localhost:8001/v1
     """
     chosen = EvaluationOptions(**options)
     from slrmerge.cli.progress import TerminalProgress

@@ -73,6 +73,8 @@ def _printable_usage() -> Iterator[None]:
     """click's errors repeat the words of the command, which may be names of files."""
     try:
         yield
+    except click.exceptions.NoArgsIsHelpError:  # whose message is the help
+        raise
     except click.ClickException as error:
         error.message = shown(error.message)  # type: ignore[misc]  # what show prints
         raise

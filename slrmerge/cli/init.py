@@ -26,14 +26,18 @@ def init(pretrained: str, posttrained: str, *, out: Path, overwrite: bool) -> No
     slrmerge init ./llama-3.1-8b ./llama-3.1-8b-instruct
     slrmerge init org/model org/model-instruct --out slr.yaml
     """
-    from slrmerge.checkpoint.pair import require_layers, require_same_depth
-    from slrmerge.errors import OutputError, PlanError, Problem, raise_all
-    from slrmerge.io.pieces import translate_os_errors
-    from slrmerge.recipe.model import Recipe
-    from slrmerge.recipe.starter import starter_recipe
+    from slrmerge.cli.progress import TerminalProgress
 
-    recipe = Recipe(pretrained=pretrained, posttrained=posttrained)
-    pair = recipe.open_pair()
+    with TerminalProgress(quiet=False) as progress:
+        progress.status("reading headers")
+        from slrmerge.checkpoint.pair import require_layers, require_same_depth
+        from slrmerge.errors import OutputError, PlanError, Problem, raise_all
+        from slrmerge.io.pieces import translate_os_errors
+        from slrmerge.recipe.model import Recipe
+        from slrmerge.recipe.starter import starter_recipe
+
+        recipe = Recipe(pretrained=pretrained, posttrained=posttrained)
+        pair = recipe.open_pair()
     raise_all(require_same_depth(pair), PlanError)
     text = starter_recipe(recipe, out.parent, layers=require_layers(pair).count)
     if out.exists() and not overwrite:

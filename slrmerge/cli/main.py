@@ -37,10 +37,12 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 Exit codes:
-  0 success   1 a bug   2 usage   3 recipe   4 checkpoint   5 recipe and checkpoints do not fit
-  6 output   7 disk space   8 output in use   9 source changed   10 verification failed
-  11 result does not fit the output dtype   12 unsupported model   13 missing package
-  14 Hub   15 questions   16 model server   17 Ray cluster   130 interrupted by Ctrl-C
+  0 success   1 a bug   2 usage   3 recipe   4 checkpoint
+  5 recipe and checkpoints do not fit   6 output   7 disk space
+  8 output in use   9 source changed   10 verification failed
+  11 result does not fit the output dtype   12 unsupported model
+  13 missing package   14 Hub   15 questions   16 model server
+  17 Ray cluster   130 interrupted by Ctrl-C
   141 the reader of stdout has left
 """
 
@@ -64,7 +66,7 @@ def main(ctx: click.Context) -> None:
     slrmerge search recipe.yaml --out ./search     find the layers to restore
     slrmerge search/slr.yaml --out ./hybrid        merge by a recipe
     slrmerge verify ./hybrid                       verify every bit of the result
-    slrmerge eval open-qa ...                      compare models: diversity and quality
+    slrmerge eval open-qa ...                      compare the answers of models
     slrmerge push ./hybrid me/hybrid               push to the Hub, as one commit
     """
     ctx.obj = {}
@@ -129,9 +131,7 @@ def merge(
     from slrmerge.cli import show
     from slrmerge.cli.progress import TerminalProgress
 
-    with TerminalProgress(quiet=quiet or as_json) as progress:
-        progress.status("reading headers")
-        planned = _plan(recipe, chosen, max_shard_size=max_shard_size, dtype=dtype)
+    planned = _plan(recipe, chosen, quiet=quiet or as_json, max_shard_size=max_shard_size, dtype=dtype)
     if out is None or dry_run:
         show.print_plan(planned, out, _free_bytes(planned, out, chosen), as_json=as_json)
         return
@@ -175,7 +175,7 @@ def plan(
     slrmerge plan recipe.yaml --json | jq '.tensors["lm_head.weight"]'
     """
     chosen = MergeOptions(**options)
-    planned = _plan(recipe, chosen, max_shard_size=max_shard_size, dtype=dtype)
+    planned = _plan(recipe, chosen, quiet=as_json, max_shard_size=max_shard_size, dtype=dtype)
     from slrmerge.cli import show
 
     show.print_plan(planned, out, _free_bytes(planned, out, chosen), as_json=as_json)
@@ -221,10 +221,15 @@ def inspect(checkpoint: str, *, tensors: bool, as_json: bool) -> None:
     slrmerge inspect ./llama-3.1-8b
     slrmerge inspect org/llama-3.1-8b@main --tensors
     """
-    from slrmerge.checkpoint.pair import open_checkpoint
-    from slrmerge.cli import show
+    from slrmerge.cli.progress import TerminalProgress
 
-    show.print_checkpoint(open_checkpoint(checkpoint), tensors=tensors, as_json=as_json)
+    with TerminalProgress(quiet=as_json) as progress:
+        progress.status("reading headers")
+        from slrmerge.checkpoint.pair import open_checkpoint
+        from slrmerge.cli import show
+
+        opened = open_checkpoint(checkpoint)
+    show.print_checkpoint(opened, tensors=tensors, as_json=as_json)
 
 
 @main.command(cls=Command)
@@ -237,7 +242,7 @@ def export(recipe: Path) -> None:
     """
     from slrmerge.merging.export import export_mergekit
 
-    echo_text(export_mergekit(_plan(recipe)))
+    echo_text(export_mergekit(_plan(recipe, MergeOptions(), quiet=False)))
 
 
 @main.command(cls=Command)
@@ -256,14 +261,17 @@ for _command in (completion, diff, environment, evaluate, help_command, init, pu
     main.add_command(_command)
 
 
-def _plan(recipe: Path, options: MergeOptions | None = None, **overrides: str | None) -> "MergePlan":
+def _plan(recipe: Path, options: MergeOptions, *, quiet: bool, **overrides: str | None) -> "MergePlan":
     """The plan for a recipe file with the command line's overrides."""
-    from slrmerge.merging.plan.planner import plan as plan_recipe
-    from slrmerge.recipe.load import load_recipe
+    from slrmerge.cli.progress import TerminalProgress
 
-    options = options or MergeOptions()
-    loaded = load_recipe(recipe, **overrides)
-    return plan_recipe(loaded, allow_code=options.allow_code, output=options.output)
+    with TerminalProgress(quiet=quiet) as progress:
+        progress.status("reading headers")
+        from slrmerge.merging.plan.planner import plan as plan_recipe
+        from slrmerge.recipe.load import load_recipe
+
+        loaded = load_recipe(recipe, **overrides)
+        return plan_recipe(loaded, allow_code=options.allow_code, output=options.output)
 
 
 def _free_bytes(planned: "MergePlan", out: Path | None, options: MergeOptions) -> int:

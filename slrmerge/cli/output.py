@@ -57,8 +57,8 @@ def print_json(value: Mapping[str, Any]) -> None:
 class Table:
     """A table; columns that start with > are aligned right, cells may have several lines.
 
-    On a terminal that is too narrow the first column is wrapped between words; where that is not enough, each row
-    becomes a block of lines. So nothing is cut.
+    On a terminal that is too narrow, headers and the first column are wrapped between words; where that is not enough,
+    each row becomes a block of lines. So nothing is cut.
     """
 
     def __init__(self, *columns: str) -> None:
@@ -71,40 +71,95 @@ class Table:
         self._styles.append(style)
 
     def print(self) -> None:
-        from rich.cells import cell_len
         from rich.console import Console
+
+        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        room = console.width if console.is_terminal else None
+        console.width = 10_000
+        names = [column.removeprefix(">") for column in self._columns]
+        rows = self._fit([names, *self._rows], room)
+        with console.capture() as captured:
+            if rows:
+                self._print_table(console, rows)
+            elif room:
+                for row, style in zip(self._rows, self._styles, strict=True):
+                    self._print_block(console, names, row, style, room)
+        click.echo(captured.get())
+
+    def _fit(self, rows: list[list[str]], room: int | None) -> list[list[str]] | None:
+        """The rows, of which the header is the first, in `room` columns, None where they do not fit."""
+        if room is None or _excess(rows, room) <= 0:
+            return rows
+        header, *others = rows
+        narrow = _widths(others or rows)
+        rows = [[wrap(name, width, _SHORT_WORD) for name, width in zip(header, narrow, strict=True)], *others]
+        if (excess := _excess(rows, room)) > 0:
+            width = _widths(rows)[0] - excess
+            rows = [[wrap(first, width), *rest] for first, *rest in rows]
+        return rows if _excess(rows, room) <= 0 else None
+
+    def _print_table(self, console: "Console", rows: Sequence[Sequence[str]]) -> None:
         from rich.table import Table as RichTable
 
         table = RichTable(box=None, pad_edge=False, header_style="bold")
-        names = [column.removeprefix(">") for column in self._columns]
-        columns = ["\n".join(cells).split("\n") for cells in zip(names, *self._rows, strict=True)]
-        widths = [max(map(cell_len, lines)) for lines in columns]
-        for name, column, width in zip(names, self._columns, widths, strict=True):
+        header, *others = rows
+        for name, column, width in zip(header, self._columns, _widths(rows), strict=True):
             table.add_column(name, justify="right" if column[:1] == ">" else "left", no_wrap=True, width=width)
-        for row, style in zip(self._rows, self._styles, strict=True):
+        for row, style in zip(others, self._styles, strict=True):
             table.add_row(*row, style=style)
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        excess = sum(widths) + 2 * (len(widths) - 1) - console.width if console.is_terminal else 0
-        if excess > 0:
-            table.columns[0].width, table.columns[0].no_wrap = widths[0] - excess, False
-        longest_word = max(cell_len(word) for line in columns[0] for word in line.split(" "))
-        console.width = 10_000
-        with console.capture() as captured:
-            if widths[0] - max(excess, 0) >= longest_word:
-                console.print(table)
-            else:
-                for row, style in zip(self._rows, self._styles, strict=True):
-                    self._print_block(console, names, row, style)
-        click.echo(captured.get())
+        console.print(table)
 
-    def _print_block(self, console: "Console", names: Sequence[str], row: Sequence[str], style: str) -> None:
+    def _print_block(self, console: "Console", names: Sequence[str], row: Sequence[str], style: str, room: int) -> None:
         """A row as its first cell and, below it, the others, each with its column's name."""
         head, *others = (cell.replace("\n", " ") for cell in row)
         console.print(f"{names[0]} {head}".strip(), style=f"bold {style}")
         widest = max(map(len, names[1:]), default=0)
+        indent = widest + 4
         for name, cell in zip(names[1:], others, strict=True):
             if cell:
-                console.print(f"  {name:{widest}}  {cell}", style=style)
+                lines = wrap(cell, room - indent, _SPACED).replace("\n", "\n" + " " * indent)
+                console.print(f"  {name:{widest}}  {lines}", style=style)
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """The width of each column."""
+    from rich.cells import cell_len
+
+    return [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
+
+
+def _excess(rows: Sequence[Sequence[str]], room: int) -> int:
+    """How many columns too wide the rows are, with two between cells."""
+    return sum(_widths(rows)) + 2 * (len(rows[0]) - 1) - room
+
+
+_WORD = r"\S+?(?:\s+|(?<=[./])(?=[^\W\d]|\*)|$)"
+"""A word with the spaces after it, or a part of a name that ends with a dot or a slash."""
+
+_SHORT_WORD = r"\S+?(?:\s+|(?<=[./_])(?=[^\W\d]|\*)|$)"
+"""The same, also for parts that end with an underscore."""
+
+_SPACED = r"\S+\s*"
+_PHRASE = r"\([^()]*\)\s*"
+
+
+def wrap(text: str, width: int, word: str = _WORD) -> str:
+    """`text` in lines of at most `width` where its words are that short: numbers are never cut."""
+    from rich.cells import cell_len
+
+    lines: list[str] = []
+    for pattern in (f"{_PHRASE}|{word}", word):
+        lines = []
+        for line in text.split("\n"):
+            lines.append("")
+            for each in re.findall(pattern, line):
+                if lines[-1] and cell_len(lines[-1] + each.rstrip()) > width:
+                    lines.append("")
+                lines[-1] += each
+        lines = [line.rstrip() for line in lines]
+        if max(map(cell_len, lines)) <= width:
+            break
+    return "\n".join(lines)
 
 
 def open_streams() -> None:

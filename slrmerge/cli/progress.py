@@ -14,6 +14,11 @@ _SECONDS_PER_LINE = 60
 """Without a terminal, a stage is printed when nothing was printed for so long."""
 
 
+_WITHOUT_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+_WITH_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+"""tqdm's own format turns a rate below one per second around."""
+
+
 class TerminalProgress(Progress):
     """Shows a bar on stderr where that is a terminal. Use it in a `with`."""
 
@@ -22,6 +27,7 @@ class TerminalProgress(Progress):
         self._quiet = quiet
         self._bar: tqdm[Never] | None = None
         self._is_status = False
+        self._name = ""
         self._last_line = monotonic()
 
     def __enter__(self) -> Self:
@@ -32,6 +38,7 @@ class TerminalProgress(Progress):
 
     def on_status(self, description: str) -> None:
         self._close()
+        self._name = ""
         if not self._has_terminal:
             self.on_stage(description)
             return
@@ -42,6 +49,7 @@ class TerminalProgress(Progress):
 
     def on_start(self, description: str, total: int, unit: str) -> None:
         self._close()
+        self._name = description
         if not self._has_terminal:
             return
         from tqdm import tqdm
@@ -49,6 +57,7 @@ class TerminalProgress(Progress):
         self._bar = tqdm(
             total=total,
             desc=shown(description),
+            bar_format=_WITH_RATE if unit else _WITHOUT_RATE,
             unit=unit,
             unit_scale=unit == "B",
             file=sys.stderr,
@@ -58,7 +67,9 @@ class TerminalProgress(Progress):
     def on_stage(self, description: str) -> None:
         if self._is_status:
             self.on_status(description)
-        elif self._bar is not None:
+            return
+        description = f"{self._name}, {description}" if self._name else description
+        if self._bar is not None:
             self._bar.set_description(shown(description))
         elif monotonic() - self._last_line > _SECONDS_PER_LINE:
             self.on_message(description)
@@ -69,6 +80,7 @@ class TerminalProgress(Progress):
 
     def on_finish(self) -> None:
         if self._bar is not None:
+            self._bar.set_description(shown(self._name), refresh=False)
             self._bar.update((self._bar.total or 0) - self._bar.n)
 
     def on_message(self, text: str) -> None:

@@ -60,7 +60,11 @@ def environment(*, as_json: bool) -> None:
     \b
     slrmerge env --json > env.json
     """
-    found = _environment()
+    from slrmerge.cli.progress import TerminalProgress
+
+    with TerminalProgress(quiet=as_json) as progress:
+        progress.status("loading torch")
+        found = _environment()
     if as_json:
         print_json(found)
         return

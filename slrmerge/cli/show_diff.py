@@ -13,12 +13,10 @@ def print_result(result: DiffResult, *, as_json: bool) -> None:
         print_json({"modules": rows, "notes": list(result.notes)})
         return
     parts = list(dict.fromkeys(name.partition(".")[0] for name in result.modules()))
-    shown = Table("layer", ">parameters", ">relative change", ">cosine", *(f">{part}" for part in parts))
+    shown = Table("layer", ">relative change", ">cosine", *(f">{part}" for part in parts))
     for layer in range(result.layers):
-        inside = (result.of_layer(layer, part) for part in parts)
-        shown.add_row(
-            str(layer), *_cells(result.of_layer(layer)), *(f"{found.relative_change:.2e}" for found in inside)
-        )
+        inside = (_change(result.of_layer(layer, part)) for part in parts)
+        shown.add_row(str(layer), *_cells(result.of_layer(layer)), *inside)
     for (layer, name), found in result.by_module.items():
         if layer == OUTSIDE:
             shown.add_row(name, *_cells(found), *("" for _ in parts))
@@ -33,5 +31,9 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _cells(found: Distance) -> tuple[str, str, str]:
-    return f"{found.parameters:,}", f"{found.relative_change:.2e}", f"{found.cosine:.6f}"
+def _cells(found: Distance) -> tuple[str, str]:
+    return _change(found), f"{found.cosine:.6f}"
+
+
+def _change(found: Distance) -> str:
+    return f"{found.relative_change:#.3g}".removesuffix(".")

@@ -79,7 +79,7 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
         echo(f"each of {estimate.workers} workers asks so many{downloads}; time at the rate of this machine")
     rows = Table("search of", ">candidates", ">arithmetic", ">states", "dtype", ">rate here", ">time here")
     for row in estimate.rows:
-        cost = (f"{row.cost.flop / 1e12:,.3g} TFLOP", format_bytes(row.cost.states_bytes))
+        cost = (f"{float(f'{row.cost.flop / 1e12:.3g}'):,g} TFLOP", format_bytes(row.cost.states_bytes))
         rate = f"{row.flop_per_s / 1e9:,.0f} GFLOP/s"
         rows.add_row(row.name, f"{row.candidates:,}", *cost, row.dtype, rate, format_duration(row.seconds))
     rows.print()
@@ -89,7 +89,7 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
 
 def _print_held_out(held_out: HeldOut) -> None:
     """The scores on prompts that were not used to select, each hybrid once."""
-    table = Table(f"{held_out.prompts} held-out prompts", "hybrid", ">Q", ">D", ">ΔQ", ">ΔD")
+    table = Table(f"{held_out.prompts} held-out prompts", ">Q", ">D", ">ΔQ", ">ΔD")
     names: dict[str, list[str]] = {}
     for name in held_out.scores:
         names.setdefault(held_out.scores[name].label, []).append(name)
@@ -97,7 +97,8 @@ def _print_held_out(held_out: HeldOut) -> None:
         found = held_out.scores[same[0]]
         changes = (change.text(3) if change else "" for change in (found.quality_change, found.diversity_change))
         named = ", ".join(NAMES[name] for name in same)
-        table.add_row(named, found.label, f"{found.quality:.3f}", f"{found.diversity:.3f}", *changes)
+        hybrid = found.label if found.label == named else f"{found.label} ({named})"
+        table.add_row(hybrid, f"{found.quality:.3f}", f"{found.diversity:.3f}", *changes)
     table.print()
 
 

@@ -45,7 +45,7 @@ def bars(result: EvaluationResult) -> "Figure":
         panels[0, 0].set_ylabel("mean over prompts", fontsize=9)
         if is_compared:
             panels[1, 0].set_ylabel(f"change from {names[0]}", fontsize=9)
-    figure.supxlabel("95 % intervals", fontsize=8)
+    figure.supxlabel("95% intervals", fontsize=8)
     return figure
 
 
@@ -71,7 +71,7 @@ def curves(result: EvaluationResult) -> "Figure":
         axes.fill_between(ks, [c.low for c in cells], [c.high for c in cells], color=colour, alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
-    axes.set(xlabel="k", ylabel="pass@k, 95 % interval", ylim=(0, None))
+    axes.set(xlabel="k", ylabel="pass@k, 95% interval", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
     return figure

@@ -26,7 +26,7 @@ RESAMPLES, CONFIDENCE = 9999, 0.95
 class Cell:
     """One metric of one model over its prompts; NaN where undefined.
 
-    `low` and `high` are the 95 % confidence interval of the mean (bootstrap over prompts, percentiles). `change` is the
+    `low` and `high` are the 95% confidence interval of the mean (bootstrap over prompts, percentiles). `change` is the
     mean difference to the first model over the prompts where both have a value, with its own interval;
     `relative_change` is it as a share of the first model's mean there.
     """

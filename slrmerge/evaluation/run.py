@@ -261,9 +261,9 @@ class _Run:
             for label in models.by_label
         ]
         notes = [*([chosen.note] if chosen.note else []), *self._sample_notes(responses)]
-        for label, model in models.by_label.items():
-            if isinstance(model, GenerationsFile):
-                notes.append(f"{label}: answers from a file, to which temperature, min_p and max_tokens do not apply")
+        if read := [label for label, model in models.by_label.items() if isinstance(model, GenerationsFile)]:
+            settings = "temperature, min_p and max_tokens"
+            notes.append(f"{', '.join(read)}: answers from a file, to which {settings} do not apply")
         if len(chosen.questions) < FEW_PROMPTS:
             notes.append(f"confidence intervals over only {len(chosen.questions)} prompts are too narrow")
         judge = Judge(models.judge, self.files.judge, self.progress) if models.judge else None

@@ -18,7 +18,7 @@ class Progress:
             self.on_status(description)
 
     def start(self, description: str, total: int, unit: str = "B") -> None:
-        """Begin a new count of `total` bytes, or of another `unit`."""
+        """Begin a new count of `total` bytes, or of another `unit`; "" for one that says nothing to a user."""
         with self._lock:
             self.on_start(description, total, unit)
 

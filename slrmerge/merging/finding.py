@@ -28,7 +28,7 @@ class SelectedCandidate(Rules):
 
 
 class ScoreChange(Model):
-    """The mean change of a score from the post-trained model on the same prompts, with its 95 % bootstrap interval.
+    """The mean change of a score from the post-trained model on the same prompts, with its 95% bootstrap interval.
 
     Without an interval where there is only one prompt.
     """

@@ -14,9 +14,9 @@ from slrmerge.searching.scorer import ScoreRequest
 from slrmerge.searching.selection import ScoredCandidate
 
 PASSES = {
-    "first": "scoring all candidates",
-    "finalists": "re-scoring the finalists",
-    "held-out": "asking the held-out prompts",
+    "first": "scoring candidates",
+    "finalists": "re-scoring finalists",
+    "held-out": "asking held-out prompts",
 }
 """The passes by name, as their progress is reported."""
 

@@ -165,7 +165,7 @@ class Search:
     def _score(self, scorer: Scorer, output: OutputFolder, progress: Progress) -> PassResult:
         """Score all candidates, and then the finalists exactly where the first pass was not exact."""
         prepared = self.prepared
-        progress.message("checking the sweep against the model's own forward pass")
+        progress.status("checking the sweep against the model's own forward pass")
         ends = [prompt.contexts[place] for prompt in (prepared.prompts[0], prepared.prompts[-1]) for place in (0, -1)]
         scorer.check(prepared.candidates[0].alphas, list(dict.fromkeys(ends)))
         first = self._run_pass(prepared.first, scorer, output, progress)
@@ -210,7 +210,7 @@ class Search:
         """The scores of a pass, each of shape (candidates, prompts)."""
         cost = scorer.cost(wanted.request)
         self._require_space(output, cost)
-        progress.start(PASSES[wanted.name], cost.states, " states")
+        progress.start(PASSES[wanted.name], cost.states, unit="")
         folder = output.staging / wanted.name if self._uses_disk(cost) else None
         log_probs = scorer.score(wanted.request, folder, progress)
         progress.finish()  # layers that are the same on both sides were computed once

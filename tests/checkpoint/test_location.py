@@ -124,6 +124,16 @@ def test_a_folder_counts_from_the_base_and_from_nowhere_else(tmp_path: Path, mon
     assert parse_source(str(tmp_path / "org/model"), base=tmp_path / "elsewhere") == tmp_path / "org/model"
 
 
+def test_a_folder_is_named_the_short_way_where_that_is_the_same_one(tmp_path: Path) -> None:
+    (tmp_path / "far" / "search").mkdir(parents=True)
+    for parent in (tmp_path, tmp_path / "far"):
+        (parent / "pre").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "search")
+    assert parse_source("../pre", base=tmp_path / "search") == tmp_path / "search" / ".." / "pre"  # no such folder
+    assert parse_source("../pre", base=tmp_path / "far") == tmp_path / "pre"
+    assert parse_source("../pre", base=tmp_path / "link") == tmp_path / "link" / ".." / "pre"
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

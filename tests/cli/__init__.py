@@ -3,7 +3,10 @@
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -46,35 +49,47 @@ def strict_json(text: str) -> Any:
 
 def at_a_terminal(command: Sequence[str], *, columns: int, **environment: str) -> tuple[int, bytes, bytes]:
     """Run a command whose stderr is a terminal of 24 lines: its exit code, its stdout, what the terminal saw."""
-    with TemporaryFile() as stdout:
-        exit_code, seen = _run_at_a_terminal(command, columns, stdout, ROOT, environment)
+    variables = {**os.environ, **_terminal(columns), **environment}
+    with TemporaryFile() as stdout, _terminal_output(columns) as (terminal, seen):
+        done = subprocess.Popen(command, stdout=stdout, stderr=terminal, env=variables, cwd=ROOT)
+        terminal.close()
+        exit_code = done.wait()
         stdout.seek(0)
-        return exit_code, stdout.read(), seen
+        return exit_code, stdout.read(), seen.result()
 
 
-def on_a_terminal(command: Sequence[str], *, columns: int, cwd: Path, **environment: str) -> str:
-    """What a terminal of 24 lines shows of a command's stdout and stderr."""
-    _, seen = _run_at_a_terminal(command, columns, None, cwd, environment)
-    return seen.decode().replace("\r\n", "\n")
+def on_a_terminal(*arguments: object, columns: int) -> str:
+    """Run `slrmerge ARGUMENTS` in this process: what a terminal of 24 lines shows of its stdout and stderr."""
+    with pytest.MonkeyPatch.context() as patch, _terminal_output(columns) as (terminal, seen):
+        for name, value in _terminal(columns).items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        with suppress(SystemExit):
+            main([str(argument) for argument in arguments], prog_name="slrmerge")
+        terminal.close()
+        return seen.result().decode().replace("\r\n", "\n")
 
 
-def _run_at_a_terminal(
-    command: Sequence[str], columns: int, stdout: IO[bytes] | None, cwd: Path, environment: Mapping[str, str]
-) -> tuple[int, bytes]:
-    """The exit code of a command, and what its terminal saw; without `stdout` that is on the terminal, too."""
+def _terminal(columns: int) -> dict[str, str]:
+    """The variables that describe a terminal; pytest's workers have others."""
+    return {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "24"}
+
+
+@contextmanager
+def _terminal_output(columns: int) -> Iterator[tuple[IO[str], "Future[bytes]"]]:
+    """A new terminal to write to, and what it has seen when it is closed."""
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
-    size = {"COLUMNS": str(columns), "LINES": "24"}  # pytest's workers have others
-    variables = {**os.environ, "TERM": "xterm", **size, **environment}
-    done = subprocess.Popen(command, stdout=stdout or theirs, stderr=theirs, env=variables, cwd=cwd)
-    os.close(theirs)
-    seen = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            seen += chunk
-    except OSError:  # how Linux says that the other side has closed
-        pass
-    finally:
+
+    def read_all() -> bytes:
+        seen = b""
+        with suppress(OSError):  # how Linux says that the other side has closed
+            while chunk := os.read(ours, 4096):
+                seen += chunk
         os.close(ours)
-    return done.wait(), seen
+        return seen
+
+    with ThreadPoolExecutor(1) as pool, open(theirs, "w", encoding="utf-8") as terminal:
+        yield terminal, pool.submit(read_all)

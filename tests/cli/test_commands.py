@@ -1,5 +1,7 @@
 """The commands as people type them: what goes to stdout and stderr, exit codes, --json, --quiet, and no tracebacks."""
 
+import io
+import itertools
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import pytest
 from slrmerge import _version, errors, execute
 from slrmerge.cli import main
 from slrmerge.cli.group import as_typed, fail
+from slrmerge.cli.progress import TerminalProgress
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.tasks import TASKS as EVALUATION_TASKS
 from slrmerge.io.options import options_of
@@ -315,6 +318,17 @@ def test_progress_is_shown_at_a_terminal(pair: Pair) -> None:
     assert b"merging: 100%" in seen
     assert b"B/s" in seen
     assert b"\x1b" not in summary
+
+
+def test_a_slow_count_has_a_rate_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, clock = io.StringIO(), itertools.count(0, 20)
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    with TerminalProgress(quiet=False) as progress:
+        progress.start("post", 640, " samples")
+        progress.advance(1)
+    assert re.search(r"0\.0\d samples/s\]", screen.getvalue())
 
 
 def test_the_help_of_a_command_with_many_options_lists_them_under_headings() -> None:

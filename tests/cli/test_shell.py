@@ -28,6 +28,12 @@ def test_help_alone_shows_every_command_with_its_whole_summary() -> None:
         assert main.commands[command].get_short_help_str(limit=1000) in text
 
 
+def test_the_command_alone_shows_its_help() -> None:
+    alone = run()
+    assert (alone.exit_code, alone.stdout) == (2, "")
+    assert alone.stderr == run("--help").stdout
+
+
 def test_help_of_an_unknown_command_is_a_usage_error() -> None:
     assert run("help", "plna").exit_code == 2
 

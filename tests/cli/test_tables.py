@@ -6,16 +6,20 @@ After an intended change: `UPDATE_GOLDEN=1 pytest tests/cli/test_tables.py`, the
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
+from slrmerge.cli import main
+from slrmerge.cli.output import wrap
+from slrmerge.searching.results_folder import read_result
+from slrmerge.searching.run import Search
+from tests.checkpoint.hub.conftest import hub as hub
+from tests.checkpoint.hub.server import HubServer, use
 from tests.cli import on_a_terminal, run
-from tests.cli.test_golden import GOLDEN, compare_text
+from tests.cli.test_golden import GOLDEN, compare_text, masked
 from tests.conftest import Pair
-
-SLRMERGE = str(Path(sys.executable).with_name("slrmerge"))
+from tests.searching.pairs import no_pictures
 
 QUESTIONS = {"Name a colour.": ["red", "blue"], "Name a river.": ["Nile"]}
 ANSWERS = {
@@ -28,65 +32,116 @@ COMMANDS = {
     "merge": ["recipe.yaml", "hybrid"],
     "diff": ["diff", "pre", "post"],
     "inspect": ["inspect", "post", "--tensors"],
+    "init": ["init", "pre", "post", "--out", "new.yaml"],
+    "export": ["export", "recipe.yaml"],
+    "env": ["env"],
     "eval": [
         "eval", "open-qa", "--data", "questions.json", "--samples", "4", "--out", "eval",
         *(word for name in ANSWERS for word in ("--model", f"{name}={name}.jsonl")),
     ],
 }  # fmt: skip
-AFTER_A_SEARCH = {"select": ["select", "search", "--min-quality", "0.95"]}
+AFTER_A_MERGE = {"verify": ["verify", "merged"]}
+AFTER_A_SEARCH = {
+    "search": ["search", "pair.yaml", "--out", "search"],
+    "search-estimate": ["search", "pair.yaml", "--dry-run", "--threads", "1"],
+    "select": ["select", "search", "--min-quality", "0.95"],
+}
+ON_THE_HUB = {"push": ["push", "merged", "ann/hybrid"]}
+ALL = COMMANDS | AFTER_A_MERGE | AFTER_A_SEARCH | ON_THE_HUB
 
 
 @pytest.fixture
-def here(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The pair's folder as the current one, with a recipe, questions and answers."""
-    pair.recipe_file(restore=[2, 3])
-    (pair.folder / "questions.json").write_text(json.dumps(QUESTIONS))
-    for name, texts in ANSWERS.items():
-        lines = (json.dumps({"prompt": question, "generations": texts}) + "\n" for question in QUESTIONS)
-        (pair.folder / f"{name}.jsonl").write_text("".join(lines))
+def here(pair: Pair, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a pair with what the command named by the parameter `name` needs."""
     monkeypatch.chdir(pair.folder)
+    recipe = pair.recipe_file(restore=[2, 3])
+    name = request.getfixturevalue("name")
+    if name in AFTER_A_SEARCH:
+        searched = shutil.copytree(request.getfixturevalue("tiny_search"), pair.folder / "searched")
+        monkeypatch.chdir(searched)
+        monkeypatch.setattr("slrmerge.searching.estimate.measured_rate", lambda width, dtype, device: 1e11)
+        monkeypatch.setattr("slrmerge.searching.scorer.LocalScorer.state_s", lambda self, request: 0.0)
+        monkeypatch.setattr("slrmerge.searching.plots.draw_result", no_pictures)
+        monkeypatch.setattr(Search, "run", lambda self, out, **_: read_result(out))  # it takes half a minute
+        return searched
+    if name in AFTER_A_MERGE | ON_THE_HUB:
+        assert run(recipe, "merged", "--quiet").exit_code == 0
+    if name in ON_THE_HUB:
+        server: HubServer = request.getfixturevalue("hub")
+        server.tokens["hf_ann"] = "ann"
+        use(monkeypatch, server, pair.folder / "cache", "hf_ann")
+    (pair.folder / "questions.json").write_text(json.dumps(QUESTIONS))
+    for label, texts in ANSWERS.items():
+        lines = (json.dumps({"prompt": question, "generations": texts}) + "\n" for question in QUESTIONS)
+        (pair.folder / f"{label}.jsonl").write_text("".join(lines))
     return pair.folder
 
 
-def screen(arguments: list[str], columns: int, folder: Path) -> str:
+def screen(arguments: list[str], columns: int) -> str:
     """What is left on a terminal after a command, without colours: progress has gone."""
-    seen = on_a_terminal([SLRMERGE, *arguments], columns=columns, cwd=folder)
-    lines = (line.rpartition("\r")[2] for line in re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", seen).split("\n"))
+    seen = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", on_a_terminal(*arguments, columns=columns))
+    lines = (line.rpartition("\r")[2] for line in seen.split("\n"))
     return "\n".join(line for line in lines if not re.match(r".*: +\d+%\|", line))
 
 
+def stable(name: str, text: str) -> str:
+    """A screen without what differs from machine to machine."""
+    if name == "env":
+        return re.sub(r"(?m)^(\S+ +).+$", r"\1VALUE", text)
+    return re.sub(r"http://127\.0\.0\.1:\d+", "HUB", text)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 @pytest.mark.parametrize("columns", [80, 140])
-@pytest.mark.parametrize("name", [*COMMANDS, *AFTER_A_SEARCH])
-def test_a_terminal_shows_what_the_golden_file_has(here: Path, tiny_search: Path, name: str, columns: int) -> None:
-    arguments = COMMANDS.get(name) or AFTER_A_SEARCH[name]
-    if name in AFTER_A_SEARCH:
-        shutil.copytree(tiny_search, here, dirs_exist_ok=True)
-    shown = screen(arguments, columns, here)
-    compare_text(f"terminal/{name}-{columns}", f"$ slrmerge {' '.join(arguments)}\n{shown}", here)
+@pytest.mark.parametrize("name", ALL)
+def test_a_terminal_shows_what_the_golden_file_has(here: Path, name: str, columns: int) -> None:
+    shown = stable(name, screen(ALL[name], columns))
+    compare_text(f"terminal/{name}-{columns}", f"$ slrmerge {' '.join(ALL[name])}\n{shown}", here)
 
 
-def test_there_is_no_golden_file_without_a_test() -> None:
-    names = {f"{name}-{columns}" for name in (*COMMANDS, *AFTER_A_SEARCH) for columns in (80, 140)}
+@pytest.mark.parametrize("columns", [80, 140])
+def test_the_help_of_every_command_is_that_of_the_golden_file(tmp_path: Path, columns: int) -> None:
+    calls = [["help"], *(["help", name] for name in sorted(main.commands))]
+    text = "\n".join(f"$ slrmerge {' '.join(call)}\n{screen(call, columns)}" for call in calls)
+    compare_text(f"terminal/help-{columns}", text, tmp_path)
+    assert max(map(len, text.splitlines())) <= columns
+
+
+def test_every_command_has_a_golden_file_and_every_file_a_test() -> None:
+    commands = main.commands.keys() - {"completion", "schema"}  # which print a file
+    assert commands <= ALL.keys() | {"help"}
+    names = {f"{name}-{columns}" for name in (*ALL, "help") for columns in (80, 140)}
     assert {path.stem for path in (GOLDEN / "terminal").iterdir()} == names
 
 
-def words(text: str) -> set[str]:
-    """What a text says, whatever its form, without what differs from run to run."""
-    return {word for word in text.split() if not re.fullmatch(r"\(?[\d.]+(?: \w+/s\))?", word)}
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_narrow_terminal_shows_all_that_a_pipe_gets(here: Path, name: str) -> None:
-    piped = run(*COMMANDS[name]).stdout
-    for folder in ("hybrid", "eval"):
-        shutil.rmtree(here / folder, ignore_errors=True)
-    shown = screen(COMMANDS[name], 40, here)
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+@pytest.mark.parametrize("name", ALL)
+def test_a_narrow_terminal_shows_all_that_a_wide_one_shows_and_cuts_no_number(here: Path, name: str) -> None:
+    shown = masked(stable(name, screen(ALL[name], 40)), here)
+    wide = (GOLDEN / "terminal" / f"{name}-140.txt").read_text().partition("\n")[2]
     assert "…" not in shown
-    assert words(piped) <= words(shown)
+    assert set(wide.split()) <= set(shown.split())
+    tables = set(shown.splitlines()) - set(wide.splitlines())  # sentences are the same at any width
+    assert [line for line in tables if re.search(r"\d[.,]?$", line[:40]) and re.match(r"[.,]?\d", line[40:])] == []
 
 
-def test_colour_marks_errors_and_can_be_switched_off(tmp_path: Path) -> None:
-    command = [SLRMERGE, "plan", "missing.yaml"]
-    assert "\x1b[1;31merror:\x1b[0m" in on_a_terminal(command, columns=80, cwd=tmp_path)
-    assert "\x1b" not in on_a_terminal(command, columns=80, cwd=tmp_path, NO_COLOR="1")
-    assert "\x1b" not in run(*command[1:]).stderr
+@pytest.mark.parametrize(("text", "width", "lines"), [
+    ("relative change", 8, ["relative", "change"]),
+    ("layers 2–8 (selected)", 12, ["layers 2–8", "(selected)"]),
+    ("soup 0.80 (best soup)", 16, ["soup 0.80", "(best soup)"]),
+    ("soup 0.80 (best soup, recipe)", 12, ["soup 0.80", "(best soup,", "recipe)"]),
+    ("model.layers.*.mlp.weight", 16, ["model.layers.*.", "mlp.weight"]),
+    ("0.123 [0.1, 0.2]", 3, ["0.123", "[0.1,", "0.2]"]),
+    ("two lines\nkept", 20, ["two lines", "kept"]),
+    ("", 3, [""]),
+])  # fmt: skip
+def test_text_is_wrapped_between_words_and_parts_of_names(text: str, width: int, lines: list[str]) -> None:
+    assert wrap(text, width).split("\n") == lines
+
+
+def test_colour_marks_errors_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["plan", "missing.yaml"]
+    assert "\x1b[1;31merror:\x1b[0m" in on_a_terminal(*command, columns=80)
+    assert "\x1b" not in run(*command).stderr
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in on_a_terminal(*command, columns=80)

@@ -137,7 +137,7 @@ def test_the_page_has_the_scores_on_held_out_prompts() -> None:
     text = page(asked).text
     for expected in (
         "On other prompts", "post-trained", "0.988", "1.234", "runner-up", "<b>&", "0.877", "2.346",
-        "+0.250 [-0.500, +0.750]", "+1.000", "12 prompts", "layers 1–2 most often, in 62% of the draws",
+        "+0.250 [−0.500, +0.750]", "+1.000", "12 prompts", "layers 1–2 most often, in 62% of the draws",
     ):  # fmt: skip
         assert expected in text
     assert "layers 3" not in text[text.index("On other prompts") :].split("Recipe")[0]

@@ -210,7 +210,7 @@ def test_a_search_writes_its_results_and_nothing_else(small: SmallPair) -> None:
     assert leftovers(small.out) == []
     after = tree(small.folder)
     assert {path for path in before if before[path] != after.get(path)} <= {str(small.folder)}
-    assert len(watcher.messages) == 1
+    assert watcher.messages == []
     assert sum(watcher.totals) == watcher.advanced
     assert len(watcher.stages) == ALL_STAGES
     assert len(result.rows) == 2 + LAYERS * (LAYERS + 1) // 2 + 3
@@ -546,7 +546,7 @@ def test_a_stopped_search_resumes_after_the_last_finished_layer(
     assert not small.out.exists()
     again = Watcher()
     small.run(progress=again)
-    assert len(again.messages) == 2
+    assert len(again.messages) == 1
     assert len(again.stages) == ALL_STAGES - (at - 1)
     assert sum(again.totals) == again.advanced
     assert results(small.out) == plain
@@ -593,7 +593,7 @@ def test_without_resume_a_search_starts_again(small: SmallPair) -> None:
     assert leftovers(small.out) == []
     again = Watcher()
     small.run(progress=again)
-    assert len(again.messages) == 1
+    assert again.messages == []
     assert len(again.stages) == ALL_STAGES
 
 
@@ -614,7 +614,7 @@ def test_states_of_another_search_are_not_resumed(small: SmallPair, monkeypatch:
     options, again = OTHERS[case](small), Watcher()
     small.run(progress=again, **options)
     small.run(small.folder / "plain", **options)
-    assert len(again.messages) == 2
+    assert len(again.messages) == 1
     assert len(again.stages) >= STAGES
     assert results(small.out) == results(small.folder / "plain")
     assert leftovers(small.out) == []
@@ -641,7 +641,7 @@ def test_damaged_states_are_not_resumed(small: SmallPair, plain: dict[str, bytes
     SPOILED[case](staging_folder(small.out) / "first")
     again = Watcher()
     small.run(progress=again)
-    assert len(again.messages) == 2
+    assert len(again.messages) == 1
     assert len(again.stages) == ALL_STAGES
     assert results(small.out) == plain
 

@@ -77,13 +77,13 @@ class Sweep:
             progress.message(f"resuming after {finished}")
             progress.advance(sum(self._plan.state_counts[1:done]))
         for stage in range(done, self._head_stage):
-            progress.stage(f"layer {stage} of {self._head_stage - 1}, {len(hybrid_states)} candidates")
+            progress.stage(f"layer {stage} of {self._head_stage - 1}")
             step = self._step(stage, hybrid_states)
             origin_of = dict(zip(hybrid_states, origins, strict=True))
             states = self._run_layer(stage, step, states, origin_of, store, progress)
             hybrid_states = step.hybrid_states
             store.commit(stage + 1, hybrid_states, states)
-        progress.stage("head")
+        progress.stage("answers")
         return self._run_head(hybrid_states, states)
 
     @torch.inference_mode()
