@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.header import FLOATING, TORCH_DTYPES
 from slrmerge.checkpoint.location import AdapterOnBase, Repository, Source
 from slrmerge.checkpoint.pair import ModelPair, require_layers, require_same_depth
 from slrmerge.checkpoint.side_files import fetch_side_files
@@ -63,7 +64,7 @@ def prepare(
         raise UnsupportedModelError(Problem("gguf", str(pair.posttrained), what, remedy))
     raise_all(require_same_depth(pair), PlanError)
     require_layers(pair)
-    raise_all((*_other_pairs(pair, also), *_other_tokenizers(recipe, also)), PlanError)
+    raise_all((*_other_pairs(pair, also), *_other_settings(pair, recipe, also)), PlanError)
     asking = pair[recipe.tokenizer]  # the side whose tokenizer and template the hybrids have
     for checkpoint in {id(each): each for each in (pair.posttrained, asking)}.values():
         fetch_side_files(checkpoint.side_files)
@@ -117,13 +118,24 @@ def _other_pairs(pair: ModelPair, also: Sequence[tuple[str, AnyRecipe]]) -> Iter
                 yield Problem("other-checkpoint", f"{label}: $.{side}", what, remedy)
 
 
-def _other_tokenizers(recipe: AnyRecipe, also: Sequence[tuple[str, AnyRecipe]]) -> Iterator[Problem]:
-    """Recipes in `also` whose hybrids would be asked in the words of another chat template."""
+def _other_settings(pair: ModelPair, recipe: AnyRecipe, also: Sequence[tuple[str, AnyRecipe]]) -> Iterator[Problem]:
+    """Recipes in `also` whose hybrids would be stored, or asked, otherwise than this search does."""
     for label, other in also:
-        if other.tokenizer != recipe.tokenizer:
-            what = f"takes the tokenizer of the {other.tokenizer} side, the other hybrids do not"
-            remedy = "search with that recipe alone, or give all the same tokenizer"
-            yield Problem("other-tokenizer", f"{label}: $.tokenizer", what, remedy)
+        for key in ("dtype", "tokenizer", "vocabulary"):
+            own, theirs = getattr(recipe, key), getattr(other, key)
+            if own == theirs or (key == "dtype" and _dtypes(pair, own) == _dtypes(pair, theirs)):
+                continue
+            given, searched = (value or "not given" for value in (theirs, own))
+            what = f"is {given}, in the recipe that is searched it is {searched}"
+            yield Problem(
+                "other-settings", f"{label}: $.{key}", what, "give both the same, or search that recipe alone"
+            )
+
+
+def _dtypes(pair: ModelPair, dtype: str | None) -> set[str]:
+    """The dtypes of a hybrid's floating tensors, which are the post-trained side's unless a recipe says otherwise."""
+    stored = {info.dtype for info in pair.posttrained.values()} & FLOATING
+    return {dtype} if dtype else {TORCH_DTYPES[each] for each in stored}
 
 
 def _unknown_tokens(pair: ModelPair, prompts: Sequence[Prompt]) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from slrmerge.checkpoint.header import TORCH_DTYPES
 from slrmerge.errors import OptionError, PlanError
 from slrmerge.recipe.load import load_recipe
 from slrmerge.searching.options import SearchOptions
@@ -35,8 +36,19 @@ def test_the_prompts_are_those_of_the_side_whose_tokenizer_the_hybrids_have(smal
     assert load_recipe(small.out / "slr.yaml").tokenizer == "pretrained"
 
 
-def test_a_recipe_with_another_tokenizer_is_refused(small: SmallPair) -> None:
-    other = small.recipe_file("other.yaml", alpha=0.5, tokenizer="pretrained")
-    with refused(PlanError, "other-tokenizer") as caught:
+@pytest.mark.parametrize(
+    "setting",
+    [{"tokenizer": "pretrained"}, {"dtype": "float16"}, {"vocabulary": "shared"}],
+    ids=lambda each: next(iter(each)),
+)
+def test_a_recipe_that_would_be_stored_or_asked_otherwise_is_refused(small: SmallPair, setting: dict[str, str]) -> None:
+    other = small.recipe_file("other.yaml", alpha=0.5, **setting)
+    with refused(PlanError, "other-settings") as caught:
         _ = small.search(also=other).prepared
-    assert caught.value.problems[0].where == "other.yaml: $.tokenizer"
+    assert caught.value.problems[0].where == f"other.yaml: $.{next(iter(setting))}"
+
+
+def test_a_recipe_may_name_the_dtype_that_the_hybrids_have(small: SmallPair) -> None:
+    (stored,) = {TORCH_DTYPES[info.dtype] for info in small.open().posttrained.values()}
+    other = small.recipe_file("other.yaml", alpha=0.37, dtype=stored)
+    assert "other.yaml" in {each.info.label for each in small.search(also=other).prepared.candidates}
