@@ -164,7 +164,13 @@ class _ShardWriter:
         self._started.wait()
         if self._stopped.is_set():
             return
+        try:
+            self._write_piece(shard, job)
+        except BaseException:
+            self._stopped.set()  # here, since this thread may finish the next piece before any other wakes up
+            raise
 
+    def _write_piece(self, shard: "_OpenShard", job: Job) -> None:
         def clone(target: int) -> bool:
             source = self._reader.pair.posttrained
             return job.is_cloned and source.clone_file(shard.stream.shard.name, target, job.start, job.stop)
