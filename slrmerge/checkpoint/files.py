@@ -4,6 +4,7 @@ Local files are read at positions, not mapped: a mapped file that is truncated k
 this process's memory.
 """
 
+import errno
 import os
 import re
 import stat
@@ -130,6 +131,10 @@ class LocalFile:
         try:
             fd = os.open(self.path, _FLAGS)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                what = f"cannot be opened ({error.strerror})"
+                remedy = "allow more open files: ulimit -n 1024"
+                raise CheckpointError(Problem("too-many-files-open", str(self.path), what, remedy)) from error
             raise _changed(self.path, f"can no longer be opened ({error.strerror})") from error
         opened = OpenLocalFile(self, fd)
         try:

@@ -141,6 +141,8 @@ def _invalid(file: SourceFile, what: str, remedy: str = "", *, code: str = "inva
 def _not_a_header(file: SourceFile, start: bytearray, header_bytes: int) -> CheckpointError:
     """The error for a file whose first eight bytes are not the length of a header."""
     for magic, what, remedy in _LOOKALIKES:
+        if magic.startswith(b"version") and file.download_bytes:
+            remedy = "its owner uploaded only the pointer: name another revision or repository"
         if start.lstrip().lower().startswith(magic.lower()):
             return _invalid(file, f"is {what}", remedy, code="not-safetensors")
     if len(start) < 8 or 8 + header_bytes > file.file_bytes:

@@ -172,7 +172,8 @@ def translate_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        translated = output_error(Path(error.filename or path), error)
+        named = Path(error.filename or path)  # rmtree's names are relative to a folder that it has open
+        translated = output_error(named if named.is_absolute() else path, error)
         for note in getattr(error, "__notes__", ()):
             translated.add_note(note)
         raise translated from error

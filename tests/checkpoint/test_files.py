@@ -1,5 +1,6 @@
 """A local file returns the bytes it had when it was listed, or an error."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -32,6 +33,18 @@ def filled(file: LocalFile, start: int, *lengths: int) -> list[bytes]:
         return found
     finally:
         opened.close()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_are_no_change_of_the_file(
+    file: LocalFile, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", fail)
+    with refused(CheckpointError, "too-many-files-open"):
+        file.open()
 
 
 def test_a_stream_returns_consecutive_bytes(file: LocalFile) -> None:

@@ -185,6 +185,13 @@ def test_translated_errors_name_the_file_and_keep_their_notes(tmp_path: Path) ->
     assert caught.value.__cause__ is error
 
 
+def test_a_name_relative_to_an_open_folder_is_not_taken_for_a_path(tmp_path: Path) -> None:
+    error = OSError(errno.EPERM, "not permitted", "inner")
+    with refused(OutputError, "io-error") as caught, translate_os_errors(tmp_path):
+        raise error
+    assert caught.value.problems[0].where == str(tmp_path)
+
+
 @pytest.mark.parametrize("where", ["missing/file", "."])
 def test_a_path_that_cannot_be_written_or_read_is_named(tmp_path: Path, where: str) -> None:
     for act in (

@@ -146,6 +146,18 @@ def test_two_commits_of_a_repository_are_two_checkpoints(pair: HubPair) -> None:
     assert both.pretrained.keys() == both.posttrained.keys()
 
 
+def test_a_pointer_that_was_uploaded_as_weights_cannot_be_pulled(pair: HubPair) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1000000\n"
+    pair.hub.commit(CHAT, dict.fromkeys(opened(CHAT).shards) | {"model.safetensors": pointer})
+    pair.hub.commit(CHAT, {"model.safetensors.index.json": None})
+    found = refusal(CHAT, "not-safetensors", CheckpointError)
+    assert "git lfs" not in found.remedy
+    (pair.folder / "pointer").mkdir()
+    (pair.folder / "pointer/config.json").write_bytes(b"{}")
+    (pair.folder / "pointer/model.safetensors").write_bytes(pointer)
+    assert "git lfs" in refusal(str(pair.folder / "pointer"), "not-safetensors", CheckpointError).remedy
+
+
 def test_a_missing_repository_is_refused(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hf auth login" in refusal("org/nope", "repository-not-found").remedy
     hub.tokens["hf_ann"] = "ann"
