@@ -13,7 +13,7 @@ from typing import NamedTuple
 import xxhash
 
 from slrmerge.checkpoint.files import OpenFile, SourceFile
-from slrmerge.checkpoint.header import Shard, TensorInfo, in_data_order, name_problem
+from slrmerge.checkpoint.header import LFS_POINTER, Shard, TensorInfo, in_data_order, lfs_pointer, name_problem
 from slrmerge.errors import CheckpointError, Problem, raise_all
 from slrmerge.io.sizes import shorten
 
@@ -122,9 +122,9 @@ def _read(file: SourceFile, source: "_Bytes") -> GgufShard:
 
 def _require_version(file: SourceFile, source: "_Bytes") -> None:
     if file.file_bytes < 4 or source.upto(4) != b"GGUF":
-        lfs = file.file_bytes >= 24 and source.upto(24).startswith(b"version https://git-lfs")
-        what, remedy = ("a Git LFS pointer, not the weights", "git lfs pull") if lfs else ("not a GGUF file", "")
-        raise CheckpointError(Problem("not-gguf", str(file), f"is {what}", remedy and f"download them with: {remedy}"))
+        if file.file_bytes >= 24 and source.upto(24).startswith(LFS_POINTER):
+            raise lfs_pointer(file, "not-gguf")
+        raise CheckpointError(Problem("not-gguf", str(file), "is not a GGUF file"))
     source.position = 4
     version = source.number(_U32)
     if version in (2, 3):

@@ -44,8 +44,10 @@ _MAX_DIMENSIONS = 64  # as many as torch takes
 _MAX_ELEMENTS = 2**63  # a tensor library counts elements and strides in 64 signed bits
 
 _PICKLE = "a pickle (PyTorch's old format)"
+LFS_POINTER = b"version https://git-lfs"
+"""The start of what Git has in the place of a large file."""
+
 _LOOKALIKES = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "download them with: git lfs pull"),
     (b"<!doctype", "an HTML page (a failed download?)", "download it again"),
     (b"<html", "an HTML page (a failed download?)", "download it again"),
     (b"PK\x03\x04", "a pickle archive (PyTorch's own format)", "convert it to safetensors first"),
@@ -138,12 +140,20 @@ def _invalid(file: SourceFile, what: str, remedy: str = "", *, code: str = "inva
     return CheckpointError(Problem(code, str(file), what, remedy))
 
 
+def lfs_pointer(file: SourceFile, code: str) -> CheckpointError:
+    """The error for a file that is only Git LFS's pointer to the weights."""
+    uploaded = "its owner uploaded only the pointer: name another revision or repository"
+    remedy = uploaded if file.download_bytes else "download them with: git lfs pull"
+    return _invalid(file, "is a Git LFS pointer, not the weights", remedy, code=code)
+
+
 def _not_a_header(file: SourceFile, start: bytearray, header_bytes: int) -> CheckpointError:
     """The error for a file whose first eight bytes are not the length of a header."""
+    found = start.lstrip().lower()
+    if found.startswith(LFS_POINTER):
+        return lfs_pointer(file, "not-safetensors")
     for magic, what, remedy in _LOOKALIKES:
-        if magic.startswith(b"version") and file.download_bytes:
-            remedy = "its owner uploaded only the pointer: name another revision or repository"
-        if start.lstrip().lower().startswith(magic.lower()):
+        if found.startswith(magic.lower()):
             return _invalid(file, f"is {what}", remedy, code="not-safetensors")
     if len(start) < 8 or 8 + header_bytes > file.file_bytes:
         what = f"is truncated at {file.file_bytes:,} bytes, inside its header"

@@ -32,7 +32,7 @@ class Refusals:
 
 
 class Notes:
-    """What a reader of the plan should know about tensors: names by what is said of them."""
+    """Notes on the plan, each with the names of the tensors that it is about."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = defaultdict(list)
