@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from slrmerge.checkpoint.files import ByteStream, SourceFile
 from slrmerge.checkpoint.header import DTYPE_BITS, Shard, TensorInfo
 from slrmerge.checkpoint.layers import LayerStack, find_stack, numbered_stacks
+from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.io.progress import Progress
 from slrmerge.io.sizes import format_bytes
 
@@ -242,3 +243,14 @@ def read_steps(stream: ByteStream, dtype: str, steps: range, buffer: memoryview)
         count = min(steps.step, steps.stop - begin)
         stream.readinto(buffer[: count * width])
         yield dtype, count
+
+
+def differing_chunks(reader: TensorReader, name: str, other: TensorReader, twin: str) -> Iterator[bool]:
+    """Whether a tensor differs from one of the same size, a chunk of bytes at a time."""
+    own, others = bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)
+    nbytes = reader.checkpoint[name].nbytes
+    for start in range(0, nbytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES, nbytes - start)
+        reader.read_into(name, start, memoryview(own)[:size])
+        other.read_into(twin, start, memoryview(others)[:size])
+        yield own[:size] != others[:size]

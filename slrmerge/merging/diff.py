@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from itertools import takewhile
 from math import prod
 
+from slrmerge.checkpoint.base import differing_chunks
 from slrmerge.checkpoint.fused import is_regrouped
 from slrmerge.checkpoint.gguf_header import QUANTISED
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
 from slrmerge.errors import PlanError, Problem, raise_all
-from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import cancellable_pool, thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
@@ -53,7 +53,8 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
 
         def differ(name: str) -> bool:
             twin = twins[name]
-            found = any(takewhile(lambda _: not cancelled.is_set(), _differing_chunks(reader, name, twin)))
+            chunks = differing_chunks(reader.posttrained, name, reader.pretrained, twin)
+            found = any(takewhile(lambda _: not cancelled.is_set(), chunks))
             progress.advance(pair.pretrained[twin].nbytes + pair.posttrained[name].nbytes)
             return found
 
@@ -106,17 +107,6 @@ def _comparable(pair: ModelPair) -> tuple[list[str], list[str], list[str]]:
     more = {why: f" and {len(found) - 1} more" if len(found) > 1 else "" for why, found in skipped.items()}
     renamed = [pair.correspondence.note] if pair.correspondence.note else []
     return names, blocks, renamed + [f"not compared, {why}: {found[0]}{more[why]}" for why, found in skipped.items()]
-
-
-def _differing_chunks(reader: PairReader, name: str, twin: str) -> Iterator[bool]:
-    """Whether a tensor differs from its pre-trained twin, a chunk of bytes at a time."""
-    pre, post = bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)
-    nbytes = reader.posttrained.checkpoint[name].nbytes
-    for start in range(0, nbytes, CHUNK_BYTES):
-        size = min(CHUNK_BYTES, nbytes - start)
-        reader.pretrained.read_into(twin, start, memoryview(pre)[:size])
-        reader.posttrained.read_into(name, start, memoryview(post)[:size])
-        yield pre[:size] != post[:size]
 
 
 def _chunks(reader: PairReader, name: str, twin: str) -> Iterator[Distance]:

@@ -361,7 +361,7 @@ def test_the_heat_map_needs_matplotlib(pair: Pair, monkeypatch: pytest.MonkeyPat
 
 
 def test_quantised_tensors_of_gguf_files_are_compared_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slrmerge.merging.diff.CHUNK_BYTES", 100)
+    monkeypatch.setattr("slrmerge.checkpoint.base.CHUNK_BYTES", 100)
     pre, same, post = (write_gguf(tmp_path / f"{n}.gguf", seed) for n, seed in (("a", 1), ("b", 1), ("c", 2)))
     content = bytearray(same.read_bytes())
     content[-1] ^= 1  # in the last tensor, output.weight
