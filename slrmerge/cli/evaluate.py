@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from slrmerge.cli.group import Command
-from slrmerge.cli.options import GroupedOption, json_option, options_from, out_option, quiet_option
+from slrmerge.cli.options import grouped_option, json_option, options_from, out_option, quiet_option
 from slrmerge.evaluation.options import EvaluationOptions
 
 _TASKS = ("open-qa", "creative", "reasoning")  # evaluation.tasks.TASKS, without importing it
@@ -15,18 +15,16 @@ _TASKS = ("open-qa", "creative", "reasoning")  # evaluation.tasks.TASKS, without
 @click.command("eval", cls=Command)
 @click.argument("task", type=click.Choice(_TASKS), metavar="TASK")
 @out_option("samples and results", required=True)
-@click.option(
+@grouped_option(
     "--data",
-    cls=GroupedOption,
     group="Questions",
     required=True,
     metavar="FILE|DATASET",
     help="Questions: .json, .jsonl, .csv, .txt with one prompt per line, or a dataset on the Hub.",
 )
-@click.option(
+@grouped_option(
     "--model",
     "models",
-    cls=GroupedOption,
     group="Answers",
     required=True,
     multiple=True,

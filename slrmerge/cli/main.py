@@ -11,11 +11,11 @@ from slrmerge.cli.group import Command, DefaultGroup
 from slrmerge.cli.init import init
 from slrmerge.cli.options import (
     FOLDER,
-    GroupedOption,
     all_of,
     branch_option,
     dry_run_option,
     folder_argument,
+    grouped_option,
     json_option,
     options_from,
     out_option,
@@ -76,11 +76,10 @@ def main(ctx: click.Context) -> None:
 @_merge_options
 @click.argument("folder", type=FOLDER, required=False, metavar="[OUT]")
 @dry_run_option
-@click.option(
+@grouped_option(
     "--push-to-hub",
     "repository",
     metavar="USER/REPO",
-    cls=GroupedOption,
     group="Hub",
     help="Verify the merge and push it to this repository.",
 )

@@ -1,6 +1,7 @@
 """Options of the command line: generated from the option classes, and those that only commands have."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,11 +18,15 @@ PATH = click.Path(path_type=Path, readable=False)
 
 
 class GroupedOption(click.Option):
-    """An option that a command's help lists under a heading of its own."""
+    """An option that a command's help lists under the heading `group`, if that is not empty."""
 
-    def __init__(self, *declarations: Any, group: str = "", **more: Any) -> None:
+    def __init__(self, *declarations: Any, group: str, **more: Any) -> None:
         super().__init__(*declarations, **more)
         self.group = group
+
+
+grouped_option = partial(click.option, cls=GroupedOption)
+"""`click.option` with a `group`."""
 
 
 class FolderType(click.Path):
@@ -77,9 +82,9 @@ def all_of(*decorators: Decorator) -> Decorator:
 def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorator:
     flag = known.flag or f"--{name.replace('_', '-')}"
     kinds = [kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not NoneType]
-    more: dict[str, Any] = {"help": known.help, "cls": GroupedOption, "group": known.group}
+    more: dict[str, Any] = {"help": known.help, "group": known.group}
     if bool in kinds:
-        return click.option(flag, name, default=default, is_flag=True, show_default="/" in flag, **more)
+        return grouped_option(flag, name, default=default, is_flag=True, show_default="/" in flag, **more)
     more |= {"metavar": known.metavar, "show_default": known.default_help or True}
     if get_origin(kinds[0]) is tuple:
         more["multiple"] = True
@@ -99,22 +104,19 @@ def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorato
         lower, upper = (None if bound is None else int(bound) for bound in (known.minimum, known.maximum))
         kind = NumberOrAuto if known.or_auto else click.IntRange
         more |= {"type": kind(lower, upper), "metavar": known.metavar or ("N|auto" if known.or_auto else "N")}
-    return click.option(flag, name, **more)
+    return grouped_option(flag, name, **more)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
-overwrite_option = click.option(
-    "--overwrite", is_flag=True, cls=GroupedOption, group="Output", help="Replace the results of an older run at --out."
+overwrite_option = grouped_option(
+    "--overwrite", is_flag=True, group="Output", help="Replace the results of an older run at --out."
 )
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
-private_option = click.option(
-    "--private", is_flag=True, cls=GroupedOption, group="Hub", help="Create the repository as private."
-)
-branch_option = click.option(
+private_option = grouped_option("--private", is_flag=True, group="Hub", help="Create the repository as private.")
+branch_option = grouped_option(
     "--revision",
     metavar="BRANCH",
-    cls=GroupedOption,
     group="Hub",
     help="Branch to push to; created if it does not exist.",
 )
@@ -124,17 +126,15 @@ threads_option = click.option(
 recipe_argument = click.argument("recipe", type=PATH)
 folder_argument = click.argument("folder", type=FOLDER)
 recipe_overrides = all_of(
-    click.option(
+    grouped_option(
         "--max-shard-size",
         metavar="SIZE",
-        cls=GroupedOption,
         group="Output",
         help="Maximum size of one file, such as 5GB.",
     ),
-    click.option(
+    grouped_option(
         "--dtype",
         type=DtypeType(("float32", "float16", "bfloat16", "float64")),
-        cls=GroupedOption,
         group="Output",
         help="Output dtype.",
     ),
@@ -143,12 +143,11 @@ recipe_overrides = all_of(
 
 def out_option(what: str, *, required: bool = False) -> Decorator:
     """`--out`, the folder for `what`."""
-    return click.option(
+    return grouped_option(
         "--out",
         "-o",
         type=FOLDER,
         required=required,
-        cls=GroupedOption,
         group="Output",
         help=f"Folder for {what}; it appears complete or not at all.",
     )
