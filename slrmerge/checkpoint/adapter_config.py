@@ -146,6 +146,11 @@ def parse_adapter_config(content: Mapping[str, Any], path: Path) -> AdapterConfi
 
 def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
     kind = content.get("peft_type")
+    if kind is None:
+        what = "has no peft_type: the adapter is not in peft's format"
+        remedy = "merge it into its base with the program that trained it, such as mlx_lm.fuse, and name the result"
+        yield Problem("unsupported-adapter", where, what, remedy)
+        return
     if kind != "LORA":
         what = f"peft_type {shorten(kind)} is not supported, only LORA is"
         yield Problem("unsupported-adapter", where, what, _NO_REMEDY if kind in _NOT_WEIGHTS else _REMEDY)
