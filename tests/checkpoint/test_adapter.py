@@ -366,8 +366,16 @@ def test_factors_on_tied_embeddings_are_refused(tmp_path: Path, module: str) -> 
 
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     packed = {**BASE, f"{ALL_Q[0]}.weight": random_tensor("U8", (8, 8), 0)}
-    with refused(CheckpointError, "adapter-on-quantised"):
+    with refused(CheckpointError, "adapter-on-quantised") as caught:
         on(tmp_path, packed, FACTORS)
+    assert "BASE+ADAPTER" in caught.value.problems[0].remedy  # whatever base its config names
+
+
+def test_the_head_of_a_classifier_is_refused_and_peft_merges_it(base: Path, tmp_path: Path) -> None:
+    factors = FACTORS | {f"{PREFIX}score.weight": random_tensor("F32", (2, 16), 0)}
+    with refused(CheckpointError, "adapter-does-not-fit") as caught:
+        open_checkpoint(write_adapter(tmp_path / "lora", factors, base_model_name_or_path=str(base)))
+    assert "merge_and_unload" in caught.value.problems[0].remedy
 
 
 def test_a_pickle_is_refused_by_name(base: Path, tmp_path: Path) -> None:
