@@ -118,9 +118,10 @@ def missing_layers(stacks: Mapping[str, int], config: Mapping[str, Any]) -> tupl
 def _decoder_like(stacks: Mapping[str, int]) -> dict[str, int]:
     """The stacks with a known name, in the order of `STACK_PREFIXES`; all stacks where none has one.
 
-    In an encoder-decoder only the decoder's.
+    In an encoder-decoder only the decoder's; a tower is none, such as the codec of MusicGen.
     """
-    stacks = {prefix: run for prefix, run in stacks.items() if _encoder_of(prefix, stacks)} or stacks
+    halves = {prefix: run for prefix, run in stacks.items() if _encoder_of(prefix, stacks)}
+    stacks = {prefix: run for prefix, run in halves.items() if not TOWER.search(prefix)} or stacks
     known = {prefix: stacks[prefix] for prefix in STACK_PREFIXES if prefix in stacks}
     return known or {prefix: run for prefix, run in stacks.items() if run}
 
