@@ -54,7 +54,8 @@ _UNSUPPORTED = {
 _INITIALISATIONS = frozenset({True, False, "true", "false", "gaussian", "eva", "orthogonal"})
 """Values of `init_lora_weights` that leave the base's weights as they are."""
 
-_REMEDY = "merge it into its base with peft's `merge_and_unload`, and name the folder of the result"
+MERGE_WITH_PEFT = "merge it into its base with peft's `merge_and_unload`, and name the folder of the result"
+NAME_BASE = "write BASE+ADAPTER in place of the adapter, as in ./llama-3.1-8b+./my-lora"
 _NO_REMEDY = "it cannot be merged into its base: name a plain LoRA or a whole model as the post-trained side"
 
 _NOT_WEIGHTS = frozenset({
@@ -146,9 +147,14 @@ def parse_adapter_config(content: Mapping[str, Any], path: Path) -> AdapterConfi
 
 def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
     kind = content.get("peft_type")
+    if kind is None:
+        what = "has no peft_type: the adapter is not in peft's format"
+        remedy = "merge it into its base with the program that trained it, such as mlx_lm.fuse, and name the result"
+        yield Problem("unsupported-adapter", where, what, remedy)
+        return
     if kind != "LORA":
         what = f"peft_type {shorten(kind)} is not supported, only LORA is"
-        yield Problem("unsupported-adapter", where, what, _NO_REMEDY if kind in _NOT_WEIGHTS else _REMEDY)
+        yield Problem("unsupported-adapter", where, what, _NO_REMEDY if kind in _NOT_WEIGHTS else MERGE_WITH_PEFT)
         return
     initialisation = content.get("init_lora_weights", True)
     if not isinstance(initialisation, bool | str) or initialisation not in _INITIALISATIONS:
@@ -160,10 +166,10 @@ def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
             continue
         if key in _UNSUPPORTED:
             what = f"{key} is not supported: {_UNSUPPORTED[key]}"
-            yield Problem("unsupported-adapter", where, what, _NO_REMEDY if key in _UNMERGEABLE else _REMEDY)
+            yield Problem("unsupported-adapter", where, what, _NO_REMEDY if key in _UNMERGEABLE else MERGE_WITH_PEFT)
         elif key not in ("peft_type", "init_lora_weights"):
             what = f"{shorten(key)} is not a known key of a LoRA adapter, and may change the weights"
-            yield Problem("unsupported-adapter", where, what, _REMEDY)
+            yield Problem("unsupported-adapter", where, what, MERGE_WITH_PEFT)
 
 
 def _invalid_patterns(config: AdapterConfig, where: str) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
-from slrmerge.checkpoint.adapter_config import AdapterFolder
+from slrmerge.checkpoint.adapter_config import MERGE_WITH_PEFT, NAME_BASE, AdapterFolder
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.correspondence import embeddings_of
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
@@ -116,8 +116,10 @@ class Fitting:
         if target is None and name.endswith(_HEAD) and (embedding := self._tied_embedding):  # the base's is tied
             target, like = name, self.base[embedding]
         elif target is None:
-            what = "is not in the base"
-            return self._refuse(name, "adapter-does-not-fit", what, "name the base that it was trained on")
+            what, remedy = "is not in the base", "name the base that it was trained on"
+            if not _is_in_layer(name):  # a classifier's head
+                remedy = f"if it is a head that the adapter adds, {MERGE_WITH_PEFT}; otherwise {remedy}"
+            return self._refuse(name, "adapter-does-not-fit", what, remedy)
         else:
             like = self.base[target]
         resized = self._is_embedding(target) and len(info.shape) == 2 and info.shape[1:] == like.shape[1:]
@@ -265,7 +267,7 @@ class Fitting:
 
     def _refuse_dtype(self, name: str, info: TensorInfo) -> None:
         what = f"changes a weight of dtype {info.dtype}: a quantised base cannot be changed"
-        self._refuse(name, "adapter-on-quantised", what, "name the unquantised base")
+        self._refuse(name, "adapter-on-quantised", what, f"name the unquantised base: {NAME_BASE}")
 
     def _refuse(self, name: str, code: str, what: str, remedy: str) -> None:
         self._refused[_Refused(code, what, remedy)].append(name)

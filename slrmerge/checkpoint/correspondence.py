@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.embeddings import Embeddings, are_halves, find_embeddings, is_vocabulary_tensor, synonym
-from slrmerge.checkpoint.layers import TOWER, LayerStack
+from slrmerge.checkpoint.layers import TOWER, LayerStack, split_layer
 
 K = TypeVar("K", bound=Hashable)
 
@@ -26,6 +26,9 @@ _CONTAINERS = frozenset({
     "gpt_neox", "bert", "roberta", "distilbert", "electra", "albert", "deberta", "mpnet", "esm",
 })  # fmt: skip
 """Modules that only contain the decoder, and that some checkpoints of a model have in their names and others lack."""
+
+_DRAFT = re.compile(r"(?:^|[._])mtp[._]")
+"""Modules that predict further tokens, where they are not layers past the decoder's, as in DeepSeek-V3."""
 
 _OTHER_PART = re.compile("encoder|decoder|vision|visual|image|video|audio|speech|talker|draft|mtp")
 """Modules that are something else than the decoder, although their layers may look the same."""
@@ -57,13 +60,35 @@ class Correspondence:
         """Groups of post-trained names that are one tensor."""
         return self.embeddings.groups
 
-    def is_tower(self, name: str) -> bool:
-        """Whether a post-trained tensor belongs to a vision or audio tower that the pre-trained side lacks entirely."""
-        return not self._has_tower and bool(TOWER.search(self.keys[1].get(name, "")))
+    def missing_part(self, name: str) -> str:
+        """What a post-trained tensor around the decoder belongs to that the pre-trained side lacks entirely.
+
+        A "tower" for images or audio, the "draft layers" that predict further tokens, or another "module", unless the
+        pre-trained side may have it under another name; otherwise empty.
+        """
+        if part := self._part(1, name):
+            return part if part not in self._pretrained_parts else ""
+        is_head = name == self.embeddings.head
+        return "module" if self._all_matched and self.is_new_module(name) and not is_head else ""
 
     @cached_property
-    def _has_tower(self) -> bool:
-        return any(map(TOWER.search, self.keys[0].values()))
+    def _all_matched(self) -> bool:
+        """Whether the layers and every pre-trained tensor outside them have a twin, but for a head."""
+        twins = set(self.twins.values())
+        return all(self.stacks) and all(
+            name in twins or is_vocabulary_tensor(key) for name, key in self.keys[0].items()
+        )
+
+    @cached_property
+    def _pretrained_parts(self) -> set[str]:
+        return {self._part(0, name) for name in self.keys[0]}
+
+    def _part(self, side: int, name: str) -> str:
+        key, stack = self.keys[side].get(name, ""), self.stacks[side]
+        if TOWER.search(key):
+            return "tower"
+        is_past = key and stack and (place := split_layer(name)) and place[0] == stack.prefix
+        return "draft layers" if is_past or _DRAFT.search(key) else ""
 
     def is_vocabulary(self, name: str) -> bool:
         """Whether a post-trained tensor has a row for every token: an embedding, the head, or the head's bias."""

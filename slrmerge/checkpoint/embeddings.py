@@ -6,7 +6,7 @@ from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.config_defaults import config_defaults
-from slrmerge.checkpoint.layers import TOWER, text_sections
+from slrmerge.checkpoint.layers import TOWER, split_layer, text_sections
 
 _EMBEDDINGS = frozenset({
     "embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings", "token_embd", "embeddings",
@@ -69,7 +69,10 @@ def find_embeddings(checkpoint: Checkpoint, outside: Mapping[str, str]) -> Embed
     tokens = {
         key: name
         for key, name in outside.items()
-        if key.endswith(".weight") and _is_embedding(key.removesuffix(".weight")) and len(checkpoint[name].shape) == 2
+        if key.endswith(".weight")
+        and _is_embedding(key.removesuffix(".weight"))
+        and len(checkpoint[name].shape) == 2
+        and not split_layer(key)  # a copy in a layer that predicts further tokens
     }
     heads = [outside[f"{key}.weight"] for key in sorted(_HEADS) if f"{key}.weight" in outside]
     biases = tuple(tuple(outside[key] for key in keys if key in outside) for keys in _BIASES)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Names of the number of decoder layers in configs; the first one present counts."""
+LAYER_COUNT_KEYS = ("num_hidden_groups", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Names of the number of decoder layers in configs; the first one present counts. ALBERT repeats its groups."""
 
 DECODER_COUNT_KEYS = ("decoder_layers", "num_decoder_layers")
 ENCODER_COUNT_KEYS = ("encoder_layers", "num_encoder_layers")
@@ -32,7 +32,7 @@ STACK_PREFIXES = (
 """Prefixes of decoder layers. Only needed where a model has two stacks of the right length: the first here wins."""
 
 TOWER = re.compile(
-    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|multi_?modal|mm|perceiver|resampler|connector)(?:[._]|$)"
+    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|multi_?modal|mm|perceiver|q_?former|resampler|connector)(?:[._]|$)"
 )
 """Modules of vision and audio towers, and what connects them to the decoder."""
 
@@ -118,9 +118,10 @@ def missing_layers(stacks: Mapping[str, int], config: Mapping[str, Any]) -> tupl
 def _decoder_like(stacks: Mapping[str, int]) -> dict[str, int]:
     """The stacks with a known name, in the order of `STACK_PREFIXES`; all stacks where none has one.
 
-    In an encoder-decoder only the decoder's.
+    In an encoder-decoder only the decoder's; a tower is none, such as the codec of MusicGen.
     """
-    stacks = {prefix: run for prefix, run in stacks.items() if _encoder_of(prefix, stacks)} or stacks
+    halves = {prefix: run for prefix, run in stacks.items() if _encoder_of(prefix, stacks)}
+    stacks = {prefix: run for prefix, run in halves.items() if not TOWER.search(prefix)} or stacks
     known = {prefix: stacks[prefix] for prefix in STACK_PREFIXES if prefix in stacks}
     return known or {prefix: run for prefix, run in stacks.items() if run}
 

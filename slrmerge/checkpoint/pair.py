@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from slrmerge.checkpoint.adapter import AdapterCheckpoint, put_on_base
-from slrmerge.checkpoint.adapter_config import AdapterFolder, is_adapter, read_adapter_folder
+from slrmerge.checkpoint.adapter_config import NAME_BASE, AdapterFolder, is_adapter, read_adapter_folder
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.correspondence import Correspondence, correspond
 from slrmerge.checkpoint.gguf import open_gguf
@@ -211,11 +211,10 @@ def _is_adapter_folder(folder: Path) -> bool:
 def _on_base(adapter: AdapterFolder, pretrained: Checkpoint | None, *, local_files_only: bool) -> AdapterCheckpoint:
     """An adapter on the base that its config names; that may be the pre-trained side."""
     named = adapter.config.base_model_name_or_path
-    explicit = "write BASE+ADAPTER in place of the adapter, as in ./llama-3.1-8b+./my-lora"
     if not named:
         if pretrained is None:
             what = "does not name its base (base_model_name_or_path)"
-            raise CheckpointError(Problem("adapter-base", str(adapter), what, explicit))
+            raise CheckpointError(Problem("adapter-base", str(adapter), what, NAME_BASE))
         return put_on_base(adapter, pretrained, f"the adapter does not name its base, {pretrained} is taken for it")
     place = _base_place(adapter, named)
     if pretrained is not None and _is_named(pretrained, place):
@@ -226,7 +225,7 @@ def _on_base(adapter: AdapterFolder, pretrained: Checkpoint | None, *, local_fil
     try:
         base = _find(place, local_files_only=local_files_only)
     except (CheckpointError, HubError) as error:
-        unopened = Problem("adapter-base", str(adapter), f"its base {named} cannot be opened", explicit)
+        unopened = Problem("adapter-base", str(adapter), f"its base {named} cannot be opened", NAME_BASE)
         raise type(error)(unopened, *error.problems) from error
     if isinstance(base, AdapterFolder):
         what = f"is an adapter on {base}, which is an adapter too"

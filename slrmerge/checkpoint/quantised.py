@@ -97,14 +97,16 @@ class Quantisation:
         return cls(method, config or {}, modules, unknown)
 
     @property
-    def moves_scales(self) -> bool:
-        """Whether the program that quantised it may have moved factors between the tensors of a layer, norms included.
+    def shares_scales(self) -> bool:
+        """Whether the tensors of a layer may share factors: what is taken from elsewhere has others.
 
-        AWQ and SmoothQuant do. compressed-tensors does not say which of its modifiers ran; they are of no use for fp8.
+        AWQ and SmoothQuant move factors between them, norms included. compressed-tensors does not say which of its
+        modifiers ran; they are of no use for fp8. NVFP4's second scale must be the same for queries, keys and values:
+        servers that fuse these take the largest.
         """
         says = json.dumps(self.config).lower()
         is_integer = self.method == "compressed-tensors" and self.config.get("format") != "float-quantized"
-        return is_integer or any(word in f"{self.method} {says}" for word in ("awq", "smooth"))
+        return is_integer or any(word in f"{self.method} {says}" for word in ("awq", "smooth", "nvfp4"))
 
     @property
     def name(self) -> str:

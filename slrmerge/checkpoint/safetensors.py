@@ -245,8 +245,9 @@ def _no_model(names: set[str], where: str) -> Problem:
         source = where.partition("@")[0]
         copy = Path(source).name + "-safetensors"
         remedy = (
-            f"convert it: python -c \"import transformers as t; t.AutoModelForCausalLM.from_pretrained('{source}')"
-            f".save_pretrained('{copy}')\""
+            f"convert it: python -c \"import transformers as t; s, o = '{source}', '{copy}'; "
+            'getattr(t, t.AutoConfig.from_pretrained(s).architectures[0]).from_pretrained(s).save_pretrained(o)"; '
+            "then copy its tokenizer there"
         )
         return Problem("pickles-only", where, "has only pickles, no safetensors files", remedy)
     if ".gguf" in suffixes:

@@ -259,6 +259,7 @@ def test_a_square_weight_is_transposed_as_the_modules_beside_it(tmp_path: Path, 
 
 BAD_CONFIGS: dict[str, dict[str, Any]] = {
     "IA3": {"peft_type": "IA3"},
+    "mlx-lm": {"peft_type": None, "fine_tune_type": "lora"},
     "LoHa": {"peft_type": "LOHA"},
     "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa_niter_16"},
@@ -276,7 +277,7 @@ def test_a_kind_that_is_not_supported_is_refused_by_name(base: Path, tmp_path: P
     folder = write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), **config)
     with refused(CheckpointError, "unsupported-adapter") as caught:
         open_checkpoint(folder)
-    (name,) = config
+    name = next(iter(config))
     assert name in str(caught.value)
 
 
@@ -287,6 +288,7 @@ def test_a_kind_that_is_not_supported_is_refused_by_name(base: Path, tmp_path: P
         ({"use_dora": True}, True),
         ({"peft_type": "PREFIX_TUNING"}, False),
         ({"peft_type": "XLORA"}, False),
+        ({"peft_type": None, "fine_tune_type": "lora"}, False),
         ({"alora_invocation_tokens": [1]}, False),
         ({"layer_replication": [[0, 4], [2, 6]]}, False),
     ],
@@ -364,8 +366,16 @@ def test_factors_on_tied_embeddings_are_refused(tmp_path: Path, module: str) -> 
 
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     packed = {**BASE, f"{ALL_Q[0]}.weight": random_tensor("U8", (8, 8), 0)}
-    with refused(CheckpointError, "adapter-on-quantised"):
+    with refused(CheckpointError, "adapter-on-quantised") as caught:
         on(tmp_path, packed, FACTORS)
+    assert "BASE+ADAPTER" in caught.value.problems[0].remedy  # whatever base its config names
+
+
+def test_the_head_of_a_classifier_is_refused_and_peft_merges_it(base: Path, tmp_path: Path) -> None:
+    factors = FACTORS | {f"{PREFIX}score.weight": random_tensor("F32", (2, 16), 0)}
+    with refused(CheckpointError, "adapter-does-not-fit") as caught:
+        open_checkpoint(write_adapter(tmp_path / "lora", factors, base_model_name_or_path=str(base)))
+    assert "merge_and_unload" in caught.value.problems[0].remedy
 
 
 def test_a_pickle_is_refused_by_name(base: Path, tmp_path: Path) -> None:

@@ -38,6 +38,22 @@ def test_a_models_only_stack_is_found_whatever_its_name(prefix: str, count: int,
     assert stack_of(names, count if said else None) == LayerStack(prefix, count)
 
 
+def test_a_codec_is_no_encoder_decoder() -> None:
+    codec = [
+        name for half in ("encoder", "decoder") for name in layers(f"audio_encoder.{half}.layers", 2, "conv.weight")
+    ]
+    stacks, config = numbered_stacks([*codec, *layers("decoder.model.decoder.layers", 6)]), {"num_hidden_layers": 6}
+    assert missing_layers(stacks, config) is None
+    assert find_stack(stacks, config) == LayerStack("decoder.model.decoder.layers", 6)
+
+
+def test_the_layers_of_albert_are_its_groups() -> None:
+    names = layers("albert.encoder.albert_layer_groups", 2, "albert_layers.0.ffn.weight")
+    stacks, config = numbered_stacks(names), {"num_hidden_layers": 12, "num_hidden_groups": 2}
+    assert find_stack(stacks, config) == LayerStack("albert.encoder.albert_layer_groups", 2)
+    assert missing_layers(stacks, config) is None
+
+
 @pytest.mark.parametrize("prefix", NAMINGS)
 @pytest.mark.parametrize("vision", ["vision_tower.encoder.layers", "visual.blocks", "model.vision.encoder.layers"])
 def test_a_shorter_vision_tower_is_not_the_decoder(prefix: str, vision: str) -> None:

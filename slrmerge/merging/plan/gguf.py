@@ -12,7 +12,7 @@ from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import Problem
 from slrmerge.merging.plan.model import PlannedTensor
-from slrmerge.merging.plan.refusals import KEEP, Refusals
+from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, Notes, Refusals
 from slrmerge.merging.plan.tensors import PlannedTensors
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.recipe.load import AnyRecipe
@@ -21,6 +21,7 @@ from slrmerge.recipe.model import DEFAULT_SHARD_BYTES
 DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Constants of the post-trained side's context length, which its key-values go with."""
 
+_HEAD_KEYS = ("head_count", "head_count_kv", "key_length")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ORIGINALS = "merge the original checkpoints, and convert the result"
 _CONVERT_ALIKE = "convert both models with the same --outtype"
@@ -40,30 +41,36 @@ def plan_gguf_tensors(recipe: AnyRecipe, pair: ModelPair, alphas: TensorAlphas) 
         )
         return PlannedTensors([], [*problems, Problem("different-architectures", str(pre), what, remedy)], [])
     planned: list[PlannedTensor] = []
-    refused = Refusals()
+    refused, kept = Refusals(), Notes()
     for name, alpha in alphas.items():
+        is_new = bool(alpha) and name not in pre and name not in DERIVED
+        if is_new and (part := pair.correspondence.missing_part(name)):
+            kept.add(f"the pre-trained model has no such {part}, kept from the post-trained side", name)
+            alpha = 0.0
         found = _plan_tensor(name, alpha, alphas.blend, pre, post)
         if isinstance(found, PlannedTensor):
             planned.append(found)
         else:
             refused.add(name, *found)
     _refuse_unmatched(pair, alphas, refused)
-    return PlannedTensors(planned, problems + refused.problems(), list(_notes(pre, post, alphas)))
+    _refuse_other_heads(pre, post, alphas, refused)
+    return PlannedTensors(planned, problems + refused.problems(), [*_notes(pre, post, alphas), *kept.lines()])
 
 
 def _plan_tensor(
-    name: str, alpha: float, blend: str, pre: Mapping[str, TensorInfo], post: Mapping[str, TensorInfo]
+    name: str, alpha: float, blend: str, pre: Mapping[str, TensorInfo], post: GgufCheckpoint
 ) -> PlannedTensor | tuple[str, str, str]:
     """Where a tensor comes from, or why it cannot: code, reason and remedy."""
     info = post[name]
     if alpha == 0 or name in DERIVED or (alpha < 1 and info.dtype not in QUANTISED | FLOATING):
         return PlannedTensor(name, info, 0.0, "copy", None, name)
     twin = _EMBEDDING if name == _HEAD and name not in pre else name
+    remedy = ANOTHER_MODEL if post.stack and post.stack.locate(name) else KEEP
     if twin not in pre:
-        return "not-in-pretrained", "is not in the pre-trained checkpoint", KEEP
+        return "not-in-pretrained", "is not in the pre-trained checkpoint", remedy
     if pre[twin].shape != info.shape:
         what = f"has shape {list(pre[twin].shape)} pre-trained and {list(info.shape)} post-trained"
-        return "different-shapes", what, KEEP
+        return "different-shapes", what, remedy
     types = {pre[twin].dtype, info.dtype}
     if alpha < 1 and types & QUANTISED:
         return "quantised-blend", "is quantised and cannot be blended", _ORIGINALS
@@ -105,6 +112,17 @@ def _refuse_unmatched(pair: ModelPair, alphas: TensorAlphas, refused: Refusals) 
     if _HEAD in pair.pretrained and _HEAD not in pair.posttrained and alphas.get(_EMBEDDING):
         what = "is the output head too on the post-trained side, and on the pre-trained side it is not"
         refused.add(_EMBEDDING, "tied-differently", what, KEEP)
+
+
+def _refuse_other_heads(
+    pre: GgufCheckpoint, post: GgufCheckpoint, alphas: Mapping[str, float], refused: Refusals
+) -> None:
+    """Layers of equal shapes that are cut into other attention heads do not fit, whatever the shapes say."""
+    for key in _HEAD_KEYS if any(alphas.values()) else ():
+        own, other = (side.key_values.get(f"{post.architecture}.attention.{key}") for side in (pre, post))
+        if own is not None and other is not None and own != other:
+            what = f"{key} is {own} pre-trained and {other} post-trained"
+            refused.add(str(pre), "different-heads", what, ANOTHER_MODEL)
 
 
 def _notes(pre: GgufCheckpoint, post: GgufCheckpoint, alphas: TensorAlphas) -> Iterator[str]:

@@ -76,7 +76,7 @@ def refuse_split_modules(
         if len(found) > 1:
             what = "is quantised, and its tensors would come from different sides"
             refused.add(module, "quantised-module-split", what, "give the whole module one alpha")
-    if quantised.posttrained and quantised.posttrained.moves_scales and pair.stack:
+    if quantised.posttrained and quantised.posttrained.shares_scales and pair.stack:
         _refuse_split_layers(pair.stack, quantised.posttrained, alphas, refused)
     if casts and modules:
         what = "is quantised and cannot be cast to another dtype"
@@ -86,7 +86,7 @@ def refuse_split_modules(
 def _refuse_split_layers(
     stack: LayerStack, quantisation: Quantisation, alphas: Mapping[str, float], refused: Refusals
 ) -> None:
-    """Where factors were moved between the tensors of a layer, such as from weights to the norm before them."""
+    """Where the tensors of a layer share factors, such as one moved from weights to the norm before them."""
     by_layer: dict[int, set[float]] = defaultdict(set)
     quantised: set[int] = set()
     for name, alpha in alphas.items():
@@ -95,7 +95,7 @@ def _refuse_split_layers(
             quantised |= {place[0]} if name in quantisation.modules else set()
     split = sorted(layer for layer in quantised if by_layer[layer] not in ({0}, {1}))
     if split:
-        what = f"is quantised{quantisation.name} by a method that may move factors between the tensors of a layer"
+        what = f"is quantised{quantisation.name} by a method with factors that the tensors of a layer share"
         more = f" and {len(split) - 1} more layers" if len(split) > 1 else ""
         refused.add(f"{stack.prefix}.{split[0]}{more}", "quantised-layer-split", what, _WHOLE_LAYERS)
 

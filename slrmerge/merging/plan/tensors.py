@@ -1,7 +1,7 @@
 """Where each output tensor comes from, or why it cannot.
 
 The output has exactly the post-trained side's names. Tensors that one side lacks are refused, unless they follow from
-the config or belong to a vision or audio tower.
+the config or belong to a part around the decoder, such as a vision tower.
 """
 
 from collections import defaultdict
@@ -104,8 +104,8 @@ class TensorPlanner:
         """A post-trained tensor that corresponds to no pre-trained one: kept where that is safe."""
         if is_constant(name, post, self._pair.posttrained.config):
             return self._keep(name, post, CONSTANT.format("kept from"))
-        if self._names.is_tower(name):
-            return self._keep(name, post, "the pre-trained model has no such tower, kept from the post-trained side")
+        if part := self._names.missing_part(name):
+            return self._keep(name, post, f"the pre-trained model has no such {part}, kept from the post-trained side")
         return None  # refused with the others that only one side has
 
     def _keep(self, name: str, post: TensorInfo, note: str) -> PlannedTensor:

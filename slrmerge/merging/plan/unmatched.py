@@ -51,7 +51,7 @@ def _only_posttrained(pair: ModelPair, alphas: Mapping[str, float]) -> list[str]
         for name, alpha in alphas.items()
         if alpha
         and name not in names.twins
-        and not (is_constant(name, post[name], post.config) or names.is_tower(name))
+        and not (is_constant(name, post[name], post.config) or names.missing_part(name))
     ]
 
 

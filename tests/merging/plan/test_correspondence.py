@@ -146,6 +146,39 @@ def test_the_tower_of_a_vision_model_is_kept_in_a_soup_with_a_text_model(tmp_pat
     assert {name for name, tensor in found.items() if tensor.alpha == 0} == set(tower)
 
 
+@pytest.mark.parametrize("part", ["model.layers.6.", "mtp.layers.0.", "model.mtp_block.0.", "model.mtp."])
+def test_layers_that_draft_tokens_are_kept_in_a_soup_with_a_model_without_them(tmp_path: Path, part: str) -> None:
+    draft = [f"{part}{name}.weight" for name in ("eh_proj", "embed_tokens", "self_attn.q_proj", "shared_head.head")]
+    post = llama_tensors("post") | tensors("post", *draft)
+    write_pair(tmp_path / "without", llama_tensors("pre"), post)
+    found = planned(tmp_path / "without", alpha=0.5)
+    assert {name for name, tensor in found.items() if tensor.alpha == 0} == set(draft)
+    pre = llama_tensors("pre") | tensors("pre", f"{part}eh_proj.weight")
+    write_pair(tmp_path / "other", pre, post)
+    assert len(refusals(tmp_path / "other", "not-in-pretrained", alpha=0.5)) == len(draft) - 1
+
+
+def test_the_embedding_of_a_layer_that_drafts_tokens_does_not_hide_a_tie(tmp_path: Path) -> None:
+    draft, config = ["model.layers.6.embed_tokens.weight"], llama_config(tie_word_embeddings=True)
+    sides = [llama_tensors(side) | tensors(side, *draft) for side in ("pre", "post")]
+    write_pair(tmp_path, *sides, pre_config=config, post_config=config)
+    found = planned(tmp_path, tensors=[{"match": "lm_head.weight", "alpha": 1}])
+    assert {name for name, tensor in found.items() if tensor.alpha} == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("module", ["score", "model.aligner.linear_1", "language_projection", "encoder.layers.0.attn"])
+def test_a_module_that_only_the_post_trained_side_has_is_kept(tmp_path: Path, module: str) -> None:
+    post = llama_tensors("post") | tensors("post", f"{module}.weight")
+    write_pair(tmp_path / "new", llama_tensors("pre"), post)
+    assert planned(tmp_path / "new", alpha=0.5)[f"{module}.weight"][2:6] == (0.0, "copy", None, f"{module}.weight")
+
+
+def test_a_module_that_the_pre_trained_side_may_have_under_another_name_is_not_kept(tmp_path: Path) -> None:
+    post = {name.replace("model.norm", "model.final_layernorm"): each for name, each in llama_tensors("post").items()}
+    write_pair(tmp_path, llama_tensors("pre"), post)
+    assert refusals(tmp_path, "not-in-pretrained", alpha=0.5) == ["model.final_layernorm.weight"]
+
+
 def test_a_tower_that_the_pre_trained_side_has_under_other_names_is_not_kept_silently(tmp_path: Path) -> None:
     pre = llama_tensors("pre") | tensors("pre", "vision_tower.one.weight")
     write_pair(tmp_path, pre, llama_tensors("post") | tensors("post", "vision_tower.two.weight"))

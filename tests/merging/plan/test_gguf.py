@@ -106,7 +106,25 @@ def test_a_restored_layer_must_be_whole(tmp_path: Path) -> None:
     assert planned(pair, restore=[2, 2]).notes != []
     pair = pair_of(tmp_path, post=more)
     assert refusals(pair, restore=[1, 1]) == {"blk.1.attn_q.bias": "not-in-pretrained"}
+    assert not any("alpha: 0" in problem.remedy for problem in planned(pair, restore=[1, 1]).problems)
     assert refusals(pair, restore=[2, 2]) == {}
+
+
+def test_layers_that_draft_tokens_are_kept_in_a_soup_with_a_model_without_them(tmp_path: Path) -> None:
+    draft, values = {"blk.4.nextn.eh_proj.weight": (HIDDEN, HIDDEN)}, {"llama.nextn_predict_layers": 1}
+    mtp = {"kind": "F16", "layers": 5, "more": draft, "values": values}
+    found = planned(pair_of(tmp_path, {"kind": "F16"}, mtp), alpha=0.5)
+    assert found.problems == []
+    assert all((tensor.alpha == 0) == tensor.name.startswith("blk.4.") for tensor in found.tensors)
+    pair = pair_of(tmp_path, {**mtp, "more": {}}, mtp)
+    assert refusals(pair, alpha=0.5) == {"blk.4.nextn.eh_proj.weight": "not-in-pretrained"}
+
+
+@pytest.mark.parametrize("key", ["head_count", "head_count_kv", "key_length"])
+def test_layers_with_other_heads_are_refused(tmp_path: Path, key: str) -> None:
+    sides = ({"values": {f"llama.attention.{key}": count}} for count in (4, 8))
+    pair = pair_of(tmp_path, *sides)
+    assert refusals(pair, restore=[1, 1]) == {str(pair.pretrained): "different-heads"}
 
 
 def test_a_tied_pre_trained_head_is_its_embeddings(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def test_whole_numbers_that_are_no_weights_do_not_make_a_model_quantised(tmp_pat
 
 AWQ: Parts = {"qweight": ("I32", (8, 1)), "qzeros": ("I32", (1, 1)), "scales": ("F16", (1, 8))}
 PACKED: Parts = {"weight_packed": ("I32", (8, 1)), "weight_scale": ("F16", (8, 1)), "weight_shape": ("I64", (2,))}
+NVFP4: Parts = {"weight": ("U8", (8, 4)), "weight_scale": ("F8_E4M3", (8, 1)), "weight_scale_2": ("F32", ())}
 FP8: Parts = {"weight": ("F8_E4M3", (8, 8)), "weight_scale": ("F32", (8, 1))}
 IN_LAYER = [
     {"layers": [{"range": [1, 2], "alpha": 1, "modules": ["self_attn"]}]},
@@ -183,24 +184,26 @@ IN_LAYER = [
 
 @pytest.mark.parametrize("content", IN_LAYER)
 @pytest.mark.parametrize(
-    ("parts", "config", "moves_scales"),
+    ("parts", "config", "shares_scales"),
     [
         (AWQ, {"quant_method": "awq", "bits": 4}, True),
         (AWQ, {"quant_method": "gptq", "bits": 4}, False),
         (PACKED, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, True),
         (FP8, {"quant_method": "compressed-tensors", "format": "float-quantized"}, False),
         (FP8, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, True),
+        (NVFP4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, True),
+        (FP8, {"quant_method": "modelopt", "quant_algo": "FP8"}, False),
         (FP8, {"quant_method": "fp8"}, False),
     ],
 )
 def test_layers_whose_tensors_share_factors_are_taken_whole(
-    tmp_path: Path, parts: Parts, config: dict[str, Any], moves_scales: bool, content: dict[str, Any]
+    tmp_path: Path, parts: Parts, config: dict[str, Any], shares_scales: bool, content: dict[str, Any]
 ) -> None:
     for side in ("pre", "post"):
         write_checkpoint(tmp_path / side, quantised(parts, side), llama_config(quantization_config=config))
     plan_of(tmp_path, restore=[1, 2])
     plan_of(tmp_path, tensors=[{"match": "model.norm.weight", "alpha": 0.5}])
-    if moves_scales:
+    if shares_scales:
         assert refusals(tmp_path, "quantised-layer-split", **content)[0].startswith("model.layers.")
     else:
         plan_of(tmp_path, **content)

@@ -135,15 +135,14 @@ def test_tensors_that_the_pre_trained_side_lacks_are_refused_in_families(tmp_pat
     write_pair(
         tmp_path,
         llama_tensors("pre", tied=True),
-        post | tensors("post", "model.extra.weight"),
+        post,
         pre_config=llama_config(tie_word_embeddings=False),
     )
     assert sorted(refusals(tmp_path, "not-in-pretrained", alpha=0.5)) == [
         "lm_head.weight",
-        "model.extra.weight",
         "model.layers.*.self_attn.q_proj.bias (6 tensors)",
     ]
-    kept = [{"match": name, "alpha": 0} for name in ("lm_head.*", "*.bias", "model.extra.*")]
+    kept = [{"match": name, "alpha": 0} for name in ("lm_head.*", "*.bias")]
     assert {tensor.kind for tensor in plan_of(tmp_path, alpha=0.5, tensors=kept).tensors()} == {"copy", "linear"}
     assert by_name(plan_of(tmp_path, tensors=[{"match": "model.norm.weight", "alpha": 1}]))["lm_head.weight"].alpha == 0
 
