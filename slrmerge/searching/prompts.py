@@ -31,7 +31,7 @@ _ANSWER = "qzxjkvw"
 """Stands for an answer while a template is examined; no template contains it."""
 
 _THINKING_MARK = re.compile(
-    r"(?P<end>[<\[◁]\|?(?:/|end_?of_?)[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]|<channel\|>|<\|?channel\|?>final)"
+    r"(?P<end>[<\[◁]\|?(?:/|end_?(?:of_?)?)[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]|<channel\|>|<\|?channel\|?>final)"
     r"|[<\[◁]\|?(?!no)[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]|<\|?channel\|?>(?:thought|analysis)",
     re.IGNORECASE,
 )
@@ -49,7 +49,8 @@ class Prompt:
 
     `answers[a]` is the path of answer a: the context and the target of each of its tokens, as indices. `text` is the
     rendered prompt. It ends with `added`, which the generation prompt lacks: what the template writes before an answer.
-    `day` is the date that the template was given, None for a template that does not ask for it.
+    `day` is the date that the template was given, None for a template that does not ask for it. With an answer, the
+    template continues the prompt, unless `is_continued` is false.
     """
 
     contexts: tuple[Context, ...]
@@ -57,6 +58,7 @@ class Prompt:
     text: str = ""
     added: str = ""
     day: date | None = None
+    is_continued: bool = True
 
 
 def tokenize(questions: Sequence[Question], folder: Path, *, day: date | None = None) -> list[Prompt]:
@@ -175,7 +177,7 @@ class _Turn:
                 return
         if failures:
             raise failures[0]
-        what, remedy = "the chat template leaves out the question", "correct the model's chat template"
+        what, remedy = "the chat template leaves out or changes the question", "correct the model's chat template"
         raise UnsupportedModelError(Problem("question-not-in-prompt", str(tokenizer.name_or_path), what, remedy))
 
     def complete(self) -> _CompleteTurn:
@@ -271,7 +273,7 @@ def _make_prompt(
         for tokens in answers
     )
     contexts = tuple(Context(ids + start, tuple(known)) for start, known in targets.items())
-    return Prompt(contexts, paths, turn.prompt, turn.added, day)
+    return Prompt(contexts, paths, turn.prompt, turn.added, day, turn.is_continued)
 
 
 def _is_thinking(prompt: str, question: str) -> bool:

@@ -204,6 +204,7 @@ def test_a_channel_of_the_answer_belongs_to_the_prompt(tmp_path: Path) -> None:
 OPEN_BLOCKS = [
     "<think>\n",
     "<|begin_of_thought|>",
+    "<|START_THINKING|>",
     "[THINK]",
     "<seed:think>",
     "<|channel|>analysis<|message|>",
@@ -217,9 +218,16 @@ def test_a_thinking_block_that_stays_open_is_refused(tmp_path: Path, mark: str) 
     assert refusal_code(tmp_path) == "open-thinking"
 
 
-@pytest.mark.parametrize(
-    "mark", ["<think></think>", "<no_think>", "[THINK][/THINK]", "<|begin_of_thought|><|end_of_thought|>"]
-)
+CLOSED_BLOCKS = [
+    "<think></think>",
+    "<no_think>",
+    "[THINK][/THINK]",
+    "<|begin_of_thought|><|end_of_thought|>",
+    "<|START_THINKING|><|END_THINKING|>",
+]
+
+
+@pytest.mark.parametrize("mark", CLOSED_BLOCKS)
 def test_a_thinking_block_that_ends_is_no_reason_to_refuse(tmp_path: Path, mark: str) -> None:
     save(tmp_path, PLAIN.replace("<bot>{% endif %}", f"<bot>{mark}{{% endif %}}"))
     (prompt,) = tokenize([Question(ASK, ("A", "B"))], tmp_path)
