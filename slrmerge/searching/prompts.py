@@ -129,7 +129,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         what = f"the tokenizer is larger than {format_bytes(MAX_TOKENIZER_BYTES)}"
         raise UnsupportedModelError(Problem("no-tokenizer", str(file), what, "download it again"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            mistral_format=False,  # mistral-common, where it is installed, knows no chat templates
+        )
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         what = f"the tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
         raise UnsupportedModelError(Problem("no-tokenizer", str(folder), what)) from error

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers.models.auto import tokenization_auto
 
 from slrmerge.errors import Problem, UnsupportedModelError
 from slrmerge.searching import prompts
@@ -394,6 +395,21 @@ def test_three_refused_answers_are_reported(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     assert refusal_code(save(tmp_path, None)) == "no-chat-template"
+
+
+def test_a_tokenizer_has_its_chat_template_with_mistral_common_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers then prefers Mistral's own format, unless it is told otherwise."""
+    save(tmp_path, PLAIN)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    asked: list[object] = []
+    monkeypatch.setattr(
+        tokenization_auto, "_use_mistral_format", lambda *_, mistral_format=None, **__: asked.append(mistral_format)
+    )
+    assert load_tokenizer(tmp_path).chat_template == PLAIN
+    assert asked == [False]
 
 
 def test_a_chat_template_that_raises_is_reported_with_its_reason(tmp_path: Path) -> None:
