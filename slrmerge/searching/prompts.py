@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +138,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         )
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         what = f"the tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        raise UnsupportedModelError(Problem("no-tokenizer", str(folder), what)) from error
+        is_other_format = Path(folder, "tokenizer.model").is_file() and not file.is_file()
+        is_lacking = is_other_format and not find_spec("sentencepiece")
+        remedy = "pip install sentencepiece, which reads tokenizer.model" if is_lacking else ""
+        raise UnsupportedModelError(Problem("no-tokenizer", str(folder), what, remedy)) from error
     if tokenizer.chat_template is None:
         what, remedy = "the tokenizer has no chat template", "add the chat_template that the model was trained with"
         raise UnsupportedModelError(Problem("no-chat-template", str(folder), what, remedy))

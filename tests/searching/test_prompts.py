@@ -397,6 +397,19 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     assert refusal_code(save(tmp_path, None)) == "no-chat-template"
 
 
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_tokenizer_that_needs_sentencepiece_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_installed: bool
+) -> None:
+    """Without the package, transformers takes the file for one in another format."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e")
+    monkeypatch.setattr(prompts, "find_spec", lambda _: is_installed or None)
+    with refused(UnsupportedModelError, "no-tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert ("sentencepiece" in caught.value.problems[0].remedy) != is_installed
+
+
 def test_a_tokenizer_has_its_chat_template_with_mistral_common_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
