@@ -83,8 +83,8 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
         rate = f"{row.flop_per_s / 1e9:,.0f} GFLOP/s"
         rows.add_row(row.name, f"{row.candidates:,}", *cost, row.dtype, rate, format_duration(row.seconds))
     rows.print()
-    echo("time: the matrix products of a first pass, and of the held-out prompts, at the rate measured here,")
-    echo("without reading weights; after a pass in bfloat16 the finalists are re-scored in float32")
+    echo("time: the matrix products of each pass at the rate measured here, without reading weights; after a pass")
+    echo("in bfloat16 or a quick one, the finalists are re-scored in float32: few, or all candidates where scores tie")
 
 
 def _print_held_out(held_out: HeldOut) -> None:

@@ -15,7 +15,7 @@ SMALL_FLOP = 2e10
 
 @dataclass(frozen=True)
 class EstimateRow:
-    """The first pass of one search, or its held-out prompts: the cost, and the rate measured here.
+    """A pass of a search: its cost, and the rate measured here.
 
     The rate is that of a matrix product of the model's width.
     """
@@ -36,7 +36,7 @@ class EstimateRow:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What searches would take on this machine: the pair's first pass, its held-out prompts, the paper's models."""
+    """What searches would take on this machine: the passes over the pair, and the paper's models."""
 
     prompts: int
     prompt_tokens: int

@@ -35,6 +35,10 @@ class Pass:
         alphas = [candidate.alphas for candidate in self.candidates]
         return ScoreRequest(self.name, alphas, contexts_of(self.prompts), self.dtype)
 
+    def is_exact(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether its scores can be selected by: in float32, on all of the task's prompts."""
+        return self.dtype == torch.float32 and len(self.prompts) == len(prompts)
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -50,7 +54,7 @@ class PassResult:
     @classmethod
     def of(cls, wanted: Pass, scores: Scores, prompts: Sequence[Prompt]) -> "PassResult":
         """The result of a pass over some of the task's prompts."""
-        exact = wanted.dtype == torch.float32 and len(wanted.prompts) == len(prompts)
+        exact = wanted.is_exact(prompts)
         rows = [
             ScoredCandidate(each.info, float(q), float(d), len(wanted.prompts), wanted.request.dtype_name, exact)
             for each, q, d in zip(wanted.candidates, scores.quality.mean(1), scores.diversity.mean(1), strict=True)

@@ -26,6 +26,9 @@ from slrmerge.searching.proxy_tasks import Question
 QUICK_PROMPTS = 8
 """Prompts of a quick first pass, spread over the task's."""
 
+_SHOWN = 40
+"""Characters of the end of a prompt in a note."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -79,6 +82,12 @@ def prepare(
     notes = [*blends.notes, *notes]
     if prompts[0].added:
         notes.append(f"the prompts end with {prompts[0].added!r}, as the chat template writes before an answer")
+    if not prompts[0].is_continued:
+        end = repr(prompts[0].text[-_SHOWN:])
+        notes.append(
+            f"the prompts end with {end}, after which the chat template itself writes no answer; check that an answer "
+            "belongs there, and not a thought"
+        )
     if options.held_out and not held_out:
         notes.append("the task has no held-out prompts; list some under `held_out` to check the selection by them")
     asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if options.quick else prompts

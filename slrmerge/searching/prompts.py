@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ _ANSWER = "qzxjkvw"
 """Stands for an answer while a template is examined; no template contains it."""
 
 _THINKING_MARK = re.compile(
-    r"(?P<end>[<\[◁]\|?(?:/|end_?of_?)[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]|<channel\|>|<\|?channel\|?>final)"
+    r"(?P<end>[<\[◁]\|?(?:/|end_?(?:of_?)?)[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]|<channel\|>|<\|?channel\|?>final)"
     r"|[<\[◁]\|?(?!no)[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]|<\|?channel\|?>(?:thought|analysis)",
     re.IGNORECASE,
 )
@@ -49,7 +50,8 @@ class Prompt:
 
     `answers[a]` is the path of answer a: the context and the target of each of its tokens, as indices. `text` is the
     rendered prompt. It ends with `added`, which the generation prompt lacks: what the template writes before an answer.
-    `day` is the date that the template was given, None for a template that does not ask for it.
+    `day` is the date that the template was given, None for a template that does not ask for it. With an answer, the
+    template continues the prompt, unless `is_continued` is false.
     """
 
     contexts: tuple[Context, ...]
@@ -57,6 +59,7 @@ class Prompt:
     text: str = ""
     added: str = ""
     day: date | None = None
+    is_continued: bool = True
 
 
 def tokenize(questions: Sequence[Question], folder: Path, *, day: date | None = None) -> list[Prompt]:
@@ -127,10 +130,18 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         what = f"the tokenizer is larger than {format_bytes(MAX_TOKENIZER_BYTES)}"
         raise UnsupportedModelError(Problem("no-tokenizer", str(file), what, "download it again"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            mistral_format=False,  # mistral-common, where it is installed, knows no chat templates
+        )
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         what = f"the tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        raise UnsupportedModelError(Problem("no-tokenizer", str(folder), what)) from error
+        is_other_format = Path(folder, "tokenizer.model").is_file() and not file.is_file()
+        is_lacking = is_other_format and not find_spec("sentencepiece")
+        remedy = "pip install sentencepiece, which reads tokenizer.model" if is_lacking else ""
+        raise UnsupportedModelError(Problem("no-tokenizer", str(folder), what, remedy)) from error
     if tokenizer.chat_template is None:
         what, remedy = "the tokenizer has no chat template", "add the chat_template that the model was trained with"
         raise UnsupportedModelError(Problem("no-chat-template", str(folder), what, remedy))
@@ -175,7 +186,7 @@ class _Turn:
                 return
         if failures:
             raise failures[0]
-        what, remedy = "the chat template leaves out the question", "correct the model's chat template"
+        what, remedy = "the chat template leaves out or changes the question", "correct the model's chat template"
         raise UnsupportedModelError(Problem("question-not-in-prompt", str(tokenizer.name_or_path), what, remedy))
 
     def complete(self) -> _CompleteTurn:
@@ -271,7 +282,7 @@ def _make_prompt(
         for tokens in answers
     )
     contexts = tuple(Context(ids + start, tuple(known)) for start, known in targets.items())
-    return Prompt(contexts, paths, turn.prompt, turn.added, day)
+    return Prompt(contexts, paths, turn.prompt, turn.added, day, turn.is_continued)
 
 
 def _is_thinking(prompt: str, question: str) -> bool:

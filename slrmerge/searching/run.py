@@ -91,13 +91,16 @@ class Search:
         return prepare(pair, self.recipe, self.also, self.questions, self.held_out, options=self.options, day=self._day)
 
     def estimate(self) -> Estimate:
-        """What the first pass and the held-out prompts would take; reads no weights.
+        """What the passes would take; reads no weights.
 
-        From shapes and a matrix product measured here.
+        From shapes and a matrix product measured here. Where the first pass is rough, all candidates count as
+        finalists, as they are where their scores tie.
         """
         with torch_threads(self.options.threads):
             pair, first = self.prepared.pair, self.prepared.first
             requests = [first.request]
+            if not first.is_exact(self.prepared.prompts):
+                requests.append(self._final_pass(self.prepared.candidates, name="finalists at most").request)
             if self.prepared.held_out:
                 requests.append(self._held_out_pass(self._likely_choice()).request)
             if self.options.ray:
@@ -176,8 +179,11 @@ class Search:
             raise UnsupportedModelError(Problem("no-valid-answers", where, what, "name an instruct model"))
         if post.exact:
             return first
-        final = Pass("finalists", self._finalists(first.rows), prepared.prompts, torch.float32)
+        final = self._final_pass(self._finalists(first.rows))
         return first.replaced_by(self._run_pass(final, scorer, output, progress))
+
+    def _final_pass(self, candidates: Sequence[Candidate], *, name: str = "finalists") -> Pass:
+        return Pass(name, candidates, self.prepared.prompts, torch.float32)
 
     def _run_pass(self, wanted: Pass, scorer: Scorer, output: OutputFolder, progress: Progress) -> PassResult:
         return PassResult.of(wanted, self._scores(wanted, scorer, output, progress), self.prepared.prompts)

@@ -125,6 +125,7 @@ class LocalScorer:
         tokens = token_count(model, request.contexts)
         return Shape.of(
             self.pair.posttrained,
+            model.layers,
             width=model.width,
             vocabulary=model.vocabulary,
             tokens=tokens,

@@ -36,6 +36,15 @@ def test_the_prompts_are_those_of_the_side_whose_tokenizer_the_hybrids_have(smal
     assert load_recipe(small.out / "slr.yaml").tokenizer == "pretrained"
 
 
+def test_a_prompt_that_the_template_itself_does_not_answer_is_noted(small: SmallPair) -> None:
+    assert small.search().prepared.notes == ()
+    thought = "<|assistant|>random<|user|>"
+    template = TEMPLATE.replace("<|assistant|>{% endif", f"{thought}{{% endif")
+    (small.folder / "post" / "chat_template.jinja").write_text(template)
+    (note,) = small.search().prepared.notes
+    assert thought in note
+
+
 @pytest.mark.parametrize(
     "setting",
     [{"tokenizer": "pretrained"}, {"dtype": "float16"}, {"vocabulary": "shared"}],

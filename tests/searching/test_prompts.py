@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers.models.auto import tokenization_auto
 
 from slrmerge.errors import Problem, UnsupportedModelError
 from slrmerge.searching import prompts
@@ -204,6 +205,7 @@ def test_a_channel_of_the_answer_belongs_to_the_prompt(tmp_path: Path) -> None:
 OPEN_BLOCKS = [
     "<think>\n",
     "<|begin_of_thought|>",
+    "<|START_THINKING|>",
     "[THINK]",
     "<seed:think>",
     "<|channel|>analysis<|message|>",
@@ -217,9 +219,16 @@ def test_a_thinking_block_that_stays_open_is_refused(tmp_path: Path, mark: str) 
     assert refusal_code(tmp_path) == "open-thinking"
 
 
-@pytest.mark.parametrize(
-    "mark", ["<think></think>", "<no_think>", "[THINK][/THINK]", "<|begin_of_thought|><|end_of_thought|>"]
-)
+CLOSED_BLOCKS = [
+    "<think></think>",
+    "<no_think>",
+    "[THINK][/THINK]",
+    "<|begin_of_thought|><|end_of_thought|>",
+    "<|START_THINKING|><|END_THINKING|>",
+]
+
+
+@pytest.mark.parametrize("mark", CLOSED_BLOCKS)
 def test_a_thinking_block_that_ends_is_no_reason_to_refuse(tmp_path: Path, mark: str) -> None:
     save(tmp_path, PLAIN.replace("<bot>{% endif %}", f"<bot>{mark}{{% endif %}}"))
     (prompt,) = tokenize([Question(ASK, ("A", "B"))], tmp_path)
@@ -386,6 +395,34 @@ def test_three_refused_answers_are_reported(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     assert refusal_code(save(tmp_path, None)) == "no-chat-template"
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_tokenizer_that_needs_sentencepiece_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_installed: bool
+) -> None:
+    """Without the package, transformers takes the file for one in another format."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e")
+    monkeypatch.setattr(prompts, "find_spec", lambda _: is_installed or None)
+    with refused(UnsupportedModelError, "no-tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert ("sentencepiece" in caught.value.problems[0].remedy) != is_installed
+
+
+def test_a_tokenizer_has_its_chat_template_with_mistral_common_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers then prefers Mistral's own format, unless it is told otherwise."""
+    save(tmp_path, PLAIN)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    asked: list[object] = []
+    monkeypatch.setattr(
+        tokenization_auto, "_use_mistral_format", lambda *_, mistral_format=None, **__: asked.append(mistral_format)
+    )
+    assert load_tokenizer(tmp_path).chat_template == PLAIN
+    assert asked == [False]
 
 
 def test_a_chat_template_that_raises_is_reported_with_its_reason(tmp_path: Path) -> None:

@@ -943,6 +943,16 @@ def test_a_quick_estimate_is_of_the_quick_pass(small: SmallPair, monkeypatch: py
     assert small.search(quick=True).estimate().prompts == 2
 
 
+@hurried
+def test_an_estimate_bounds_the_finalists_of_a_rough_first_pass(small: SmallPair) -> None:
+    """Where all scores tie, every candidate is a finalist."""
+    first, finalists, held_out, *_ = small.search(dtype="bfloat16").estimate().rows
+    (exact, *_) = small.search().estimate().rows
+    assert (first.dtype, finalists.dtype, held_out.dtype) == ("bfloat16", "float32", "float32")
+    assert finalists.candidates == first.candidates == exact.candidates
+    assert (finalists.name, finalists.cost) == ("post, finalists at most", exact.cost)
+
+
 # models that cannot be searched
 
 

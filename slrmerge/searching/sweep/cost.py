@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -39,23 +38,26 @@ class Shape:
     def of(
         cls,
         checkpoint: Checkpoint,
+        layers: Sequence[torch.nn.Module],
         *,
         width: int,
         vocabulary: int,
         tokens: int,
         last_layer_share: float = LAST_LAYER_SHARE,
     ) -> "Shape":
-        """Of layers that differ, the mean; of experts, as many as a token goes through."""
-        stack = checkpoint.stack
-        assert stack is not None
+        """Of layers that differ, the mean; of experts, as many as a token goes through.
+
+        `layers` are the model's own, which are dense where the checkpoint stores several numbers in a byte.
+        """
         share = _active_share(checkpoint.config)
         sizes = [
-            prod(info.shape) * (share if ".experts." in name else 1)
-            for name, info in checkpoint.items()
-            if len(info.shape) > 1 and stack.locate(name)
+            own.numel() * (share if ".experts." in name else 1)
+            for layer in layers
+            for name, own in layer.named_parameters()
+            if own.dim() > 1
         ]
-        parameters = round(sum(sizes) / stack.count)
-        return cls(checkpoint.model_name, stack.count, parameters, width, vocabulary, tokens, last_layer_share)
+        parameters = round(sum(sizes) / len(layers))
+        return cls(checkpoint.model_name, len(layers), parameters, width, vocabulary, tokens, last_layer_share)
 
 
 def _active_share(config: Mapping[str, Any]) -> float:

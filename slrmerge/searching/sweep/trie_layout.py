@@ -22,7 +22,8 @@ from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.embedding_rows import rows_in_use
 from slrmerge.searching.sweep.fakes import kind_of
 from slrmerge.searching.sweep.loading import Weights
-from slrmerge.searching.sweep.model import FAILURES, StagedModel
+from slrmerge.searching.sweep.model import StagedModel
+from slrmerge.searching.sweep.probing import FAILURES
 from slrmerge.searching.sweep.slots import Call, same
 from slrmerge.searching.sweep.trie import pack
 

@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 
+from slrmerge.checkpoint.base import differing_chunks
 from slrmerge.checkpoint.header import DTYPE_BITS
 from slrmerge.merging.blend import as_bytes, one_core_per_chunk
 from slrmerge.merging.plan.model import PlannedTensor
@@ -15,23 +16,13 @@ from slrmerge.merging.stream import HybridReader
 from slrmerge.searching.sweep.dtypes import dtype_of
 from slrmerge.searching.sweep.paths import TensorAlpha
 
-COMPARED_BYTES = 1 << 18
-"""Bytes that are compared at a time."""
-
 
 class HybridWeights:
     """Loads tensors at any planned alpha, in their own dtypes, and holds none of them. Use it in a `with`."""
 
-    def __init__(
-        self,
-        planned: Mapping[tuple[str, float], PlannedTensor],
-        reader: HybridReader,
-        *,
-        compared_bytes: int = COMPARED_BYTES,
-    ) -> None:
+    def __init__(self, planned: Mapping[tuple[str, float], PlannedTensor], reader: HybridReader) -> None:
         self._planned = planned
         self._reader = reader
-        self._compared_bytes = compared_bytes
         self._closing = ExitStack()
         self._pool = self._closing.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
 
@@ -65,15 +56,8 @@ class HybridWeights:
         pre, post = self._planned.get((name, 1.0)), self._planned.get((name, 0.0))
         if pre is None or post is None or not pre.kind == post.kind == "copy":
             return False
-        total = post.info.nbytes
-        pre_bytes, post_bytes = (torch.empty(min(self._compared_bytes, total), dtype=torch.uint8) for _ in range(2))
-        for start in range(0, total, self._compared_bytes):
-            count = min(self._compared_bytes, total - start)
-            self._reader.read_into(pre, start, as_bytes(pre_bytes)[:count])
-            self._reader.read_into(post, start, as_bytes(post_bytes)[:count])
-            if not torch.equal(pre_bytes[:count], post_bytes[:count]):
-                return False
-        return True
+        ((side, source),), ((other, twin),) = pre.sources, post.sources
+        return not any(differing_chunks(self._reader.pair[side], source, self._reader.pair[other], twin))
 
     def _read_all(self, tensors: Sequence[PlannedTensor], rows: Sequence[range | None]) -> list[torch.Tensor]:
         """Each tensor, or of each the range of rows at its place in `rows`; blends and casts in parallel."""

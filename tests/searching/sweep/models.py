@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slrmerge.checkpoint.pair import ModelPair, open_pair
+from slrmerge.checkpoint.pair import ModelPair, open_checkpoint, open_pair
 from slrmerge.io.progress import Progress
 from slrmerge.merging.executor import merge
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
@@ -26,6 +26,7 @@ from slrmerge.searching.scorer import LocalScorer, ScoreRequest
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.engine import Sweep
 from slrmerge.searching.sweep.layouts import staged_model
+from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import SweepPlan
 from slrmerge.searching.sweep.states import StateStore
 from slrmerge.searching.sweep.weights import HybridWeights
@@ -96,6 +97,11 @@ def write_models(
     for seed, (side, dtype) in enumerate(zip(("pre", "post"), dtypes, strict=True)):
         random_model(config_of(architecture, **more), seed=seed, dtype=dtype).save_pretrained(folder / side)
     return folder
+
+
+def staged(folder: Path, dtype: torch.dtype = torch.float32) -> StagedModel:
+    """The model in `folder`, without weights."""
+    return staged_model(open_checkpoint(folder), dtype=dtype, device=CPU)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

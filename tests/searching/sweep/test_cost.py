@@ -25,6 +25,7 @@ from tests.searching.sweep.models import (
     local_scorer,
     random_model,
     request,
+    staged,
     swept,
 )
 
@@ -85,7 +86,8 @@ def test_a_shape_is_read_from_the_headers_and_the_contexts(llamas: Path) -> None
     layer = random_model(config_of("llama"), seed=0).model.layers[0]
     matrices = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
     expected = Shape("post", LAYERS, matrices, WIDTH, VOCABULARY, tokens=99)
-    assert Shape.of(open_checkpoint(llamas / "post"), width=WIDTH, vocabulary=VOCABULARY, tokens=99) == expected
+    layers = staged(llamas / "post").layers
+    assert Shape.of(open_checkpoint(llamas / "post"), layers, width=WIDTH, vocabulary=VOCABULARY, tokens=99) == expected
     with local_scorer(llamas) as scorer:
         shape = scorer.shape(request(scorer, [POST], contexts()))
     assert shape.tokens == len(pack([context.ids for context in contexts()]))
@@ -128,7 +130,7 @@ def test_of_experts_those_count_that_a_token_goes_through(tmp_path: Path) -> Non
             if ".layers." in name and len(info.shape) > 1 and (".experts." in name) == is_expert)
         for is_expert in (True, False)
     )  # fmt: skip
-    shape = Shape.of(checkpoint, width=WIDTH, vocabulary=VOCABULARY, tokens=9)
+    shape = Shape.of(checkpoint, staged(post).layers, width=WIDTH, vocabulary=VOCABULARY, tokens=9)
     assert shape.layer_parameters == (experts / 2 + others) / LAYERS
 
 

@@ -10,12 +10,12 @@ from transformers.models.llama import modeling_llama
 
 from slrmerge.checkpoint.pair import open_checkpoint
 from slrmerge.searching.sweep.embedding_rows import EmbeddingRows, rows_in_use
-from slrmerge.searching.sweep.layouts import Layout, lay_out, staged_model, token_count
-from slrmerge.searching.sweep.model import StagedModel
+from slrmerge.searching.sweep.layouts import Layout, lay_out, token_count
 from slrmerge.searching.sweep.rows import RowLayout
+from slrmerge.searching.sweep.slots import _Slot
 from slrmerge.searching.sweep.trie_layout import TrieLayout
 from tests.searching.sweep.families import write_family
-from tests.searching.sweep.models import CPU, contexts
+from tests.searching.sweep.models import CPU, contexts, staged
 
 CONTEXTS = contexts()
 
@@ -29,13 +29,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def staged(folder: Path) -> StagedModel:
-    return staged_model(open_checkpoint(folder / "post"), dtype=torch.float32, device=CPU)
-
-
 @pytest.mark.parametrize(("architecture", "kind"), [("llama", TrieLayout), ("lfm2", RowLayout)])
 def test_a_state_has_as_many_tokens_as_are_counted(pairs: Path, architecture: str, kind: type) -> None:
-    model = staged(pairs / architecture)
+    model = staged(pairs / architecture / "post")
     layout = lay_out(model, CONTEXTS, chunk_tokens=100)
     assert isinstance(layout, kind)
     assert token_count(model, CONTEXTS) == layout.tokens == len(layout.token_ids)
@@ -78,15 +74,68 @@ MIXING = {
 def test_a_layer_that_does_more_than_attend_leads_to_rows(
     pairs: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, change: Callable[..., Any], why: str
 ) -> None:
-    assert staged(pairs / "llama").why_rows is None
+    assert staged(pairs / "llama" / "post").why_rows is None
     monkeypatch.setattr(kind, "forward", change(kind.forward))
-    assert why in (staged(pairs / "llama").why_rows or "")
+    assert why in (staged(pairs / "llama" / "post").why_rows or "")
+
+
+def without_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = modeling_llama.LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaForCausalLM,
+        "forward",
+        lambda self, input_ids, **others: forward(self, input_ids, **others),
+    )
+
+
+def without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **_: None)
+
+
+def failing_where_a_position_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = modeling_llama.LlamaRotaryEmbedding.forward
+
+    def strict(self: Any, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        if len(position_ids.unique()) < position_ids.numel():
+            raise IndexError("a position comes twice")
+        return forward(self, hidden, position_ids)
+
+    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", strict)
+
+
+def with_places_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model passes its layers one more argument by position, the layers ignore it."""
+    call, forward = modeling_llama.LlamaDecoderLayer.__call__, modeling_llama.LlamaDecoderLayer.forward
+    monkeypatch.setattr(_Slot, "__call__", lambda self, hidden, **named: call(self, hidden, None, **named))
+    monkeypatch.setattr(
+        modeling_llama.LlamaDecoderLayer,
+        "forward",
+        lambda self, hidden, _=None, **named: forward(self, hidden, **named),
+    )
+
+
+UNFIT = {
+    "takes no positions": without_positions,
+    "cannot be read": without_masks,
+    "own code fails on a trie": failing_where_a_position_comes_twice,
+    "called by position": with_places_by_position,
+}
+
+
+@pytest.mark.parametrize(("why", "change"), UNFIT.items(), ids=UNFIT)
+def test_a_model_that_does_not_fit_a_trie_leads_to_rows(
+    pairs: Path, monkeypatch: pytest.MonkeyPatch, why: str, change: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    change(monkeypatch)
+    model = staged(pairs / "llama" / "post")
+    assert why in (model.why_rows or "")
+    assert isinstance(lay_out(model, CONTEXTS, chunk_tokens=100), RowLayout)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "lfm2"])
 def test_every_tensor_is_made_on_the_device_of_the_model(pairs: Path, architecture: str) -> None:
     """With another default device, a tensor that is made without one meets the others and fails."""
-    model = staged(pairs / architecture)
+    model = staged(pairs / architecture / "post")
     stored = {name: torch.randn(info.shape) for name, info in open_checkpoint(pairs / architecture / "post").items()}
     layers = [model.weights({name: stored[name] for name in stage}) for stage in model.stages[1:-1]]
     by_row = {name: stored[name] for name in (*model.by_row[0], *model.by_row[1])}

@@ -13,8 +13,7 @@ from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.pair import open_checkpoint
 from slrmerge.errors import UnsupportedModelError
-from slrmerge.searching.sweep.layouts import lay_out, staged_model
-from slrmerge.searching.sweep.model import StagedModel
+from slrmerge.searching.sweep.layouts import lay_out
 from tests.problems import refused
 from tests.searching.sweep.families import small_config
 from tests.searching.sweep.models import (
@@ -26,13 +25,8 @@ from tests.searching.sweep.models import (
     config_of,
     contexts,
     random_model,
+    staged,
 )
-
-CPU = torch.device("cpu")
-
-
-def staged(folder: Path, dtype: torch.dtype = torch.float32) -> StagedModel:
-    return staged_model(open_checkpoint(folder), dtype=dtype, device=CPU)
 
 
 def written(folder: Path, architecture: str, **more: Any) -> Any:
@@ -164,6 +158,16 @@ def layers_share_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(modeling_llama.LlamaModel, "__init__", sharing)
 
 
+def weights_of_layers_are_tied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = modeling_llama.LlamaForCausalLM.__init__
+
+    def tying(self: Any, config: Any) -> None:
+        init(self, config)
+        self.all_tied_weights_keys = {f"model.layers.{n}.mlp.up_proj.weight": "lm_head.weight" for n in (1, 2)}
+
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "__init__", tying)
+
+
 def states_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_loop(monkeypatch, lambda number, hidden, first, extra: hidden * 0.5 if number == 2 else hidden)
 
@@ -235,6 +239,7 @@ def replace_loop(monkeypatch: pytest.MonkeyPatch, between: Callable[..., torch.T
 
 GUARDS = {
     "shared-weights": layers_share_a_weight,
+    "shared-weights: tied": weights_of_layers_are_tied,
     "states-change-between-layers": states_change,
     "layers-depend-on-layers": layers_see_earlier_outputs,
     "layers-not-in-order": layers_run_twice,

@@ -92,6 +92,18 @@ def test_hybrids_of_a_quantised_pair_are_scored_as_transformers_loads_them(tmp_p
     assert np.nanmax(np.abs(np.exp(log_probs[1]) - np.exp(log_probs[2]))) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_packed_weights_cost_as_much_as_the_dense_ones(tmp_path: Path) -> None:
+    """Two numbers of four bits are one element of a packed tensor."""
+    write_family(tmp_path / "dense", "gpt_oss")
+    write_mxfp4(tmp_path / "packed")
+    shapes = []
+    for folder in (tmp_path / "dense", tmp_path / "packed"):
+        with local_scorer(folder) as scorer:
+            shapes.append(scorer.shape(request(scorer, [POST], FEW)))
+    assert shapes[0] == shapes[1]
+
+
 REFUSED = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "quantised (gptq)"),
     "awq": ({"quant_method": "awq", "bits": 4}, "quantised (awq)"),

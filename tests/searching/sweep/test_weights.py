@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import slrmerge.checkpoint.base
 from slrmerge.checkpoint.pair import open_pair
 from slrmerge.errors import BlendError
 from slrmerge.merging.executor import merge
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.merging.stream import HybridReader
 from slrmerge.searching.sweep.paths import TensorAlpha
-from slrmerge.searching.sweep.weights import COMPARED_BYTES, HybridWeights
+from slrmerge.searching.sweep.weights import HybridWeights
 from tests.checkpoints import Tensor, llama_tensors, random_tensor, write_checkpoint
 from tests.problems import refused
 
@@ -30,14 +31,13 @@ def weights(
     *,
     alphas: tuple[float, ...] = ALPHAS,
     output: str | None = None,
-    compared_bytes: int = COMPARED_BYTES,
 ) -> Iterator[HybridWeights]:
     """The pair in `folder`, its tensors planned at each of the alphas."""
     pair = open_pair(folder / "pre", folder / "post")
     planned = plan_tensor_alphas([(name, alpha) for name in names for alpha in alphas], pair, dtype=output)
     with (
         pair.open() as reader,
-        HybridWeights(planned, HybridReader(reader), compared_bytes=compared_bytes) as loader,
+        HybridWeights(planned, HybridReader(reader)) as loader,
     ):
         yield loader
 
@@ -116,15 +116,16 @@ def flipped(tensor: Tensor, at: int) -> Tensor:
     return tensor._replace(data=bytes(data))
 
 
-@pytest.mark.parametrize("compared_bytes", [1 << 18, 64, 7])
-def test_one_different_byte_is_found(tmp_path: Path, compared_bytes: int) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1 << 18, 64, 7])
+def test_one_different_byte_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(slrmerge.checkpoint.base, "CHUNK_BYTES", chunk_bytes)
     tensor = random_tensor("BF16", (9, 11), "x")
     size = len(tensor.data)
     empty = Tensor("BF16", (0, 3), b"")
     post = {"same": tensor, "empty": empty} | {str(at): flipped(tensor, at) for at in (0, 63, 64, size // 2, size - 1)}
     write_checkpoint(tmp_path / "pre", dict.fromkeys(post, tensor) | {"empty": empty}, {})
     write_checkpoint(tmp_path / "post", post, {})
-    with weights(tmp_path, post, compared_bytes=compared_bytes) as loader:
+    with weights(tmp_path, post) as loader:
         assert {name: loader.same_on_both_sides(name) for name in post} == {
             name: name in ("same", "empty") for name in post
         }
