@@ -144,6 +144,12 @@ class ClusterError(SlrmergeError):
     exit_code = 17
 
 
+class ThreadLimitError(SlrmergeError):
+    """The system does not start as many threads as are needed."""
+
+    exit_code = 18
+
+
 def raise_all(problems: Iterable[Problem], error: type[SlrmergeError]) -> None:
     """Raise `error` with all of `problems`; do nothing when there are none."""
     found = tuple(problems)
