@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from slrmerge.cli.output import echo, open_streams, print_json, shown
+from slrmerge.cli.output import echo, open_streams, print_json, quieten_hub_client, shown
 from slrmerge.errors import OptionError, OutputError, SlrmergeError, without_credentials
 
 INTERRUPTED = 130
@@ -26,6 +26,7 @@ class DefaultGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         open_streams()
+        quieten_hub_client()
         try:
             return super().main(*args, **extra)
         except OutputError as error:  # the help could not be printed
