@@ -185,6 +185,18 @@ def test_json_stays_json_with_a_space_that_does_not_print(pair: Pair) -> None:
     assert json.loads(run("inspect", folder, "--json").stdout)["checkpoint"].endswith("no\u00a0break")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not delete a folder that is in use")
+@pytest.mark.parametrize("command", ["merge", "plan", "diff", "search"])
+def test_a_current_folder_that_was_deleted_is_an_error(
+    hostile: Pair, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, gone = COMMANDS[command](hostile), hostile.folder.parent / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert refusal(*arguments) == (6, ["no-current-folder"])
+
+
 # streams
 
 
