@@ -144,6 +144,12 @@ class ClusterError(SlrmergeError):
     exit_code = 17
 
 
+class ThreadLimitError(SlrmergeError):
+    """The system does not start as many threads as are needed."""
+
+    exit_code = 18
+
+
 def raise_all(problems: Iterable[Problem], error: type[SlrmergeError]) -> None:
     """Raise `error` with all of `problems`; do nothing when there are none."""
     found = tuple(problems)
@@ -195,12 +201,17 @@ def first_line(error: BaseException) -> str:
 
 
 _URL = re.compile(r"(\w\w:/+)(\S+)")  # one slash where the URL was taken for a path
-_PARAMETER = re.compile(r"([?&;#][\w.-]+=)([^\s&;#'\"]+)")
+_PARAMETER = re.compile(r"([?&;#][\w.-]+=)([^\s&;#'\"]*[^\s&;#'\":])")
 _SECRET_NAME = re.compile(r"key|token|secret|sig|passw|pwd|auth|cred", re.IGNORECASE)
 
 
 def without_credentials(text: str) -> str:
-    """`text` with the user, the password and the query of every URL in it replaced by `***`."""
+    """`text` with the user, the password and the query of every URL in it replaced by `***`.
+
+    Where a URL has no scheme, only its password, with the user, and parameters that have the name of a secret.
+    """
+    if "@" in text:
+        text = re.sub(r"\S+", _without_user, text)
     text = _URL.sub(_without_user_and_query, text)
     return _PARAMETER.sub(lambda match: f"{match[1]}***" if _SECRET_NAME.search(match[1]) else match[0], text)
 
@@ -209,8 +220,20 @@ def _without_user_and_query(match: "re.Match[str]") -> str:
     """A URL. A password may contain what it should not, such as a slash; a path may contain an @."""
     scheme, rest = match.groups()
     before, _, after = rest.rpartition("@")
-    authority = re.split(r"[/?#]", before, maxsplit=1)[0]
-    has_user = authority == before or "@" in authority or (":" in authority and not authority.split(":")[-1].isdigit())
-    place, has_query, query = (f"***@{after}" if before and has_user else rest).partition("?")
+    place, has_query, query = (f"***@{after}" if before and _has_user(before) else rest).partition("?")
     hidden = query if query.startswith("***") else "***"  # hidden already, with what follows it
     return f"{scheme}{place}?{hidden}" if has_query else f"{scheme}{place}"
+
+
+def _without_user(match: "re.Match[str]") -> str:
+    """A word, which may be an address without a scheme; a drive's letter has no password after its colon."""
+    word = match[0]
+    before, _, after = word.rpartition("@")
+    has_password = re.search(r":[^/\\]", before) and _has_user(before) and not _URL.search(word)
+    return f"***@{after}" if has_password else word
+
+
+def _has_user(before: str) -> bool:
+    """Whether what is before the last @ of an address is a user, or ends in one; else it is a part of the path."""
+    authority = re.split(r"[/?#]", before, maxsplit=1)[0]
+    return authority == before or "@" in authority or (":" in authority and not authority.split(":")[-1].isdigit())

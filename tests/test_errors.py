@@ -20,6 +20,11 @@ from slrmerge.errors import Problem, without_credentials
         ("http://host/v1?anything=sekret", "http://host/v1?***"),
         ("no path /v1/chat?api_key=sekret&n=3", "no path /v1/chat?api_key=***&n=3"),
         ("&Access-Token=sekret", "&Access-Token=***"),
+        ("/v1?api_key=sekret: no such folder", "/v1?api_key=***: no such folder"),
+        ("user:sekret@host:8000/v1: no such folder", "***@host:8000/v1: no such folder"),
+        ("user:se/kret@host", "***@host"),
+        ("x=user:se@kret@host/v1?api_key=sekret", "***@host/v1?api_key=***"),
+        ("https:user:sekret@host/v1", "***@host/v1"),
     ],
 )
 def test_credentials_are_hidden(text: str, shown: str) -> None:
@@ -30,12 +35,29 @@ def test_credentials_are_hidden(text: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["http://localhost:8000/v1", "https://huggingface.co/org/model@main", "org/model@main", "https://h:80/m@x", "a=b"],
+    [
+        "http://localhost:8000/v1",
+        "https://huggingface.co/org/model@main",
+        "org/model@main",
+        "https://h:80/m@x",
+        "a=b",
+        "h:80/m@x",
+        "llama3:8b@http://localhost:8000/v1",
+        "C:\\Users\\me@work\\model",
+        "org/model:8b@main: no",
+    ],
 )
 def test_other_addresses_are_unchanged(text: str) -> None:
     assert without_credentials(text) == text
 
 
 def test_hiding_takes_linear_time() -> None:
-    for text in ("://" * 100_000, "aa://" + ":@/?" * 100_000, "?key" * 100_000):
+    for text in (
+        "://" * 100_000,
+        "aa://" + ":@/?" * 100_000,
+        "?key" * 100_000,
+        "a:" * 100_000 + "@",
+        "@:" * 100_000,
+        "&k=" + ":" * 100_000,
+    ):
         without_credentials(text)

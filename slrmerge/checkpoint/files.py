@@ -4,7 +4,6 @@ Local files are read at positions, not mapped: a mapped file that is truncated k
 this process's memory.
 """
 
-import errno
 import os
 import re
 import stat
@@ -16,7 +15,7 @@ from threading import Event, Lock
 from typing import BinaryIO, NamedTuple, Protocol
 
 from slrmerge.errors import CheckpointError, Problem, SlrmergeError, SourceChangedError
-from slrmerge.io.files import clone_range
+from slrmerge.io.files import clone_range, open_files_remedy
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 """No newline translation on Windows, and no waiting for a FIFO that took a file's place."""
@@ -131,9 +130,8 @@ class LocalFile:
         try:
             fd = os.open(self.path, _FLAGS)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if remedy := open_files_remedy(error):
                 what = f"cannot be opened ({error.strerror})"
-                remedy = "allow more open files: ulimit -n 1024"
                 raise CheckpointError(Problem("too-many-files-open", str(self.path), what, remedy)) from error
             raise _changed(self.path, f"can no longer be opened ({error.strerror})") from error
         opened = OpenLocalFile(self, fd)
@@ -227,7 +225,12 @@ def open_within(folder: Path, name: str) -> BinaryIO:
         )
         raise CheckpointError(Problem("link-outside", str(path), what, remedy))
     _require_regular(path, real.lstat())
-    return _opened(_open_beneath(root, real.relative_to(root)), path)
+    try:
+        fd = _open_beneath(root, real.relative_to(root))
+    except OSError as error:
+        error.filename = str(path)  # not relative to an open folder
+        raise
+    return _opened(fd, path)
 
 
 def _root_of(folder: Path, real: Path) -> Path | None:
@@ -283,7 +286,7 @@ def _require_regular(path: Path, status: os.stat_result) -> None:
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The CheckpointError for an OSError at the file that it names, or else at `path`."""
     where = str(error.filename or path)
-    return CheckpointError(Problem("unreadable", where, f"cannot be read ({error.strerror})"))
+    return CheckpointError(Problem("unreadable", where, f"cannot be read ({error.strerror})", open_files_remedy(error)))
 
 
 if hasattr(os, "preadv"):

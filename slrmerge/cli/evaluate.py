@@ -52,7 +52,9 @@ def evaluate(
     """
     chosen = EvaluationOptions(**options)
     from slrmerge.cli.progress import TerminalProgress
+    from slrmerge.io.threads import require_thread
 
+    require_thread()
     with TerminalProgress(quiet=quiet or as_json) as progress:
         progress.status("loading the questions and what scores answers")
         from slrmerge.cli import show_evaluation

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from slrmerge.cli.output import echo, open_streams, print_json, shown
-from slrmerge.errors import OptionError, OutputError, SlrmergeError, without_credentials
+from slrmerge.cli.output import echo, open_streams, print_json, quieten_hub_client, shown
+from slrmerge.errors import OptionError, OutputError, Problem, SlrmergeError, without_credentials
 
 INTERRUPTED = 130
 """The exit code that shells report for Ctrl-C."""
@@ -26,6 +26,7 @@ class DefaultGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         open_streams()
+        quieten_hub_client()
         try:
             return super().main(*args, **extra)
         except OutputError as error:  # the help could not be printed
@@ -103,6 +104,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         ctx.obj["as_json"] = ctx.params.get("as_json", False)
         try:
+            _require_current_folder()
             return super().invoke(ctx)
         except SlrmergeError as error:
             names = {
@@ -120,6 +122,15 @@ class Command(click.Command):
                 for each in error.problems
             )
             raise
+
+
+def _require_current_folder() -> None:
+    """Raise OutputError where the current folder was deleted: torch's libraries end the process then."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        what, remedy = "the current folder no longer exists", "change to another one"
+        raise OutputError(Problem("no-current-folder", ".", what, remedy)) from error
 
 
 def as_typed(message: str) -> str:

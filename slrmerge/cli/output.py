@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import TYPE_CHECKING, Any, Never, TextIO
@@ -21,6 +22,8 @@ _KEPT = re.compile(r"(\x1b\[(?:A|0m|1;3[136]m))")
 
 _COLOURS = {"error": "\x1b[1;31m", "warning": "\x1b[1;33m", "note": "\x1b[1;36m"}
 _PLAIN = "\x1b[0m"
+
+HUB_VERBOSITY = "HF_HUB_VERBOSITY"
 
 READER_LEFT = 141
 """The exit code that shells report for a closed pipe."""
@@ -177,6 +180,16 @@ def open_streams() -> None:
         sys.stdout = _open_stream(TextIOWrapper, 1, sys.stdout)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _open_stream(_Messages, 2, sys.stderr)
+
+
+def quieten_hub_client() -> None:
+    """Keep the log and the warnings of the Hub's client from stderr: slrmerge says what failed, in its own words.
+
+    HF_HUB_VERBOSITY and PYTHONWARNINGS show them again.
+    """
+    os.environ.setdefault(HUB_VERBOSITY, "error")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"huggingface_hub\b")
 
 
 def _open_stream(kind: type[TextIOWrapper], fd: int, old: TextIO | None) -> TextIO:

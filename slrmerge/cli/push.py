@@ -1,6 +1,5 @@
 """The command that publishes: push."""
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +63,6 @@ def push_folder(folder: Path, target: "Repository", *, private: bool, threads: i
     from slrmerge.cli.progress import TerminalProgress
     from slrmerge.merging.push import push as push_to_hub
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings are reported as errors by slrmerge
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     with TerminalProgress(quiet=quiet) as progress:

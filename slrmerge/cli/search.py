@@ -58,7 +58,9 @@ def search(
     _require_one_or_two(ctx, sources)
     chosen = SearchOptions(**options)
     from slrmerge.cli.progress import TerminalProgress
+    from slrmerge.io.threads import require_thread
 
+    require_thread()
     with TerminalProgress(quiet=quiet or as_json) as progress:
         progress.status("loading torch")
         from slrmerge.cli import show_search
@@ -96,7 +98,9 @@ def select(folder: Path, *, min_quality: float, as_json: bool) -> None:
     slrmerge select ./search --min-quality 0.95
     """
     from slrmerge.cli.progress import TerminalProgress
+    from slrmerge.io.threads import require_thread
 
+    require_thread()
     with TerminalProgress(quiet=as_json) as progress:
         progress.status("selecting, and drawing the figures")
         from slrmerge.cli import show_search

@@ -12,7 +12,7 @@ from click.shell_completion import get_completion_class
 from slrmerge._version import __version__
 from slrmerge.cli.group import Command
 from slrmerge.cli.options import json_option
-from slrmerge.cli.output import describe_stdout, echo, echo_text, print_json
+from slrmerge.cli.output import HUB_VERBOSITY, describe_stdout, echo, echo_text, print_json
 
 _PACKAGES = (
     "torch", "transformers", "safetensors", "huggingface_hub", "hf_xet", "numpy", "pydantic", "tokenizers",
@@ -105,7 +105,7 @@ def completion(ctx: click.Context, shell: str | None, *, install: bool) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    from slrmerge.io.memory import physical_memory_bytes
+    from slrmerge.io.memory import memory_bytes
     from slrmerge.io.sizes import format_bytes
     from slrmerge.io.threads import available_cores
 
@@ -114,12 +114,13 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": available_cores(),
-        "memory": format_bytes(physical_memory_bytes()),
+        "memory": format_bytes(memory_bytes()),
         "stdout": describe_stdout(),
     }
     found |= {package: _version(package) for package in _PACKAGES}
     found["cuda"] = _cuda()
-    found["variables"] = ", ".join(sorted(name for name in os.environ if name.startswith(_VARIABLES))) or "none"
+    names = {name for name in os.environ if name.startswith(_VARIABLES)} - {HUB_VERBOSITY}  # which the command sets
+    found["variables"] = ", ".join(sorted(names)) or "none"
     return found
 
 

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -14,8 +13,14 @@ from numpy.typing import NDArray
 from slrmerge.errors import OptionError, Problem, ServerError
 from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, SampleRequest, ServerAddress
 from slrmerge.evaluation.samples import Answer, Settings
-from slrmerge.evaluation.server_errors import INVALID_JSON, InvalidResponseError, translate_server_errors
+from slrmerge.evaluation.server_errors import (
+    INVALID_JSON,
+    RETRYING_S,
+    InvalidResponseError,
+    translate_server_errors,
+)
 from slrmerge.io.progress import Progress
+from slrmerge.io.threads import ThreadPool, require_thread
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -26,9 +31,6 @@ CONNECT_TIMEOUT_S = 10.0
 
 MAX_RETRIES = 24
 """Retries of the client: their pauses grow from 0.5 s to 8 s, so a server may be down for two minutes at least."""
-
-RETRYING_S = 300.0
-"""One request and its retries may take as long as one answer, and this."""
 
 INVALID_RESPONSES = 3
 """So many invalid responses in a row are an error: one in thousands is not."""
@@ -197,7 +199,7 @@ class ServerModel:
             raise group.exceptions[0] from group.exceptions[0].__cause__
 
     async def _bounded(self, call: Awaitable[T]) -> T:
-        """The result of a request, with a limit on all its attempts: an attempt's own only limits each read."""
+        """The result of a request, with a limit on all its attempts together."""
         with translate_server_errors(str(self._at), self._timeout_s, {*self._at.secrets, _api_key()}):
             async with asyncio.timeout(self._timeout_s + RETRYING_S):
                 return await call
@@ -297,11 +299,12 @@ def _api_key() -> str:
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, also where this thread already runs an event loop, as in a notebook."""
+    require_thread()  # for names of hosts
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPool(1) as thread:
         return thread.submit(asyncio.run, work).result()
 
 

@@ -1,9 +1,11 @@
-"""The HTTP client of model servers: limits what a response may hold, and reports long outages."""
+"""The HTTP client of model servers: limits what a response may hold and take, and reports long outages."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import openai
+from httpx2 import ReadTimeout
 
 from slrmerge.evaluation.server_errors import InvalidResponseError
 from slrmerge.io.sizes import format_bytes
@@ -22,8 +24,8 @@ _ENCODING_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
 class LimitedClient(openai.DefaultAsyncHttpxClient):
     """The client's own HTTP client, but a response is at most `MAX_RESPONSE_BYTES` long after decompression.
 
-    Calls `on_retries` with the latest failure at every request that was retried several times. Raises
-    InvalidResponseError for a longer response.
+    It must be complete within the timeout of a read. Calls `on_retries` with the latest failure at every request that
+    was retried several times. Raises InvalidResponseError for a longer response.
     """
 
     def __init__(self, on_retries: Callable[[str], None], **options: Any) -> None:
@@ -35,8 +37,7 @@ class LimitedClient(openai.DefaultAsyncHttpxClient):
         if int(request.headers.get("x-stainless-retry-count", 0)) >= RETRIES_UNREPORTED:
             self._on_retries(self._failure)
         try:
-            response = await self._follow(request)
-            content = await _read(response)
+            response, content = await self._answer(request)
         except Exception as error:
             self._failure = type(error).__name__
             raise
@@ -44,6 +45,15 @@ class LimitedClient(openai.DefaultAsyncHttpxClient):
             self._failure = str(response.status_code)
         headers = [pair for pair in response.headers.multi_items() if pair[0].lower() not in _ENCODING_HEADERS]
         return type(response)(response.status_code, headers=headers, content=content, request=response.request)
+
+    async def _answer(self, request: Any) -> tuple[Any, bytes]:
+        """The response and its content, all within the time that httpx allows for each read."""
+        try:
+            async with asyncio.timeout(self.timeout.read):
+                response = await self._follow(request)
+                return response, await _read(response)
+        except TimeoutError as error:
+            raise ReadTimeout("the response is not complete in time", request=request) from error
 
     async def _follow(self, request: Any) -> Any:
         """The response after redirects, whose own contents are not read."""

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 INVALID_JSON = (ValueError, RecursionError)
 """What the client raises for a response that is not JSON."""
 
+RETRYING_S = 300.0
+"""One request and its retries may take as long as one answer, and this."""
+
 MAX_DETAIL = 1000
 """Maximum number of characters of a server's own message."""
 
@@ -46,9 +49,9 @@ def describe_error(error: BaseException, where: str, timeout_s: float) -> Proble
     import openai
 
     if isinstance(error, openai.APITimeoutError | TimeoutError):
-        return Problem(
-            "server-timeout", where, f"did not answer within {timeout_s:g} s", f"{RUN_AGAIN}, or increase the timeout"
-        )
+        retries = f", nor in {RETRYING_S:g} s of retries" if isinstance(error, TimeoutError) else ""
+        what = f"did not answer within {timeout_s:g} s{retries}"
+        return Problem("server-timeout", where, what, f"{RUN_AGAIN}, or increase the timeout")
     if isinstance(error, openai.APIConnectionError):
         what = f"cannot be reached ({first_line(error.__cause__ or error)})"
         return Problem("server-unreachable", where, what, "start it, then run the same command again")

@@ -27,6 +27,11 @@ def open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
+def open_files_remedy(error: OSError) -> str:
+    """What to do where the system's limit on open files is the reason; else nothing."""
+    return "allow more open files: ulimit -n 1024" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+
+
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk that `path` is or would be on."""
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free

@@ -142,7 +142,11 @@ class OutputFolder:
                 if note := what_is_kept(error):
                     error.add_note(note)
                 else:
-                    shutil.rmtree(self.staging)
+                    try:
+                        shutil.rmtree(self.staging)
+                    except OSError as failure:
+                        left = f"{self.staging} is left ({failure.strerror})"
+                        error.add_note(f"{left}; the same command takes it up again")
             raise
 
     def publish(self, progress: Progress) -> None:

@@ -163,7 +163,8 @@ def output_error(path: Path, error: OSError) -> OutputError:
     """The OutputError for an OSError at `path`; NoSpaceError where the disk is full."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpaceError(Problem("no-space", str(path), "the disk is full", "free some space and run again"))
-    return OutputError(Problem("io-error", str(path), f"cannot be written or read ({error.strerror or error})"))
+    what = f"cannot be written or read ({error.strerror or error})"
+    return OutputError(Problem("io-error", str(path), what, files.open_files_remedy(error)))
 
 
 @contextmanager

@@ -1,16 +1,20 @@
-"""Threads: how many, a pool whose work can be cancelled; limits on time and memory."""
+"""Threads: how many, pools of them, one whose work can be cancelled; limits on time and memory."""
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from ctypes import c_ulong, py_object, pythonapi
 from pathlib import Path
 from threading import Event, Lock, Timer, get_ident
 from time import sleep
+from typing import ParamSpec, TypeVar
 
-from slrmerge.errors import OptionError, Problem
+from slrmerge.errors import OptionError, Problem, ThreadLimitError
 from slrmerge.io.sizes import shorten
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def available_cores() -> int:
@@ -29,10 +33,34 @@ def thread_count(threads: int | None, default: int) -> int:
 
 
 @contextmanager
-def cancellable_pool(threads: int) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
+def _translate_thread_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        what, remedy = "the system starts no more threads", "allow more (ulimit -u), or use fewer"
+        raise ThreadLimitError(Problem("no-more-threads", "threads", what, remedy)) from error
+
+
+class ThreadPool(ThreadPoolExecutor):
+    """A thread pool; `submit` and `map` raise ThreadLimitError where the system does not start a thread."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """See `Executor`."""
+        with _translate_thread_errors():
+            return super().submit(fn, *args, **kwargs)
+
+
+def require_thread() -> None:
+    """Raise ThreadLimitError where the system starts no thread: libraries such as numpy tell it in other ways."""
+    with ThreadPool(1) as pool:
+        pool.submit(int)
+
+
+@contextmanager
+def cancellable_pool(threads: int) -> Iterator[tuple[ThreadPool, Event]]:
     """A thread pool, and an event that is set when the block fails or is interrupted: work should then stop waiting."""
     cancelled = Event()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPool(threads) as pool:
         try:
             yield pool, cancelled
         except BaseException:
@@ -47,7 +75,10 @@ class _TimeLimitError(TimeoutError):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in a block of Python code that runs longer, in whatever thread."""
+    """Raise TimeoutError in a block of Python code that runs longer, in whatever thread.
+
+    Raises ThreadLimitError where the system does not start the thread that looks at the clock.
+    """
     thread, lock, is_over, is_late = c_ulong(get_ident()), Lock(), False, False
 
     def stop() -> None:
@@ -59,7 +90,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     timer = Timer(seconds, stop)
     timer.daemon = True
-    timer.start()
+    with _translate_thread_errors():
+        timer.start()
     try:
         try:
             yield

@@ -3,6 +3,7 @@
 `slrmerge.json` is canonical JSON that contains its own digest, so that any change to it is detected.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from slrmerge._version import __version__
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.files import LocalFile, open_within
+from slrmerge.checkpoint.files import LocalFile, open_within, unreadable
 from slrmerge.checkpoint.pair import Side
 from slrmerge.checkpoint.side_files import MANIFEST_NAME
 from slrmerge.errors import CheckpointError, Problem, VerificationError
@@ -27,6 +28,7 @@ from slrmerge.merging.plan.model import MergePlan
 
 FORMAT = 2
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _MAX_BYTES = 1 << 27
 """A model of 300,000 tensors has a manifest of about this size."""
 
@@ -130,7 +132,9 @@ def read_manifest(folder: Path) -> Manifest:
             raw = file.read(_MAX_BYTES + 1)
     except CheckpointError as error:
         raise VerificationError(*error.problems) from None
-    except OSError:
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise VerificationError(*unreadable(path, error).problems) from error
         exists = os.path.exists(folder)  # noqa: PTH110 (a name that is too long is not an error here)
         what = "was not written by slrmerge: it has no manifest" if exists else "no such folder"
         raise VerificationError(Problem("no-manifest", str(folder), what, "name the folder of a merge")) from None

@@ -5,14 +5,15 @@ Killed at any moment before the commit, the branch has not moved: large files ar
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from slrmerge.checkpoint.files import open_within, unreadable
+from slrmerge.checkpoint.files import LocalFile, OpenLocalFile, unreadable
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.side_files import (
     ADAPTER_CONFIG_NAME,
@@ -24,10 +25,10 @@ from slrmerge.checkpoint.side_files import (
     select_side_files,
 )
 from slrmerge.errors import HubError, OptionError, Problem, VerificationError, collect, raise_all
-from slrmerge.io.pieces import git_digest
+from slrmerge.io.pieces import git_digest, translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.merging.finding import TRADEOFF_NAME
-from slrmerge.merging.manifest import SourceEntry, read_manifest
+from slrmerge.merging.manifest import Manifest, SourceEntry, read_manifest
 from slrmerge.merging.verify import verify
 
 if TYPE_CHECKING:
@@ -80,54 +81,62 @@ def push(
     Creates a missing repository, `private` or not, and a missing branch. Shards that the post-trained repository has
     are copied on the Hub where it permits that, and otherwise uploaded. The commit removes other shards of a model and
     tokenizer files of an older merge; everything else in the repository stays. Raises VerificationError, also where a
-    link leads out of `folder`; HubError where the repository is not writable or was changed meanwhile.
+    link leads out of `folder`; SourceChangedError where a file changes after it was verified; HubError where the
+    repository is not writable or was changed meanwhile.
     """
     folder, progress = Path(folder), progress or Progress()
     target = parse_target(repository, revision)
     manifest = read_manifest(folder)
-    files = (*manifest.files, MANIFEST_NAME)
-    _require_own_files(folder, files)
+    files = _own_files(folder, (*manifest.files, MANIFEST_NAME))
     require_access(target)
     verify(folder, threads=threads, progress=progress)
-    pre, post = manifest.sources["pretrained"], manifest.sources["posttrained"]
 
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    from huggingface_hub.errors import FileDuplicationError
-
-    from slrmerge.checkpoint.hub.errors import is_refused, with_retries
+    from slrmerge.checkpoint.hub.errors import with_retries
     from slrmerge.checkpoint.hub.file import client
-    from slrmerge.checkpoint.hub.repository import pin
     from slrmerge.checkpoint.hub.session import RESPONSE_TIMEOUT_S
 
     _require_valid_card(folder)
-    where, branch = str(target), target.revision
+    where = str(target)
     with_retries(lambda: client().create_repo(target.name, private=private or None, exist_ok=True), where=where)
     if private:
         info = with_retries(lambda: client().model_info(target.name, timeout=RESPONSE_TIMEOUT_S), where=where)
         if not info.private:
             what, remedy = "exists and is public", "make it private on the Hub, or push without the option private"
             raise HubError(Problem("repository-public", where, what, remedy))
-    if branch:
+    if branch := target.revision:
         with_retries(lambda: client().create_branch(target.name, branch=branch, exist_ok=True), where=where)
+    progress.message(f"pushing {len(files)} files to {target}")
+    with _uploads(folder, files) as uploads:
+        return _commit(uploads, target, manifest)
+
+
+def _commit(uploads: Mapping[str, Path | bytes], target: Repository, manifest: Manifest) -> PushResult:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.errors import FileDuplicationError
+
+    from slrmerge.checkpoint.hub.errors import is_refused, with_retries
+    from slrmerge.checkpoint.hub.file import client
+    from slrmerge.checkpoint.hub.repository import pin
+
+    pre, post = manifest.sources["pretrained"], manifest.sources["posttrained"]
     before = pin(target)
-    removed = tuple(sorted(_stale_files(before, files) - {*files}))
-    additions = {name: CommitOperationAdd(name, _upload(folder, name)) for name in files}
+    removed = tuple(sorted(_stale_files(before, uploads) - {*uploads}))
+    additions = {name: CommitOperationAdd(name, upload) for name, upload in uploads.items()}
     skipped = {name for name, file in additions.items() if _is_there(file, before)}
     copies = _copies({name: file for name, file in additions.items() if name not in skipped}, post)
     deletions = [CommitOperationDelete(path_in_repo=name) for name in removed]
-    progress.message(f"pushing {len(files)} files to {target}")
 
     def commit(copies: "Mapping[str, CommitOperationCopy]") -> "CommitInfo":
         return client().create_commit(
             target.name,
             [*(copies.get(name, addition) for name, addition in additions.items()), *deletions],
             commit_message=f"Merge of {pre.model} and {post.model}",
-            revision=branch,
+            revision=target.revision,
             parent_commit=before.commit,
         )
 
     # Only retried where the Hub surely made no commit: the answer to one that it made may have been lost.
-    push_with = partial(with_retries, where=where, remedy=_REMEDY, statuses=(429, 503))
+    push_with = partial(with_retries, where=str(target), remedy=_REMEDY, statuses=(429, 503))
     try:
         made = push_with(lambda: commit(copies))
     except (FileDuplicationError, HubError) as error:
@@ -140,7 +149,7 @@ def push(
     return PushResult(
         made.commit_url,
         made.oid,
-        files,
+        tuple(uploads),
         removed,
         unchanged=made.oid == before.commit,
         uploaded_bytes=sum(sizes.values()) - copied_bytes - skipped_bytes,
@@ -177,26 +186,48 @@ def require_access(repository: Repository) -> None:
             raise
 
 
-def _require_own_files(folder: Path, names: Iterable[str]) -> None:
-    """Raise VerificationError for links that lead out of the folder, and for what is not a file."""
+def _own_files(folder: Path, names: Iterable[str]) -> dict[str, LocalFile]:
+    """The files as they are now. Raises VerificationError for links that lead out of the folder, and for no file."""
     problems: list[Problem] = []
-    for name in names:
-        collect(problems, partial(_require_own_file, folder, name), None)
+    files = {name: collect(problems, partial(_own_file, folder, name), None) for name in names}
     raise_all(problems, VerificationError)
+    return {name: file for name, file in files.items() if file}
 
 
-def _require_own_file(folder: Path, name: str) -> None:
+def _own_file(folder: Path, name: str) -> LocalFile:
     try:
-        open_within(folder, name).close()
+        return LocalFile.within(folder, name)
     except OSError as error:
         raise unreadable(folder / name, error) from error
 
 
-def _upload(folder: Path, name: str) -> Path | bytes:
-    """What to upload: the bytes of a small file, so that nothing can take its place; the path of a large one."""
-    with open_within(folder, name) as file:
-        content = file.read(_SMALL_BYTES + 1)
-    return content if len(content) <= _SMALL_BYTES else folder / name
+@contextmanager
+def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[dict[str, Path | bytes]]:
+    """What to upload: the bytes of small files, the paths of others. Raises SourceChangedError where one has changed.
+
+    The client opens a path again: where the system can, it is a link to what is open here, with the file's own name for
+    progress bars. So nothing can take the place of a file.
+    """
+    with translate_os_errors(folder):
+        links = TemporaryDirectory(prefix="slrmerge-")
+    kept: list[OpenLocalFile] = []
+    uploads: dict[str, Path | bytes] = {}
+    with links:
+        for name, file in files.items():
+            opened = file.open()
+            if file.file_bytes <= _SMALL_BYTES:
+                content = bytearray(file.file_bytes)
+                opened.stream(0, len(content)).readinto(memoryview(content))
+                uploads[name] = bytes(content)
+                continue
+            kept.append(opened)
+            path, descriptor = folder / name, Path(f"/proc/self/fd/{opened.fd}")
+            if descriptor.exists():
+                path = Path(links.name, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.symlink_to(descriptor)
+            uploads[name] = path
+        yield uploads
 
 
 def _is_there(file: "CommitOperationAdd", snapshot: "Snapshot") -> bool:

@@ -5,7 +5,7 @@ part. A piece is cloned again by the run that finishes it: nothing depends on wh
 """
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from slrmerge.io.pieces import Chunk, pieces, reserve, translate_os_errors, write_piece
 from slrmerge.io.progress import Progress
+from slrmerge.io.threads import ThreadPool
 from slrmerge.merging.blend import one_core_per_chunk
 from slrmerge.merging.journal import Journal, Piece, pieces_of
 from slrmerge.merging.plan.model import MergePlan, PlannedShard
@@ -121,8 +122,8 @@ class _ShardWriter:
     def __init__(self, reader: HybridReader, journal: Journal, threads: int, progress: Progress) -> None:
         self._reader, self._journal, self._progress = reader, journal, progress
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads)
-        self._syncing = ThreadPoolExecutor(1)
+        self._pool = ThreadPool(threads)
+        self._syncing = ThreadPool(1)
         # Nothing starts before everything is queued: Ctrl-C in the middle of starting a thread would leave the pool
         # waiting for it.
         self._started, self._stopped = Event(), Event()

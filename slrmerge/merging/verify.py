@@ -6,7 +6,7 @@ Without the sources a digest shows that a file changed; with them the tensor tha
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from slrmerge.checkpoint.side_files import LOADED_SUFFIXES, MANIFEST_NAME, RECIP
 from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all
 from slrmerge.io.pieces import FileDigest, combine, digest_piece, pieces
 from slrmerge.io.progress import Progress
-from slrmerge.io.threads import available_cores, thread_count
+from slrmerge.io.threads import ThreadPool, available_cores, thread_count
 from slrmerge.merging.blend import one_core_per_chunk
 from slrmerge.merging.manifest import Manifest, read_manifest
 from slrmerge.merging.plan.model import MergePlan, PlannedShard
@@ -82,7 +82,7 @@ def verify(
     missing = [name for name in expected if not (folder / name).is_file()]
     present = [name for name in expected if name not in missing]
     progress.start("checking digests", sum(expected[name].file_bytes for name in present))
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPool(threads) as pool:
         altered = set(_altered_files(folder, expected, present, pool, progress))
     places: dict[str, str] = {}
     sources: _Comparable | _NotComparable = _NotComparable("the recipe in the folder was altered")
@@ -262,7 +262,7 @@ def _compare(
             return "bytes past its end" if stop == stream.shard.file_bytes and file.read(1) else ""
 
     found: dict[str, str] = {}
-    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPoolExecutor(threads) as pool:
+    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPool(threads) as pool:
         streams = [ShardStream(plan, shard, reader) for shard in shards]
         jobs = [(stream, *piece) for stream in streams for piece in pieces(stream.shard.file_bytes)]
         for (stream, _, _), place in zip(jobs, pool.map(lambda job: first_difference(*job), jobs), strict=True):

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from slrmerge.io.memory import physical_memory_bytes
+from slrmerge.io.memory import memory_bytes
 from slrmerge.io.options import Options, option
 
 MIN_QUALITY = 0.9
@@ -101,4 +101,4 @@ class SearchOptions(Options):
 
     @property
     def max_memory_bytes(self) -> int:
-        return self.max_memory if isinstance(self.max_memory, int) else physical_memory_bytes() // 2
+        return self.max_memory if isinstance(self.max_memory, int) else memory_bytes() // 2

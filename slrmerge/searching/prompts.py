@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
-from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_all
+from slrmerge.errors import Problem, ThreadLimitError, UnsupportedModelError, first_line, raise_all
 from slrmerge.io.sizes import format_bytes
 from slrmerge.io.threads import memory_limit, time_limit
 from slrmerge.searching.proxy_tasks import Question
@@ -209,6 +209,8 @@ class _Turn:
                 rendered: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **switches)
             if len(rendered) > MAX_RENDERED:
                 raise ValueError(f"it makes {len(rendered):,} characters of one question")
+        except ThreadLimitError:
+            raise
         except Exception as error:  # a template is a program: it may raise anything
             what, where = f"the chat template fails ({first_line(error)})", str(self._tokenizer.name_or_path)
             raise UnsupportedModelError(Problem("chat-template-fails", where, what)) from error

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from slrmerge.checkpoint.files import FileStatus, LocalFile, open_regular
+from slrmerge.checkpoint.files import FileStatus, LocalFile, open_regular, open_within, unreadable
 from slrmerge.errors import CheckpointError, SourceChangedError
+from slrmerge.io.pieces import output_error
 from tests.checkpoint import locked
 from tests.problems import refused
 
@@ -45,6 +46,20 @@ def test_too_many_open_files_are_no_change_of_the_file(
     monkeypatch.setattr(os, "open", fail)
     with refused(CheckpointError, "too-many-files-open"):
         file.open()
+    for error in (output_error(file.path, OSError(code, "x")), unreadable(file.path, OSError(code, "x"))):
+        assert "ulimit" in error.problems[0].remedy
+
+
+def test_a_file_that_cannot_be_opened_is_named_with_its_folder(
+    file: LocalFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, *_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files", Path(name).name)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        open_within(file.path.parent, file.path.name)
+    assert caught.value.filename == str(file.path)
 
 
 def test_a_stream_returns_consecutive_bytes(file: LocalFile) -> None:

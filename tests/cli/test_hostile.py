@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -184,6 +185,18 @@ def test_json_stays_json_with_a_space_that_does_not_print(pair: Pair) -> None:
     assert json.loads(run("inspect", folder, "--json").stdout)["checkpoint"].endswith("no\u00a0break")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not delete a folder that is in use")
+@pytest.mark.parametrize("command", ["merge", "plan", "diff", "search"])
+def test_a_current_folder_that_was_deleted_is_an_error(
+    hostile: Pair, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, gone = COMMANDS[command](hostile), hostile.folder.parent / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert refusal(*arguments) == (6, ["no-current-folder"])
+
+
 # streams
 
 
@@ -229,3 +242,30 @@ def test_a_file_that_is_written_gets_no_descriptor_of_a_stream() -> None:
     code = "import os; from slrmerge.cli.output import open_streams; open_streams(); assert os.dup(0) > 2"
     done = subprocess.run(["bash", "-c", shlex.join([sys.executable, "-c", code]) + " <&- >&- 2>&-"], cwd=ROOT)
     assert done.returncode == 0
+
+
+# threads
+
+
+@pytest.mark.parametrize("command", ["merge", "soup", "verify", "diff", "search", "select", "eval"])
+def test_a_system_that_starts_no_thread_is_an_error(pair: Pair, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, questions = pair.recipe_file(alpha=0.5), pair.folder / "questions.json"
+    questions.write_text('{"Name a state.": ["Ohio"]}')
+    commands: dict[str, list[object]] = {
+        "merge": [pair.recipe_file("restore.yaml", restore=[2, 3]), "--out", pair.out],
+        "soup": [recipe, "--out", pair.out],
+        "verify": ["verify", pair.out],
+        "diff": ["diff", recipe],
+        "search": ["search", recipe, "--out", pair.out],
+        "select": ["select", pair.out],
+        "eval": ["eval", "open-qa", "--data", questions, "--model", "x=http://localhost:1/v1", "--out", pair.out],
+    }
+    if command == "verify":
+        assert run(*commands["soup"]).exit_code == 0
+
+    def refuse(_: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Thread, "start", refuse)
+    assert refusal(*commands[command]) == (18, ["no-more-threads"])
+    assert leftovers(pair.out) == []

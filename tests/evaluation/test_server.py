@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from openai import APITimeoutError
 
 from slrmerge.errors import OptionError, Problem, ServerError
 from slrmerge.evaluation import server as server_module
@@ -589,13 +590,15 @@ def test_a_response_without_end_is_cut_off(endless: Callable[..., str]) -> None:
     assert problem.code == "invalid-response"
 
 
-def test_a_response_byte_by_byte_is_cut_off_in_time(
+def test_a_response_byte_by_byte_has_the_time_of_one_answer(
     endless: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "RETRYING_S", 0.3)
-    model = ServerModel(ServerAddress("m", endless(b"x", 0.02)), concurrency=1, timeout_s=0.3)
-    problem, _ = refused(model, requests(1))
-    assert problem.code == "server-timeout"
+    monkeypatch.setattr(server_module, "RETRYING_S", PATIENCE_S)
+    model = ServerModel(ServerAddress("m", endless(b"x", 0.02)), concurrency=1, timeout_s=0.3, max_retries=0)
+    with pytest.raises(ServerError) as caught:
+        model.answer(requests(1), SETTINGS, Kept(raises=True))
+    assert caught.value.problems[0].code == "server-timeout"
+    assert isinstance(caught.value.__cause__, APITimeoutError)
 
 
 @pytest.mark.usefixtures("hurried")

@@ -1,5 +1,6 @@
 """Folders that appear complete or not at all, one run at a time, never over a source."""
 
+import errno
 import os
 import shutil
 import stat
@@ -133,6 +134,18 @@ def test_what_was_staged_is_removed_unless_it_is_to_be_kept(tmp_path: Path) -> N
         fail(output, None, KeyError())
     assert names(tmp_path) == []
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_what_was_staged_and_cannot_be_removed_leaves_the_error_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(KeyError) as caught:
+        fail(OutputFolder(tmp_path / "out"), None, KeyError())
+    assert len(caught.value.__notes__) == 1
 
 
 def test_what_was_staged_is_kept_with_a_note(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
-"""The limits of a block: time and memory."""
+"""Pools of threads, and the limits of a block: time and memory."""
 
 import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from threading import Thread
 
 import pytest
 
-from slrmerge.io.threads import memory_limit, time_limit
+from slrmerge.errors import ThreadLimitError
+from slrmerge.io.threads import ThreadPool, memory_limit, time_limit
 
 
 def forever() -> None:
@@ -64,3 +66,14 @@ def test_a_block_that_takes_too_much_memory_is_interrupted() -> None:
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     with memory_limit(1 << 28):
         bytearray(1 << 24)
+
+
+def test_a_system_that_starts_no_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Thread, "start", refuse)
+    with pytest.raises(ThreadLimitError), ThreadPool(1) as pool:
+        pool.submit(int)
+    with pytest.raises(ThreadLimitError), time_limit(60):
+        pass

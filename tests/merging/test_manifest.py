@@ -1,5 +1,6 @@
 """The manifest of a merge, and that any change to it is detected."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -79,6 +80,17 @@ def test_a_folder_without_a_manifest_cannot_be_verified(tmp_path: Path) -> None:
         with refused(VerificationError, "no-manifest") as caught:
             read_manifest(folder)
         assert caught.value.problems[0].where == str(folder)
+
+
+def test_a_manifest_that_cannot_be_opened_is_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(manifest, "open_within", fail)
+    with refused(VerificationError, "unreadable"):
+        read_manifest(tmp_path)
 
 
 ALTERED: dict[str, Any] = {

@@ -167,7 +167,7 @@ def open_repository(repository: Repository) -> HubRepository | AdapterFolder:
     layout = read_layout(folder, {name for name in snapshot.files if "/" not in name}, where=where)
     problems = list(layout.problems)
     with cancellable_pool(_HEADERS_AT_A_TIME) as (pool, cancelled):
-        reads = [pool.submit(_read_shard, snapshot, folder, file, cancelled) for file in layout.files]
+        reads = [pool.submit(_read_shard, snapshot, file, cancelled) for file in layout.files]
         results = [collect(problems, read.result, None) for read in reads]
     shards = {file: shard for file, shard in zip(layout.files, results, strict=True) if shard}
     check_shards(layout, shards, problems, where=where)
@@ -273,10 +273,11 @@ def cached_commit(repository: Repository, *, repo_type: str = "model") -> str | 
     return ref.read_text().strip() if ref.is_file() else repository.revision
 
 
-def _read_shard(snapshot: Snapshot, folder: Path, name: str, cancelled: Event) -> Shard:
+def _read_shard(snapshot: Snapshot, name: str, cancelled: Event) -> Shard:
     """The header of a shard: of a local copy where there is one, else by range."""
     if name not in snapshot.files:
-        return read_local_shard(folder / name)
+        what, remedy = "is in the index but not in the repository", "name another revision, or tell its owner"
+        raise CheckpointError(Problem("shard-missing", f"{snapshot}/{name}", what, remedy))
     file = snapshot.files[name]
     cached = file.cached_path()
     return read_local_shard(cached) if cached else read_shard(file, cancelled)

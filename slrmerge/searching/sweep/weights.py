@@ -1,7 +1,6 @@
 """Loads the tensors of hybrids when they are needed: the same bytes that a merge would write."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from math import prod
 from typing import Self
@@ -10,6 +9,7 @@ import torch
 
 from slrmerge.checkpoint.base import differing_chunks
 from slrmerge.checkpoint.header import DTYPE_BITS
+from slrmerge.io.threads import ThreadPool
 from slrmerge.merging.blend import as_bytes, one_core_per_chunk
 from slrmerge.merging.plan.model import PlannedTensor
 from slrmerge.merging.stream import HybridReader
@@ -24,7 +24,7 @@ class HybridWeights:
         self._planned = planned
         self._reader = reader
         self._closing = ExitStack()
-        self._pool = self._closing.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
+        self._pool = self._closing.enter_context(ThreadPool(torch.get_num_threads()))
 
     def __enter__(self) -> Self:
         return self

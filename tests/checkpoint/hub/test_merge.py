@@ -440,3 +440,13 @@ def test_chat_templates_in_folders_are_copied_and_other_folders_are_not(pair: Hu
     merge(pair.recipe(restore=[2, 3]), pair.out)
     assert (pair.out / "additional_chat_templates" / "tools.jinja").read_bytes() == b"{{ x }}"
     assert not (pair.out / "onnx").exists()
+
+
+def test_the_command_line_prints_its_own_messages_only(pair: HubPair) -> None:
+    pair.hub.misbehave("status", f"GET /api/models/{CHAT}/tree", times=1, status=503)
+    env = os.environ | environment(pair.hub, pair.folder / "cache")
+    command = [sys.executable, "-m", "slrmerge", "inspect", CHAT]
+    assert subprocess.run(command, env=env, capture_output=True, check=True).stderr == b""
+    pair.hub.misbehave("status", f"GET /api/models/{CHAT}/tree", times=1, status=503)
+    env |= {"HF_HUB_VERBOSITY": "warning"}
+    assert b"503" in subprocess.run(command, env=env, capture_output=True, check=True).stderr

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, close_session, snapshot_download
 
 from slrmerge import Repository, merge, push, verify
-from slrmerge.errors import HubError, OptionError, Problem, VerificationError
+from slrmerge.errors import HubError, OptionError, Problem, SourceChangedError, VerificationError
+from slrmerge.merging import push as push_module
 from tests.adapters import Q, lora_tensors, write_adapter
 from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
@@ -150,6 +152,37 @@ def test_a_link_that_leads_out_of_the_folder_is_not_pushed(pair: HubPair, merged
     with refused(VerificationError, "link-outside"):
         push(merged, MINE)
     assert pair.hub.requests == []
+
+
+@pytest.mark.parametrize("small_bytes", [0, 1 << 24])
+@pytest.mark.parametrize("name", ["tokenizer.json", FIRST])
+def test_what_takes_the_place_of_a_file_is_not_pushed(
+    pair: HubPair, merged: Path, monkeypatch: pytest.MonkeyPatch, name: str, small_bytes: int
+) -> None:
+    secret = pair.folder / "secret"
+    secret.write_bytes(b"x" * (merged / name).stat().st_size)
+
+    def replace_by_link(*arguments: Any) -> Any:
+        (merged / name).unlink()
+        (merged / name).symlink_to(secret)
+        return stale_files(*arguments)
+
+    expected, stale_files = snapshot(merged), push_module._stale_files
+    monkeypatch.setattr(push_module, "_SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(push_module, "_stale_files", replace_by_link)
+    push(merged, MINE)
+    assert there(pair) == expected
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", FIRST, "slrmerge.json"])
+def test_a_file_that_changes_after_it_was_verified_is_not_pushed(
+    pair: HubPair, merged: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    content = (merged / name).read_bytes()
+    monkeypatch.setattr(push_module, "_require_valid_card", lambda _: (merged / name).write_bytes(content[::-1]))
+    with refused(SourceChangedError, "source-changed"):
+        push(merged, MINE)
+    assert not any("/commit/" in request.path for request in pair.hub.requests)
 
 
 def test_a_repeated_push_uploads_nothing_and_makes_no_commit(pair: HubPair, merged: Path) -> None:
@@ -447,9 +480,11 @@ def test_the_token_is_never_shown_and_goes_to_the_hub_only(
     assert {r.headers.get("authorization") for r in pair.hub.requests if r.host == "cdn"} == {None}
 
 
+@pytest.mark.parametrize("small_bytes", [0, 1 << 24])
 def test_a_push_uploads_through_xet_by_default(
-    pair: HubPair, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: HubPair, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_bytes: int
 ) -> None:
+    monkeypatch.setattr(push_module, "_SMALL_BYTES", small_bytes)
     xet = tmp_path / "xet"
     xet.mkdir()
     with HubServer(xet=xet) as hub:

@@ -310,8 +310,8 @@ def test_a_file_that_is_not_safetensors_is_refused(hub: HubServer, content: byte
 
 
 def test_a_shard_that_the_repository_lacks_is_reported(pair: HubPair) -> None:
-    pair.hub.commit(CHAT, {SECOND: None})
-    assert refusal(CHAT, "shard-missing", CheckpointError).where.endswith(SECOND)
+    commit = pair.hub.commit(CHAT, {SECOND: None})
+    assert refusal(CHAT, "shard-missing", CheckpointError).where == f"{CHAT}@{commit[:7]}/{SECOND}"
 
 
 def test_cached_files_are_used(pair: HubPair) -> None:
