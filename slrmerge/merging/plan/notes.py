@@ -1,10 +1,12 @@
 """What a reader of the plan should know about the two models: what the output computes otherwise than it seems."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from slrmerge.checkpoint.config_defaults import config_defaults
 from slrmerge.checkpoint.config_differences import Difference
+from slrmerge.checkpoint.layers import TOWER
 from slrmerge.checkpoint.pair import ModelPair
 
 _SHARED_BLOCKS = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
@@ -13,12 +15,16 @@ _SHARED_BLOCKS = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
 _RUNS_SHARED_BLOCK = "mamba_decoder."
 """What layers that run such a block have besides."""
 
+_NUMBERED = re.compile(r"(.+)\.(\d{1,9})(\.\w+)?")
+"""A tensor in a list: `attn_queries.3`, or `gates.3.weight`."""
+
 
 def model_notes(pair: ModelPair, alphas: Mapping[str, float], differences: Iterable[Difference]) -> Iterator[str]:
     """Notes on a merge of `pair`, whose configs have these `differences`."""
     yield from _config_notes(differences)
     yield from _head_notes(pair)
     yield from _shared_block_notes(pair, alphas)
+    yield from _list_notes(pair, alphas)
     yield from _idle_notes(alphas)
 
 
@@ -60,6 +66,28 @@ def _shared_block_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterato
     if found.keys() - storing and len(set().union(*found.values())) > 1:
         layers, stored = (", ".join(map(str, sorted(numbers))) for numbers in (found, storing))
         yield f"layers {layers} run {block} of layer {stored}, whose rules decide about it for all of them"
+
+
+def _list_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[str]:
+    """Lists outside the layers with one tensor for each of them, which rules for layers do not reach."""
+    stack = pair.stack
+    if stack is None:
+        return
+    found: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    in_layers: set[float] = set()
+    for name, alpha in alphas.items():
+        if stack.locate(name):
+            in_layers.add(alpha)
+        elif (place := _NUMBERED.fullmatch(name)) and not TOWER.search(name):
+            found[place[1]][int(place[2])].append(name)
+    for prefix, members in found.items():
+        names = [name for numbered in members.values() for name in numbered]
+        is_one_each = members.keys() == set(range(stack.count)) and len(names) == stack.count > 1
+        if is_one_each and len(in_layers | {alphas[name] for name in names}) > 1:
+            yield (
+                f"{prefix}.* are numbered like the layers and may belong to them, but are outside of them: only "
+                "rules under `tensors` decide about each"
+            )
 
 
 def _idle_notes(alphas: Mapping[str, float]) -> Iterator[str]:

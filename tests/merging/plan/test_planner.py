@@ -185,6 +185,25 @@ def test_a_block_that_layers_share_is_noted_where_they_differ(
 
 
 @pytest.mark.parametrize(
+    ("name", "rules", "noted"),
+    [
+        ("model.queries.{}", {"restore": [1, 1]}, 1),
+        ("model.gates.{}.weight", {"restore": [1, 1]}, 1),
+        ("model.queries.{}", {"alpha": 0.5}, 0),
+        ("model.vision.queries.{}", {"restore": [1, 1]}, 0),
+    ],
+)
+def test_a_list_with_a_tensor_for_each_layer_is_noted(
+    tmp_path: Path, name: str, rules: dict[str, Any], noted: int
+) -> None:
+    for side in ("pre", "post"):
+        lists = {name.format(layer): random_tensor("BF16", (8,), side) for layer in range(6)}
+        write_checkpoint(tmp_path / side, llama_tensors(side) | lists, llama_config())
+    notes = make_plan({"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post"), **rules}).notes
+    assert sum("numbered like the layers" in note for note in notes) == noted
+
+
+@pytest.mark.parametrize(
     ("config", "noted"),
     [
         ({}, 1),
