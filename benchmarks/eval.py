@@ -22,7 +22,8 @@ from pathlib import Path
 
 from openai import AsyncOpenAI
 
-from slrmerge.evaluation.models import ServerAddress, request_missing
+from slrmerge.evaluation.models import ServerAddress
+from slrmerge.evaluation.requesting import request_missing
 from slrmerge.evaluation.samples import SampleFile, Settings
 from slrmerge.evaluation.server import ServerModel
 from slrmerge.io.progress import Progress

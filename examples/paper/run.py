@@ -8,14 +8,17 @@ Every step is kept in the output folder, so the same command resumes, and comput
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
 import click
@@ -38,7 +41,7 @@ from slrmerge.searching.selection import Selection
 EVERY = ("post", "soup", "early", "late", "slr")
 REASONING_QUESTIONS, HOT, ANSWERS_AT_ONCE = 100, 1.5, 4  # sections 4.1, 4.3 and 4.4
 QUICK = {"questions": 5, "samples": 8, "max_tokens": 64}
-VLLM = "vllm serve {model} --served-model-name {name} --port {port} --max-model-len 8192"
+VLLM = "vllm serve {model} --served-model-name {name} --port {port} --max-model-len auto"
 REQUESTS_AT_ONCE = 256
 START_S = 1800  # that a server may take to load a model
 
@@ -155,26 +158,30 @@ def served_name(model: str | Path) -> str:
 
 @contextmanager
 def serving(run: Run, label: str, **words: object) -> Iterator[None]:
-    """Run the server of a model; its output is in `LABEL.log`."""
+    """Run the server of a model, which ends with this process also at SIGTERM; its output is in `LABEL.log`."""
     log = run.out / f"{label}.log"
     run.progress.status(f"loading {label} into its server; see {log}")
     command = [word.format(**words) for word in shlex.split(run.serve)]
+    earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as server:
         try:
             wait_for(f"http://127.0.0.1:{words['port']}/v1/models", server, log)
             yield
         finally:
             server.terminate()
+            signal.signal(signal.SIGTERM, earlier)
 
 
 def wait_for(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until a server answers. Raises ServerError where it ends, or takes too long."""
+    """Wait until a server answers, or wants an API key. Raises ServerError where it ends, or takes too long."""
     direct = build_opener(ProxyHandler({}))
     end = time.monotonic() + START_S
     while server.poll() is None and time.monotonic() < end:
         try:
             direct.open(url, timeout=10).close()
-        except OSError:
+        except OSError as error:
+            if isinstance(error, HTTPError) and error.code in (401, 403):
+                return
             time.sleep(0.2)
         else:
             return

@@ -7,12 +7,12 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from slrmerge.evaluation.numbers import final_number
+from slrmerge.evaluation.numbers import MOST_DIGITS, final_number
 
 MATH_VERIFY = "math-verify"
 
@@ -51,7 +51,9 @@ def flexible_extract(solution: str, answer: Fraction) -> Reading:
 def _as_text(found: str | None, answer: Fraction) -> Reading:
     """Compare as that task does: as text, without commas, dollars and a final full stop, so `18.00` is not 18."""
     plain = found and found.replace(",", "").replace("$", "").removesuffix(".")
-    return Reading(plain, plain == f"{(Decimal(answer.numerator) / answer.denominator).normalize():f}")
+    with localcontext(prec=MOST_DIGITS):
+        correct = f"{(Decimal(answer.numerator) / answer.denominator).normalize():f}"
+    return Reading(plain, plain == correct)
 
 
 def by_math_verify(solution: str, answer: str) -> Reading:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from slrmerge.evaluation.models import ChatModel, request_missing, settings_of
+from slrmerge.evaluation.models import ChatModel
+from slrmerge.evaluation.requesting import request_missing, settings_of
 from slrmerge.evaluation.samples import SampleFile, SampleKey
 from slrmerge.io.progress import Progress
 

@@ -34,16 +34,14 @@ from slrmerge.evaluation.models import (
     ServerAddress,
     parse_location,
     parse_models,
-    request_missing,
-    sample_keys,
-    settings_of,
 )
 from slrmerge.evaluation.novelty import Novelty
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.output import claim, write_noveltybench, write_results
 from slrmerge.evaluation.questions import Question, parse_questions, read_data
+from slrmerge.evaluation.requesting import request_missing, settings_of
 from slrmerge.evaluation.result import EvaluationResult, summarise, values_of
-from slrmerge.evaluation.samples import REFUSED, SampleFile, SampleKey, Settings
+from slrmerge.evaluation.samples import REFUSED, SampleFile, SampleKey, Settings, sample_keys
 from slrmerge.evaluation.server import ServerModel
 from slrmerge.evaluation.tasks import TASKS
 from slrmerge.evaluation.tasks.base import ChosenQuestions, Helpers, ModelResponses, Task
@@ -101,7 +99,7 @@ class Evaluation:
         self.samples = options.samples or self.task.samples
         self._judge = parse_location(options.judge) if options.judge else None
         self._embeddings = parse_location(options.embeddings) if options.embeddings else None
-        self._progress = progress or Progress()
+        self.progress = progress or Progress()
         self._check_options()
 
     def __repr__(self) -> str:
@@ -114,12 +112,12 @@ class Evaluation:
         data = read_data(self.data, subset=self.options.subset, split=self.options.split)
         questions = parse_questions(self.task.question, data.rows)
         opened = self._open_models()
-        with folder.locked(self._progress):
+        with folder.locked(self.progress):
             claim(folder.path, self.task.name)
             if opened.embedder:
                 opened = replace(opened, embedder=KeptEmbeddings(opened.embedder, folder.path))
             with _sample_files(folder.path) as files:
-                run = _Run(self, opened, files, self._progress)
+                run = _Run(self, opened, files)
                 chosen = run.choose(questions)
                 run.request_samples(chosen.questions)
                 result = run.score(chosen, data.name)
@@ -178,14 +176,14 @@ class Evaluation:
 
         options = self.options
         batch = options.batch if isinstance(options.batch, int) else None
-        return LocalModel(at, device=options.device, batch=batch, dtype=options.dtype, progress=self._progress)
+        return LocalModel(at, device=options.device, batch=batch, dtype=options.dtype, progress=self.progress)
 
     def _open_embedder(self, at: Place | ServerAddress) -> Embedder:
         return self._server(at) if isinstance(at, ServerAddress) else LocalEmbeddings(at, device=self.options.device)
 
     def _server(self, at: ServerAddress) -> ServerModel:
         options = self.options
-        return ServerModel(at, concurrency=options.concurrency, timeout_s=options.timeout_s, progress=self._progress)
+        return ServerModel(at, concurrency=options.concurrency, timeout_s=options.timeout_s, progress=self.progress)
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,6 @@ class _Run:
     evaluation: Evaluation
     models: _Models
     files: _Files
-    progress: Progress
 
     def choose(self, questions: Sequence[Question]) -> ChosenQuestions[Question]:
         """The questions to ask, in the order of the data.
@@ -229,7 +226,7 @@ class _Run:
             file = self.files.greedy
             prompts = {question.id: question.text for question in asked}
             settings = self._settings(model, greedy=True)
-            request_missing(model, label, prompts, file, settings, samples=1, progress=self.progress)
+            request_missing(model, label, prompts, file, settings, samples=1, progress=self.evaluation.progress)
             return [answer.text for answer in file.answers(SampleKey(label, question.id, 0) for question in asked)]
 
         chosen = task.choose(shuffled, options.questions, greedy)
@@ -250,7 +247,7 @@ class _Run:
         for label, model in self.models.by_label.items():
             with closing(model):
                 settings = self._settings(model)
-                request_missing(model, label, prompts, file, settings, samples=count, progress=self.progress)
+                request_missing(model, label, prompts, file, settings, samples=count, progress=self.evaluation.progress)
 
     def score(self, chosen: ChosenQuestions[Question], data_name: str) -> EvaluationResult:
         """The result, computed from the samples."""
@@ -266,7 +263,7 @@ class _Run:
             notes.append(f"{', '.join(read)}: answers from a file, to which {settings} do not apply")
         if len(chosen.questions) < FEW_PROMPTS:
             notes.append(f"confidence intervals over only {len(chosen.questions)} prompts are too narrow")
-        judge = Judge(models.judge, self.files.judge, self.progress) if models.judge else None
+        judge = Judge(models.judge, self.files.judge, evaluation.progress) if models.judge else None
         with closing(models.judge) if models.judge else nullcontext():
             scored = evaluation.task.score(responses, Helpers(evaluation.samples, judge, models.embedder))
         folder = self.files.samples.path.parent

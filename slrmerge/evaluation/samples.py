@@ -69,6 +69,11 @@ def seed_of(seed: int, prompt: str, sample: int) -> int:
     return xxhash.xxh3_64_intdigest(f"{seed} {prompt} {sample}".encode()) >> 33
 
 
+def sample_keys(label: str, prompts: Iterable[str], samples: int) -> list[SampleKey]:
+    """The keys of `samples` samples of a model for each prompt id, prompt by prompt."""
+    return [SampleKey(label, prompt, sample) for prompt in prompts for sample in range(samples)]
+
+
 class SampleFile:
     """A JSONL file of samples, which continues where an earlier run stopped. Use it in a `with`.
 

@@ -1,11 +1,10 @@
 """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, or a commercial one."""
 
 import asyncio
-import json
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from slrmerge.errors import OptionError, Problem, ServerError
 from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, SampleRequest, ServerAddress
 from slrmerge.evaluation.samples import Answer, Settings
+from slrmerge.evaluation.server_dialects import DIALECTS, Dialect
 from slrmerge.evaluation.server_errors import (
     INVALID_JSON,
     RETRYING_S,
@@ -39,36 +39,6 @@ EMBEDDINGS_PER_REQUEST = 64
 
 NO_KEY = "none"
 """The API key for servers that need none; OPENAI_API_KEY takes precedence."""
-
-
-def _vllm_extras(settings: Settings) -> dict[str, Any]:
-    """Of vLLM and llama.cpp: min_p after temperature, and nothing else that changes the distribution."""
-    off = {"top_k": -1, "repetition_penalty": 1.0}
-    return {"min_p": settings.min_p, **off, "samplers": ["temperature", "min_p"]}
-
-
-def _transformers_extras(settings: Settings) -> dict[str, Any]:
-    """Of `transformers serve`: a generation config."""
-    config: dict[str, Any] = {"do_sample": bool(settings.temperature), "max_new_tokens": settings.max_tokens}
-    config |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    if settings.temperature:
-        config |= {"temperature": settings.temperature, "min_p": settings.min_p, "top_k": 0, "top_p": 1.0}
-    return {"generation_config": json.dumps(config)}
-
-
-class Dialect(NamedTuple):
-    """How a server takes settings outside OpenAI's protocol; tried after others were rejected with `tried_after`."""
-
-    extras: Callable[[Settings], dict[str, Any]]
-    tried_after: tuple[int, ...] = ()
-    has_min_p: bool = True
-
-
-_DIALECTS = (
-    Dialect(_vllm_extras),
-    Dialect(_transformers_extras, tried_after=(422,)),
-    Dialect(lambda _: {}, tried_after=(400, 422), has_min_p=False),
-)
 
 
 class ServerModel:
@@ -270,7 +240,7 @@ class ServerModel:
         from openai import BadRequestError, UnprocessableEntityError
 
         rejection: BadRequestError | UnprocessableEntityError | None = None
-        fitting = [dialect for dialect in _DIALECTS if dialect.has_min_p or not settings.min_p]
+        fitting = [dialect for dialect in DIALECTS if dialect.has_min_p or not settings.min_p]
         for dialect in (self._dialect,) if self._dialect in fitting else fitting:
             if rejection and rejection.status_code not in dialect.tried_after:
                 continue

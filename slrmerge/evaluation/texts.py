@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import overload
 
-from slrmerge.evaluation.models import sample_keys
-from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey
+from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, sample_keys
 from slrmerge.evaluation.verbalized import parse_verbalized
 
 

@@ -11,7 +11,8 @@ import pytest
 from slrmerge.errors import Problem, ServerError, SlrmergeError
 from slrmerge.evaluation.embedding_file import KeptEmbeddings
 from slrmerge.evaluation.metrics import dissimilarity
-from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, SampleRequest, ServerAddress, request_missing
+from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, SampleRequest, ServerAddress
+from slrmerge.evaluation.requesting import request_missing
 from slrmerge.evaluation.run import evaluate
 from slrmerge.evaluation.samples import Answer, SampleFile, SampleKey, Settings
 from slrmerge.evaluation.server import ServerModel

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +21,7 @@ from slrmerge.evaluation.server import ServerModel
 from slrmerge.searching.run import Search
 from tests.conftest import TINY, made_once
 from tests.documentation import ROOT
-from tests.evaluation.openai_server import OpenAIServer
+from tests.evaluation.openai_server import MODELS, OpenAIServer
 
 sys.path.insert(0, str(ROOT / "examples" / "paper"))
 import run as paper  # a script
@@ -173,6 +176,38 @@ def test_models_are_served_one_after_the_other_and_only_where_samples_are_missin
     shutil.move(script, beside / "moved.py")
     run(arguments)
     assert state(out) == before
+
+
+def test_a_server_that_wants_an_api_key_is_ready(helper: OpenAIServer, tmp_path: Path) -> None:
+    helper.misbehave(503, path=MODELS)
+    helper.misbehave(401, path=MODELS, times=None)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as server:
+        paper.wait_for(f"{helper.url}/models", server, tmp_path)
+        server.communicate()
+    assert len(helper.requests) == 2
+
+
+ENDED = """
+import sys; sys.path.insert(0, sys.argv[1])
+import os, signal
+from pathlib import Path
+import run, slrmerge
+script = Path(sys.argv[2])
+settings = run.Run(script.parent, {}, {}, {}, True, f"{sys.executable} {script} {{name}} {{port}}", slrmerge.Progress())
+port = run.free_port()
+with run.serving(settings, "post", name="m", port=port):
+    print(port, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_server_ends_with_a_run_that_is_terminated(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    words = [sys.executable, "-c", ENDED, ROOT / "examples" / "paper", tmp_path / "server.py"]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(ended.stdout))).close()
 
 
 def test_another_pair_in_the_folder_of_a_run_is_an_error(done: Path, beside: Path) -> None:
