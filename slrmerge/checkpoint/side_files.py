@@ -38,6 +38,7 @@ _TERMS = re.compile(rf"([A-Z0-9]+[-_. ])*({'|'.join(COPIED_STEMS)}).*", re.DOTAL
 """Upper-case names of terms of use, which belong to the weights, whatever their suffix."""
 
 _MAX_MODULES_BYTES = 1_000_000
+_MAX_DEPTH = 20
 
 _NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, ADAPTER_CONFIG_NAME, "trainer_state.json"})
 
@@ -162,11 +163,14 @@ def fetch_side_files(side_files: Mapping[str, SourceFile]) -> None:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and the folders in it, without recursion; a link is a file, wherever it leads."""
+    """All files in a folder and the folders in it; a link is a file, wherever it leads. Raises CheckpointError."""
     left = [folder]
     while left:
         for path in left.pop().iterdir():
             if path.is_dir() and not path.is_symlink():
+                if len(path.parts) > len(folder.parts) + _MAX_DEPTH:
+                    what = f"has folders in folders, more than {_MAX_DEPTH} deep"
+                    raise CheckpointError(Problem("nested-too-deeply", str(folder), what, "move them away"))
                 left.append(path)
             else:
                 yield path

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,14 +249,18 @@ def test_a_link_to_a_folder_inside_a_module_is_refused(pair: Pair) -> None:
         pair.open()
 
 
-def test_a_module_may_have_deep_folders(pair: Pair) -> None:
-    deep = add_module(pair.folder / "post")
-    for _ in range(sys.getrecursionlimit() + 10):
-        deep.mkdir()
-        deep = deep / "a"
-    deep.touch()
-    name = deep.relative_to(pair.folder / "post").as_posix()
-    assert name in local_side_files(pair.folder / "post")
+@pytest.mark.parametrize("depth", [20, 21])
+def test_a_module_may_have_folders_in_folders_up_to_a_depth(pair: Pair, depth: int) -> None:
+    deep = add_module(pair.folder / "post").joinpath(*"a" * depth)
+    deep.mkdir(parents=True)
+    (deep / "config.json").touch()
+    if depth == 20:
+        assert (deep / "config.json").relative_to(pair.folder / "post").as_posix() in local_side_files(
+            pair.folder / "post"
+        )
+    else:
+        with refused(CheckpointError, "nested-too-deeply"):
+            pair.open()
 
 
 def test_all_problems_of_side_files_are_reported_together(pair: Pair) -> None:
