@@ -484,6 +484,14 @@ def test_a_revision_that_leads_out_of_the_cache_is_refused(
         current_commit(repository)
 
 
+def test_a_rate_limit_of_days_is_not_waited_for(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    pair.hub.misbehave("status", "/tree/", status=429, headers={"RateLimit": '"api";r=0;t=99999'})
+    opened(CHAT)
+    assert 0 < max(waits) <= 300
+
+
 def test_requests_are_refused_offline(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
     file = opened(CHAT).snapshot.files["tokenizer.json"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
