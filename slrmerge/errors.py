@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
+from itertools import islice
 from typing import TypeVar
 
 D = TypeVar("D")
@@ -35,12 +36,22 @@ class Problem:
         return f"{self.where}: {self.what}" + (f"; {self.remedy}" if self.remedy else "")
 
 
+MAX_PROBLEMS = 1000
+"""More than anyone reads: a damaged file can have one in every line."""
+
+
 class SlrmergeError(Exception):
-    """The base of all errors that slrmerge raises on purpose; `problems` holds everything found, in order."""
+    """The base of all errors that slrmerge raises on purpose; `problems` holds what was found, in order.
+
+    These are at most `MAX_PROBLEMS`, and one that says that there are more.
+    """
 
     exit_code = 1
 
     def __init__(self, *problems: Problem) -> None:
+        if len(problems) > MAX_PROBLEMS and problems[-1].code != "more-problems":
+            more = Problem("more-problems", "…", f"there are more than {MAX_PROBLEMS:,} problems")
+            problems = (*problems[:MAX_PROBLEMS], more)
         super().__init__(*problems)
         self.problems = problems
 
@@ -151,8 +162,8 @@ class ThreadLimitError(SlrmergeError):
 
 
 def raise_all(problems: Iterable[Problem], error: type[SlrmergeError]) -> None:
-    """Raise `error` with all of `problems`; do nothing when there are none."""
-    found = tuple(problems)
+    """Raise `error` with `problems`, of which it takes no more than an error holds; do nothing when there are none."""
+    found = tuple(islice(problems, MAX_PROBLEMS + 1))
     if found:
         raise error(*found)
 

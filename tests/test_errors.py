@@ -1,8 +1,8 @@
-"""The credentials of URLs in messages."""
+"""The credentials of URLs in messages, and how many problems an error has."""
 
 import pytest
 
-from slrmerge.errors import Problem, without_credentials
+from slrmerge.errors import MAX_PROBLEMS, CheckpointError, Problem, raise_all, without_credentials
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,13 @@ def test_hiding_takes_linear_time() -> None:
         "&k=" + ":" * 100_000,
     ):
         without_credentials(text)
+
+
+@pytest.mark.parametrize("count", [MAX_PROBLEMS, MAX_PROBLEMS + 1, 10**9])
+def test_an_error_has_a_limited_number_of_problems(count: int) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        raise_all((Problem("x", str(number), "is wrong") for number in range(count)), CheckpointError)
+    codes = [problem.code for problem in caught.value.problems]
+    assert codes == ["x"] * MAX_PROBLEMS + ["more-problems"] * (count > MAX_PROBLEMS)
+    again = CheckpointError(*caught.value.problems)
+    assert again.problems == caught.value.problems

@@ -5,13 +5,15 @@ implemented here is refused by its name, and so is an unknown key with a value.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from slrmerge.checkpoint.files import unreadable
 from slrmerge.checkpoint.header import Shard
@@ -68,7 +70,27 @@ _UNMERGEABLE = frozenset({"alora_invocation_tokens", "arrow_config", "layer_repl
 """Keys of `_UNSUPPORTED` for which merging with peft gives no model of the base's layers."""
 
 
+_MAX_PATTERNS = 10_000
+"""More than the modules of any model that adapters are trained on: each is compared with each pattern."""
+
+_NESTED_SET = re.compile(r"\[[^\]]*(?:\[|&&|--|~~)")
+"""What Python and Rust read differently."""
+
 N = TypeVar("N", int, float)
+
+
+def _compiled(pattern: str) -> SchemaValidator:
+    """Matches names of modules that end with a pattern, from any component on. Raises ValueError.
+
+    The regular expressions are Rust's, which take linear time; those of Python could take for ever.
+    """
+    if _NESTED_SET.search(pattern):
+        raise ValueError("sets inside sets are not supported")
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=rf"^(.*\.)?({pattern})$"))
+    except SchemaError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].strip()) from None
+
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -90,12 +112,20 @@ class AdapterConfig(Model):
 
     def rank(self, module: str) -> int:
         """The rank of the factors of a module, named as in the model."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return _by_pattern(self._ranks, module, self.r)
 
     def scale(self, module: str) -> float:
         """The factor of B·A for a module, named as in the model."""
         rank = self.rank(module)
-        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (sqrt(rank) if self.use_rslora else rank)
+        return _by_pattern(self._alphas, module, self.lora_alpha) / (sqrt(rank) if self.use_rslora else rank)
+
+    @cached_property
+    def _ranks(self) -> list[tuple[SchemaValidator, int]]:
+        return [(_compiled(pattern), rank) for pattern, rank in self.rank_pattern.items()]
+
+    @cached_property
+    def _alphas(self) -> list[tuple[SchemaValidator, float]]:
+        return [(_compiled(pattern), alpha) for pattern, alpha in self.alpha_pattern.items()]
 
 
 @dataclass(frozen=True)
@@ -154,7 +184,8 @@ def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
         return
     if kind != "LORA":
         what = f"peft_type {shorten(kind)} is not supported, only LORA is"
-        yield Problem("unsupported-adapter", where, what, _NO_REMEDY if kind in _NOT_WEIGHTS else MERGE_WITH_PEFT)
+        is_mergeable = not isinstance(kind, str) or kind not in _NOT_WEIGHTS
+        yield Problem("unsupported-adapter", where, what, MERGE_WITH_PEFT if is_mergeable else _NO_REMEDY)
         return
     initialisation = content.get("init_lora_weights", True)
     if not isinstance(initialisation, bool | str) or initialisation not in _INITIALISATIONS:
@@ -174,20 +205,21 @@ def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
 
 def _invalid_patterns(config: AdapterConfig, where: str) -> Iterator[Problem]:
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in getattr(config, key).items():
+        patterns = getattr(config, key)
+        if len(patterns) > _MAX_PATTERNS:
+            what = f"{key} has {len(patterns):,} patterns; at most {_MAX_PATTERNS:,} are supported"
+            yield Problem("invalid-adapter", where, what)
+            continue
+        for pattern, value in patterns.items():
             try:
-                re.compile(_as_regex(pattern))
-            except re.error as error:
-                what = f"{shorten(pattern)} in {key} is not a regular expression ({error})"
+                _compiled(pattern)
+            except ValueError as error:
+                what = f"{shorten(pattern)} in {key} is not a regular expression that is supported ({error})"
                 yield Problem("invalid-adapter", where, what)
             if key == "rank_pattern" and value < 1:
-                yield Problem("invalid-adapter", where, f"rank {value} of {shorten(pattern)} is not possible")
+                yield Problem("invalid-adapter", where, f"rank {shorten(value)} of {shorten(pattern)} is not possible")
 
 
-def _by_pattern(patterns: Mapping[str, N], module: str, default: N) -> N:
-    """The value of the first pattern that matches a module's name to its end, from any component on."""
-    return next((value for key, value in patterns.items() if re.match(_as_regex(key), module)), default)
-
-
-def _as_regex(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
+def _by_pattern(patterns: Sequence[tuple[SchemaValidator, N]], module: str, default: N) -> N:
+    """The value of the first pattern that matches the name of a module."""
+    return next((value for pattern, value in patterns if pattern.isinstance_python(module)), default)

@@ -14,7 +14,7 @@ import xxhash
 
 from slrmerge.checkpoint.files import OpenFile, SourceFile
 from slrmerge.checkpoint.header import LFS_POINTER, Shard, TensorInfo, in_data_order, lfs_pointer, name_problem
-from slrmerge.errors import CheckpointError, Problem, raise_all
+from slrmerge.errors import MAX_PROBLEMS, CheckpointError, Problem, raise_all
 from slrmerge.io.sizes import shorten
 
 BLOCK_SIZES = {
@@ -51,6 +51,7 @@ _SCALARS = {number: Struct(f"<{code}") for number, code in enumerate("BbHhIif?")
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_ELEMENTS = 2**63
+_MAX_ENTRIES = 300_000
 _MAX_STRING_BYTES = 1 << 24
 _LONGEST_LISTED = 1024
 """Numbers in an array that is read as a tuple: more than the layers of any model, fewer than a vocabulary."""
@@ -91,6 +92,8 @@ def _read(file: SourceFile, source: "_Bytes") -> GgufShard:
     tensor_count, value_count = source.number(_U64), source.number(_U64)
     if tensor_count * 25 + value_count * 13 > file.file_bytes:  # the least that an entry takes
         raise source.truncated()
+    if max(tensor_count, value_count) > _MAX_ENTRIES:
+        raise _invalid(file, f"lists {tensor_count:,} tensors and {value_count:,} values, more than any model has")
     values: dict[str, Value] = {}
     for _ in range(value_count):
         key = source.name("a key")
@@ -109,6 +112,8 @@ def _read(file: SourceFile, source: "_Bytes") -> GgufShard:
         info = source.tensor(alignment)
         if what or isinstance(info, str):
             problems.append(Problem("invalid-header", str(file), f"tensor {shorten(name)}: {what or info}"))
+            if len(problems) > MAX_PROBLEMS:
+                break
         else:
             tensors[sys.intern(name)] = info
     raise_all(problems, CheckpointError)

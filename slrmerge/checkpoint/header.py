@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from slrmerge.checkpoint.files import SourceFile
-from slrmerge.errors import CheckpointError, Problem, did_you_mean, raise_all
+from slrmerge.errors import MAX_PROBLEMS, CheckpointError, Problem, did_you_mean, raise_all
 from slrmerge.io.sizes import shorten
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
@@ -40,6 +40,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 _ENTRY_KEY_SET = frozenset(_ENTRY_KEYS)
+_MAX_NAME_LENGTH = 1000  # several times the longest of any model
 _MAX_DIMENSIONS = 64  # as many as torch takes
 _MAX_ELEMENTS = 2**63  # a tensor library counts elements and strides in 64 signed bits
 
@@ -204,7 +205,9 @@ def _check_entries(
     for name, entry in header.items():
         what = name_problem(name) or ("" if isinstance(entry, TensorInfo) else _entry_problem(entry))
         if what:
-            problems.append(Problem("invalid-header", str(file), f"tensor {name!r}: {what}"))
+            problems.append(Problem("invalid-header", str(file), f"tensor {shorten(name)}: {what}"))
+            if len(problems) > MAX_PROBLEMS:
+                break
         else:
             tensors[sys.intern(name)] = entry  # index, headers and both sides of a pair have the same names
     raise_all(problems, CheckpointError)
@@ -235,6 +238,8 @@ def name_problem(name: str) -> str:
     """What is wrong with a tensor's name, or an empty string."""
     if not name:
         return "the name is empty"
+    if len(name) > _MAX_NAME_LENGTH:
+        return f"the name has {len(name):,} characters; at most {_MAX_NAME_LENGTH:,} are supported"
     if not name.isprintable():  # control characters, and halves of surrogate pairs
         return "the name has unprintable characters"
     if "../" in name or "..\\" in name:

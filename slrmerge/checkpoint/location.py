@@ -5,6 +5,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from slrmerge.io.files import read_file
+
+_MAX_REF_BYTES = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Repository:
@@ -82,11 +86,14 @@ def folder_name(folder: Path) -> str:
 
 
 def snapshot_of(folder: Path) -> Path:
-    """Where `folder` is a repository in the Hub's cache, its snapshot of `main`, or else its only one."""
+    """Where `folder` is a repository in the Hub's cache, its snapshot of `main`, or else its only one.
+
+    Raises OSError.
+    """
     if not folder.name.startswith("models--") or not (folder / "snapshots").is_dir():
         return folder
     ref = folder / "refs" / "main"
-    commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else ""
+    commit = read_file(ref, _MAX_REF_BYTES).decode("utf-8", "replace").strip() if ref.is_file() else ""
     if re.fullmatch("[0-9a-f]{1,64}", commit) and (folder / "snapshots" / commit).is_dir():
         return folder / "snapshots" / commit
     snapshots = list((folder / "snapshots").iterdir())

@@ -4,13 +4,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from threading import Event, Lock
 from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
-from slrmerge.checkpoint.header import Shard, read_shard
+from slrmerge.checkpoint.header import Shard, name_problem, read_shard
 from slrmerge.checkpoint.layers import missing_layers
 from slrmerge.checkpoint.location import folder_name
 from slrmerge.checkpoint.side_files import (
@@ -23,7 +24,7 @@ from slrmerge.checkpoint.side_files import (
     list_left_out,
     local_side_files,
 )
-from slrmerge.errors import CheckpointError, Problem, collect, raise_all
+from slrmerge.errors import MAX_PROBLEMS, CheckpointError, Problem, collect, raise_all
 from slrmerge.io.pieces import DIGEST_NAME, digest_bytes
 from slrmerge.io.sizes import shorten
 from slrmerge.io.strict_json import InvalidJsonError, canonical_json, parse_json
@@ -200,7 +201,7 @@ def read_layout(folder: Path, names: set[str], *, where: str) -> Layout:
 def check_shards(layout: Layout, shards: Mapping[str, Shard], problems: list[Problem], *, where: str) -> None:
     """Raise CheckpointError with `problems` and everything that is wrong with the shards taken together."""
     if layout.index and len(shards) == len(layout.files):
-        problems.extend(_index_problems(layout, layout.index, shards))
+        problems.extend(islice(_index_problems(layout, layout.index, shards), MAX_PROBLEMS))
     raise_all(problems, CheckpointError)
     if not any(shard.tensors for shard in shards.values()):
         raise CheckpointError(Problem("no-tensors", where, "contains no tensors", "download it again"))
@@ -281,12 +282,22 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(Problem("invalid-index", str(path), "has no weight_map", "download it again"))
     remedy = "only plain *.safetensors names in the same folder are supported"
-    problems = [
-        Problem("invalid-index", str(path), f"$.weight_map names {shorten(file)}", remedy)
-        for file in sorted({str(file) for file in weight_map.values()})
-        if not _is_plain_name(file)
-    ]
-    raise_all(problems, CheckpointError)
+    raise_all(
+        (
+            Problem("invalid-index", str(path), f"$.weight_map names {shorten(file)}", remedy)
+            for file in sorted({str(file) for file in weight_map.values()})
+            if not _is_plain_name(file)
+        ),
+        CheckpointError,
+    )
+    raise_all(
+        (
+            Problem("invalid-index", str(path), f"$.weight_map: tensor {shorten(name)}: {what}", "download it again")
+            for name in weight_map
+            if (what := name_problem(name))
+        ),
+        CheckpointError,
+    )
     return {sys.intern(name): sys.intern(file) for name, file in weight_map.items()}
 
 

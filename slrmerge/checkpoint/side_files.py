@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -38,6 +38,7 @@ _TERMS = re.compile(rf"([A-Z0-9]+[-_. ])*({'|'.join(COPIED_STEMS)}).*", re.DOTAL
 """Upper-case names of terms of use, which belong to the weights, whatever their suffix."""
 
 _MAX_MODULES_BYTES = 1_000_000
+_MAX_DEPTH = 20
 
 _NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, ADAPTER_CONFIG_NAME, "trainer_state.json"})
 
@@ -73,8 +74,13 @@ def local_side_files(folder: Path) -> dict[str, SourceFile]:
         elif os.path.lexists(inner):
             problems.append(Problem("not-a-folder", str(inner), "is not a folder", "replace it, or move it away"))
     modules = module_folders(folder)
-    for inner in (folder / name for name in modules):
-        names += [path.relative_to(folder).as_posix() for path in inner.rglob("*") if not path.is_dir()]
+    for module in (folder / name for name in modules if os.path.lexists(folder / name)):
+        if module.is_dir() and module.resolve() == folder.resolve() / module.relative_to(folder):
+            names += [path.relative_to(folder).as_posix() for path in _files_below(module)]
+        else:
+            problems.append(
+                Problem("not-a-folder", str(module), "is not a folder of the checkpoint", "replace it, or move it away")
+            )
     files: dict[str, SourceFile] = {}
     for name in (*select_side_files(names, modules), *{CARD_NAME}.intersection(names)):
         if file := collect(problems, partial(LocalFile.within, folder, name), None):
@@ -154,6 +160,20 @@ def fetch_side_files(side_files: Mapping[str, SourceFile]) -> None:
     """Download side files that are on the Hub into its cache. Raises HubError."""
     for file in side_files.values():
         file.fetch()
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and the folders in it; a link is a file, wherever it leads. Raises CheckpointError."""
+    left = [folder]
+    while left:
+        for path in left.pop().iterdir():
+            if path.is_dir() and not path.is_symlink():
+                if len(path.parts) > len(folder.parts) + _MAX_DEPTH:
+                    what = f"has folders in folders, more than {_MAX_DEPTH} deep"
+                    raise CheckpointError(Problem("nested-too-deeply", str(folder), what, "move them away"))
+                left.append(path)
+            else:
+                yield path
 
 
 def _is_other_folder(path: Path) -> bool:

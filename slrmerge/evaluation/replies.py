@@ -5,20 +5,23 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-MOST_INVALID = 10_000
-"""Maximum number of brackets that are not JSON: each takes time that grows with the text."""
+MOST_READ = 10_000_000
+"""Characters that are read in vain, from brackets that are not JSON; each bracket counts for `_BRACKET_COST` more."""
+
+_BRACKET_COST = 1000
 
 _BRACKET = re.compile(r"[\[{]")
 
 
 def json_values(text: str) -> Iterator[Any]:
     """The JSON objects and lists in a text, in order; without those nested in another."""
-    decoder, at, invalid = json.JSONDecoder(), 0, 0
-    while (bracket := _BRACKET.search(text, at)) and invalid < MOST_INVALID:
+    decoder, at, in_vain = json.JSONDecoder(), 0, 0
+    while (bracket := _BRACKET.search(text, at)) and in_vain < MOST_READ:
         try:
             value, at = decoder.raw_decode(text, bracket.start())
-        except ValueError:
-            at, invalid = bracket.end(), invalid + 1
+        except ValueError as error:
+            end = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
+            at, in_vain = bracket.end(), in_vain + _BRACKET_COST + end - bracket.start()
         except RecursionError:  # the next bracket would recurse as deeply
             return
         else:

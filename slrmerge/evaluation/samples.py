@@ -13,6 +13,7 @@ import xxhash
 
 from slrmerge.errors import OutputError, Problem, raise_all
 from slrmerge.evaluation.lines import MAX_LINE_BYTES, lines_of
+from slrmerge.io.files import open_no_link
 from slrmerge.io.pieces import output_error
 from slrmerge.io.strict_json import parse_json
 from slrmerge.io.text import to_json
@@ -87,15 +88,16 @@ class SampleFile:
         self._numbers: dict[SampleKey, int] = {}
         self._starts, self._settings_of = array("Q"), array("L")  # of each sample: its line, the number of its settings
         self._settings: dict[Settings, int] = {}
+        what, remedy = "is not a regular file", "choose another output folder"
+        not_a_file = OutputError(Problem("not-a-file", str(path), what, remedy))
         try:
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open until the end of the `with`)
+            # Open until the end of the `with`. Through a link, a file of the user's would be written to, or cut short.
+            self._file = open(path, "a+b", buffering=0, opener=open_no_link)  # noqa: SIM115
         except OSError as error:
-            raise output_error(path, error) from error
+            raise (not_a_file if path.is_symlink() else output_error(path, error)) from error
         try:
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
-                raise OutputError(
-                    Problem("not-a-file", str(path), "is not a regular file", "choose another output folder")
-                )
+                raise not_a_file
             self._bytes = self._read()
         except BaseException:
             self._file.close()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from slrmerge.errors import Problem, RecipeError, SlrmergeError, did_you_mean
+from slrmerge.errors import MAX_PROBLEMS, Problem, RecipeError, SlrmergeError, did_you_mean
 from slrmerge.io.sizes import shorten
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def problems_of(
     errors = error.errors(include_url=False)
     containers = {details["loc"][:length] for details in errors for length in range(len(details["loc"]))}
     for details in errors:
+        if len(found) > MAX_PROBLEMS:
+            break
         location, unknown = details["loc"], ""
         if details["type"] == "too_short" and location in containers:
             continue  # pydantic counts valid entries only

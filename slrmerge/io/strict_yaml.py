@@ -13,8 +13,10 @@ import yaml
 from slrmerge.errors import DataError, Problem, RecipeError, SlrmergeError, first_line
 from slrmerge.io.sizes import shorten
 
-MAX_BYTES = 1_000_000
-MAX_VALUES = 1_000_000
+MAX_BYTES = 250_000
+"""Many times any recipe; PyYAML takes seconds for it."""
+
+MAX_VALUES = 250_000
 """More than any file of that size contains by itself: only aliases lead there."""
 
 MAX_DEPTH = 128
@@ -133,7 +135,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, value in node.value:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():  # PyYAML refuses `!!map x`
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key must be a single value", problem_mark=key.start_mark)
             if key.value in seen:

@@ -23,6 +23,9 @@ _MAX_CARD_BYTES = 1_000_000
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Front matter taken from the post-trained model's card: terms of use belong to the weights."""
 
+_MAX_INHERITED = 1000
+"""Characters of a value, or values of a list: more than any licence's address, or the languages of any model."""
+
 
 def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     """A model card: front matter that links both parents, the merge in words, and the recipe as it was run.
@@ -177,7 +180,18 @@ def _inherited_front_matter(folder: Path) -> dict[str, Any]:
         with open_within(folder, CARD_NAME) as file:
             text = getincrementaldecoder("utf-8-sig")().decode(file.read(_MAX_CARD_BYTES))  # it may end in a character
         before, front, _ = text.replace("\r\n", "\n").split("---\n", 2)
-        content = None if before else yaml.load(front, Loader=yaml.BaseLoader)  # noqa: S506 (strings only)
+        loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # strings only
+        content = None if before else yaml.load(front, Loader=loader)  # noqa: S506
     except (OSError, ValueError, RecursionError, yaml.YAMLError, CheckpointError):
         return {}
-    return {key: content[key] for key in _INHERITED if key in content} if isinstance(content, dict) else {}
+    found = content if isinstance(content, dict) else {}
+    return {key: found[key] for key in _INHERITED if _is_text(found.get(key)) or _is_list_of_texts(found.get(key))}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_INHERITED
+
+
+def _is_list_of_texts(value: object) -> bool:
+    """Whether this is a list as the Hub takes one: what others nest, or repeat, is not published again."""
+    return isinstance(value, list) and len(value) <= _MAX_INHERITED and all(map(_is_text, value))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,23 +61,31 @@ def read_prompts(folder: Path, labels: Sequence[str]) -> KeptScores | None:
     Raises OutputError where they are damaged, or scores of other candidates.
     """
     path = folder / PROMPTS
+    what, remedy = "is damaged", "search again, or delete the file to select without it"
+    damaged = OutputError(Problem("results-damaged", str(path), what, remedy))
     try:
         raw = read_file(path, _MAX_BYTES)
-        with ZipFile(BytesIO(raw)) as file:
-            if sum(info.file_size for info in file.infolist()) > _MAX_BYTES:
-                raise ValueError(f"more than {_MAX_BYTES} bytes")
-        with np.load(BytesIO(raw)) as file:
-            arrays = dict(file)
-        is_asked = any(name.startswith(_HELD_OUT) for name in arrays)
-        kept = KeptScores(_scores_in(arrays, ""), _scores_in(arrays, _HELD_OUT) if is_asked else None)
-        if kept.asked.candidates != tuple(labels):
-            raise ValueError("scores of other candidates")
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
-        what, remedy = "is damaged", "search again, or delete the file to select without it"
-        raise OutputError(Problem("results-damaged", str(path), what, remedy)) from error
+    except OSError as error:
+        raise damaged from error
+    try:
+        kept = _kept_in(raw)
+    except Exception as error:  # zipfile and numpy raise anything for a damaged file
+        raise damaged from error
+    if kept.asked.candidates != tuple(labels):
+        raise damaged
     return kept
+
+
+def _kept_in(raw: bytes) -> KeptScores:
+    with ZipFile(BytesIO(raw)) as file:
+        if sum(info.file_size for info in file.infolist()) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
+    with np.load(BytesIO(raw)) as file:
+        arrays = dict(file)
+    is_asked = any(name.startswith(_HELD_OUT) for name in arrays)
+    return KeptScores(_scores_in(arrays, ""), _scores_in(arrays, _HELD_OUT) if is_asked else None)
 
 
 def _arrays(kept: KeptScores) -> Iterator[tuple[str, NDArray[np.generic]]]:

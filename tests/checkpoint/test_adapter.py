@@ -301,9 +301,33 @@ def test_merging_with_peft_is_the_remedy_only_where_it_gives_a_model_of_the_base
     assert ("merge_and_unload" in caught.value.problems[0].remedy) == mergeable
 
 
-@pytest.mark.parametrize("config", [{"r": 0}, {"r": "4"}, {"lora_alpha": "much"}, {"rank_pattern": {"(": 3}}])
+@pytest.mark.parametrize(
+    "config", [{"r": 0}, {"r": "4"}, {"lora_alpha": "much"}, {"rank_pattern": {"q": 0}}, {"peft_type": ["LORA"]}]
+)
 def test_a_config_that_is_not_valid_is_refused(base: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError):
+        open_checkpoint(write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), **config))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(" * 5000 + ")" * 5000, "a{99999999999999}", "(?<=a)b", r"(a)\1", "[a[b]", "(a{1,1000}){1,1000}", "["]
+)
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_not_supported_is_refused(base: Path, tmp_path: Path, key: str, pattern: str) -> None:
+    config: dict[str, Any] = {"base_model_name_or_path": str(base), key: {pattern: 3}}
+    with refused(CheckpointError, "invalid-adapter"):
+        open_checkpoint(write_adapter(tmp_path / "lora", FACTORS, **config))
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_take_linear_time(base: Path, tmp_path: Path, key: str) -> None:
+    patterns = {r"(([\w.])+\.?)+!": 3, **{f"{k}.(q|v)_proj": 3 for k in range(2000)}}
+    open_checkpoint(write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), **{key: patterns}))
+
+
+def test_more_patterns_than_modules_can_have_are_refused(base: Path, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"alpha_pattern": {str(k): 1 for k in range(10_001)}}
+    with refused(CheckpointError, "invalid-adapter"):
         open_checkpoint(write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), **config))
 
 

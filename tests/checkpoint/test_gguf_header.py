@@ -9,10 +9,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from slrmerge.checkpoint import gguf_header
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.gguf_header import BLOCK_SIZES, GgufShard, LongArray, read_gguf
-from slrmerge.errors import CheckpointError, Problem
+from slrmerge.errors import MAX_PROBLEMS, CheckpointError, Problem
 from tests.gguf_files import ARCHITECTURE, raw_gguf, raw_tensor, raw_value, text, write_gguf
 
-U64 = struct.Struct("<Q")
+U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 def read(path: Path) -> GgufShard:
@@ -220,3 +220,24 @@ def test_tensors_that_cannot_be_are_refused(tmp_path: Path, tensors: list[bytes]
 def test_everything_wrong_with_the_tensors_is_reported_at_once(tmp_path: Path) -> None:
     tensors = [raw_tensor("a", [8], 77), raw_tensor("b", [40], 8), raw_tensor("c\n", [8])]
     refusal(tmp_path, raw_gguf(tensors=tensors, data=bytes(128)), *["invalid-header"] * 3)
+
+
+def test_of_many_wrong_tensors_the_first_are_reported(tmp_path: Path) -> None:
+    tensors = [raw_tensor(str(number), [8], 77) for number in range(2 * MAX_PROBLEMS)]
+    codes = ["invalid-header"] * MAX_PROBLEMS + ["more-problems"]
+    refusal(tmp_path, raw_gguf(tensors=tensors, data=bytes(128)), *codes)
+
+
+@pytest.mark.parametrize("values", [True, False])
+def test_more_entries_than_a_model_has_are_refused(
+    tmp_path: Path, values: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_header, "_MAX_ENTRIES", 3)
+    many = [str(number) for number in range(4)]
+    if values:
+        content = raw_gguf([raw_value(name, 4, U32.pack(1)) for name in many])
+    else:
+        content = raw_gguf(
+            tensors=[raw_tensor(name, [8], begin=32 * k) for k, name in enumerate(many)], data=bytes(128)
+        )
+    refusal(tmp_path, content, "invalid-header")

@@ -27,7 +27,7 @@ from slrmerge.checkpoint.header import (
     header_bytes,
     read_shard,
 )
-from slrmerge.errors import CheckpointError, Problem
+from slrmerge.errors import MAX_PROBLEMS, CheckpointError, Problem
 from tests.checkpoints import random_tensor as tensor
 from tests.checkpoints import raw_file, safetensors_bytes
 from tests.problems import refused
@@ -154,7 +154,16 @@ def test_a_shape_of_thousands_of_dimensions_is_refused_at_once_and_briefly(tmp_p
     assert len(str(problem)) < 10_000
 
 
-@pytest.mark.parametrize("name", ["", "a\0b", "a\nb", "a\x1b[31m", "a\u202eb", "\ud800", "../a", "a/../../b", "..\\a"])
+def test_of_many_problems_the_first_are_reported(tmp_path: Path) -> None:
+    path, header = tmp_path / "x.safetensors", {str(number): number for number in range(2 * MAX_PROBLEMS)}
+    path.write_bytes(raw_file(json.dumps(header)))
+    with refused(CheckpointError, *["invalid-header"] * MAX_PROBLEMS, "more-problems"):
+        read_shard(LocalFile.at(path))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a\0b", "a\nb", "a\x1b[31m", "a\u202eb", "\ud800", "../a", "a/../../b", "..\\a", "a" * 1001]
+)
 def test_an_unsafe_tensor_name_is_refused(tmp_path: Path, name: str) -> None:
     (problem,) = refusal(tmp_path / "x.safetensors", raw_file(entry(name=name), b"ab"))
     assert str(problem).isprintable()
@@ -228,9 +237,8 @@ def test_headers_of_every_length_are_read(scratch: Path) -> None:
     info = TensorInfo("U8", (1,), 1, 0)
     shortest = len(header_bytes([("", info)]))
     for extra in [*range(0, 1200, 8), 2**16, 2**16 + 640 - shortest + 8]:
-        name = "n" * (extra + 4)
-        header = header_bytes([(name, info)])
-        assert shard_of(scratch, header + b"x").tensors == {name: info}, f"header of {len(header) - 8} bytes"
+        header = header_bytes([("a", info)], {"n": "n" * extra})
+        assert shard_of(scratch, header + b"x").tensors == {"a": info}, f"header of {len(header) - 8} bytes"
 
 
 def _zip() -> bytes:

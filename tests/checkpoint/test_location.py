@@ -83,9 +83,10 @@ def test_a_repository_in_the_hubs_cache_is_its_snapshot_of_main(tmp_path: Path) 
     (folder / "refs" / "main").write_text("b2\n")
     found = open_checkpoint(folder)
     assert (found.folder, found.model_name) == (second, "org/model")
-    (folder / "refs" / "main").write_text("../../elsewhere")
-    with refused(CheckpointError, "no-checkpoint"):
-        open_checkpoint(folder)
+    for text in ("../../elsewhere", "\udcff", "b2".ljust(10_000_000)):
+        (folder / "refs" / "main").write_text(text, errors="surrogateescape")
+        with refused(CheckpointError, "no-checkpoint"):
+            open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("written", REPOSITORIES, ids=lambda written: written[:60])

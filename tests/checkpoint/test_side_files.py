@@ -1,5 +1,6 @@
 """Side files are a checkpoint's own regular files: links that lead elsewhere, and what is not a file, are refused."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -212,6 +213,54 @@ def test_templates_that_are_not_in_a_folder_are_refused(pair: Pair) -> None:
     (pair.folder / "post" / "chat_templates").symlink_to("missing")
     with refused(CheckpointError, "not-a-folder"):
         pair.open()
+
+
+def add_module(folder: Path, name: str = "1_Pooling") -> Path:
+    (folder / "modules.json").write_text(json.dumps([{"path": name, "type": "x.Pooling"}]))
+    return folder / name
+
+
+@pytest.mark.parametrize("kind", ["link to a folder", "link to a folder of the checkpoint", "file", "FIFO"])
+def test_a_module_that_is_not_a_folder_is_refused(pair: Pair, kind: str) -> None:
+    module = add_module(pair.folder / "post")
+    if kind == "file":
+        module.touch()
+    elif kind == "FIFO":
+        os.mkfifo(module)
+    else:
+        (inner := (pair.folder if kind == "link to a folder" else pair.folder / "post") / "other").mkdir()
+        module.symlink_to(inner)
+    with refused(CheckpointError, "not-a-folder"):
+        pair.open()
+
+
+def test_a_module_below_a_link_is_refused(pair: Pair) -> None:
+    add_module(pair.folder / "post", "a/1_Pooling")
+    (pair.folder / "other" / "1_Pooling").mkdir(parents=True)
+    (pair.folder / "post" / "a").symlink_to(pair.folder / "other")
+    with refused(CheckpointError, "not-a-folder"):
+        pair.open()
+
+
+def test_a_link_to_a_folder_inside_a_module_is_refused(pair: Pair) -> None:
+    (module := add_module(pair.folder / "post")).mkdir()
+    (module / "up").symlink_to("..")
+    with refused(CheckpointError, "not-a-file"):
+        pair.open()
+
+
+@pytest.mark.parametrize("depth", [20, 21])
+def test_a_module_may_have_folders_in_folders_up_to_a_depth(pair: Pair, depth: int) -> None:
+    deep = add_module(pair.folder / "post").joinpath(*"a" * depth)
+    deep.mkdir(parents=True)
+    (deep / "config.json").touch()
+    if depth == 20:
+        assert (deep / "config.json").relative_to(pair.folder / "post").as_posix() in local_side_files(
+            pair.folder / "post"
+        )
+    else:
+        with refused(CheckpointError, "nested-too-deeply"):
+            pair.open()
 
 
 def test_all_problems_of_side_files_are_reported_together(pair: Pair) -> None:

@@ -193,6 +193,17 @@ def test_what_is_no_regular_file_is_refused(path: Path, kind: str) -> None:
         SampleFile(path)
 
 
+@pytest.mark.parametrize("content", [b"a token without an end of line", b"", None])
+def test_a_link_is_not_written_through(path: Path, content: bytes | None) -> None:
+    target = path.with_name("target")
+    if content is not None:
+        target.write_bytes(content)
+    path.symlink_to(target)
+    with refused(OutputError, "not-a-file"):
+        SampleFile(path)
+    assert (target.read_bytes() if target.exists() else None) == content
+
+
 def test_half_a_letter_is_kept_as_a_question_mark_and_read_again(path: Path) -> None:
     with SampleFile(path) as file:
         append(file, KEY, Answer("a\ud83d", "b\udc00"))

@@ -59,3 +59,9 @@ def test_what_is_in_the_form_is_read_whole(answers: list[tuple[str, float]], aro
     values = [{"text": text, "probability": probability} for text, probability in answers]
     reply = around + json.dumps({"answers": values}) + around
     assert parse_verbalized(reply, len(answers)) == [text for text, _ in answers]
+
+
+def test_a_reply_that_would_take_minutes_to_read_is_given_up() -> None:
+    nested = ("[" + "0," * 2500) * 400  # from each bracket, all of the rest would be read in vain
+    assert parse_verbalized(f"{nested[:20_000]} {SOUND}", 2) == ["Ohio", "Utah"]
+    assert parse_verbalized(f"{nested} {SOUND}", 2) == [None, None]

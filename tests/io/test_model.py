@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from pydantic import BeforeValidator, Field, ValidationError
 
-from slrmerge.errors import DataError, RecipeError, SlrmergeError
+from slrmerge.errors import MAX_PROBLEMS, DataError, RecipeError, SlrmergeError
 from slrmerge.io.model import InvalidValue, Model, plain, validate_as
 from tests.problems import refused
 
@@ -72,6 +72,11 @@ def test_problems_have_codes_and_paths(content: dict[Any, Any], expected: list[t
     assert [(problem.code, problem.where) for problem in caught.value.problems] == [
         (code, f"file: {path}") for code, path in expected
     ]
+
+
+def test_of_many_problems_the_first_are_reported() -> None:
+    with refused(DataError, *["unknown-key"] * MAX_PROBLEMS, "more-problems"):
+        validate_as(Outer, {f"key {number}": 1 for number in range(2 * MAX_PROBLEMS)}, "file")
 
 
 @pytest.mark.parametrize("content", [None, 3, "text", [1], [("mode", "fast")]], ids=repr)

@@ -164,6 +164,27 @@ def test_a_card_that_cannot_be_read_has_nothing_to_inherit(pair: Pair, text: byt
     assert "license" not in front_of(card_of(pair.plan(restore=[1, 2]), pair.out))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[" * 300 + "]" * 300,
+        "[[x, x]]",
+        "{name: mit}",
+        f"[{'x, ' * 2000}]",
+        "x" * 2000,
+        f"[{'x' * 2000}]",
+    ],
+)
+def test_values_of_a_card_that_the_hub_would_not_take_are_not_inherited(pair: Pair, value: str) -> None:
+    (pair.folder / "post" / "README.md").write_text(f"---\nlicense_name: x\ntags: {value}\nlanguage: {value}\n---\n")
+    front = front_of(card_of(pair.plan(restore=[1, 2]), pair.out))
+    assert (front["license_name"], "language" in front) == ("x", False)
+
+
+def test_a_change_with_half_an_interval_is_shown_without_it() -> None:
+    assert ScoreChange(mean=1, low=1).text(1) == "+1.0"
+
+
 def test_the_licence_of_a_card_with_windows_line_ends_is_inherited(pair: Pair) -> None:
     (pair.folder / "post/README.md").write_bytes(POST_CARD.replace("\n", "\r\n").encode())
     assert front_of(card_of(pair.plan(restore=[1, 2]), pair.out))["license"] == "llama3.1"

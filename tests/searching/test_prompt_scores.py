@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -61,6 +62,26 @@ def with_arrays(**changed: object) -> Callable[[Path], None]:
     return write
 
 
+def with_quality(header: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with ZipFile(path, "w") as file:
+            file.writestr("quality.npy", header)
+
+    return write
+
+
+def npy(shape: str, kind: str = "<f8") -> bytes:
+    """The header of an array, without its values."""
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+def encrypted(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+
+
 DAMAGED: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:-30]),
@@ -71,6 +92,12 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "another shape": with_arrays(quality=np.zeros((3, 5))),
     "another dtype": with_arrays(quality=np.zeros((3, 2), np.float32)),
     "objects": with_arrays(candidates=np.array(LABELS, dtype=object)),
+    "more memory than there is": with_quality(npy(f"({10**15},)")),
+    "a header without end": with_quality(b"\x93NUMPY\x02\x00" + (9000).to_bytes(4, "little") + b"(" * 9000),
+    "not an array": with_quality(b"text"),
+    "one candidate without a list": with_arrays(candidates=np.array("x")),
+    "letters that no text has": with_arrays(candidates=np.full(3, 0x7FFFFFFF, np.uint32).view("<U1")),
+    "encrypted": encrypted,
     "other candidates": with_arrays(candidates=np.array(["post-trained", "layers 1–1", "kleiner"])),
 }
 

@@ -182,8 +182,13 @@ def open_repository(repository: Repository) -> HubRepository | AdapterFolder:
 
 def open_cached(repository: Repository) -> HubRepository | AdapterFolder:
     """Open what the Hub's cache has of a repository. Raises HubError where that is not the whole checkpoint."""
-    found = try_to_load_from_cache(repository.name, CONFIG_NAME, revision=repository.revision)
-    adapter = try_to_load_from_cache(repository.name, ADAPTER_CONFIG_NAME, revision=repository.revision)
+    try:
+        found, adapter = (
+            try_to_load_from_cache(repository.name, name, revision=repository.revision)
+            for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)
+        )
+    except UnicodeDecodeError as error:  # a file in `refs` that is no commit
+        raise HubError(_incomplete(repository)) from error
     if isinstance(adapter, str) and is_adapter({path.name for path in Path(adapter).parent.iterdir()}):
         return _read_adapter(Path(adapter).parent, repository)
     if not isinstance(found, str):
@@ -269,8 +274,16 @@ def current_commit(repository: Repository) -> str:
 
 def cached_commit(repository: Repository, *, repo_type: str = "model") -> str | None:
     """The commit of the revision in the Hub's cache, for use offline; an unknown revision may be a commit itself."""
-    ref = cache_folder(repository, repo_type=repo_type) / "refs" / (repository.revision or constants.DEFAULT_REVISION)
-    return ref.read_text().strip() if ref.is_file() else repository.revision
+    ref = _ref_of(repository, repo_type=repo_type)
+    return ref.read_text(errors="replace").strip() if ref.is_file() else repository.revision
+
+
+def _ref_of(repository: Repository, *, repo_type: str = "model") -> Path:
+    """The file in the Hub's cache that notes the commit of a revision. Raises HubError where that is elsewhere."""
+    revision = repository.revision or constants.DEFAULT_REVISION
+    if not is_inside(revision):
+        raise HubError(Problem("revision-not-found", str(repository), "has no such revision"))
+    return cache_folder(repository, repo_type=repo_type) / "refs" / revision
 
 
 def _read_shard(snapshot: Snapshot, name: str, cancelled: Event) -> Shard:
@@ -312,9 +325,8 @@ def _hub_file(repository: Repository, entry: RepoFile) -> HubFile:
 
 def _write_ref(snapshot: Snapshot) -> None:
     """Note in the Hub's cache which commit a branch is at, as its client does, so that it is known offline too."""
-    revision = snapshot.repository.revision or constants.DEFAULT_REVISION
-    if revision != snapshot.commit:
-        ref = cache_folder(snapshot.repository) / "refs" / revision
+    ref = _ref_of(snapshot.repository)
+    if snapshot.repository.revision != snapshot.commit:
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(snapshot.commit)
 

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 import httpcore2
 import httpx2
 from huggingface_hub import constants, get_session
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
 
 from slrmerge._version import __version__
-from slrmerge.checkpoint.hub.errors import InvalidResponseError, SlowResponseError
+from slrmerge.checkpoint.hub.errors import LONGEST_WAIT_S, InvalidResponseError, SlowResponseError
 from slrmerge.errors import HubError, Problem, first_line
 
 LEAST_BYTES_PER_S = 1000
@@ -92,6 +92,9 @@ def _check_response(response: httpx2.Response) -> None:
     request = response.request
     if not _is_ours(request):
         return
+    limit = parse_ratelimit_headers(response.headers)
+    if limit is not None and limit.reset_in_seconds > LONGEST_WAIT_S:
+        del response.headers["RateLimit"]  # the client would wait as long, whatever it is
     if response.has_redirect_location:
         _require_web_address(response.headers["Location"], request, relative=True)
     if request.method == "HEAD":

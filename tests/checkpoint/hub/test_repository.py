@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
 from slrmerge.checkpoint.hub import errors
-from slrmerge.checkpoint.hub.file import HubFile
+from slrmerge.checkpoint.hub.file import HubFile, cache_folder
 from slrmerge.checkpoint.hub.repository import HubRepository, current_commit, open_cached, open_repository, pin
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.pair import open_checkpoint, open_pair
@@ -458,6 +459,37 @@ def test_without_a_network_an_incomplete_cache_is_refused(
         open_checkpoint(f"{CHAT}@main")
     problem = caught.value.problems[0]
     assert (problem.where, f"hf download {CHAT} --revision main" in problem.remedy) == (f"{CHAT}@main", True)
+
+
+def test_without_a_network_a_note_that_is_no_commit_is_an_incomplete_cache(
+    pair: HubPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(CHAT)
+    (cache_folder(Repository(CHAT)) / "refs" / "main").write_bytes(b"\xff\xfe")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with refused(HubError, "not-cached"):
+        open_checkpoint(CHAT)
+    assert current_commit(Repository(CHAT))  # some text
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_revision_that_leads_out_of_the_cache_is_refused(
+    pair: HubPair, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    repository = Repository(CHAT, "../../../elsewhere")
+    honest = pin(Repository(CHAT))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("slrmerge.checkpoint.hub.repository.pin", lambda _: replace(honest, repository=repository))
+    with refused(HubError, "revision-not-found"):
+        current_commit(repository)
+
+
+def test_a_rate_limit_of_days_is_not_waited_for(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    pair.hub.misbehave("status", "/tree/", status=429, headers={"RateLimit": '"api";r=0;t=99999'})
+    opened(CHAT)
+    assert 0 < max(waits) <= 300
 
 
 def test_requests_are_refused_offline(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
