@@ -33,7 +33,9 @@ _MAX_OPEN = 8
 _MAX_JSON_BYTES = 50_000_000
 """More than the index of any model: DeepSeek-V3's has 9 MB."""
 
-_NAME_A_FOLDER = "name a folder with config.json and safetensors files, or a .gguf file"
+_NAME_A_FOLDER = (
+    "name a folder with config.json and safetensors files, a .gguf file, or a repository as organisation/name"
+)
 
 
 @dataclass(frozen=True, repr=False)
