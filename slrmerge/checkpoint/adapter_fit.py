@@ -264,8 +264,8 @@ class Fitting:
         self._refuse(name, "adapter-on-tied", what, "merge it with peft's `merge_and_unload`")
 
     def _refuse_dtype(self, name: str, info: TensorInfo) -> None:
-        what = f"changes a weight of dtype {info.dtype}: a quantised base cannot be changed"
-        self._refuse(name, "adapter-on-quantised", what, "name the unquantised base")
+        what = f"changes a weight of dtype {info.dtype}: a quantized base cannot be changed"
+        self._refuse(name, "adapter-on-quantised", what, "name the unquantized base")
 
     def _refuse(self, name: str, code: str, what: str, remedy: str) -> None:
         self._refused[_Refused(code, what, remedy)].append(name)

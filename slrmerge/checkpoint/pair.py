@@ -219,12 +219,12 @@ def _on_base(adapter: AdapterFolder, pretrained: Checkpoint | None, *, local_fil
         if pretrained is None:
             what = "does not name its base (base_model_name_or_path)"
             raise CheckpointError(Problem("adapter-base", str(adapter), what, explicit))
-        return put_on_base(adapter, pretrained, f"the adapter does not name its base, {pretrained} is taken for it")
+        return put_on_base(adapter, pretrained, f"the adapter does not name its base; {pretrained} is used")
     place = _base_place(adapter, named)
     if pretrained is not None and _is_named(pretrained, place):
         return put_on_base(adapter, pretrained)
     if pretrained is not None and _is_copy(pretrained, place, named):
-        note = f"the adapter's base is {named}; {pretrained}, which has the same name, is taken for it"
+        note = f"the adapter's base is {named}; {pretrained}, which has the same name, is used instead"
         return put_on_base(adapter, pretrained, note)
     try:
         base = _find(place, local_files_only=local_files_only)

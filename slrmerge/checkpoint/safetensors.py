@@ -209,7 +209,7 @@ def check_shards(layout: Layout, shards: Mapping[str, Shard], problems: list[Pro
 
 
 def require_layers(checkpoint: Checkpoint) -> None:
-    """Refuse a config with more layers than the weights have: a loader would initialise the rest at random."""
+    """Refuse a config with more layers than the weights have: a loader would initialize the rest at random."""
     if missing := missing_layers(checkpoint.numbered_stacks, checkpoint.config):
         what = f"the config says {missing[0]} layers, the weights have {missing[1]}"
         remedy = "download the missing shards, or the config that belongs to these weights"

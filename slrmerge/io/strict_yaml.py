@@ -168,7 +168,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
 
 
 class _Extent(NamedTuple):
-    """Of a node with its aliases written out."""
+    """The number of values in a node and its depth, with aliases written out."""
 
     values: int
     depth: int

@@ -45,7 +45,7 @@ def plan_merge(
     Names, shapes and side files are the post-trained side's, and so are dtypes unless the recipe gives one. Python
     files are copied only with `allow_code`. The `output` is the whole "model" or an "adapter". Raises PlanError with
     everything that does not fit: layers that do not exist, rules that match nothing, tensors that one side lacks,
-    shapes that differ, quantised weights to be blended.
+    shapes that differ, quantized weights to be blended.
     """
     recipe = as_recipe(recipe)
     require_rules(recipe)
@@ -117,7 +117,7 @@ def _head_problems(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[Pro
 
 
 def _head_notes(pair: ModelPair) -> Iterator[str]:
-    """A language model without a head: loaders initialise it at random where the config does not tie it."""
+    """A language model without a head: loaders initialize it at random where the config does not tie it."""
     post = pair.posttrained
     embeddings, architectures = pair.correspondence.embeddings, post.config.get("architectures")
     is_language_model = isinstance(architectures, list) and any(
@@ -128,7 +128,7 @@ def _head_notes(pair: ModelPair) -> Iterator[str]:
     if is_language_model and embeddings.token and embeddings.head is None and is_untied:
         yield (
             f"the post-trained side stores no head, and its config does not tie one to {embeddings.token}: loaders "
-            "initialise it at random; set tie_word_embeddings: true in its config if the embedding serves as both"
+            "initialize it at random; set tie_word_embeddings: true in its config if the embedding serves as both"
         )
 
 
