@@ -105,14 +105,14 @@ class ChatModel(Protocol):
 MOST_REFUSED = 20
 """So many refused prompts, and none accepted, are an error: the model, or a setting, is the wrong one."""
 
-_LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.+)", re.DOTALL)
+_LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.*)", re.DOTALL)
 _SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://\S+)")
 
 
 def parse_location(text: str | os.PathLike[str]) -> Place | ServerAddress:
     """The location of a model: a folder, a repository on the Hub, MODEL@URL, or the URL of a server with one model.
 
-    A PathLike is a folder. Raises OptionError for an invalid URL.
+    A PathLike is a folder. Raises OptionError for an invalid URL, and for an empty text.
     """
     if not isinstance(text, str):
         return Path(text)

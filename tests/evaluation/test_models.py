@@ -72,6 +72,12 @@ def test_no_models_are_refused(models: ModelNames) -> None:
         parse_models(models)
 
 
+@pytest.mark.parametrize("models", ["", "post=", ["post=./a", "slr="], {"post": ""}])
+def test_an_empty_name_is_not_the_current_folder(models: ModelNames) -> None:
+    with refused(OptionError, "empty"):
+        parse_models(models)
+
+
 def request(model: Answering, file: SampleFile, prompts: dict[str, str], samples: int) -> None:
     request_missing(model, "post", prompts, file, SETTINGS, samples=samples, progress=Progress())
 
