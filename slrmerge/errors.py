@@ -185,7 +185,7 @@ def require_extra(extra: str, *packages: str) -> None:
 def require_type(name: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
     """Raise OptionError where the argument `name` has another type."""
     if not isinstance(value, kind):
-        raise OptionError(Problem("wrong-type", name, f"{type(value).__name__} is not a {name}", remedy))
+        raise OptionError(Problem("wrong-type", name, f"{type(value).__name__} is not accepted", remedy))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -63,7 +63,7 @@ def parse_place(text: str | os.PathLike[str], *, base: Path = Path()) -> Place:
     if not isinstance(text, str):
         return base / text
     if not text:  # what a shell makes of an unset variable is not the current folder
-        raise OptionError(Problem("empty", "checkpoint", "is empty", "name one; write . for the current folder"))
+        raise OptionError(Problem("empty", "''", "names nothing", "write . for the current folder"))
     folder = base / os.path.expanduser(text)  # noqa: PTH111 (an unknown user is not an error here)
     exists = os.path.exists(folder)  # noqa: PTH110 (nor is a name that is too long)
     if exists:

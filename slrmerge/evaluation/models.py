@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, overload
 from urllib.parse import parse_qsl, urlsplit
 
 from slrmerge.checkpoint.location import Place, parse_place
-from slrmerge.errors import OptionError, Problem, SlrmergeError, without_credentials
+from slrmerge.errors import OptionError, Problem, SlrmergeError, require_type, without_credentials
 from slrmerge.evaluation.samples import REFUSED, Answer, SampleFile, SampleKey, Settings, seed_of
 from slrmerge.io.progress import Progress
 from slrmerge.io.text import printable
@@ -112,8 +112,9 @@ _SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://\S+)")
 def parse_location(text: str | os.PathLike[str]) -> Place | ServerAddress:
     """The location of a model: a folder, a repository on the Hub, MODEL@URL, or the URL of a server with one model.
 
-    A PathLike is a folder. Raises OptionError for an invalid URL, and for an empty text.
+    A PathLike is a folder. Raises OptionError for an invalid URL, an empty text, and what is neither text nor path.
     """
+    require_type("model", text, (str, os.PathLike), "pass a folder, a repository's name, or MODEL@URL")
     if not isinstance(text, str):
         return Path(text)
     match = _SERVED.fullmatch(text)

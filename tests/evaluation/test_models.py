@@ -1,6 +1,7 @@
 """Labels and locations of models, and requesting missing samples."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,13 @@ def test_no_models_are_refused(models: ModelNames) -> None:
 def test_an_empty_name_is_not_the_current_folder(models: ModelNames) -> None:
     with refused(OptionError, "empty"):
         parse_models(models)
+
+
+@pytest.mark.parametrize("model", [None, 3, b"a"])
+def test_a_model_is_text_or_a_path(model: Any) -> None:
+    for models in ([model], {"post": model}):
+        with refused(OptionError, "wrong-type"):
+            parse_models(models)
 
 
 def request(model: Answering, file: SampleFile, prompts: dict[str, str], samples: int) -> None:
