@@ -51,7 +51,7 @@ def read_mapping(path: Path, kind: YamlFile = RECIPE_FILE) -> dict[Any, Any]:
             raw = file.read(MAX_BYTES + 1)
             file_bytes = max(len(raw), os.fstat(file.fileno()).st_size)  # a pipe has no size
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        known = {FileNotFoundError: "no such file", IsADirectoryError: "is a folder"}
+        known: dict[type, str] = {FileNotFoundError: "no such file", IsADirectoryError: "is a folder"}
         what = known.get(type(error), f"cannot be read ({error.strerror if isinstance(error, OSError) else error})")
         raise kind.error(Problem(f"{kind.noun}-unreadable", str(path), what, f"name a {kind.noun} file")) from error
     if file_bytes > MAX_BYTES:
