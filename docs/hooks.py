@@ -6,7 +6,6 @@ pictures outside docs/ become part of it.
 
 import inspect
 import re
-import textwrap
 from dataclasses import fields
 from pathlib import Path
 from pkgutil import resolve_name
@@ -25,7 +24,7 @@ _OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)\s]+)\)")
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for command in (main, *main.commands.values()):
         command.help = _EXAMPLES.sub(
-            lambda found: textwrap.indent(found[1], "    "), inspect.cleandoc(command.help or "")
+            lambda found: f"```text\n{found[1].rstrip()}\n```\n", inspect.cleandoc(command.help or "")
         )
         command.epilog = _EXAMPLES.sub("", command.epilog or "")
     return config
@@ -45,6 +44,10 @@ def on_page_markdown(markdown: str, config: MkDocsConfig, **_: object) -> str:
         return f"{picture}[{text}]({path if picture else f'{config.repo_url}/blob/main/{path}'})"
 
     return _OPTIONS.sub(lambda found: _table(resolve_name(f"{found[1]}:{found[2]}")), _OUTSIDE.sub(target, markdown))
+
+
+def on_post_page(output: str, **_: object) -> str:
+    return output.replace('data-md-component="source"', "")  # whose script asks GitHub for the number of stars
 
 
 def _table(kind: type) -> str:

@@ -199,6 +199,12 @@ def require_extra(extra: str, *packages: str) -> None:
         raise MissingExtraError(Problem("missing-extra", f"slrmerge[{extra}]", what, remedy))
 
 
+def require_type(name: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
+    """Raise OptionError where the argument `name` has another type."""
+    if not isinstance(value, kind):
+        raise OptionError(Problem("wrong-type", name, f"{type(value).__name__} is not accepted", remedy))
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A remedy that names the nearest known word, or all of them where none is near."""
     choices = list(known)

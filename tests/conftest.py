@@ -95,6 +95,7 @@ def _search_tiny(folder: Path) -> None:
     (folder / "pair.yaml").write_text("pretrained: ./pre\nposttrained: ./post\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("slrmerge.cli.progress._SECONDS_PER_LINE", float("inf"))  # a slow machine prints stages
         result = run("search", "pair.yaml", "--out", "search", "--threads", 1)
     assert result.exit_code == 0, result.stderr
     (folder / "stdout").write_text(result.stdout)

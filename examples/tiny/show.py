@@ -7,8 +7,12 @@ are those of `slrmerge.searching.proxy_tasks`; the probabilities come from trans
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # the imports below take seconds
+    print("loading torch and transformers ...", file=sys.stderr, flush=True)
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase

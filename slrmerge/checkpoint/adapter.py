@@ -1,11 +1,11 @@
 """A LoRA adapter on its base, as a checkpoint: the base's tensors, some of them changed by the adapter.
 
-A module's weight is W + scale·B·A, computed in fp64 whenever it is read, and rounded once by whoever reads it. Tensors
+A module's weight is W + scale·B·A, computed in float64 whenever it is read, and rounded once by the reader. Tensors
 that the adapter does not change are the base's own bytes.
 
 The computed bytes are the same on every machine, whatever its BLAS does with the order of a sum: the factors are
-rounded to integers of so few bits that all sums of products are exact in fp64. They have as many bits as fp32 for ranks
-up to 32 and four fewer at rank 8192, counted from the largest value in a row of B and in a column of A.
+rounded to integers of so few bits that all sums of products are exact in float64. They have as many bits as float32 for
+ranks up to 32 and four fewer at rank 8192, counted from the largest value in a row of B and in a column of A.
 """
 
 import json
@@ -37,7 +37,7 @@ _CACHED_FACTORS = 8
 """Deltas whose factors are kept: those that several threads are reading."""
 
 _EXACT_BITS = 53
-"""Integers of this many bits are exact in fp64."""
+"""Integers of this many bits are exact in float64."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,7 +129,7 @@ class AdapterCheckpoint(Checkpoint):
         }
 
     def provenance(self, files: Collection[str]) -> dict[str, Any]:
-        """Of the base, the files that were not compared with the Hub's digests."""
+        """Where the adapter came from; `unchecked` are the base's files not compared with the Hub's digests."""
         below = self.base.provenance([file for file in files if file != ADAPTER_WEIGHTS_NAME])
         unchecked = {key: value for key, value in below.items() if key == "unchecked"}
         return {**self.adapter.provenance, **unchecked}
@@ -254,7 +254,7 @@ class AdapterReader(TensorReader):
         return _Product(*_as_integers(left, 1, bits), *_as_integers(right, 0, bits))
 
     def _load(self, stored: str) -> "torch.Tensor":
-        """A tensor of the adapter's file in fp64. Raises CheckpointError where it has values that are not finite."""
+        """A tensor of the adapter's file in float64. Raises CheckpointError where it has values that are not finite."""
         info = self.checkpoint.adapter.shard.tensors[stored]
         raw = memoryview(bytearray(info.nbytes))
         count = prod(info.shape)
@@ -268,7 +268,7 @@ class AdapterReader(TensorReader):
 
 
 class _Product(NamedTuple):
-    """left·right: integers (m × r, r × n) in fp64, and the exponents of each row of left and each column of right."""
+    """left·right: integers (m × r, r × n) in float64, with exponents of the rows of left and the columns of right."""
 
     left: "torch.Tensor"
     left_exponents: "torch.Tensor"

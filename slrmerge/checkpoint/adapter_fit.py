@@ -266,8 +266,8 @@ class Fitting:
         self._refuse(name, "adapter-on-tied", what, "merge it with peft's `merge_and_unload`")
 
     def _refuse_dtype(self, name: str, info: TensorInfo) -> None:
-        what = f"changes a weight of dtype {info.dtype}: a quantised base cannot be changed"
-        self._refuse(name, "adapter-on-quantised", what, f"name the unquantised base: {NAME_BASE}")
+        what = f"changes a weight of dtype {info.dtype}: a quantized base cannot be changed"
+        self._refuse(name, "adapter-on-quantised", what, f"name the unquantized base: {NAME_BASE}")
 
     def _refuse(self, name: str, code: str, what: str, remedy: str) -> None:
         self._refused[_Refused(code, what, remedy)].append(name)

@@ -115,7 +115,7 @@ def _shares_halves(config: Mapping[str, Any]) -> bool:
 
 
 def _is_tied_by_default(config: Mapping[str, Any]) -> bool:
-    """By the model type, where there is a text section by that section's."""
+    """Whether models of this type tie their head; the type is the text section's where there is one."""
     *_, section = text_sections(config)
     model_type = str(section.get("model_type") or config.get("model_type"))
     return model_type in _ALSO_TIED or config_defaults().get(model_type, {}).get("tie_word_embeddings") is True

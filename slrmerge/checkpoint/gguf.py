@@ -1,4 +1,4 @@
-"""Models in GGUF files: whole, or split into parts. Quantised tensors are read as the blocks that they are."""
+"""Models in GGUF files: whole, or split into parts. Quantized tensors are read as the blocks that they are."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -196,7 +196,7 @@ def _config(values: Mapping[str, Value]) -> dict[str, object]:
 def differing_values(pretrained: GgufCheckpoint, posttrained: GgufCheckpoint) -> Iterator[str]:
     """The key-values that change what a model computes and differ, with both values.
 
-    Those of the architecture, and the vocabulary: names, licences, templates and how it was quantised do not count.
+    Those of the architecture, and the vocabulary: names, licences, templates and how it was quantized do not count.
     """
     pre, post = pretrained.key_values, posttrained.key_values
     for key in sorted(pre.keys() | post.keys()):

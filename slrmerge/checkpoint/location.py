@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from slrmerge.errors import OptionError, Problem
 from slrmerge.io.files import read_file
 
 _MAX_REF_BYTES = 1000
@@ -48,7 +49,8 @@ Source = Place | AdapterOnBase
 def parse_source(text: str | os.PathLike[str], *, base: Path = Path()) -> Source:
     """The folder, GGUF file or repository that `text` names; a relative path counts from `base`.
 
-    An existing folder takes precedence over a repository of the same name. A path object is never a repository.
+    An existing folder takes precedence over a repository of the same name. A path object is never a repository. Raises
+    OptionError for an empty text.
     """
     place = parse_place(text, base=base)
     if not isinstance(place, Path) or not isinstance(text, str) or os.path.exists(place):  # noqa: PTH110 (see below)
@@ -63,6 +65,8 @@ def parse_place(text: str | os.PathLike[str], *, base: Path = Path()) -> Place:
     """See `parse_source`, for one folder or repository."""
     if not isinstance(text, str):
         return base / text
+    if not text:  # what a shell makes of an unset variable is not the current folder
+        raise OptionError(Problem("empty", "''", "names nothing", "write . for the current folder"))
     folder = base / os.path.expanduser(text)  # noqa: PTH111 (an unknown user is not an error here)
     exists = os.path.exists(folder)  # noqa: PTH110 (nor is a name that is too long)
     if exists:

@@ -17,7 +17,7 @@ from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.location import AdapterOnBase, Place, Repository, parse_source, snapshot_of
 from slrmerge.checkpoint.safetensors import open_folder
 from slrmerge.checkpoint.vocabulary import SharedVocabulary, compare_vocabularies
-from slrmerge.errors import CheckpointError, HubError, OptionError, PlanError, Problem, open_all
+from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, open_all, require_type
 from slrmerge.io.progress import Progress
 
 Side = Literal["pretrained", "posttrained"]
@@ -135,7 +135,7 @@ def open_checkpoint(source: CheckpointLike, *, local_files_only: bool = False) -
 
     Reads the config, the index and every header; weights stay where they are. A LoRA adapter is opened on the base that
     its config names, or on another as `base+adapter`. With `local_files_only`, or where HF_HUB_OFFLINE is set, a
-    repository is opened from the Hub's cache. Raises CheckpointError and HubError.
+    repository is opened from the Hub's cache. Raises CheckpointError, HubError and OptionError.
     """
     found = _find(source, local_files_only=local_files_only)
     return _on_base(found, None, local_files_only=local_files_only) if isinstance(found, AdapterFolder) else found
@@ -149,7 +149,8 @@ def open_pair(
     With None the pre-trained side is the base of `posttrained`, which is then an adapter.
     """
     find = partial(_find, local_files_only=local_files_only)
-    *below, post = open_all(find, [source for source in (pretrained, posttrained) if source is not None], *_REFUSALS)
+    sources = (posttrained,) if pretrained is None else (pretrained, posttrained)
+    *below, post = open_all(find, sources, *_REFUSALS)
     pre = below[0] if below else None
     if isinstance(pre, AdapterFolder) or (pre and pre.computed):
         what, remedy = "is an adapter", "name its base as the pre-trained side, and the adapter as the post-trained one"
@@ -180,6 +181,8 @@ def _find(source: CheckpointLike, *, local_files_only: bool) -> Checkpoint | Ada
     """A checkpoint, open; or an adapter whose base is not open yet."""
     if isinstance(source, Checkpoint):
         return source
+    kinds = (str, os.PathLike, Repository, AdapterOnBase)
+    require_type("checkpoint", source, kinds, "pass a folder, a repository's name, or an open checkpoint")
     where = parse_source(source) if isinstance(source, str | os.PathLike) else source
     if isinstance(where, AdapterOnBase):
         find = partial(_find, local_files_only=local_files_only)
@@ -215,12 +218,12 @@ def _on_base(adapter: AdapterFolder, pretrained: Checkpoint | None, *, local_fil
         if pretrained is None:
             what = "does not name its base (base_model_name_or_path)"
             raise CheckpointError(Problem("adapter-base", str(adapter), what, NAME_BASE))
-        return put_on_base(adapter, pretrained, f"the adapter does not name its base, {pretrained} is taken for it")
+        return put_on_base(adapter, pretrained, f"the adapter does not name its base; {pretrained} is used")
     place = _base_place(adapter, named)
     if pretrained is not None and _is_named(pretrained, place):
         return put_on_base(adapter, pretrained)
     if pretrained is not None and _is_copy(pretrained, place, named):
-        note = f"the adapter's base is {named}; {pretrained}, which has the same name, is taken for it"
+        note = f"the adapter's base is {named}; {pretrained}, which has the same name, is used instead"
         return put_on_base(adapter, pretrained, note)
     try:
         base = _find(place, local_files_only=local_files_only)
@@ -262,9 +265,7 @@ def _is_copy(checkpoint: Checkpoint, place: Place, named: str) -> bool:
 
 def require_pair(pair: object) -> None:
     """Raise OptionError for a value that is not a pair, such as a path."""
-    if not isinstance(pair, ModelPair):
-        what = f"{type(pair).__name__} is not a pair of checkpoints"
-        raise OptionError(Problem("wrong-type", "pair", what, "pass what slrmerge.open_pair returns"))
+    require_type("pair", pair, ModelPair, "pass what slrmerge.open_pair returns")
 
 
 def require_same_depth(pair: ModelPair) -> Iterator[Problem]:

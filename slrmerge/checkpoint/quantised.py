@@ -1,4 +1,4 @@
-"""Quantised modules and how to recognise them.
+"""Quantized modules and how to recognize them.
 
 A packed weight and its scales are one value in several tensors: a merge takes all of them from one side, or none. Where
 the format is not known, neither is which tensors those are: a merge takes whole layers or nothing.
@@ -24,7 +24,7 @@ COMPANION_SUFFIXES = frozenset({
     "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "weight_zero_point",  # fp8, compressed-tensors
     "weight_packed", "weight_shape",
 })  # fmt: skip
-"""Last components of names that occur in quantised modules only."""
+"""Last components of names that occur in quantized modules only."""
 
 LOW_BIT_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
@@ -36,10 +36,10 @@ KNOWN_METHODS = frozenset({
     "gptq", "awq", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "fbgemm_fp8", "compressed-tensors",
     "mxfp4", "modelopt",
 })  # fmt: skip
-"""Values of `quant_method` whose tensors `COMPANION_SUFFIXES` and `LOW_BIT_DTYPES` recognise completely."""
+"""Values of `quant_method` whose tensors `COMPANION_SUFFIXES` and `LOW_BIT_DTYPES` recognize completely."""
 
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
-"""Files beside a config that says nothing of quantisation itself: old GPTQ and AWQ, ModelOpt, EXL3."""
+"""Files beside a config that says nothing of quantization itself: old GPTQ and AWQ, ModelOpt, EXL3."""
 
 _MAX_BYTES = 50_000_000
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -51,7 +51,7 @@ _BOOKKEEPING = frozenset({
     "model_file_base_name", "tensor_storage", "author", "comment", "description", "date", "time", "timestamp",
     "created", "created_at", "quantized_at", "use_exllama", "exllama_config", "backend", "bnb_4bit_compute_dtype",
 })  # fmt: skip
-"""Keys that say who quantised a model, when and with what data, or choose a kernel: not what its numbers mean."""
+"""Keys that say who quantized a model, when and with what data, or choose a kernel: not what its numbers mean."""
 
 _VERSION = re.compile(r"v?\d+(\.\d+)+\S*")
 """A release, such as 0.9.4; AWQ's `version: gemm` and torchao's `_version: 2` name layouts."""
@@ -66,9 +66,9 @@ _BUFFER_SUFFIXES = ("_ids", "_index", "_mask")
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How a checkpoint is quantised.
+    """How a checkpoint is quantized.
 
-    `modules` maps the tensors of recognised modules to those modules. `unknown` says why the format is not known, or
+    `modules` maps the tensors of recognized modules to those modules. `unknown` says why the format is not known, or
     is empty.
     """
 
@@ -123,7 +123,7 @@ class Quantisation:
 
 
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantisation section of a config, or None."""
+    """The quantization section of a config, or None."""
     for key in _CONFIG_KEYS:
         if isinstance(config.get(key), dict):
             return dict(config[key])
@@ -131,7 +131,7 @@ def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def quantised_groups(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Every tensor of a quantised module, mapped to the name of that module."""
+    """Every tensor of a quantized module, mapped to the name of that module."""
     modules = {module for name, info in tensors.items() if (module := _module(name, info))}
     groups: dict[str, str] = {}
     for name, info in tensors.items() if modules else ():
@@ -146,7 +146,7 @@ def quantised_groups(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 
 def _module(name: str, info: TensorInfo) -> str:
-    """The quantised module that a tensor's own name or dtype reveals, or an empty string."""
+    """The quantized module that a tensor's own name or dtype reveals, or an empty string."""
     owner, marker, state = name.partition(".weight.")
     if marker and state.startswith(_WEIGHT_STATES):
         return owner
@@ -157,7 +157,7 @@ def _module(name: str, info: TensorInfo) -> str:
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    """The name of the format in a quantisation section, in lower case; ModelOpt and AWQ name it deeper or otherwise."""
+    """The name of the format in a quantization section, in lower case; ModelOpt and AWQ name it deeper or otherwise."""
     nested = config.get("quantization")
     sections = (config, nested if isinstance(nested, dict) else {})
     found = next((str(each[key]) for each in sections for key in _METHOD_KEYS if isinstance(each.get(key), str)), "")

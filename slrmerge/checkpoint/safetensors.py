@@ -34,7 +34,9 @@ _MAX_OPEN = 8
 _MAX_JSON_BYTES = 50_000_000
 """More than the index of any model: DeepSeek-V3's has 9 MB."""
 
-_NAME_A_FOLDER = "name a folder with config.json and safetensors files, or a .gguf file"
+_NAME_A_FOLDER = (
+    "name a folder with config.json and safetensors files, a .gguf file, or a repository as organisation/name"
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -208,7 +210,7 @@ def check_shards(layout: Layout, shards: Mapping[str, Shard], problems: list[Pro
 
 
 def require_layers(checkpoint: Checkpoint) -> None:
-    """Refuse a config with more layers than the weights have: a loader would initialise the rest at random."""
+    """Refuse a config with more layers than the weights have: a loader would initialize the rest at random."""
     if missing := missing_layers(checkpoint.numbered_stacks, checkpoint.config):
         what = f"the config says {missing[0]} layers, the weights have {missing[1]}"
         remedy = "download the missing shards, or the config that belongs to these weights"

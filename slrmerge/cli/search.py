@@ -1,5 +1,6 @@
 """The commands that look at a pair before a merge: search, select, diff."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,5 @@ def diff(
 def _require_one_or_two(ctx: click.Context, sources: tuple[str, ...]) -> None:
     if len(sources) > 2:
         raise click.UsageError("give one recipe, or the pre-trained and the post-trained checkpoint", ctx)
+    if len(sources) == 1 and os.path.isdir(sources[0]):  # noqa: PTH112 (False for a name that is too long)
+        raise click.UsageError(f"{sources[0]} is a folder; name the post-trained checkpoint after it", ctx)

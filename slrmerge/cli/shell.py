@@ -13,6 +13,7 @@ from slrmerge._version import __version__
 from slrmerge.cli.group import Command
 from slrmerge.cli.options import json_option
 from slrmerge.cli.output import HUB_VERBOSITY, describe_stdout, echo, echo_text, print_json
+from slrmerge.errors import did_you_mean
 
 _PACKAGES = (
     "torch", "transformers", "safetensors", "huggingface_hub", "hf_xet", "numpy", "pydantic", "tokenizers",
@@ -46,7 +47,7 @@ def help_command(ctx: click.Context, command: str | None) -> None:
         return
     found = parent.command.get_command(parent, command)
     if found is None:
-        raise click.UsageError(f"no command {command!r}", ctx)
+        raise click.UsageError(f"no command {command!r}; {did_you_mean(command, parent.command.commands)}", ctx)
     echo_text(found.get_help(click.Context(found, info_name=command, parent=parent)) + "\n")
 
 

@@ -3,7 +3,7 @@
 from math import isfinite
 
 from slrmerge.cli.output import Table, echo, print_json
-from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance
+from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance, three_digits
 
 
 def print_result(result: DiffResult, *, as_json: bool) -> None:
@@ -15,7 +15,7 @@ def print_result(result: DiffResult, *, as_json: bool) -> None:
     parts = list(dict.fromkeys(name.partition(".")[0] for name in result.modules()))
     shown = Table("layer", ">relative change", ">cosine", *(f">{part}" for part in parts))
     for layer in range(result.layers):
-        inside = (_change(result.of_layer(layer, part)) for part in parts)
+        inside = (three_digits(result.of_layer(layer, part).relative_change) for part in parts)
         shown.add_row(str(layer), *_cells(result.of_layer(layer)), *inside)
     for (layer, name), found in result.by_module.items():
         if layer == OUTSIDE:
@@ -32,8 +32,4 @@ def _finite(value: object) -> object:
 
 
 def _cells(found: Distance) -> tuple[str, str]:
-    return _change(found), f"{found.cosine:.6f}"
-
-
-def _change(found: Distance) -> str:
-    return f"{found.relative_change:#.3g}".removesuffix(".")
+    return three_digits(found.relative_change), f"{found.cosine:.6f}"

@@ -46,7 +46,8 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     ranked.print()
     if result.held_out:
         _print_held_out(result.held_out)
-    echo("ΔQ, ΔD: change from the post-trained model" + (", with 95% intervals" if result.held_out else ""))
+    on_others = " in %; on held-out prompts as a difference, with its 95% interval" if result.held_out else ""
+    echo(f"ΔQ, ΔD: change from the post-trained model{on_others}")
     if result.reselected:
         echo(f"resampled prompts select {_shares(result.reselected)}")
     for line in (*result.notes, *result.doubts):
@@ -75,16 +76,19 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
     for note in prepared.notes:
         echo(f"note: {as_typed(note)}")
     if estimate.workers > 1:
-        downloads = f", and downloads {format_bytes(estimate.download_bytes)}" if estimate.download_bytes else ""
-        echo(f"each of {estimate.workers} workers asks so many{downloads}; time at the rate of this machine")
+        downloads = f", which downloads {format_bytes(estimate.download_bytes)}" if estimate.download_bytes else ""
+        echo(f"for each of {estimate.workers} workers{downloads}; the time is at the rate of this machine")
     rows = Table("search of", ">candidates", ">arithmetic", ">states", "dtype", ">rate here", ">time here")
     for row in estimate.rows:
         cost = (f"{float(f'{row.cost.flop / 1e12:.3g}'):,g} TFLOP", format_bytes(row.cost.states_bytes))
         rate = f"{row.flop_per_s / 1e9:,.0f} GFLOP/s"
         rows.add_row(row.name, f"{row.candidates:,}", *cost, row.dtype, rate, format_duration(row.seconds))
     rows.print()
-    echo("time: the matrix products of each pass at the rate measured here, without reading weights; after a pass")
-    echo("in bfloat16 or a quick one, the finalists are re-scored in float32: few, or all candidates where scores tie")
+    echo("time: the matrix products of each pass at the rate measured here, without start-up and reading weights;")
+    echo(
+        "after a pass in bfloat16 or a quick one, the finalists are re-scored in float32: few, or all candidates where"
+    )
+    echo("scores tie")
 
 
 def _print_held_out(held_out: HeldOut) -> None:

@@ -64,7 +64,7 @@ class LocalEmbeddings:
 
     @cached_property
     def identity(self) -> str:
-        """See `Embedder`; of a folder, also its files with their sizes and times."""
+        """See `Embedder`; for a folder, also its files with their sizes and times."""
         if isinstance(self._at, Repository):
             return self.model_id
         files = sorted(path for path in self._at.rglob("*") if path.is_file())

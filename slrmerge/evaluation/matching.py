@@ -37,7 +37,7 @@ def normalise(text: str) -> str:
 
 
 def names_of(answers: Iterable[Iterable[str]]) -> dict[str, int]:
-    """Each accepted name, normalised, with the index of its answer; a name of two answers belongs to the first."""
+    """Each accepted name, normalized, with the index of its answer; a name of two answers belongs to the first."""
     found: dict[str, int] = {}
     for index, names in enumerate(answers):
         for name in filter(None, map(normalise, names)):

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from urllib.parse import parse_qsl, urlsplit
 
 from slrmerge.checkpoint.location import Place, parse_place
-from slrmerge.errors import OptionError, Problem, SlrmergeError, without_credentials
+from slrmerge.errors import OptionError, Problem, SlrmergeError, require_type, without_credentials
 from slrmerge.evaluation.samples import Answer, SampleKey, Settings
 from slrmerge.io.text import printable
 
@@ -104,15 +104,16 @@ class ChatModel(Protocol):
 MOST_REFUSED = 20
 """So many refused prompts, and none accepted, are an error: the model, or a setting, is the wrong one."""
 
-_LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.+)", re.DOTALL)
+_LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.*)", re.DOTALL)
 _SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://\S+)")
 
 
 def parse_location(text: str | os.PathLike[str]) -> Place | ServerAddress:
     """The location of a model: a folder, a repository on the Hub, MODEL@URL, or the URL of a server with one model.
 
-    A PathLike is a folder. Raises OptionError for an invalid URL.
+    A PathLike is a folder. Raises OptionError for an invalid URL, an empty text, and what is neither text nor path.
     """
+    require_type("model", text, (str, os.PathLike), "pass a folder, a repository's name, or MODEL@URL")
     if not isinstance(text, str):
         return Path(text)
     match = _SERVED.fullmatch(text)

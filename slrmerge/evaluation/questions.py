@@ -12,7 +12,7 @@ import xxhash
 from pydantic import AfterValidator, ConfigDict, Field
 
 from slrmerge.checkpoint.location import Repository, parse_place
-from slrmerge.errors import DataError, Problem, raise_all, require_extra
+from slrmerge.errors import DataError, Problem, raise_all, require_extra, require_type
 from slrmerge.io.files import read_file
 from slrmerge.io.model import InvalidValue, Model, validate_as
 from slrmerge.io.sizes import shorten
@@ -85,6 +85,7 @@ def read_data(data: str | os.PathLike[str], *, subset: str | None = None, split:
     A JSON object has questions as keys. Raises DataError, HubError, and MissingExtraError where a Hub dataset needs
     `datasets`, which is not installed.
     """
+    require_type("data", data, (str, os.PathLike), "pass a file or the name of a dataset on the Hub")
     source = parse_place(data) if isinstance(data, str) else Path(data)
     found = _read_dataset(source, subset, split) if isinstance(source, Repository) else _read_file(source)
     if not found.rows:

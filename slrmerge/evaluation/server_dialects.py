@@ -8,13 +8,13 @@ from slrmerge.evaluation.samples import Settings
 
 
 def _vllm_extras(settings: Settings) -> dict[str, Any]:
-    """Of vLLM and llama.cpp: min_p after temperature, and nothing else that changes the distribution."""
+    """For vLLM and llama.cpp: min_p after temperature, and nothing else that changes the distribution."""
     off = {"top_k": -1, "repetition_penalty": 1.0}
     return {"min_p": settings.min_p, **off, "samplers": ["temperature", "min_p"]}
 
 
 def _transformers_extras(settings: Settings) -> dict[str, Any]:
-    """Of `transformers serve`: a generation config."""
+    """For `transformers serve`: a generation config."""
     config: dict[str, Any] = {"do_sample": bool(settings.temperature), "max_new_tokens": settings.max_tokens}
     config |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     if settings.temperature:

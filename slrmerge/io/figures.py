@@ -76,7 +76,8 @@ def place_labels(
 
     Needed labels are placed first; where it is crowded they are farther away, with a stroke to the point, and may cross
     a line. Call this last, on a figure with DPI dots per inch: it draws the figure to learn where everything is, and
-    keeps that layout.
+    keeps that layout. At 80 layers, adjustText 1.3 writes most labels over each other, and textalloc 1.2 leaves out
+    needed ones.
     """
     import numpy as np
 

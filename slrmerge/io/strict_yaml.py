@@ -53,8 +53,8 @@ def read_mapping(path: Path, kind: YamlFile = RECIPE_FILE) -> dict[Any, Any]:
             raw = file.read(MAX_BYTES + 1)
             file_bytes = max(len(raw), os.fstat(file.fileno()).st_size)  # a pipe has no size
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        why = error.strerror if isinstance(error, OSError) else error
-        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({why})"
+        known: dict[type, str] = {FileNotFoundError: "no such file", IsADirectoryError: "is a folder"}
+        what = known.get(type(error), f"cannot be read ({error.strerror if isinstance(error, OSError) else error})")
         raise kind.error(Problem(f"{kind.noun}-unreadable", str(path), what, f"name a {kind.noun} file")) from error
     if file_bytes > MAX_BYTES:
         what = f"has {file_bytes:,} bytes; a {kind.noun} has at most {MAX_BYTES:,}"
@@ -170,7 +170,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
 
 
 class _Extent(NamedTuple):
-    """Of a node with its aliases written out."""
+    """The number of values in a node and its depth, with aliases written out."""
 
     values: int
     depth: int

@@ -42,8 +42,8 @@ class Blender:
     ) -> memoryview:
         """The bytes of a blended chunk of tensor `name`, from the first `elements` of the pre- and post-trained input.
 
-        Computed in fp32, or in fp64 where any dtype is F64; rounded once to nearest even. Valid until the next call.
-        Raises BlendError where float16 cannot represent a finite result.
+        Computed in float32, or in float64 where any dtype is F64; rounded once to nearest even. Valid until the next
+        call. Raises BlendError where float16 cannot represent a finite result.
         """
         values = [as_tensor(self.inputs[side], dtype, elements) for side, dtype in enumerate(dtypes)]
         if rule.is_mean and dtypes == (output_dtype, output_dtype):
@@ -56,7 +56,7 @@ class Blender:
     def _wide_blend(
         self, values: "list[torch.Tensor]", output_dtype: str, rule: BlendRule, alpha: float, sums: Mapping[str, float]
     ) -> "torch.Tensor":
-        """The blend of two vectors in fp32 or fp64, not rounded yet."""
+        """The blend of two vectors in float32 or float64, not rounded yet."""
         dtypes = [value.dtype for value in (*values, as_tensor(self._output, output_dtype, 1))]
         wide = "F64" if torch_dtype("F64") in dtypes else "F32"
         pre, post = (as_tensor(self._wide[side], wide, len(value)).copy_(value) for side, value in enumerate(values))

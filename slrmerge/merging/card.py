@@ -115,7 +115,8 @@ def _transformers_usage(name: str) -> Iterator[str]:
         yield "# this folder, or its repository on the Hub"
     yield f'chat = pipeline("text-generation", model={to_json(name)})'
     yield 'messages = [{"role": "user", "content": "Write a short poem."}]'
-    yield 'print(chat(messages, max_new_tokens=200, do_sample=True)[0]["generated_text"][-1]["content"])'
+    yield 'sampling = {"do_sample": True, "temperature": 1.0, "min_p": 0.1, "top_p": 1.0, "top_k": 0}'
+    yield 'print(chat(messages, max_new_tokens=200, **sampling)[0]["generated_text"][-1]["content"])'
     yield "```"
 
 

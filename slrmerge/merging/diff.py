@@ -21,7 +21,7 @@ from slrmerge.merging.executor import default_threads
 def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:
     """Compare every floating tensor that both sides of a pair have in the same shape.
 
-    Quantised tensors of GGUF files are compared as bytes, and a note names those that differ.
+    Quantized tensors of GGUF files are compared as bytes, and a note names those that differ.
 
     Raises PlanError for models of different depth, SourceChangedError where a file changes meanwhile.
     """
@@ -67,7 +67,7 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
         reader.check_unchanged()
     if blocks:
         which = f": {', '.join(group_names(differing))}" if differing else ""
-        notes.append(f"quantised, compared as bytes: {len(differing):,} of {len(blocks):,} tensors differ{which}")
+        notes.append(f"quantized, compared as bytes: {len(differing):,} of {len(blocks):,} tensors differ{which}")
     by_module: dict[tuple[int, str], Distance] = {}
     for name, distance in distances.items():
         layer, inner = (pair.stack.locate(name) if pair.stack else None) or (OUTSIDE, name)

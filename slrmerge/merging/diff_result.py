@@ -115,7 +115,7 @@ class DiffResult:
 
     def __repr__(self) -> str:
         total = sum(self.by_module.values(), Distance())
-        return f"<DiffResult: {self.layers} layers, relative change {total.relative_change:.2e}>"
+        return f"<DiffResult: {self.layers} layers, relative change {three_digits(total.relative_change)}>"
 
     def _repr_html_(self) -> str:
         return str(self.to_pandas().to_html(index=False))
@@ -130,6 +130,7 @@ def diff_page(result: DiffResult) -> str:
         "diff.html.jinja",
         result=result,
         rows=[*layers, *outside],
+        three_digits=three_digits,
         parameters=sum(found.parameters for found in result.by_module.values()),
         data={
             "modules": [printable(name) for name in result.modules()],
@@ -171,6 +172,11 @@ def diff_figure(result: DiffResult) -> "Figure":
         axes.set_xlabel("layer")
     figure.suptitle("how far post-training moved the weights")
     return figure
+
+
+def three_digits(value: float) -> str:
+    """A relative change as tables show it: 0.245, 1.09, 6.20e-07."""
+    return f"{value:#.3g}".removesuffix(".")
 
 
 def _finite(value: float) -> float | None:

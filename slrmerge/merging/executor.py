@@ -21,7 +21,7 @@ from slrmerge.checkpoint.side_files import (
     is_common_file,
     module_folders,
 )
-from slrmerge.errors import CheckpointError, Problem, VerificationError, raise_all
+from slrmerge.errors import CheckpointError, Problem, VerificationError, raise_all, require_type
 from slrmerge.io import files
 from slrmerge.io.options import make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder
@@ -93,6 +93,7 @@ def execute(
 ) -> MergeResult:
     """Write what `plan` says to the folder `out`; see `merge`. `name` is how the model card says to load the model."""
     started = time.monotonic()
+    require_type("plan", plan, MergePlan, "pass what slrmerge.plan returns, or merge by the recipe")
     options, progress = options or MergeOptions(), progress or Progress()
     output = output_folder(plan, out, options)
     output.check()

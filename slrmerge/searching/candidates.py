@@ -160,13 +160,13 @@ def leave_out_unlike(pair: ModelPair, candidates: Sequence[Candidate], *, shares
 
 
 def leave_out_blends(pair: ModelPair, candidates: Sequence[Candidate]) -> Askable:
-    """Leave out the soups of a quantised pair, whose tensors cannot be blended."""
+    """Leave out the soups of a quantized pair, whose tensors cannot be blended."""
     quantisation = Quantisation.of(pair.posttrained)
     kept = [each for each in candidates if each.info.space != "soup"]
     if quantisation is None or len(kept) == len(candidates):
         return Askable(list(candidates), [])
     count, which = len(candidates) - len(kept), quantisation.name
-    note = f"left out {count} soups, because quantised tensors{which} cannot be blended"
+    note = f"left out {count} soups, because quantized tensors{which} cannot be blended"
     return Askable(kept, [note])
 
 

@@ -138,7 +138,7 @@ class LocalScorer:
             return measured_state_s(model, request.contexts, layer=layer)
 
     def check(self, post: TensorAlphas, contexts: Sequence[Context]) -> None:
-        """Score the post-trained model in fp32 by a sweep and by its own forward, and compare."""
+        """Score the post-trained model in float32 by a sweep and by its own forward, and compare."""
         with self._sweep(ScoreRequest("check", [post], contexts, torch.float32)) as sweep:
             swept = sweep.run(StateStore(None, max_bytes=0, fingerprint=""), Progress())
             model = self.model(torch.float32)

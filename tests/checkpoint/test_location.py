@@ -6,7 +6,7 @@ import pytest
 
 from slrmerge.checkpoint.location import Repository, parse_source
 from slrmerge.checkpoint.pair import open_checkpoint
-from slrmerge.errors import CheckpointError
+from slrmerge.errors import CheckpointError, OptionError
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.problems import refused
 
@@ -133,6 +133,11 @@ def test_a_folder_is_named_the_short_way_where_that_is_the_same_one(tmp_path: Pa
     assert parse_source("../pre", base=tmp_path / "search") == tmp_path / "search" / ".." / "pre"  # no such folder
     assert parse_source("../pre", base=tmp_path / "far") == tmp_path / "pre"
     assert parse_source("../pre", base=tmp_path / "link") == tmp_path / "link" / ".." / "pre"
+
+
+def test_an_empty_name_is_not_the_current_folder() -> None:
+    with refused(OptionError, "empty"):
+        parse_source("")
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.pair import ModelPair, open_checkpoint, open_pair, require_layers, require_same_depth
 from slrmerge.checkpoint.safetensors import open_folder
-from slrmerge.errors import CheckpointError, HubError, PlanError
+from slrmerge.errors import CheckpointError, HubError, OptionError, PlanError
 from slrmerge.io.progress import Progress
 from tests.checkpoint import read
 from tests.checkpoints import llama_config, llama_tensors, random_tensor, write_checkpoint
@@ -42,6 +43,13 @@ def test_a_checkpoint_opens_from_a_string_a_path_or_itself(
     monkeypatch.chdir(folders[0].parent)
     relative = open_checkpoint("pre")
     assert (relative.folder, relative.reference) == (Path("pre"), expected.reference)
+
+
+@pytest.mark.parametrize("value", [None, 3, ["pre"], b"pre"])
+def test_a_value_that_names_no_checkpoint_is_refused(value: Any, folders: tuple[Path, Path]) -> None:
+    for open_it in (lambda: open_checkpoint(value), lambda: open_pair(folders[0], value)):
+        with refused(OptionError, "wrong-type"):
+            open_it()
 
 
 def test_a_repository_that_is_not_cached_is_refused_without_a_network(

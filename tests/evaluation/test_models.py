@@ -1,6 +1,7 @@
 """Labels and locations of models."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,19 @@ def test_two_models_with_one_label_are_refused(models: list[str]) -> None:
 def test_no_models_are_refused(models: ModelNames) -> None:
     with refused(OptionError, "empty"):
         parse_models(models)
+
+
+@pytest.mark.parametrize("models", ["", "post=", ["post=./a", "slr="], {"post": ""}])
+def test_an_empty_name_is_not_the_current_folder(models: ModelNames) -> None:
+    with refused(OptionError, "empty"):
+        parse_models(models)
+
+
+@pytest.mark.parametrize("model", [None, 3, b"a"])
+def test_a_model_is_text_or_a_path(model: Any) -> None:
+    for models in ([model], {"post": model}):
+        with refused(OptionError, "wrong-type"):
+            parse_models(models)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from slrmerge.errors import DataError
+from slrmerge.errors import DataError, OptionError
 from slrmerge.evaluation import questions
 from slrmerge.evaluation.matching import match_stated, match_whole, names_of, normalise
 from slrmerge.evaluation.numbers import final_number
@@ -171,6 +171,12 @@ def test_a_file_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
         path.write_text('{"a": ["b"], "c": ["d"]}')
     with refused(DataError, "unreadable"):
         read_data(path)
+
+
+@pytest.mark.parametrize("data", [None, {"Name a river.": ["Nile"]}])
+def test_data_are_a_file_or_a_dataset(data: Any) -> None:
+    with refused(OptionError, "wrong-type"):
+        read_data(data)
 
 
 BAD_ROWS: list[tuple[type[Question], dict[str, Any], str, str]] = [

@@ -30,7 +30,7 @@ def test_the_page_has_every_number() -> None:
         "relative_change": [[0, 0.5], [None, None]],
         "cosine": [[1, MOVED.cosine], [None, None]],
     }
-    for text in ("org/pre", "org/post", "lm_head", "a note", "16 parameters"):
+    for text in ("org/pre", "org/post", "lm_head", "a note", "16 parameters", "0.866"):
         assert text in page.text
 
 

@@ -228,6 +228,12 @@ def test_merge_refuses_what_is_not_a_pair(pair: Pair) -> None:
         merge(pair.recipe(restore=[2, 3]), pair.out, pair=not_a_pair)
 
 
+@pytest.mark.parametrize("plan", [None, "recipe.yaml", {"restore": [2, 3]}])
+def test_execute_refuses_what_is_not_a_plan(pair: Pair, plan: Any) -> None:
+    with refused(OptionError, "wrong-type"):
+        execute(plan, pair.out)
+
+
 def test_merge_accepts_the_open_pair_of_a_recipe(pair: Pair) -> None:
     moved = pair.folder / "moved"
     recipe, opened = pair.recipe(restore=[2, 3], pretrained="./elsewhere"), pair.open()

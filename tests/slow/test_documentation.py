@@ -1,5 +1,6 @@
 """Commands and Python in the documentation run as written on the example pair, and print what is shown."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from slrmerge.cli import main
 from tests.documentation import DOCS, ROOT, blocks, run_console
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -51,8 +53,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pages = {page.parent.name for page in (tmp_path / "site").glob("*/index.html")}
     assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= pages
     commands = (tmp_path / "site" / "commands" / "index.html").read_text("utf-8")
-    assert "slrmerge search" in commands
     assert "UNSET" not in commands
+    for command in (main, *main.commands.values()):
+        example = re.findall(r"\x08\n *(.+)", command.help or "")[0]
+        assert f"<code>{html.escape(example, quote=False)}" in commands
 
 
 def test_the_picture_shows_what_the_example_pair_answers(tmp_path: Path) -> None:

@@ -220,6 +220,9 @@ def test_a_comparison_is_shown_by_layer_and_module(
         page.wait_for_selector("#cosine .main-svg")
         assert page.locator("#layers .bars .point").count() == 2
         assert page.evaluate("document.getElementById('relative_change').data[0].z") == [[0, 0.5], [None, None]]
+        cells = page.locator("#relative_change .plot .bglayer, #relative_change .bg").first.bounding_box()
+        assert cells is not None
+        assert cells["width"] > 0.4 * width
         page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
         page.emulate_media(media="print")
         assert page.pdf(format="A4").count(b"/Type /Page\n") <= 3

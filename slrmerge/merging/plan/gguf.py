@@ -1,4 +1,4 @@
-"""Pairs of GGUF files: quantised tensors are copied as they are, and only floating ones can be blended.
+"""Pairs of GGUF files: quantized tensors are copied as they are, and only floating ones can be blended.
 
 The output is the post-trained side's files with some tensors overwritten, so key-values, types and offsets are theirs.
 """
@@ -25,7 +25,7 @@ _HEAD_KEYS = ("head_count", "head_count_kv", "key_length")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ORIGINALS = "merge the original checkpoints, and convert the result"
 _CONVERT_ALIKE = "convert both models with the same --outtype"
-_QUANTISE_ALIKE = "quantise both models by the same command, both with an importance matrix or both without"
+_QUANTISE_ALIKE = "quantize both models by the same command, both with an importance matrix or both without"
 
 
 def plan_gguf_tensors(recipe: AnyRecipe, pair: ModelPair, alphas: TensorAlphas) -> PlannedTensors:
@@ -73,7 +73,7 @@ def _plan_tensor(
         return "different-shapes", what, remedy
     types = {pre[twin].dtype, info.dtype}
     if alpha < 1 and types & QUANTISED:
-        return "quantised-blend", "is quantised and cannot be blended", _ORIGINALS
+        return "quantised-blend", "is quantized and cannot be blended", _ORIGINALS
     if len(types) > 1:
         what = f"is {pre[twin].dtype} pre-trained and {info.dtype} post-trained"
         return "different-types", what, _QUANTISE_ALIKE if types & QUANTISED else _CONVERT_ALIKE

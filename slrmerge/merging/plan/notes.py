@@ -36,7 +36,7 @@ def _config_notes(differences: Iterable[Difference]) -> Iterator[str]:
 
 
 def _head_notes(pair: ModelPair) -> Iterator[str]:
-    """A language model without a head: loaders initialise it at random where the config does not tie it."""
+    """A language model without a head: loaders initialize it at random where the config does not tie it."""
     post = pair.posttrained
     embeddings, architectures = pair.correspondence.embeddings, post.config.get("architectures")
     is_language_model = isinstance(architectures, list) and any(
@@ -47,7 +47,7 @@ def _head_notes(pair: ModelPair) -> Iterator[str]:
     if is_language_model and embeddings.token and embeddings.head is None and is_untied:
         yield (
             f"the post-trained side stores no head, and its config does not tie one to {embeddings.token}: loaders "
-            "initialise it at random; set tie_word_embeddings: true in its config if the embedding serves as both"
+            "initialize it at random; set tie_word_embeddings: true in its config if the embedding serves as both"
         )
 
 

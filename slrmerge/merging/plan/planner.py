@@ -38,7 +38,7 @@ def plan_merge(
     Names, shapes and side files are the post-trained side's, and so are dtypes unless the recipe gives one. Python
     files are copied only with `allow_code`. The `output` is the whole "model" or an "adapter". Raises PlanError with
     everything that does not fit: layers that do not exist, rules that match nothing, tensors that one side lacks,
-    shapes that differ, quantised weights to be blended.
+    shapes that differ, quantized weights to be blended.
     """
     recipe = as_recipe(recipe)
     require_rules(recipe)

@@ -1,4 +1,4 @@
-"""What quantisation allows a merge to take from the pre-trained side, decided for the whole pair."""
+"""What quantization allows a merge to take from the pre-trained side, decided for the whole pair."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from slrmerge.merging.plan.refusals import QUANTISED_ALIKE, Refusals
 
 
 class QuantisedPair(NamedTuple):
-    """How each side is quantised; None where it is not."""
+    """How each side is quantized; None where it is not."""
 
     pretrained: Quantisation | None
     posttrained: Quantisation | None
@@ -23,7 +23,7 @@ class QuantisedPair(NamedTuple):
 
     @property
     def modules(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        """The tensors of either side that belong to recognised modules → those modules."""
+        """The tensors of either side that belong to recognized modules → those modules."""
         pre, post = (side.modules if side else {} for side in self)
         return pre, post
 
@@ -33,14 +33,14 @@ class QuantisedPair(NamedTuple):
         return next((side.unknown for side in self if side and side.unknown), "")
 
 
-_ALIKE_OR_NOT = f"{QUANTISED_ALIKE}, or the unquantised ones"
-_WHOLE_LAYERS = "restore whole layers with `restore`, or merge the unquantised models"
+_ALIKE_OR_NOT = f"{QUANTISED_ALIKE}, or the unquantized ones"
+_WHOLE_LAYERS = "restore whole layers with `restore`, or merge the unquantized models"
 
 
 def refuse_quantised(
     pair: ModelPair, quantised: QuantisedPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool
 ) -> None:
-    """Refuse alphas for which one side is quantised, both differ, or the format is not known.
+    """Refuse alphas for which one side is quantized, both differ, or the format is not known.
 
     `casts` says whether the recipe gives a dtype.
     """
@@ -50,13 +50,13 @@ def refuse_quantised(
         pair.pretrained, pre, pair.posttrained, touched
     ):
         if post is not None and pre is None:
-            what = f"the post-trained side is quantised{post.name}, the pre-trained side is not"
+            what = f"the post-trained side is quantized{post.name}, the pre-trained side is not"
             return refused.add(str(pair.posttrained), "quantised-one-side", what, _ALIKE_OR_NOT)
         if pre is not None and post is None:
-            what = f"the pre-trained side is quantised{pre.name}, the post-trained side is not"
-            return refused.add(str(pair.pretrained), "quantised-one-side", what, "use the unquantised base (bf16)")
+            what = f"the pre-trained side is quantized{pre.name}, the post-trained side is not"
+            return refused.add(str(pair.pretrained), "quantised-one-side", what, "use the unquantized base (bf16)")
         if pre and post and (difference := pre.difference(post)):
-            what = f"the two sides are quantised differently: {difference}"
+            what = f"the two sides are quantized differently: {difference}"
             return refused.add(str(pair.pretrained), "different-quantisation", what, _ALIKE_OR_NOT)
     if quantised.unknown:
         _refuse_unknown(pair, quantised.unknown, alphas, refused, casts=casts)
@@ -74,12 +74,12 @@ def refuse_split_modules(
             by_module[module].add(alphas[name])
     for module, found in by_module.items():
         if len(found) > 1:
-            what = "is quantised, and its tensors would come from different sides"
+            what = "is quantized, and its tensors would come from different sides"
             refused.add(module, "quantised-module-split", what, "give the whole module one alpha")
     if quantised.posttrained and quantised.posttrained.shares_scales and pair.stack:
         _refuse_split_layers(pair.stack, quantised.posttrained, alphas, refused)
     if casts and modules:
-        what = "is quantised and cannot be cast to another dtype"
+        what = "is quantized and cannot be cast to another dtype"
         refused.add(next(iter(modules)), "quantised-cast", what, "leave out `dtype`")
 
 
@@ -95,13 +95,13 @@ def _refuse_split_layers(
             quantised |= {place[0]} if name in quantisation.modules else set()
     split = sorted(layer for layer in quantised if by_layer[layer] not in ({0}, {1}))
     if split:
-        what = f"is quantised{quantisation.name} by a method with factors that the tensors of a layer share"
+        what = f"is quantized{quantisation.name} by a method with factors that the tensors of a layer share"
         more = f" and {len(split) - 1} more layers" if len(split) > 1 else ""
         refused.add(f"{stack.prefix}.{split[0]}{more}", "quantised-layer-split", what, _WHOLE_LAYERS)
 
 
 def _touches(checkpoint: Checkpoint, quantisation: Quantisation | None, post: Checkpoint, touched: set[str]) -> bool:
-    """Whether any of the post-trained tensors `touched` belongs to a quantised module of `checkpoint`."""
+    """Whether any of the post-trained tensors `touched` belongs to a quantized module of `checkpoint`."""
     if quantisation is None:
         return False
     if quantisation.unknown:
@@ -122,9 +122,9 @@ def _place(checkpoint: Checkpoint, name: str) -> str:
 
 def _refuse_unknown(pair: ModelPair, why: str, alphas: Mapping[str, float], refused: Refusals, *, casts: bool) -> None:
     """Refuse everything but whole layers: packed values and their scales may be in any tensors of a layer."""
-    code, is_in = "unknown-quantisation", f"is in a model quantised in an unknown format ({why})"
+    code, is_in = "unknown-quantisation", f"is in a model quantized in an unknown format ({why})"
     if casts:
-        what = f"is quantised in an unknown format ({why})"
+        what = f"is quantized in an unknown format ({why})"
         refused.add(str(pair.posttrained), code, what, "leave out `dtype`")
     twins = pair.correspondence.twins
     stack, by_layer = pair.stack, defaultdict[int, dict[str, float]](dict)

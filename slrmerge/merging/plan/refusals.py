@@ -7,7 +7,7 @@ from slrmerge.errors import Problem
 
 KEEP = "keep it post-trained: give it alpha: 0 under `tensors`"
 ANOTHER_MODEL = "the two are not the same architecture: name the model that it was trained from"
-QUANTISED_ALIKE = "merge two models quantised in the same way"
+QUANTISED_ALIKE = "merge two models quantized in the same way"
 
 
 class Refusals:

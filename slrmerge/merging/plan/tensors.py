@@ -141,11 +141,11 @@ class TensorPlanner:
         self, name: str, alpha: float, twin: str, pre: TensorInfo, post: TensorInfo
     ) -> PlannedTensor | None:
         if alpha != 1:
-            what = "is quantised and cannot be blended"
-            return self._refuse(name, "quantised-blend", what, "merge the unquantised models")
+            what = "is quantized and cannot be blended"
+            return self._refuse(name, "quantised-blend", what, "merge the unquantized models")
         is_one_sided = (name in self._quantised_post) != (twin in self._quantised_pre)
         if is_one_sided or pre.dtype != post.dtype:
-            what = "is not quantised in the same way on both sides"
+            what = "is not quantized in the same way on both sides"
             return self._refuse(name, "different-quantisation", what, QUANTISED_ALIKE)
         if pre.shape == post.shape:
             return PlannedTensor(name, post, 1.0, "copy", twin, None)

@@ -77,16 +77,16 @@ def _only_pretrained(pair: ModelPair, alphas: Mapping[str, float], notes: Notes)
 
 
 def _module_of(name: str, own: Mapping[str, str], others: set[str]) -> str | None:
-    """The quantised module of a tensor that only one side has; `own` are that side's modules, `others` the other's."""
+    """The quantized module of a tensor that only one side has; `own` are that side's modules, `others` the other's."""
     return own.get(name) or next((each for each in (name, name.rpartition(".")[0]) if each in others), None)
 
 
 def _refuse_quantised(module: str, quantised: QuantisedPair, refused: Refusals) -> None:
     pre, post = quantised.modules
     if pre and post:
-        what = "is not quantised in the same way on both sides"
+        what = "is not quantized in the same way on both sides"
     else:
-        what = f"is quantised on the {'post-trained' if post else 'pre-trained'} side only"
+        what = f"is quantized on the {'post-trained' if post else 'pre-trained'} side only"
     refused.add(module, "different-quantisation", what, f"{QUANTISED_ALIKE}, or neither")
 
 

@@ -22,7 +22,7 @@ def unsupported(code: str, where: str, what: str) -> UnsupportedModelError:
 def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
     """The causal or image-text model of a checkpoint: parameters on the meta device, buffers with their values.
 
-    Raises UnsupportedModelError for most quantised weights, encoder-decoders, custom code, layers that share keys and
+    Raises UnsupportedModelError for most quantized weights, encoder-decoders, custom code, layers that share keys and
     values, and models that transformers cannot build.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText

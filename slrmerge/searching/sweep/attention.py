@@ -65,7 +65,7 @@ class AttentionPattern:
         """The output of attention, shape (states, queries, heads, value width), in the dtype of the queries.
 
         `query` has shape (states, heads, queries, width), `key` and `value` (states, groups, tokens, width). `mask` is
-        additive, shape (positions, positions), and looked up by depth. The softmax is in fp32, as in transformers'
+        additive, shape (positions, positions), and looked up by depth. The softmax is in float32, as in transformers'
         eager attention.
         """
         states, heads, queries, width = query.shape

@@ -5,7 +5,7 @@ import torch
 from slrmerge.errors import Problem, UnsupportedModelError
 
 TOLERANCE = 1e-4
-"""The largest difference of a probability in fp32; the error of a correct sweep is a hundredth of it."""
+"""The largest difference of a probability in float32; the error of a correct sweep is a hundredth of it."""
 
 
 def require_agreement(reference: torch.Tensor, swept: torch.Tensor, *, where: str, model: str) -> None:

@@ -20,6 +20,6 @@ _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in _N
 def dtype_of(name: str, info: TensorInfo) -> torch.dtype:
     """The dtype of a stored tensor. Raises UnsupportedModelError for one that torch has not."""
     if info.dtype not in _DTYPES:
-        what, remedy = f"is stored as {info.dtype}, with which torch does not compute", "search the unquantised models"
+        what, remedy = f"is stored as {info.dtype}, with which torch does not compute", "search the unquantized models"
         raise UnsupportedModelError(Problem("unknown-dtype", name, what, remedy))
     return _DTYPES[info.dtype]

@@ -71,7 +71,7 @@ class WeightLoader:
             if target in self._own:
                 targets[name] = target, pattern
         parts = Counter(target for target, _ in targets.values())
-        return {  # what only dequantises changes nothing without scales
+        return {  # what only dequantizes changes nothing without scales
             name: Placement(target, pattern is not None and (pattern not in self._dequantised or parts[target] > 1))
             for name, (target, pattern) in targets.items()
         }
@@ -132,7 +132,7 @@ class WeightLoader:
         return loaded
 
     def _in_wanted_dtype(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Of a quantised checkpoint, transformers leaves tensors that are not quantised in their own dtype."""
+        """Of a quantized checkpoint, transformers leaves tensors that are not quantized in their own dtype."""
         return tensor.to(self._own[name].dtype) if self._quantizer is not None else tensor
 
     def dtype_of(self, placement: Placement) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: transformers turns some of them into dense weights when it loads them."""
+"""Quantized checkpoints: transformers turns some of them into dense weights when it loads them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,20 +10,20 @@ from slrmerge.errors import Problem
 DENSE_ON_LOAD = ("fp8", "mxfp4")
 """The methods whose weights transformers makes dense where it has no kernels for them, and that are tested here."""
 
-_REMEDY = "search the unquantised pair, and restore the selected layers here"
+_REMEDY = "search the unquantized pair, and restore the selected layers here"
 
 
 def quantisation_problems(checkpoint: Checkpoint, config: Any) -> Iterator[Problem]:
-    """Why no dense weights can be made of a quantised checkpoint; nothing for others. `config` is transformers'."""
+    """Why no dense weights can be made of a quantized checkpoint; nothing for others. `config` is transformers'."""
     section = _section(config)
     if section is not None:
         method = section.get("quant_method")
         if method not in DENSE_ON_LOAD:
-            what = f"is quantised ({method}), and a search makes dense weights of {' and '.join(DENSE_ON_LOAD)} only"
+            what = f"is quantized ({method}), and a search makes dense weights of {' and '.join(DENSE_ON_LOAD)} only"
             yield Problem("quantised-model", str(checkpoint), what, _REMEDY)
     elif (found := Quantisation.of(checkpoint)) or quantisation_config(checkpoint.config) is not None:
         name = found.name if found else ""
-        what = f"is quantised{name}, and its config.json does not say so as transformers reads it"
+        what = f"is quantized{name}, and its config.json does not say so as transformers reads it"
         yield Problem("quantised-model", str(checkpoint), what, _REMEDY)
 
 

@@ -74,7 +74,7 @@ def model_tensors(checkpoint: Checkpoint, model: Any, loader: WeightLoader) -> M
 
 
 def require_tensors(missing: Collection[str], model: Any, where: str) -> None:
-    """Raise UnsupportedModelError for weights without a tensor, which transformers would initialise at random."""
+    """Raise UnsupportedModelError for weights without a tensor, which transformers would initialize at random."""
     problems = [
         Problem(
             "parameter-mismatch",
