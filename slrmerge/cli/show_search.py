@@ -85,10 +85,7 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
         rows.add_row(row.name, f"{row.candidates:,}", *cost, row.dtype, rate, format_duration(row.seconds))
     rows.print()
     echo("time: the matrix products of each pass at the rate measured here, without start-up and reading weights;")
-    echo(
-        "after a pass in bfloat16 or a quick one, the finalists are re-scored in float32: few, or all candidates where"
-    )
-    echo("scores tie")
+    echo("after a pass in bfloat16 or a quick one, finalists are re-scored in float32: few, or all where scores tie")
 
 
 def _print_held_out(held_out: HeldOut) -> None:
