@@ -125,6 +125,9 @@ class MergekitRecipe:
         yield f"{base} supplies {supplied}, so {pair.posttrained} is treated as the post-trained side"
         if self.config.tokenizer_source is not None:
             yield "embedding rows keep their places; mergekit would move them if the two vocabularies differ"
+        first, last = self.config.parts[0].sources, self.config.parts[-1].sources
+        if len(first) < len(last):
+            yield f"norm and head are blended like the last slice; mergekit would copy those of {last[0].model}"
 
     def as_run(self, pair: ModelPair, folder: Path) -> dict[str, Any]:
         """The config as plain values, with its models pinned and the dtype that was used."""

@@ -344,6 +344,20 @@ def test_notes_tell_which_model_supplies_config_and_tokenizer(pair: Pair) -> Non
     assert len(list(config_of(pair, tokenizer_source="base").notes(pair.open()))) == 2
 
 
+def test_slices_after_which_mergekit_treats_norm_and_head_otherwise_are_noted(pair: Pair) -> None:
+    post, pre = (str(pair.folder / name) for name in ("post", "pre"))
+
+    def notes(*models: tuple[str, ...]) -> list[str]:
+        parts = [
+            part(*(source(name, 3 * number, 3 * number + 3, weight=1) for name in names))
+            for number, names in enumerate(models)
+        ]
+        return list(read({"merge_method": "linear", "slices": parts}).notes(pair.open()))
+
+    assert len(notes((post,), (post, pre))) == 2
+    assert len(notes((post, pre), (post,))) == 1
+
+
 def test_a_config_as_it_was_run_has_pinned_models_and_the_same_alphas(tmp_path: Path) -> None:
     config = slerp([0, 1], tokenizer_source="pre", slices=[both(0, 2), both(2, 5, base_model="post")])
     pair: Any = SimpleNamespace(
