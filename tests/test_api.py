@@ -112,6 +112,26 @@ def test_repr_is_one_short_line(pair: Pair, make: Callable[[Pair], object]) -> N
     assert len(text) < 300
 
 
+@pytest.mark.parametrize("value", [None, 3, b"x", ["x"]])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda pair, value: slr.merge(pair.recipe(restore=[2, 3]), value),
+        lambda pair, value: pair.recipe(restore=[2, 3]).save(value),
+        lambda pair, value: slr.load_recipe(value),
+        lambda pair, value: slr.verify(value),
+        lambda pair, value: slr.push(value, "me/x"),
+        lambda pair, value: slr.push(pair.folder, value),
+        lambda pair, value: slr.select(value),
+        lambda pair, value: slr.evaluate("open-qa", "data.json", value, pair.out),
+        lambda pair, value: slr.evaluate(value, "data.json", {"a": "b"}, pair.out),
+    ],
+)
+def test_a_value_of_another_type_is_refused(pair: Pair, act: Callable[[Pair, Any], object], value: Any) -> None:
+    with pytest.raises(SlrmergeError):
+        act(pair, value)
+
+
 @pytest.mark.parametrize(
     ("act", "error", "code"),
     [
@@ -143,7 +163,7 @@ def test_whatever_a_caller_causes_is_one_kind_of_error(
 
 
 def test_every_error_has_an_exit_code_and_a_docstring_of_its_own() -> None:
-    assert len({error.exit_code for error in ERRORS}) == len(ERRORS) == 17
+    assert len({error.exit_code for error in ERRORS}) == len(ERRORS) == 18
     assert all(error.__doc__ and error.__doc__ != SlrmergeError.__doc__ for error in ERRORS[1:])
 
 

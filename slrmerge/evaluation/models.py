@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -148,6 +148,7 @@ def parse_models(models: ModelNames) -> list[NamedModel]:
     if isinstance(models, Mapping):
         named = [NamedModel(label, parse_location(location)) for label, location in models.items()]
     else:
+        require_type("models", models, (str, os.PathLike, Iterable), "pass models, or a dict of them by label")
         listed = [models] if isinstance(models, str | os.PathLike) else models
         named = [model if isinstance(model, NamedModel) else parse_model(model) for model in listed]
     named = [replace(model, label=printable(model.label)) for model in named]

@@ -42,6 +42,13 @@ def claim(folder: Path, task: str) -> None:
         files.replace_file(mark, _json({"slrmerge": __version__, "task": task}))
 
 
+def require_no_links(folder: Path) -> None:
+    """Raise OutputError where a folder of `--export` is a link or contains one, through which others' files change."""
+    for link in filter(Path.is_symlink, (folder, *folder.rglob("*"))):
+        what = "is a link, and would be written through"
+        raise OutputError(Problem("not-a-folder", str(link), what, "remove it, or choose another output folder"))
+
+
 def write_results(folder: Path, result: EvaluationResult) -> None:
     """Write tables, chart and page, then the summary; each file is replaced atomically."""
     chart = save_figure(charts.draw(result), folder / CHART)

@@ -20,6 +20,7 @@ from slrmerge.errors import (
     did_you_mean,
     open_all,
     require_extra,
+    require_type,
 )
 from slrmerge.evaluation.embedding_file import KeptEmbeddings
 from slrmerge.evaluation.embeddings import Embedder, LocalEmbeddings
@@ -37,7 +38,7 @@ from slrmerge.evaluation.models import (
 )
 from slrmerge.evaluation.novelty import Novelty
 from slrmerge.evaluation.options import EvaluationOptions
-from slrmerge.evaluation.output import claim, write_noveltybench, write_results
+from slrmerge.evaluation.output import claim, require_no_links, write_noveltybench, write_results
 from slrmerge.evaluation.questions import Question, parse_questions, read_data
 from slrmerge.evaluation.requesting import request_missing, settings_of
 from slrmerge.evaluation.result import EvaluationResult, summarise, values_of
@@ -91,6 +92,7 @@ class Evaluation:
         progress: Progress | None = None,
     ) -> None:
         require_extra("eval", "openai", "scipy", "matplotlib", "jinja2")
+        require_type("task", task, str, did_you_mean("", TASKS))
         if task not in TASKS:
             raise OptionError(Problem("invalid-choice", "task", f"{task!r} is not a task", did_you_mean(task, TASKS)))
         self.options = options = options or EvaluationOptions()
@@ -114,6 +116,8 @@ class Evaluation:
         opened = self._open_models()
         with folder.locked(self.progress):
             claim(folder.path, self.task.name)
+            if self.options.export:
+                require_no_links(folder.path / self.options.export)
             if opened.embedder:
                 opened = replace(opened, embedder=KeptEmbeddings(opened.embedder, folder.path))
             with _sample_files(folder.path) as files:

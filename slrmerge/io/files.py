@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from slrmerge.errors import require_type
 from slrmerge.io.sizes import format_bytes
 
 
@@ -30,6 +31,12 @@ def open_no_link(path: str, flags: int) -> int:
 def open_files_remedy(error: OSError) -> str:
     """What to do where the system's limit on open files is the reason; else nothing."""
     return "allow more open files: ulimit -n 1024" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+
+
+def as_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """The path that a caller passes as the argument `name`. Raises OptionError for a value of another type."""
+    require_type(name, value, (str, os.PathLike), "pass a path")
+    return Path(value)
 
 
 def free_bytes(path: Path) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slrmerge.errors import BusyError, OutputError, Problem, raise_all
+from slrmerge.errors import BusyError, OutputError, Problem, raise_all, require_type
 from slrmerge.io import files
 from slrmerge.io.pieces import require_free_bytes, translate_os_errors
 from slrmerge.io.progress import Progress
@@ -235,7 +235,11 @@ class OutputFolder:
 
 
 def resolve_target(out: str | os.PathLike[str]) -> Path:
-    """Where the output really goes, links resolved. Raises OutputError for a path that no folder can have."""
+    """Where the output really goes, links resolved.
+
+    Raises OutputError for a path that no folder can have, and OptionError for what is no path.
+    """
+    require_type("out", out, (str, os.PathLike), "pass the path of a folder")
     try:
         if not os.fspath(out):
             raise ValueError("its name is empty")

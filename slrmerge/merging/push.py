@@ -24,7 +24,8 @@ from slrmerge.checkpoint.side_files import (
     is_tokenizer_file,
     select_side_files,
 )
-from slrmerge.errors import HubError, OptionError, Problem, VerificationError, collect, raise_all
+from slrmerge.errors import HubError, OptionError, Problem, VerificationError, collect, raise_all, require_type
+from slrmerge.io.files import as_path
 from slrmerge.io.pieces import git_digest, translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.merging.finding import TRADEOFF_NAME
@@ -84,7 +85,7 @@ def push(
     link leads out of `folder`; SourceChangedError where a file changes after it was verified; HubError where the
     repository is not writable or was changed meanwhile.
     """
-    folder, progress = Path(folder), progress or Progress()
+    folder, progress = as_path("folder", folder), progress or Progress()
     target = parse_target(repository, revision)
     manifest = read_manifest(folder)
     files = _own_files(folder, (*manifest.files, MANIFEST_NAME))
@@ -160,6 +161,7 @@ def _commit(uploads: Mapping[str, Path | bytes], target: Repository, manifest: M
 
 def parse_target(repository: str | Repository, revision: str | None = None) -> Repository:
     """The repository and branch to push to. Raises OptionError where `repository` is not organisation/name."""
+    require_type("repository", repository, (str, Repository), "write organisation/name")
     found = repository if isinstance(repository, Repository) else Repository.parse(repository)
     if found is None or (found.revision and revision):
         what = f"{repository} is not a repository" if found is None else "a revision is given twice"

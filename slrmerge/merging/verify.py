@@ -18,6 +18,7 @@ from slrmerge.checkpoint.location import Source, parse_source
 from slrmerge.checkpoint.pair import Side, open_pair
 from slrmerge.checkpoint.side_files import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME
 from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all
+from slrmerge.io.files import as_path
 from slrmerge.io.pieces import FileDigest, combine, digest_piece, pieces
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import ThreadPool, available_cores, thread_count
@@ -75,7 +76,7 @@ def verify(
     where its cache has them; with `full` they are downloaded and compared with the Hub's own digests. Raises
     VerificationError with every file that was altered, is missing, or was added.
     """
-    folder, progress = Path(folder), progress or Progress()
+    folder, progress = as_path("folder", folder), progress or Progress()
     threads = thread_count(threads, available_cores())
     manifest = read_manifest(folder)
     expected = {name: FileDigest(entry.bytes, entry.digest) for name, entry in manifest.files.items()}

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from slrmerge.checkpoint.location import Source
 from slrmerge.checkpoint.pair import ModelPair, Side
 from slrmerge.errors import OptionError, Problem, RecipeError
+from slrmerge.io.files import as_path
 from slrmerge.io.model import validate_as
 from slrmerge.io.strict_yaml import read_mapping
 from slrmerge.recipe.alphas import Resolution
@@ -65,7 +66,7 @@ def load_recipe(path: str | os.PathLike[str], **overrides: Any) -> AnyRecipe:
 
     Raises RecipeError with every problem, each with its place in the file (`$.layers[0].range`).
     """
-    file = Path(path)
+    file = as_path("path", path)
     return _from_mapping(read_mapping(file), file, {key: each for key, each in overrides.items() if each is not None})
 
 

@@ -24,6 +24,7 @@ from slrmerge.checkpoint.location import AdapterOnBase, Place, Source, parse_sou
 from slrmerge.checkpoint.pair import ModelPair, Side, open_pair
 from slrmerge.checkpoint.side_files import RECIPE_NAME
 from slrmerge.errors import Problem, RecipeError
+from slrmerge.io.files import as_path
 from slrmerge.io.model import InvalidValue, plain
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.sizes import InvalidSizeError, parse_bytes, shorten
@@ -224,7 +225,7 @@ class Recipe(Rules):
 
         Raises OutputError.
         """
-        target = Path(path)
+        target = as_path("path", path)
         text = write_yaml(self.relative_to(target.parent))
         with translate_os_errors(target):
             target.write_text(text, encoding="utf-8")

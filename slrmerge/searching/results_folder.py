@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Json
 
 from slrmerge.errors import OutputError, Problem, RecipeError
-from slrmerge.io.files import read_file, replace_file
+from slrmerge.io.files import as_path, read_file, replace_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.io.text import from_csv, printable, to_csv, to_json
@@ -52,7 +52,7 @@ def write_result(folder: Path, result: SearchResult) -> None:
 
 def read_result(folder: str | os.PathLike[str]) -> SearchResult:
     """Read a search's folder, with its selection as it was. Raises OutputError where it is missing or damaged."""
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     try:
         raw, table = (read_file(folder / name, _MAX_BYTES) for name in (SUMMARY_NAME, TABLE))
     except OSError as error:
@@ -165,10 +165,10 @@ _WHY = {
 
 
 def _recipe(result: SearchResult, name: str, row: ScoredCandidate) -> str:
-    post, task = result.choice.post, printable(result.task)
+    post, how = result.choice.post, printable(f"{result.task}, {row.conditions}")
     return (
         f"# {printable(row.info.label)}: {_WHY[name].format(ratio=result.choice.min_quality)}.\n"
-        f"# Selected by `slrmerge search` ({task}, {row.conditions}) from {len(result.rows)} candidates:\n"
+        f"# Selected by `slrmerge search` ({how}) from {len(result.rows)} candidates:\n"
         f"# Q {row.quality:.4f}, D {row.diversity:.4f} nats; the post-trained model: Q {post.quality:.4f}, "
         f"D {post.diversity:.4f}.\n" + write_yaml(result.choice.recipe_for(row).to_dict())
     )

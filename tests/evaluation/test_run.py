@@ -101,6 +101,18 @@ def test_an_evaluation_returns_its_result_and_writes_it(data: Path, tmp_path: Pa
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["prompts"] == 2
 
 
+@pytest.mark.parametrize("link", ["noveltybench", "noveltybench/post"])
+def test_an_export_follows_no_links(data: Path, tmp_path: Path, server: OpenAIServer, link: str) -> None:
+    models = {"post": f"m@{server.url}"}
+    evaluate("open-qa", data, models, tmp_path / "out", samples=2)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / link).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / link).symlink_to(tmp_path / "elsewhere")
+    with refused(OutputError, "not-a-folder"):
+        evaluate("open-qa", data, models, tmp_path / "out", samples=2, export="noveltybench")
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_the_dtype_is_recorded_and_samples_of_two_dtypes_are_not_mixed(data: Path, tmp_path: Path) -> None:
     def dtype(samples: int, **options: Any) -> object:
         models = {"post": TINY / "posttrained"}

@@ -477,6 +477,16 @@ def test_damaged_results_are_refused_and_left_as_they_are(tmp_path: Path, case: 
     assert snapshot(tmp_path) == before
 
 
+def test_a_folder_of_others_cannot_add_to_recipes(tmp_path: Path) -> None:
+    write_result(tmp_path, made_result(made_rows(SCORES)))
+    for name, new in (("results.csv", b"float\nalpha: 1"), ("summary.json", rb"float\nalpha: 1")):
+        text = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(text.replace(b",float32,", b',"' + new + b'",').replace(b"float32", new))
+    select(tmp_path, min_quality=0.8)
+    recipe = load_recipe(tmp_path / "slr.yaml")
+    assert (recipe.rules().keys(), recipe.dtype) == ({"restore"}, None)
+
+
 def test_a_bug_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> SearchResult:
         raise TypeError
