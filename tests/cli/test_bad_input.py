@@ -85,6 +85,7 @@ USAGE: dict[str, Arguments] = {
     "select without folder": lambda pair: ["select"],
     "select with quality above 1": lambda pair: ["select", pair.folder, "--min-quality", 2],
     "diff of nothing": lambda pair: ["diff"],
+    "diff of one folder": lambda pair: ["diff", pair.folder / "pre"],
     "diff of three folders": lambda pair: ["diff", pair.folder, pair.folder, pair.folder],
     "eval without model": lambda pair: ["eval", "open-qa", "--data", "x.json", "--out", pair.out],
     "unknown task": lambda pair: ["eval", "poems", "--data", "x.json", "--model", "x", "--out", pair.out],
@@ -165,7 +166,6 @@ BAD: dict[str, tuple[Arguments, int, str]] = {
     "select in a file": (lambda pair: ["select", pair.recipe_file()], 6, "no-results"),
     "select in a long name": (lambda pair: ["select", "x" * 300], 6, "no-results"),
     "diff of a missing recipe": (lambda pair: ["diff", pair.folder / "no.yaml"], 3, "recipe-unreadable"),
-    "diff of one folder": (lambda pair: ["diff", pair.folder / "pre"], 3, "recipe-unreadable"),
     "diff of a missing folder": (lambda pair: ["diff", pair.folder / "pre", pair.folder / "no"], 4, "no-checkpoint"),
     "diff of a file": (lambda pair: ["diff", pair.folder / "pre", pair.recipe_file()], 4, "no-checkpoint"),
     "diff with a file as output": (

@@ -367,8 +367,8 @@ def test_quantised_tensors_of_gguf_files_are_compared_as_bytes(tmp_path: Path, m
     content[-1] ^= 1  # in the last tensor, output.weight
     same.write_bytes(content)
     one, all_of_them = (diff(open_pair(pre, other)) for other in (same, post))
-    assert one.notes == ("quantised, compared as bytes: 1 of 14 tensors differ: output.weight",)
-    assert all_of_them.notes[0].startswith("quantised, compared as bytes: 14 of 14 tensors differ: ")
+    assert one.notes == ("quantized, compared as bytes: 1 of 14 tensors differ: output.weight",)
+    assert all_of_them.notes[0].startswith("quantized, compared as bytes: 14 of 14 tensors differ: ")
     for found in (one, all_of_them):
         assert {(layer, name) for layer, name in found.by_module} == {
             *((layer, "attn_norm") for layer in range(4)),

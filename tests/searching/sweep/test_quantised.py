@@ -105,10 +105,10 @@ def test_packed_weights_cost_as_much_as_the_dense_ones(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "gptq": ({"quant_method": "gptq", "bits": 4}, "quantised (gptq)"),
-    "awq": ({"quant_method": "awq", "bits": 4}, "quantised (awq)"),
-    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised (bitsandbytes)"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors"}, "quantised (compressed-tensors)"),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "(gptq)"),
+    "awq": ({"quant_method": "awq", "bits": 4}, "(awq)"),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "(bitsandbytes)"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors"}, "(compressed-tensors)"),
     "not in the config": (None, "its config.json does not say so"),
 }
 
