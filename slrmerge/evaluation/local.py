@@ -24,7 +24,7 @@ from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.io.progress import Progress
 from slrmerge.io.text import printable
 from slrmerge.searching.device import default_dtype
-from slrmerge.searching.prompts import load_tokenizer, render
+from slrmerge.searching.prompts import encode, load_tokenizer, render
 
 LARGEST_BATCH, LARGEST_CPU_BATCH = 256, 32
 """Rows of a batch where its size is not given. A killed evaluation repeats the batch that it was at."""
@@ -146,7 +146,7 @@ class LocalModel:
         """A prompt as the model reads it, and its length in tokens."""
         tokenizer = self._ready().tokenizer
         text = render(tokenizer, prompt)
-        return text, len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text, len(encode(tokenizer, text))
 
     @torch.inference_mode()
     def _answer(self, requests: Sequence[SampleRequest], settings: Settings) -> list[Answer]:

@@ -69,8 +69,8 @@ def cancellable_pool(threads: int) -> Iterator[tuple[ThreadPool, Event]]:
             raise
 
 
-class _TimeLimitError(TimeoutError):
-    """What `time_limit` raises in the thread of its block."""
+class _TimeLimitError(BaseException):
+    """What `time_limit` raises in its block; not an Exception, which Jinja suppresses while it folds constants."""
 
 
 @contextmanager
@@ -90,10 +90,10 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     timer = Timer(seconds, stop)
     timer.daemon = True
-    with _translate_thread_errors():
-        timer.start()
     try:
         try:
+            with _translate_thread_errors():
+                timer.start()
             yield
         finally:
             timer.cancel()

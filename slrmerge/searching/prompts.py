@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
 from importlib.util import find_spec
@@ -85,7 +86,7 @@ def tokenize(questions: Sequence[Question], folder: Path, *, day: date | None = 
             what = "the chat template starts a thinking block and does not end it before the answer"
             remedy = "let the template end it where enable_thinking is false"
             raise UnsupportedModelError(Problem("open-thinking", str(folder), what, remedy))
-        ids = tuple(_encode(tokenizer, turn.prompt))
+        ids = tuple(encode(tokenizer, turn.prompt))
         other = first_of.setdefault(ids, question)
         if other is not question:
             what = f"the questions {other.text!r} and {question.text!r} have the same tokens"
@@ -129,23 +130,45 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     if file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:  # loading it would take three times its size
         what = f"the tokenizer is larger than {format_bytes(MAX_TOKENIZER_BYTES)}"
         raise UnsupportedModelError(Problem("no-tokenizer", str(file), what, "download it again"))
-    try:
+    is_other_format = Path(folder, "tokenizer.model").is_file() and not file.is_file()
+    is_lacking = is_other_format and not find_spec("sentencepiece")
+    remedy = "pip install sentencepiece, which reads tokenizer.model" if is_lacking else ""
+    with _translate_tokenizer_errors("no-tokenizer", str(folder), "the tokenizer cannot be loaded", remedy):
         tokenizer = AutoTokenizer.from_pretrained(
             folder,
             trust_remote_code=False,
             local_files_only=True,
             mistral_format=False,  # mistral-common, where it is installed, knows no chat templates
         )
-    except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
-        what = f"the tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        is_other_format = Path(folder, "tokenizer.model").is_file() and not file.is_file()
-        is_lacking = is_other_format and not find_spec("sentencepiece")
-        remedy = "pip install sentencepiece, which reads tokenizer.model" if is_lacking else ""
-        raise UnsupportedModelError(Problem("no-tokenizer", str(folder), what, remedy)) from error
-    if tokenizer.chat_template is None:
+    templates = tokenizer.chat_template
+    if templates is None:
         what, remedy = "the tokenizer has no chat template", "add the chat_template that the model was trained with"
         raise UnsupportedModelError(Problem("no-chat-template", str(folder), what, remedy))
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    if not all(isinstance(template, str) for template in named.values()):
+        what, remedy = "the chat template is not text", "correct the model's chat template"
+        raise UnsupportedModelError(Problem("chat-template-fails", str(folder), what, remedy))
     return tokenizer
+
+
+@contextmanager
+def _translate_tokenizer_errors(code: str, where: str, what: str, remedy: str) -> Iterator[None]:
+    """Raise UnsupportedModelError for whatever a faulty tokenizer raises; a panic of its library is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        what = f"{what} ({type(error).__name__}: {first_line(error)})"
+        raise UnsupportedModelError(Problem(code, where, what, remedy)) from error
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text. Raises UnsupportedModelError where the tokenizer fails."""
+    where = str(tokenizer.name_or_path)
+    with _translate_tokenizer_errors("tokenizer-fails", where, "the tokenizer fails", "download it again"):
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def render(tokenizer: Any, question: str) -> str:
@@ -227,7 +250,7 @@ class _AnswerTokens(NamedTuple):
 def _answer_tokens(tokenizer: Any, turn: _CompleteTurn, ids: tuple[int, ...], answer: str) -> _AnswerTokens | Problem:
     """An answer's tokens after the prompt, whose tokens are `ids`; a Problem where it has none of its own."""
     after = turn.after if turn.is_continued else ""
-    encoded = tuple(_encode(tokenizer, turn.prompt + turn.space + answer + after))
+    encoded = tuple(encode(tokenizer, turn.prompt + turn.space + answer + after))
     where, remedy = str(tokenizer.name_or_path), "use another proxy task"
     if encoded[: len(ids)] != ids:
         if turn.prompt.endswith(" "):  # which the tokenizer joins with any answer
@@ -241,7 +264,7 @@ def _answer_tokens(tokenizer: Any, turn: _CompleteTurn, ids: tuple[int, ...], an
     if count is None:
         what = f"the answer {answer!r} has no tokens of its own; its first token is {tokenizer.decode(rest[:1])!r}"
         return Problem("answer-not-a-token", where, what, remedy)
-    end = rest[count:] if turn.is_continued else tuple(_encode(tokenizer, turn.after))
+    end = rest[count:] if turn.is_continued else tuple(encode(tokenizer, turn.after))
     special = next((place for place, token in enumerate(end) if token in tokenizer.all_special_ids), 0)
     if not end and tokenizer.eos_token_id is not None:
         end = (tokenizer.eos_token_id,)
@@ -315,8 +338,3 @@ def _pin_date(tokenizer: Any, day: date) -> date | None:
     )
     tokenizer.chat_template = macro.replace("CODES", repr(codes)) + template
     return day
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids

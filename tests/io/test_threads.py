@@ -4,7 +4,7 @@ import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from threading import Thread
 
 import pytest
@@ -26,6 +26,11 @@ def test_a_block_without_end_is_interrupted(in_a_thread: bool) -> None:
 
     with ThreadPoolExecutor(1) if in_a_thread else nullcontext() as pool:
         pool.submit(run).result() if pool else run()
+
+
+def test_a_block_that_suppresses_exceptions_is_interrupted() -> None:
+    with pytest.raises(TimeoutError), time_limit(0.05), suppress(Exception):
+        forever()
 
 
 def test_a_short_block_is_not_interrupted() -> None:

@@ -1,5 +1,6 @@
 """Questions become the right tokens, or are refused, with templates and tokenizers that have traps."""
 
+import json
 import os
 from datetime import date
 from pathlib import Path
@@ -445,6 +446,26 @@ def test_a_chat_template_that_takes_too_long_or_is_too_long_or_takes_much_memory
 
 def test_a_chat_template_that_is_wrong_is_reported(tmp_path: Path) -> None:
     assert refusal_code(save(tmp_path, "{{ messages + 1 }}")) == "chat-template-fails"
+
+
+@pytest.mark.parametrize("template", [5, {"default": 5}])
+def test_a_chat_template_that_is_not_text_is_reported(tmp_path: Path, template: object) -> None:
+    config_file = save(tmp_path, None) / "tokenizer_config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"chat_template": template}))
+    assert refusal_code(tmp_path) == "chat-template-fails"
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "code"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "no-tokenizer"),  # a panic
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "missing"}, "tokenizer-fails"),
+    ],
+)
+def test_a_tokenizer_that_fails_is_reported(tmp_path: Path, part: str, value: object, code: str) -> None:
+    file = save(tmp_path, PLAIN) / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: value}))
+    assert refusal_code(tmp_path) == code
 
 
 UNKNOWN_KIND = '{"version": "1.0", "added_tokens": [], "model": {"type": "Rumour"}}'
