@@ -69,8 +69,11 @@ def cancellable_pool(threads: int) -> Iterator[tuple[ThreadPool, Event]]:
             raise
 
 
-class _TimeLimitError(BaseException):
-    """What `time_limit` raises in its block; not an Exception, which Jinja suppresses while it folds constants."""
+class TimeLimitError(BaseException):
+    """What `time_limit` raises in its block, and instead of TimeoutError where it comes while the block is left.
+
+    Not an Exception, which Jinja suppresses while it folds constants.
+    """
 
 
 @contextmanager
@@ -86,7 +89,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         with lock:
             if not is_over:
                 is_late = True
-                pythonapi.PyThreadState_SetAsyncExc(thread, py_object(_TimeLimitError))
+                pythonapi.PyThreadState_SetAsyncExc(thread, py_object(TimeLimitError))
 
     timer = Timer(seconds, stop)
     timer.daemon = True
@@ -103,7 +106,7 @@ def time_limit(seconds: float) -> Iterator[None]:
             # interpreter waiting for one: every call would be slower, and one that is traced would never return.
             for _ in range(100 if is_late else 0):
                 sleep(0)
-    except _TimeLimitError:
+    except TimeLimitError:
         raise TimeoutError(f"not finished within {seconds:g} s") from None
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
 from slrmerge.errors import Problem, ThreadLimitError, UnsupportedModelError, first_line, raise_all
 from slrmerge.io.sizes import format_bytes
-from slrmerge.io.threads import memory_limit, time_limit
+from slrmerge.io.threads import TimeLimitError, memory_limit, time_limit
 from slrmerge.searching.proxy_tasks import Question
 from slrmerge.searching.sweep.contexts import Context
 
@@ -234,7 +234,7 @@ class _Turn:
                 raise ValueError(f"it makes {len(rendered):,} characters of one question")
         except ThreadLimitError:
             raise
-        except Exception as error:  # a template is a program: it may raise anything
+        except (Exception, TimeLimitError) as error:  # a template is a program: it may raise anything
             what, where = f"the chat template fails ({first_line(error)})", str(self._tokenizer.name_or_path)
             raise UnsupportedModelError(Problem("chat-template-fails", where, what)) from error
         return rendered

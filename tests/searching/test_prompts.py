@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers.models.auto import tokenization_auto
 
 from slrmerge.errors import Problem, UnsupportedModelError
+from slrmerge.io.threads import TimeLimitError
 from slrmerge.searching import prompts
 from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, load_tokenizer, render, tokenize
 from slrmerge.searching.proxy_tasks import TASKS, Question
@@ -442,6 +445,18 @@ def test_a_chat_template_that_takes_too_long_or_is_too_long_or_takes_much_memory
 ) -> None:
     monkeypatch.setattr(prompts, "RENDERING_S", 0.2)
     assert refusal_code(save(tmp_path, template)) == "chat-template-fails"
+
+
+def test_a_time_limit_that_ends_while_a_template_fails_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def late(_: float) -> Iterator[None]:
+        yield
+        raise TimeLimitError
+
+    monkeypatch.setattr(prompts, "time_limit", late)
+    assert refusal_code(save(tmp_path, PLAIN)) == "chat-template-fails"
 
 
 def test_a_chat_template_that_is_wrong_is_reported(tmp_path: Path) -> None:
