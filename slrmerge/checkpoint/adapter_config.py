@@ -69,7 +69,6 @@ _NOT_WEIGHTS = frozenset({
 _UNMERGEABLE = frozenset({"alora_invocation_tokens", "arrow_config", "layer_replication"})
 """Keys of `_UNSUPPORTED` for which merging with peft gives no model of the base's layers."""
 
-
 _MAX_PATTERNS = 10_000
 """More than the modules of any model that adapters are trained on: each is compared with each pattern."""
 
@@ -77,21 +76,6 @@ _NESTED_SET = re.compile(r"\[[^\]]*(?:\[|&&|--|~~)")
 """What Python and Rust read differently."""
 
 N = TypeVar("N", int, float)
-
-
-def _compiled(pattern: str) -> SchemaValidator:
-    """Matches names of modules that end with a pattern, from any component on. Raises ValueError.
-
-    The regular expressions are Rust's, which take linear time; those of Python could take for ever.
-    """
-    if _NESTED_SET.search(pattern):
-        raise ValueError("sets inside sets are not supported")
-    try:
-        return SchemaValidator(core_schema.str_schema(pattern=rf"^(.*\.)?({pattern})$"))
-    except SchemaError as error:
-        raise ValueError(str(error).strip().splitlines()[-1].strip()) from None
-
-
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -218,6 +202,19 @@ def _invalid_patterns(config: AdapterConfig, where: str) -> Iterator[Problem]:
                 yield Problem("invalid-adapter", where, what)
             if key == "rank_pattern" and value < 1:
                 yield Problem("invalid-adapter", where, f"rank {shorten(value)} of {shorten(pattern)} is not possible")
+
+
+def _compiled(pattern: str) -> SchemaValidator:
+    """Matches names of modules that end with a pattern, from any component on. Raises ValueError.
+
+    The regular expressions are Rust's, which take linear time; those of Python could take for ever.
+    """
+    if _NESTED_SET.search(pattern):
+        raise ValueError("sets inside sets are not supported")
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=rf"^(.*\.)?({pattern})$"))
+    except SchemaError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].strip()) from None
 
 
 def _by_pattern(patterns: Sequence[tuple[SchemaValidator, N]], module: str, default: N) -> N:

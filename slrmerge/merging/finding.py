@@ -40,11 +40,9 @@ class ScoreChange(Model):
     def text(self, digits: int) -> str:
         """`+0.53 [+0.33, +0.72]`, with so many digits."""
         mean = f"{self.mean:+.{digits}f}"
-        return (
-            mean
-            if self.low is None or self.high is None
-            else f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
-        )
+        if self.low is None or self.high is None:
+            return mean
+        return f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
 class HeldOutScores(Model):

@@ -6,14 +6,14 @@ Killed at any moment before the commit, the branch has not moved: large files ar
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from slrmerge.checkpoint.files import LocalFile, OpenLocalFile, unreadable
+from slrmerge.checkpoint.files import LocalFile, unreadable
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.side_files import (
     ADAPTER_CONFIG_NAME,
@@ -212,17 +212,16 @@ def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[dict[str,
     """
     with translate_os_errors(folder):
         links = TemporaryDirectory(prefix="slrmerge-")
-    kept: list[OpenLocalFile] = []
     uploads: dict[str, Path | bytes] = {}
-    with links:
+    with links, ExitStack() as kept:
         for name, file in files.items():
-            opened = file.open()
+            opened = kept.enter_context(closing(file.open()))
             if file.file_bytes <= _SMALL_BYTES:
                 content = bytearray(file.file_bytes)
                 opened.stream(0, len(content)).readinto(memoryview(content))
+                opened.close()
                 uploads[name] = bytes(content)
                 continue
-            kept.append(opened)
             path, descriptor = folder / name, Path(f"/proc/self/fd/{opened.fd}")
             if descriptor.exists():
                 path = Path(links.name, name)

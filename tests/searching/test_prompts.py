@@ -417,7 +417,7 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(
 def test_a_tokenizer_has_its_chat_template_with_mistral_common_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers then prefers Mistral's own format, unless it is told otherwise."""
+    """With mistral-common installed, transformers reads Mistral's own format by default."""
     save(tmp_path, PLAIN)
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")

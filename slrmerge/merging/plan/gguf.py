@@ -12,7 +12,7 @@ from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import Problem
 from slrmerge.merging.plan.model import PlannedTensor
-from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, Notes, Refusals
+from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, NO_SUCH_PART, Notes, Refusals
 from slrmerge.merging.plan.tensors import PlannedTensors
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.recipe.load import AnyRecipe
@@ -45,7 +45,7 @@ def plan_gguf_tensors(recipe: AnyRecipe, pair: ModelPair, alphas: TensorAlphas) 
     for name, alpha in alphas.items():
         is_new = bool(alpha) and name not in pre and name not in DERIVED
         if is_new and (part := pair.correspondence.missing_part(name)):
-            kept.add(f"the pre-trained model has no such {part}, kept from the post-trained side", name)
+            kept.add(NO_SUCH_PART.format(part), name)
             alpha = 0.0
         found = _plan_tensor(name, alpha, alphas.blend, pre, post)
         if isinstance(found, PlannedTensor):

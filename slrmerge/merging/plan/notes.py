@@ -70,20 +70,15 @@ def _shared_block_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterato
 
 def _list_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[str]:
     """Lists outside the layers with one tensor for each of them, which rules for layers do not reach."""
-    stack = pair.stack
-    if stack is None:
-        return
-    found: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-    in_layers: set[float] = set()
-    for name, alpha in alphas.items():
-        if stack.locate(name):
-            in_layers.add(alpha)
-        elif (place := _NUMBERED.fullmatch(name)) and not TOWER.search(name):
-            found[place[1]][int(place[2])].append(name)
-    for prefix, members in found.items():
-        names = [name for numbered in members.values() for name in numbered]
-        is_one_each = members.keys() == set(range(stack.count)) and len(names) == stack.count > 1
-        if is_one_each and len(in_layers | {alphas[name] for name in names}) > 1:
+    layers = range(pair.stack.count if pair.stack else 0)
+    _, outside = pair.correspondence.keys
+    lists: dict[str, dict[str, int]] = defaultdict(dict)
+    for name in outside:
+        if (place := _NUMBERED.fullmatch(name)) and not TOWER.search(name):
+            lists[place[1]][name] = int(place[2])
+    for prefix, numbers in lists.items():
+        is_one_each = len(layers) > 1 and sorted(numbers.values()) == [*layers]
+        if is_one_each and len({alpha for name, alpha in alphas.items() if name in numbers or name not in outside}) > 1:
             yield (
                 f"{prefix}.* are numbered like the layers and may belong to them, but are outside of them: only "
                 "rules under `tensors` decide about each"

@@ -16,7 +16,7 @@ from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.plan.model import ADAPTER, PlannedTensor
 from slrmerge.merging.plan.quantised import QuantisedPair, refuse_quantised, refuse_split_modules
-from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, QUANTISED_ALIKE, Notes, Refusals
+from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, NO_SUCH_PART, QUANTISED_ALIKE, Notes, Refusals
 from slrmerge.merging.plan.unmatched import CONSTANT, refuse_unmatched
 
 _ROWS = "in a recipe, set `vocabulary: shared` to blend the rows that both sides have, or "
@@ -105,7 +105,7 @@ class TensorPlanner:
         if is_constant(name, post, self._pair.posttrained.config):
             return self._keep(name, post, CONSTANT.format("kept from"))
         if part := self._names.missing_part(name):
-            return self._keep(name, post, f"the pre-trained model has no such {part}, kept from the post-trained side")
+            return self._keep(name, post, NO_SUCH_PART.format(part))
         return None  # refused with the others that only one side has
 
     def _keep(self, name: str, post: TensorInfo, note: str) -> PlannedTensor:
