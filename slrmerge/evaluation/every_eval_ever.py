@@ -17,7 +17,6 @@ import xxhash
 from slrmerge._version import __version__
 from slrmerge.evaluation.generations import GenerationsFile
 from slrmerge.evaluation.models import ChatModel
-from slrmerge.evaluation.page import shown_text
 from slrmerge.evaluation.result import CONFIDENCE, RESAMPLES, Cell, EvaluationResult
 from slrmerge.evaluation.tasks.base import Metric
 from slrmerge.io.files import create_folder, replace_file
@@ -152,12 +151,11 @@ def _answers(result: EvaluationResult, label: str, model_id: str, record_id: str
     for each, score in result.of(label):
         question, reference = each.question.text, each.question.reference
         digest = hashlib.sha256("".join([question, *reference]).encode("utf-8", "replace")).hexdigest()
-        for number, (text, mark) in enumerate(zip(each.texts, score.marks, strict=True), 1):
-            shown = shown_text(result.task, text, 1, mark)
+        for number, (text, (mark, is_right)) in enumerate(zip(each.texts, score.verdicts(), strict=True), 1):
             extracted = {
                 "turn_idx": 0,
                 "source": "output.raw",
-                "extracted_value": shown.mark or text,
+                "extracted_value": mark,
                 "extraction_method": "custom",
                 "is_terminal": True,
             }
@@ -173,7 +171,7 @@ def _answers(result: EvaluationResult, label: str, model_id: str, record_id: str
                 "input": {"raw": question, "reference": reference},
                 "output": {"raw": [text or ""]},
                 "answer_attribution": [extracted] if mark else [],
-                "evaluation": {"score": float(bool(shown.is_right)), "is_correct": bool(shown.is_right)},
+                "evaluation": {"score": float(bool(is_right)), "is_correct": bool(is_right)},
                 "error": "no answer" if text is None else None,
                 "metadata": {"epoch": str(number)},
             }

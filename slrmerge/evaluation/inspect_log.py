@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from slrmerge.evaluation.page import shown_text
 from slrmerge.evaluation.result import EvaluationResult
 from slrmerge.evaluation.tasks.base import ModelResponses, Score
 from slrmerge.io.files import create_folder
@@ -77,13 +76,11 @@ def _samples(result: EvaluationResult, each: ModelResponses[Any], score: Score) 
     from inspect_ai.scorer import Score as InspectScore
 
     question, model = each.question, result.models[each.model]
-    for epoch, (text, mark) in enumerate(zip(each.texts, score.marks, strict=True), 1):
+    for epoch, (text, (mark, is_right)) in enumerate(zip(each.texts, score.verdicts(), strict=True), 1):
         number = _id(each.model, question.id, epoch)
-        shown = shown_text(result.task, text, 1, mark)
         scores = {}
-        if shown.is_right is not None:
-            value = CORRECT if shown.is_right else INCORRECT
-            scores[SCORER] = InspectScore(value=value, answer=mark.rstrip(" ✓✗"))
+        if is_right is not None:
+            scores[SCORER] = InspectScore(value=CORRECT if is_right else INCORRECT, answer=mark)
         elif mark:
             scores[SCORER] = InspectScore(value=float(mark))
         yield EvalSample(

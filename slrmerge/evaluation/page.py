@@ -23,7 +23,7 @@ TEXTS_SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class ShownText:
-    """A text, its count, its mark, and whether the task counts it as right; None where it has no right and wrong."""
+    """A text, its count, its mark, and whether it is right; None for a task that has no right and wrong."""
 
     text: str | None
     count: int
@@ -48,7 +48,7 @@ def page(result: EvaluationResult, chart: bytes = b"") -> str:
     prompts: list[tuple[str, list[Column]]] = []
     characters = 0
     for group in islice(by_prompt, PROMPTS_SHOWN):
-        columns = [_column(result.task, responses, score) for responses, score in group]
+        columns = [_column(responses, score) for responses, score in group]
         characters += sum(len(shown.text or "") for column in columns for shown in column.texts)
         if prompts and characters > CHARACTERS_SHOWN:
             break
@@ -65,19 +65,15 @@ def page(result: EvaluationResult, chart: bytes = b"") -> str:
     )
 
 
-def _column(task: str, responses: ModelResponses[Any], score: Score) -> Column:
+def _column(responses: ModelResponses[Any], score: Score) -> Column:
     given = list(responses.texts)
-    marks = dict(zip(given, score.marks, strict=True))
+    verdicts = dict(zip(given, score.verdicts(), strict=True))
     counts = Counter(given).most_common()
-    texts = [shown_text(task, text, count, marks[text]) for text, count in counts[:TEXTS_SHOWN]]
+    texts = [_shown(text, count, *verdicts[text]) for text, count in counts[:TEXTS_SHOWN]]
     metrics = ", ".join(f"{name} {value:.3f}" for name, value in score.metrics.items() if not isnan(value))
     return Column(responses.model, texts, len(counts) - len(texts), metrics)
 
 
-def shown_text(task: str, text: str | None, count: int, mark: str) -> ShownText:
-    """A right answer has a mark in open questions; in reasoning the mark ends in a sign, which the page shows first."""
-    if task == "open-qa":
-        return ShownText(text, count, "" if mark == (text or "").strip() else mark, bool(mark))
-    if task == "reasoning":
-        return ShownText(text, count, mark.rstrip(" ✓✗"), mark.endswith("✓"))
-    return ShownText(text, count, mark, None)
+def _shown(text: str | None, count: int, mark: str, is_right: bool | None) -> ShownText:
+    """Without a mark that only repeats the text."""
+    return ShownText(text, count, "" if mark == (text or "").strip() else mark, is_right)

@@ -1,6 +1,6 @@
 """How far post-training moved the weights, by layer and module; streamed, like a merge."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from math import prod
 
@@ -28,17 +28,32 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
     require_pair(pair)
     threads = thread_count(threads, default_threads(pair))
     raise_all(require_same_depth(pair), PlanError)
-    progress = progress or Progress()
     names, blocks, notes = _comparable(pair)
     if not names and not blocks:
         what = "has no floating tensor in common with the pre-trained checkpoint"
         raise PlanError(
             Problem("nothing-in-common", str(pair.posttrained), what, "name a model and the one it was trained from")
         )
+    distances, differing = _compare(pair, names, blocks, threads, progress or Progress())
+    if blocks:
+        which = f": {', '.join(group_names(differing))}" if differing else ""
+        notes.append(f"quantized, compared as bytes: {len(differing):,} of {len(blocks):,} tensors differ{which}")
+    return DiffResult(
+        pair.stack.count if pair.stack else 0,
+        _by_module(pair, distances),
+        tuple(notes),
+        pair.pretrained.model_name,
+        pair.posttrained.model_name,
+    )
+
+
+def _compare(
+    pair: ModelPair, names: Sequence[str], blocks: Sequence[str], threads: int, progress: Progress
+) -> tuple[dict[str, Distance], list[str]]:
+    """The distance of each of `names`, and those of `blocks` whose bytes differ."""
     twins = pair.correspondence.twins
-    compared = (*names, *blocks)
-    total = sum(pair.pretrained[twins[name]].nbytes + pair.posttrained[name].nbytes for name in compared)
-    progress.start("comparing", total)
+    nbytes = {name: pair.pretrained[twins[name]].nbytes + pair.posttrained[name].nbytes for name in (*names, *blocks)}
+    progress.start("comparing", sum(nbytes.values()))
     with (
         pair.open() as reader,
         one_core_per_chunk(),
@@ -46,41 +61,35 @@ def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | No
     ):
 
         def measure(name: str) -> Distance:
-            twin = twins[name]
-            distance = sum(takewhile(lambda _: not cancelled.is_set(), _chunks(reader, name, twin)), Distance())
-            progress.advance(pair.pretrained[twin].nbytes + pair.posttrained[name].nbytes)
+            chunks = _chunks(reader, name, twins[name])
+            distance = sum(takewhile(lambda _: not cancelled.is_set(), chunks), Distance())
+            progress.advance(nbytes[name])
             return distance
 
-        def differ(name: str) -> bool:
-            twin = twins[name]
-            chunks = differing_chunks(reader.posttrained, name, reader.pretrained, twin)
+        def differs(name: str) -> bool:
+            chunks = differing_chunks(reader.posttrained, name, reader.pretrained, twins[name])
             found = any(takewhile(lambda _: not cancelled.is_set(), chunks))
-            progress.advance(pair.pretrained[twin].nbytes + pair.posttrained[name].nbytes)
+            progress.advance(nbytes[name])
             return found
 
         try:
             distances = dict(zip(names, pool.map(measure, names), strict=True))
-            differing = [name for name, found in zip(blocks, pool.map(differ, blocks), strict=True) if found]
+            differing = [name for name, found in zip(blocks, pool.map(differs, blocks), strict=True) if found]
         except BaseException:
             reader.cancel()
             raise
         reader.check_unchanged()
-    if blocks:
-        which = f": {', '.join(group_names(differing))}" if differing else ""
-        notes.append(f"quantized, compared as bytes: {len(differing):,} of {len(blocks):,} tensors differ{which}")
+    return distances, differing
+
+
+def _by_module(pair: ModelPair, distances: Mapping[str, Distance]) -> dict[tuple[int, str], Distance]:
+    """The distance of each module in each layer; last what lies outside the layers."""
     by_module: dict[tuple[int, str], Distance] = {}
     for name, distance in distances.items():
         layer, inner = (pair.stack.locate(name) if pair.stack else None) or (OUTSIDE, name)
         module = inner.rpartition(".")[0] or inner
         by_module[layer, module] = by_module.get((layer, module), Distance()) + distance
-    ordered = sorted(by_module.items(), key=lambda item: (item[0][0] == OUTSIDE, item[0][0]))
-    return DiffResult(
-        pair.stack.count if pair.stack else 0,
-        dict(ordered),
-        tuple(notes),
-        pair.pretrained.model_name,
-        pair.posttrained.model_name,
-    )
+    return dict(sorted(by_module.items(), key=lambda item: (item[0][0] == OUTSIDE, item[0][0])))
 
 
 def _comparable(pair: ModelPair) -> tuple[list[str], list[str], list[str]]:

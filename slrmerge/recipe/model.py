@@ -1,10 +1,8 @@
 """Recipes: what to merge, as people write it."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -241,13 +239,7 @@ def _from(folder: Path, written: str, place: Place) -> str:
     return Path(os.path.relpath(os.path.realpath(place), os.path.realpath(folder))).as_posix()
 
 
-def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of recipes, for editors (JSON Schema 2020-12)."""
-    schema: dict[str, Any] = json.loads(files("slrmerge.recipe").joinpath("recipe.schema.json").read_text("utf-8"))
-    return schema
-
-
 def generate_schema() -> dict[str, Any]:
-    """The schema as pydantic generates it; recipe.schema.json in this package is its copy."""
+    """The JSON Schema of recipes, for editors; recipe.schema.json in this package is its copy."""
     schema = Recipe.model_json_schema(mode="validation")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ID, **schema}

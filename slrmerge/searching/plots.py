@@ -1,6 +1,6 @@
 """Figures of a search: the trade-off of quality and diversity, and both over all intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from slrmerge.searching.report import write_report
 from slrmerge.searching.selection import ScoredCandidate, Selection, intervals_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SPACES = {
@@ -20,6 +21,15 @@ _SPACES = {
     "mlp": ("MLPs only", "late"),
 }
 """The spaces of intervals: their names in the legend, and in MODEL_COLOURS."""
+
+_MODELS = {
+    "pre": ("pre-trained", "D", 45),
+    "early": ("early control: {}", "<", 45),
+    "late": ("late control: {}", ">", 45),
+    "post": ("post-trained", "D", 45),
+    "slr": ("selected: {}", "*", 220),
+}
+"""The models of a selection: their texts, markers and sizes, in the order in which they are drawn."""
 
 
 def draw_result(folder: Path, rows: Sequence[ScoredCandidate], choice: Selection, summary: SearchSummary) -> None:
@@ -33,49 +43,34 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
     """Quality against diversity (paper, figure 2): all intervals, the front with its layers, soups, the selection."""
     from matplotlib.figure import Figure
 
-    colours = MODEL_COLOURS
     figure = Figure(figsize=(8, 6), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.margins(0.06)
-    spaces = {row.info.space for row in rows}
     for space, (name, colour) in _SPACES.items():
         own = [row for row in rows if row.info.space == space]
         if own:
             size, alpha = (12, 0.45) if len(own) < 1000 else (6, 0.25)
-            axes.scatter(*_points(own), color=colours[colour], s=size, alpha=alpha, linewidths=0, label=name)
-    labels, lines = [], []
+            axes.scatter(*_points(own), color=MODEL_COLOURS[colour], s=size, alpha=alpha, linewidths=0, label=name)
     front = sorted((row for row in intervals_of(rows) if row.pareto), key=lambda row: row.quality)
+    curve = [row for row in rows if row.info.space in ("post", "soup", "pre")]
+    curve.sort(key=lambda row: row.info.alpha or 0)
+    soups = [row for row in curve if row.info.space == "soup"]
+    recipes = [row for row in rows if row.info.space == "recipe"]
+    labels, lines = [], []
     if front:
         name = "their front, with the layers restored"
-        axes.plot(*_points(front), "o-", color=colours["interval"], markersize=3.5, linewidth=1.2, label=name)
+        axes.plot(*_points(front), "o-", color=MODEL_COLOURS["interval"], markersize=3.5, linewidth=1.2, label=name)
         lines.append(list(zip(*_points(front), strict=True)))
         labels += [_label(row, _layers(row), "interval", needed=False) for row in front if row is not choice.slr]
-    if "soup" in spaces:
-        curve = [row for row in rows if row.info.space in ("post", "soup", "pre")]
-        curve.sort(key=lambda row: row.info.alpha or 0)
-        axes.plot(*_points(curve), "s--", color=colours["soup"], markersize=3.5, linewidth=1, label="soups, with alpha")
+    if soups:
+        name = "soups, with alpha"
+        axes.plot(*_points(curve), "s--", color=MODEL_COLOURS["soup"], markersize=3.5, linewidth=1, label=name)
         lines.append(list(zip(*_points(curve), strict=True)))
-        labels += [
-            _label(row, f"{row.info.alpha:g}", "soup", needed=False) for row in curve if row.info.space == "soup"
-        ]
-    others = [row for row in rows if row.info.space == "recipe"]
-    if others:
-        axes.scatter(*_points(others), marker="^", s=45, color=colours["recipe"], label="recipes")
-        labels += [_label(row, figure_text(row.info.label), "recipe") for row in others]
-    for name, marker, size in (
-        ("pre", "D", 45),
-        ("early", "<", 45),
-        ("late", ">", 45),
-        ("post", "D", 45),
-        ("slr", "*", 220),
-    ):
-        row = getattr(choice, name)
-        if row is not None:
-            text = figure_text(_TEXTS[name].format(row.info.label))
-            axes.scatter(
-                *_points([row]), marker=marker, s=size, color=colours[name], edgecolors="white", zorder=4, label=text
-            )
-            labels.append(_label(row, text, name))
+        labels += [_label(row, f"{row.info.alpha:g}", "soup", needed=False) for row in soups]
+    if recipes:
+        axes.scatter(*_points(recipes), marker="^", s=45, color=MODEL_COLOURS["recipe"], label="recipes")
+        labels += [_label(row, figure_text(row.info.label), "recipe") for row in recipes]
+    labels += _draw_models(axes, choice)
     floor = choice.min_quality * choice.post.quality
     axes.axvline(floor, color="#59626d", linewidth=0.9, linestyle=":", label=f"{choice.min_quality:g} · Q(post)")
     axes.set_xlabel("quality Q: probability of a valid answer")
@@ -84,6 +79,19 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     place_labels(axes, labels, lines)
     return figure
+
+
+def _draw_models(axes: "Axes", choice: Selection) -> Iterator[Label]:
+    """Draw the models that a selection names, and yield their labels."""
+    for name, (text, marker, size) in _MODELS.items():
+        row = getattr(choice, name)
+        if row is not None:
+            label = _label(row, figure_text(text.format(row.info.label)), name)
+            axes.scatter(
+                row.quality, row.diversity,
+                marker=marker, s=size, color=label.colour, edgecolors="white", zorder=4, label=label.text,
+            )  # fmt: skip
+            yield label
 
 
 def heatmaps_figure(rows: Sequence[ScoredCandidate], choice: Selection, layers: int) -> "Figure":
@@ -118,15 +126,6 @@ def heatmaps_figure(rows: Sequence[ScoredCandidate], choice: Selection, layers: 
     selected = f"{slr.info.label} framed; " if slr else ""
     figure.supxlabel(figure_text(f"{selected}faded: less than {choice.min_quality:g} · Q(post)"), fontsize=9)
     return figure
-
-
-_TEXTS = {
-    "post": "post-trained",
-    "pre": "pre-trained",
-    "slr": "selected: {}",
-    "early": "early control: {}",
-    "late": "late control: {}",
-}
 
 
 def _points(rows: Sequence[ScoredCandidate]) -> tuple[list[float], list[float]]:

@@ -61,13 +61,7 @@ def prepare(
 
     Raises CheckpointError, HubError, PlanError and UnsupportedModelError.
     """
-    if pair.posttrained.format == "gguf":
-        what = "is a GGUF file, which a search cannot run"
-        remedy = "search the original checkpoints; the recipe that it writes merges the GGUF files too"
-        raise UnsupportedModelError(Problem("gguf", str(pair.posttrained), what, remedy))
-    raise_all(require_same_depth(pair), PlanError)
-    require_layers(pair)
-    raise_all((*_other_pairs(pair, also), *_other_settings(pair, recipe, also)), PlanError)
+    _require_searchable(pair, recipe, also)
     asking = pair[recipe.tokenizer]  # the side whose tokenizer and template the hybrids have
     for checkpoint in {id(each): each for each in (pair.posttrained, asking)}.values():
         fetch_side_files(checkpoint.side_files)
@@ -79,15 +73,7 @@ def prepare(
     shared = recipe.vocabulary == "shared"
     blends = leave_out_blends(pair, made)
     candidates, notes = leave_out_unlike(pair, blends.candidates, shares_vocabulary=shared)
-    notes = [*blends.notes, *notes]
-    if prompts[0].added:
-        notes.append(f"the prompts end with {prompts[0].added!r}, as the chat template writes before an answer")
-    if not prompts[0].is_continued:
-        end = repr(prompts[0].text[-_SHOWN:])
-        notes.append(
-            f"the prompts end with {end}, after which the chat template itself writes no answer; check that an answer "
-            "belongs there, and not a thought"
-        )
+    notes = [*blends.notes, *notes, *_notes_on_ends(prompts[0])]
     if options.held_out and not held_out:
         notes.append("the task has no held-out prompts; list some under `held_out` to check the selection by them")
     asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if options.quick else prompts
@@ -96,6 +82,28 @@ def prepare(
     else:
         dtype = default_dtype(pair.posttrained.parameters, parse_device(options.device))
     return Prepared(pair, prompts, held_out, candidates, Pass("first", candidates, asked, dtype), tuple(notes))
+
+
+def _require_searchable(pair: ModelPair, recipe: AnyRecipe, also: Sequence[tuple[str, AnyRecipe]]) -> None:
+    if pair.posttrained.format == "gguf":
+        what = "is a GGUF file, which a search cannot run"
+        remedy = "search the original checkpoints; the recipe that it writes merges the GGUF files too"
+        raise UnsupportedModelError(Problem("gguf", str(pair.posttrained), what, remedy))
+    raise_all(require_same_depth(pair), PlanError)
+    require_layers(pair)
+    raise_all((*_other_pairs(pair, also), *_other_settings(pair, recipe, also)), PlanError)
+
+
+def _notes_on_ends(prompt: Prompt) -> Iterator[str]:
+    """Notes on how the prompts end, of which `prompt` is one."""
+    if prompt.added:
+        yield f"the prompts end with {prompt.added!r}, as the chat template writes before an answer"
+    if not prompt.is_continued:
+        end = repr(prompt.text[-_SHOWN:])
+        yield (
+            f"the prompts end with {end}, after which the chat template itself writes no answer; check that an answer "
+            "belongs there, and not a thought"
+        )
 
 
 def recipe_of(pair: ModelPair) -> Recipe:

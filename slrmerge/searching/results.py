@@ -1,7 +1,7 @@
 """The result of a search: all candidates with their scores, and the selection among them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -94,26 +94,17 @@ class SearchResult:
         base = self.choice.base
         return SearchSummary(
             slrmerge=__version__,
-            task=self.task,
             pretrained=base.pretrained,
             posttrained=base.posttrained,
             dtype=base.dtype,
             vocabulary=base.vocabulary,
-            layers=self.layers,
             candidates=len(self.rows),
             min_quality=self.choice.min_quality,
             selected={name: _selected(row) for name, row in self.choice.named().items()},
             near_ties=tuple(_selected(row) for row in self.choice.near_ties),
-            held_out=self.held_out,
-            reselected=dict(self.reselected),
-            post_quality=dict(self.post_quality),
-            date=self.date,
-            prompt=self.prompt,
             warnings=self.warnings,
-            notes=self.notes,
             doubts=self.doubts,
-            versions=dict(self.versions),
-            elapsed_s=round(self.elapsed_s, 1),
+            **{**kept_in_summary(self), "elapsed_s": round(self.elapsed_s, 1)},
         )
 
     def to_rows(self) -> list[dict[str, Any]]:
@@ -168,6 +159,12 @@ class SearchResult:
             for name, row in [*self.choice.named().items(), *ranked]
         )
         return f"<table><tr><th></th><th>candidate</th><th>Q</th><th>D (nats)</th></tr>{lines}</table>"
+
+
+def kept_in_summary(found: SearchResult | SearchSummary) -> dict[str, Any]:
+    """What a result and its summary both have, by the names that they share."""
+    names = (each.name for each in fields(SearchResult))
+    return {name: getattr(found, name) for name in names if name in SearchSummary.model_fields}
 
 
 def _held_out_doubts(slr: ScoredCandidate, held_out: HeldOut, min_quality: float) -> Iterator[str]:

@@ -18,7 +18,7 @@ from slrmerge.recipe.model import Recipe
 from slrmerge.recipe.rules import Rules
 from slrmerge.searching.candidates import CandidateInfo
 from slrmerge.searching.prompt_scores import PROMPTS
-from slrmerge.searching.results import SearchResult
+from slrmerge.searching.results import SearchResult, kept_in_summary
 from slrmerge.searching.selection import ScoredCandidate, select_from
 
 TABLE = "results.csv"
@@ -77,20 +77,8 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
         raise damaged
     if "post" not in parents or not conditions <= summary.post_quality.keys():
         raise damaged
-    return SearchResult(
-        rows=rows,
-        choice=select_from(rows, base=base.loaded_from(folder / RECIPES["slr"]), min_quality=summary.min_quality),
-        post_quality=summary.post_quality,
-        layers=summary.layers,
-        task=summary.task,
-        notes=summary.notes,
-        elapsed_s=summary.elapsed_s,
-        prompt=summary.prompt,
-        date=summary.date,
-        versions=summary.versions,
-        held_out=summary.held_out,
-        reselected=summary.reselected,
-    )
+    choice = select_from(rows, base=base.loaded_from(folder / RECIPES["slr"]), min_quality=summary.min_quality)
+    return SearchResult(rows=rows, choice=choice, **kept_in_summary(summary))
 
 
 def why_not_results(folder: Path) -> str | None:

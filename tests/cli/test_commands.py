@@ -20,7 +20,7 @@ from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.tasks import TASKS as EVALUATION_TASKS
 from slrmerge.io.options import options_of
 from slrmerge.merging.options import MergeOptions
-from slrmerge.recipe.model import recipe_schema
+from slrmerge.recipe.model import generate_schema
 from slrmerge.searching.candidates import SPACES
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.proxy_tasks import TASKS as PROXY_TASKS
@@ -281,7 +281,7 @@ def test_inspect_prints_headers_as_json(pair: Pair) -> None:
 
 
 def test_schema_prints_the_schema_of_recipes() -> None:
-    assert json.loads(run("schema").stdout) == recipe_schema()
+    assert json.loads(run("schema").stdout) == generate_schema()
 
 
 def test_quiet_prints_nothing(pair: Pair) -> None:

@@ -76,19 +76,19 @@ def test_a_frequent_text_is_shown_once_and_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "marks", "expected"),
+    ("marks", "right", "expected"),
     [
-        ("open-qa", ["Ohio", ""], [("right", "✓ It is Ohio. Ohio"), ("wrong", "✗ Utah")]),
-        ("open-qa", ["It is Ohio.", ""], [("right", "✓ It is Ohio."), ("wrong", "✗ Utah")]),
-        ("reasoning", ["4 ✓", "5 ✗"], [("right", "✓ It is Ohio. 4"), ("wrong", "✗ Utah 5")]),
-        ("creative", ["0.60", ""], [(None, "It is Ohio. 0.60"), (None, "Utah")]),
+        (["Ohio", ""], [True, False], [("right", "✓ It is Ohio. Ohio"), ("wrong", "✗ Utah")]),
+        (["It is Ohio.", ""], [True, False], [("right", "✓ It is Ohio."), ("wrong", "✗ Utah")]),
+        (["4", "5"], [True, False], [("right", "✓ It is Ohio. 4"), ("wrong", "✗ Utah 5")]),
+        (["0.60", ""], None, [(None, "It is Ohio. 0.60"), (None, "Utah")]),
     ],
 )
 def test_right_and_wrong_answers_are_marked(
-    task: str, marks: list[str], expected: list[tuple[str | None, str]]
+    marks: list[str], right: list[bool] | None, expected: list[tuple[str | None, str]]
 ) -> None:
     found = saying("It is Ohio.", "Utah")
-    shown = Tags(page(replace(found, task=task, scores=[Score({"m": 1.0, "none": nan}, marks)])))
+    shown = Tags(page(replace(found, scores=[Score({"m": 1.0, "none": nan}, marks, right)])))
     assert [(kind, text.rstrip("\n ")) for kind, text in shown.items] == expected
 
 

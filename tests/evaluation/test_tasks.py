@@ -47,6 +47,7 @@ def judging(tmp_path: Path) -> Iterator[Judging]:
 class Scored(NamedTuple):
     metrics: dict[str, float]
     marks: list[str]
+    right: list[bool] | None
     notes: list[str]
 
 
@@ -54,7 +55,7 @@ def score(task: Task[Any], question: Any, texts: Sequence[str | None], helpers: 
     """The score of one model's responses to one question."""
     found = task.score([ModelResponses("post", question, texts)], helpers)
     (one,) = found.scores
-    return Scored(dict(one.metrics), list(one.marks), list(found.notes))
+    return Scored(dict(one.metrics), list(one.marks), one.right and list(one.right), list(found.notes))
 
 
 class Long(Sequence[str | None]):
@@ -106,8 +107,9 @@ def test_the_prompts_of_a_judge_are_not_held_in_memory(task: Task[Any], make: An
 
 def test_open_qa_counts_names_and_what_ends_in_one() -> None:
     texts = ["Ohio", "OH.", "It is Utah!", "Texas", "Ohio or Utah", None]
-    metrics, marks, notes = score(OpenQA(), STATES, texts, Helpers(6))
+    metrics, marks, right, notes = score(OpenQA(), STATES, texts, Helpers(6))
     assert marks == ["Ohio", "Ohio", "Utah", "", "", ""]
+    assert right == [True, True, True, False, False, False]
     assert metrics["precision"] == 0.5
     assert metrics["entropy"] == pytest.approx(log(3) - 2 / 3 * log(2))
     assert metrics["coverage-6"] == 0.5
@@ -123,7 +125,7 @@ def test_open_qa_without_a_right_answer_is_zero_throughout() -> None:
 def test_a_judge_decides_on_responses_that_are_not_a_name(judging: Judging) -> None:
     judge, model = judging(lambda prompt: '{"answer": 4}' if "the pine tree state" in prompt else '{"answer": 0}')
     texts = ["Ohio", "It is Utah!", "the pine tree state", "The Pine Tree State.", ""]
-    metrics, marks, notes = score(OpenQA(), STATES, texts, Helpers(5, judge=judge))
+    metrics, marks, _, notes = score(OpenQA(), STATES, texts, Helpers(5, judge=judge))
     assert marks == ["Ohio", "", "Maine", "Maine", ""]
     assert metrics["precision"] == 0.6
     assert len(model.requests) == 2  # neither what is a name, nor what is the same but for case, nor nothing
@@ -153,7 +155,7 @@ def test_the_judge_is_not_asked_again_about_the_same(judging: Judging) -> None:
 )
 def test_an_invalid_judgement_counts_as_wrong_and_is_noted(judging: Judging, reply: str) -> None:
     judge, _ = judging(lambda prompt: reply)
-    metrics, _, notes = score(OpenQA(), STATES, ["Ohio", "It is Utah!"], Helpers(2, judge=judge))
+    metrics, _, _, notes = score(OpenQA(), STATES, ["Ohio", "It is Utah!"], Helpers(2, judge=judge))
     assert metrics["precision"] == 0.5
     (note,) = notes
     assert note.startswith("a-judge judged 1 responses; 1 of its replies")
@@ -173,10 +175,10 @@ def points(*values: object) -> str:
 
 def test_creative_diversity_is_over_texts_that_say_something() -> None:
     helpers = Helpers(4, embedder=Embeddings({"a": (1, 0), "b": (0, 1)}))
-    metrics, marks, notes = score(Creative(), JOKE, ["a", "b", "", None, " \n"], helpers)
+    metrics, marks, right, notes = score(Creative(), JOKE, ["a", "b", "", None, " \n"], helpers)
     assert metrics["diversity"] == pytest.approx(1)
     assert isnan(metrics["quality"])
-    assert marks == ["", "", "", "", ""]
+    assert (marks, right) == (["", "", "", "", ""], None)
     (note,) = notes
     assert note.startswith("quality was not measured")
 
@@ -200,7 +202,7 @@ def test_texts_that_embeddings_read_only_in_part_are_counted() -> None:
 
 def test_quality_is_the_share_of_the_judges_points_and_the_rubric_is_shown(judging: Judging) -> None:
     judge, model = judging(lambda prompt: points(10, 8, 6, 4, 2) if "good" in prompt else points(0, 0, 0, 0, 0.0))
-    metrics, marks, notes = score(Creative(), JOKE, ["good", "bad", "bad", "", None], Helpers(4, judge=judge))
+    metrics, marks, _, notes = score(Creative(), JOKE, ["good", "bad", "bad", "", None], Helpers(4, judge=judge))
     assert metrics["quality"] == pytest.approx(0.6 / 5)  # nothing is worth nothing
     assert isnan(metrics["diversity"])
     assert marks == ["0.60", "0.00", "0.00", "0.00", "0.00"]
@@ -215,7 +217,7 @@ def test_quality_is_the_share_of_the_judges_points_and_the_rubric_is_shown(judgi
 )
 def test_quality_is_blank_where_the_judges_reply_cannot_be_read(judging: Judging, reply: str) -> None:
     judge, _ = judging(lambda prompt: reply)
-    metrics, marks, notes = score(Creative(), JOKE, ["a"], Helpers(1, judge=judge))
+    metrics, marks, _, notes = score(Creative(), JOKE, ["a"], Helpers(1, judge=judge))
     assert isnan(metrics["quality"])
     assert marks == [""]
     assert notes[0].startswith("a-judge judged 1 texts; 1 of its replies")
@@ -225,8 +227,9 @@ def test_quality_is_blank_where_the_judges_reply_cannot_be_read(judging: Judging
 
 
 def test_reasoning_compares_numbers() -> None:
-    metrics, marks, _ = score(Reasoning(), SUM, ["It is 4.", "#### 4.0", "5", "none", None], Helpers(5))
-    assert marks == ["4 ✓", "4 ✓", "5 ✗", "no answer ✗", "no answer ✗"]
+    metrics, marks, right, _ = score(Reasoning(), SUM, ["It is 4.", "#### 4.0", "5", "none", None], Helpers(5))
+    assert marks == ["4", "4", "5", "no answer", "no answer"]
+    assert right == [True, True, False, False, False]
     assert metrics["pass@1"] == pytest.approx(0.4)
     assert metrics["pass@4"] == 1
     assert isnan(metrics["pass@8"])
@@ -260,14 +263,14 @@ def test_reasoning_can_ask_all_questions_without_greedy_decoding() -> None:
 
 def test_reasoning_reads_answers_as_the_option_says() -> None:
     texts = ["#### 4, not 5", "#### 4.0", "4"]
-    for extract, marks in {
-        "number": ["4 ✓", "4 ✓", "4 ✓"],
-        "strict-match": ["4 ✓", "4.0 ✗", "no answer ✗"],
-        "flexible-extract": ["5 ✗", "4.0 ✗", "4 ✓"],
-    }.items():
+    for extract, marks, right in (
+        ("number", ["4", "4", "4"], [True, True, True]),
+        ("strict-match", ["4", "4.0", "no answer"], [True, False, False]),
+        ("flexible-extract", ["5", "4.0", "4"], [False, False, True]),
+    ):
         task = Reasoning(EvaluationOptions(extract=extract))
-        _, found, notes = score(task, SUM, texts, Helpers(3))
-        assert found == marks
+        _, *found, notes = score(task, SUM, texts, Helpers(3))
+        assert found == [marks, right]
         assert [extract in note for note in notes] == [True] * (extract != "number")
         missed = task.choose([SUM], None, lambda _: ["#### 4.0"]) if extract != "number" else None
         assert missed is None or missed.questions == [SUM]
@@ -277,9 +280,10 @@ def test_reasoning_takes_answers_that_are_not_numbers_where_math_verify_reads_th
     task = Reasoning(EvaluationOptions(extract="math-verify"))
     rows = [{"question": "Expand.", "answer": r"#### x^2 + 2x + 1"}, {"question": "Half?", "answer": 0.5}]
     expand, half = parse_questions(task.question, [QuestionRow("a", row) for row in rows])
-    _, marks, _ = score(task, expand, [r"So it is \boxed{(x+1)^2}.", r"\boxed{x^2}", "no", None], Helpers(4))
-    assert marks == ["(x+1)^2 ✓", "x^2 ✗", "no answer ✗", "no answer ✗"]
-    assert score(task, half, [r"It is $\frac{1}{2}$."], Helpers(1)).marks == [r"\frac{1}{2} ✓"]
+    _, marks, right, _ = score(task, expand, [r"So it is \boxed{(x+1)^2}.", r"\boxed{x^2}", "no", None], Helpers(4))
+    assert marks == ["(x+1)^2", "x^2", "no answer", "no answer"]
+    assert right == [True, False, False, False]
+    assert score(task, half, [r"It is $\frac{1}{2}$."], Helpers(1))[1:3] == ([r"\frac{1}{2}"], [True])
     for answer in ("####", "", None, True):
         with refused(DataError, "no-expression"):
             parse_questions(task.question, [QuestionRow("a", {"question": "What?", "answer": answer})])
@@ -298,7 +302,8 @@ def test_a_task_scores_every_metric_that_it_names(name: str) -> None:
     task = TASKS[name]()
     question = {"open-qa": STATES, "creative": JOKE, "reasoning": SUM}[name]
     for texts in (["Ohio 4"], [None], [], ["", " "]):
-        metrics, marks, _ = score(task, question, texts, Helpers(7))
+        metrics, marks, right, _ = score(task, question, texts, Helpers(7))
         assert list(metrics) == [metric.name for metric in task.metrics(7)]
         assert len(marks) == len(texts)
+        assert right is None or len(right) == len(texts)
     assert task.name == name

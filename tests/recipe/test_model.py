@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -15,10 +14,11 @@ from slrmerge.checkpoint.location import Repository
 from slrmerge.errors import CheckpointError, OutputError, RecipeError, SlrmergeError
 from slrmerge.recipe.blend import BLEND_RULES
 from slrmerge.recipe.load import as_recipe, load_recipe
-from slrmerge.recipe.model import Recipe, generate_schema, recipe_schema
+from slrmerge.recipe.model import Recipe, generate_schema
 from slrmerge.recipe.rules import LayerRule, Rules, TensorRule
 from tests.conftest import Pair
 from tests.problems import refused
+from tests.recipe import SCHEMA, VALIDATOR
 
 SIDES = {"pretrained": "pre", "posttrained": "post"}
 
@@ -302,41 +302,39 @@ def test_a_constructor_returns_or_raises_a_recipe_error(content: dict[str, Any])
 
 
 def test_the_packaged_schema_is_the_generated_one() -> None:
-    assert recipe_schema() == generate_schema(), "write generate_schema() to slrmerge/recipe/recipe.schema.json"
+    assert generate_schema() == SCHEMA, "write generate_schema() to slrmerge/recipe/recipe.schema.json"
 
 
 @settings(deadline=None, max_examples=60)
 @given(RECIPES)
 def test_the_schema_accepts_every_valid_recipe(content: dict[str, Any]) -> None:
-    validator = jsonschema.Draft202012Validator(recipe_schema())
-    assert validator.is_valid(content)
-    assert validator.is_valid(Recipe(**content).to_dict())
+    assert VALIDATOR.is_valid(content)
+    assert VALIDATOR.is_valid(Recipe(**content).to_dict())
 
 
 def test_the_schema_is_valid_and_describes_every_key() -> None:
-    schema = recipe_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    kinds = {Recipe: schema, LayerRule: schema["$defs"]["LayerRule"], TensorRule: schema["$defs"]["TensorRule"]}
+    VALIDATOR.check_schema(SCHEMA)
+    kinds = {Recipe: SCHEMA, LayerRule: SCHEMA["$defs"]["LayerRule"], TensorRule: SCHEMA["$defs"]["TensorRule"]}
     for kind, described in kinds.items():
         assert described["properties"].keys() == kind.model_fields.keys()
         assert all(entry.get("description") for entry in described["properties"].values())
         assert described["required"] == [name for name, each in kind.model_fields.items() if each.is_required()]
-    assert schema["properties"]["blend"]["enum"] == list(BLEND_RULES)
+    assert SCHEMA["properties"]["blend"]["enum"] == list(BLEND_RULES)
 
 
 @pytest.mark.parametrize("content", [content for content, _ in GOOD if "layers" not in content or content["layers"]])
 def test_the_schema_accepts_valid_recipes(content: dict[str, Any]) -> None:
-    jsonschema.validate(SIDES | content, recipe_schema(), jsonschema.Draft202012Validator)
+    VALIDATOR.validate(SIDES | content)
 
 
 @pytest.mark.parametrize("content", [content for content, _ in BAD], ids=repr)
 def test_the_schema_refuses_invalid_recipes(content: dict[str, Any]) -> None:
-    assert not jsonschema.Draft202012Validator(recipe_schema()).is_valid(SIDES | content)
+    assert not VALIDATOR.is_valid(SIDES | content)
 
 
 @pytest.mark.parametrize("content", [content for content, _ in BAD_BEYOND_A_SCHEMA], ids=lambda value: repr(value)[:60])
 def test_the_schema_cannot_express_the_rest(content: dict[str, Any]) -> None:
-    assert jsonschema.Draft202012Validator(recipe_schema()).is_valid(SIDES | content)
+    assert VALIDATOR.is_valid(SIDES | content)
 
 
 # rules

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
 from slrmerge.recipe.load import load_recipe, require_rules
-from slrmerge.recipe.model import Recipe, recipe_schema
+from slrmerge.recipe.model import Recipe
+from tests.recipe import SCHEMA, VALIDATOR
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
@@ -21,10 +21,10 @@ def test_every_recipe_is_valid_here_and_in_an_editor(path: Path) -> None:
     recipe = load_recipe(path)
     assert isinstance(recipe, Recipe)
     require_rules(recipe)
-    jsonschema.validate(yaml.safe_load(path.read_text()), recipe_schema())
+    VALIDATOR.validate(yaml.safe_load(path.read_text()))
     modeline, comment, *_ = path.read_text().splitlines()
     schema = modeline.removeprefix("# yaml-language-server: $schema=")
-    assert yaml.safe_load((path.parent / schema).read_text()) == recipe_schema()
+    assert yaml.safe_load((path.parent / schema).read_text()) == SCHEMA
     assert comment.startswith("# ")
 
 

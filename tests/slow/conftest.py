@@ -3,17 +3,23 @@
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import slrmerge
+from slrmerge.io.strict_yaml import write_yaml
+from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter
 from tests.conftest import made_once
 from tests.slow.llama_cpp import gguf_of
 
 SLRMERGE = Path(sys.executable).with_name("slrmerge")
 RESTORED = [17, 28]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
+QUESTIONS = ConstrainedRandomCharacter().questions()[::10]
+"""Two about digits and two about letters: a search of 465 intervals takes as long as it asks questions."""
+
 # For the steps that all tests wait for. Waiting torch threads would otherwise spin, and take the core from other tests.
 ON_EVERY_CORE = {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "passive"}
 
@@ -46,10 +52,12 @@ def real_hybrid(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def searched(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quick search of the pair in bfloat16: 8 prompts, then 40 in float32 for the finalists."""
+    """A search of all intervals of the pair by `QUESTIONS`, in float32, in which every processor is fast."""
 
     def search(folder: Path) -> None:
-        options = ["--quick", "--dtype", "bfloat16", "--space", "intervals"]
+        task = tmp_path_factory.mktemp("task") / "questions.yaml"
+        task.write_text(write_yaml({"questions": [asdict(question) for question in QUESTIONS]}))
+        options = ["--task", task, "--space", "intervals"]
         run(SLRMERGE, "search", real_pair / "recipe.yaml", "--out", folder, *options)
 
     return made_once(tmp_path_factory, "smollm2-search", search)

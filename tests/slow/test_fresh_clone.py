@@ -12,10 +12,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 INSTALL, DEMO, TEST = blocks(README, "sh")
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "slrmerge"], check=True)
-    return tmp_path / "slrmerge"
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for both installations, the README's on top of the demo's, which it contains: torch alone takes minutes."""
+    folder = tmp_path_factory.mktemp("clone") / "slrmerge"
+    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    return folder
 
 
 def test_make_demo_ends_in_a_verified_hybrid(clone: Path) -> None:

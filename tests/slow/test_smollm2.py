@@ -10,7 +10,7 @@ import pytest
 
 from slrmerge import Recipe, load_recipe
 from tests.checkpoints import read_back
-from tests.slow.conftest import SLRMERGE, run
+from tests.slow.conftest import QUESTIONS, SLRMERGE, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -79,16 +79,15 @@ def test_transformers_loads_the_hybrid_and_it_answers(hybrid: Path) -> None:
 @pytest.mark.filterwarnings("default")  # transformers' own
 def test_the_selected_hybrid_has_the_scores_of_the_search_when_merged_and_loaded(searched: Path, folder: Path) -> None:
     from slrmerge.searching.prompts import contexts_of, tokenize
-    from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter
+    from slrmerge.searching.proxy_tasks import score
     from tests.searching.sweep.models import transformers_log_probs
 
-    task = ConstrainedRandomCharacter()
-    prompts = tokenize(task.questions(), folder / "posttrained")
+    prompts = tokenize(QUESTIONS, folder / "posttrained")
     selected = json.loads((searched / "summary.json").read_text())["selected"]
     for name in ("slr", "early"):
         run(SLRMERGE, searched / f"{name}.yaml", "--out", folder / f"searched-{name}")
         log_probs = transformers_log_probs(folder / f"searched-{name}", contexts_of(prompts))
-        quality, diversity = task.score(log_probs[np.newaxis])
+        quality, diversity = score(log_probs[np.newaxis])
         assert quality.mean() == pytest.approx(selected[name]["quality"], abs=1e-4)
         assert diversity.mean() == pytest.approx(selected[name]["diversity"], abs=1e-4)
     assert selected["slr"]["quality"] >= 0.9 * selected["post"]["quality"]

@@ -1,8 +1,9 @@
 """The interface of a task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import ClassVar, Generic, Literal, NamedTuple
 
 from slrmerge.evaluation.embeddings import Embedder
@@ -29,11 +30,9 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelResponses(Generic[Q]):
-    """One model's responses to a question, in the order of its samples.
+    """One model's responses to a question, in the order of its samples; there may be none.
 
     None for a refusal, and where verbalized sampling failed.
-
-    There may be none.
     """
 
     model: str
@@ -43,10 +42,19 @@ class ModelResponses(Generic[Q]):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The metrics of one ModelResponses, NaN where undefined, and a mark for each text, such as the matched answer."""
+    """The metrics of one ModelResponses, NaN where undefined, and a mark for each text, such as the matched answer.
+
+    `right` says for each text whether it is right; None for a task that has no right and wrong.
+    """
 
     metrics: Mapping[str, float]
     marks: Sequence[str]
+    right: Sequence[bool] | None = None
+
+    def verdicts(self) -> Iterator[tuple[str, bool | None]]:
+        """The mark of each text, and whether the text is right."""
+        right = repeat(None, len(self.marks)) if self.right is None else self.right
+        return zip(self.marks, right, strict=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,8 @@ class OpenQA(Task[OpenQuestion]):
                 matched.append(answer)
             values = (precision(matched), entropy(matched), coverage(matched, len(question.answers)))
             marks = ["" if answer is None else question.answers[answer][0] for answer in matched]
-            scores.append(Score(dict(zip(names_of_metrics, values, strict=True)), marks))
+            right = [answer is not None for answer in matched]
+            scores.append(Score(dict(zip(names_of_metrics, values, strict=True)), marks, right))
         notes = list(judged.notes)
         if stated.total():
             counts = ", ".join(f"{model} {count:,}" for model, count in stated.items() if count)

@@ -123,9 +123,7 @@ class Reasoning(Task[SolvedQuestion]):
             readings = [
                 Reading(None, False) if text is None else self._read(text, each.question.answer) for text in each.texts
             ]
-            correct = sum(reading.is_correct for reading in readings)
-            marks = [
-                f"{'no answer' if text is None else text} {'✓' if is_correct else '✗'}" for text, is_correct in readings
-            ]
-            scores.append(Score({f"pass@{k}": pass_at_k(len(readings), correct, k) for k in KS}, marks))
+            marks = ["no answer" if reading.text is None else reading.text for reading in readings]
+            right = [reading.is_correct for reading in readings]
+            scores.append(Score({f"pass@{k}": pass_at_k(len(right), sum(right), k) for k in KS}, marks, right))
         return TaskScores(scores, [f"answers were read by {self._extract}"] if self._extract != "number" else [])
