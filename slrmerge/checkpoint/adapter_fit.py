@@ -146,11 +146,11 @@ class Fitting:
         first, second = (self.stored[parts[name]] for name in sorted(needed))
         target = self._names.find(f"{module}.weight")
         if target is None and f".{module}.weight".endswith(f".{_HEAD}") and self._tied_embedding:
-            return self._refuse_tied(module)
+            target = self._add_head(f"{module}.weight", self._tied_embedding)
         if target is None:
             what = "is not a module of the base"
             return self._refuse(module, "adapter-does-not-fit", what, "name the base that it was trained on")
-        info = self.infos.get(target, self.base[target])
+        info = self._info(target)
         if info.dtype not in FLOATING or not {first.dtype, second.dtype} <= FLOATING:
             return self._refuse_dtype(module, info)
         if len(first.shape) != 2 or len(second.shape) != 2 or len(info.shape) != 2:
@@ -188,9 +188,15 @@ class Fitting:
         self.infos.setdefault(target, self.base[target])
         return None
 
-    def _shape(self, target: str) -> tuple[int, ...]:
-        """The shape of a tensor of the base, which the adapter may have resized."""
-        return self.infos.get(target, self.base[target]).shape
+    def _add_head(self, name: str, embedding: str) -> str:
+        """Give a base whose head is its embedding a head of its own, with the embedding's values; returns its name."""
+        self.updates.setdefault(name, Update(embedding))
+        self.infos.setdefault(name, self.base[embedding]._replace(begin=0))
+        return name
+
+    def _info(self, target: str) -> TensorInfo:
+        """A tensor of the base, which the adapter may have resized, or the head that it adds."""
+        return self.infos[target] if target in self.infos else self.base[target]
 
     def _update(self, target: str) -> Update:
         return self.updates.get(target, Update(target))
@@ -200,7 +206,7 @@ class Fitting:
 
         Its shape says so. Where it is square, the modules beside it do, or else the config.
         """
-        shape = self._shape(target)
+        shape = self._info(target).shape
         if linear[0] != linear[1]:
             return bool(shape != linear)
         evidence = self._orientations[_is_in_layer(target)]
@@ -218,7 +224,7 @@ class Fitting:
             if target and parts.keys() >= {"lora_A", "lora_B"}:
                 linear = self.stored[parts["lora_B"]].shape[:1] + self.stored[parts["lora_A"]].shape[1:]
                 if linear != linear[::-1]:
-                    found[_is_in_layer(target)].add(self._shape(target) != linear)
+                    found[_is_in_layer(target)].add(self._info(target).shape != linear)
         for name, info in self.base.items():
             bias = self.base.get(f"{name.removesuffix('.weight')}.bias")
             if name.endswith(".weight") and bias and len(info.shape) == 2 and info.shape[0] != info.shape[1]:
@@ -226,9 +232,9 @@ class Fitting:
         return found
 
     def _check_tied(self) -> None:
-        """Untie embeddings where the adapter changes one: peft stores and runs the input embedding and the head apart.
+        """Untie embeddings where the adapter changes one: peft trains and runs the input embedding and the head apart.
 
-        A delta on tied embeddings is refused, since peft itself runs and merges it differently.
+        peft's `merge_and_unload` adds the deltas of both to the one tensor, which is not what it runs.
         """
         changed = [name for name in self.updates if self._is_embedding(name)]
         embedding, stored_head = self._embeddings.token, self._embeddings.head
@@ -236,8 +242,6 @@ class Fitting:
             return None
         head = stored_head or next((name for name in changed if name.endswith(_HEAD)), None)
         is_tied = stored_head is None or self._embeddings.is_tied
-        if is_tied and any(self.updates[name].delta for name in changed):
-            return self._refuse_tied(changed[0])
         before = self.base[embedding].shape[0]
         rows, head_rows = (self.infos[name].shape[0] if name in self.infos else before for name in (embedding, head))
         if rows != head_rows:
@@ -246,8 +250,7 @@ class Fitting:
             return self._refuse(changed[0], "adapter-does-not-fit", what, remedy)
         if is_tied:
             if head is None:
-                self.updates[_HEAD] = Update(embedding)
-                self.infos[_HEAD] = self.base[embedding]._replace(begin=0)
+                self._add_head(_HEAD, embedding)
             self._unties = True
             self.notes.append("the adapter changes the input embedding or the head by itself: they are no longer tied")
         return None
@@ -260,10 +263,6 @@ class Fitting:
     def _is_embedding(self, name: str) -> bool:
         """Whether a tensor is an embedding or the head, of the base or one that the adapter adds."""
         return name in self._embeddings.tokens or name == self._embeddings.head or name.endswith(_HEAD)
-
-    def _refuse_tied(self, name: str) -> None:
-        what = "is changed in a base whose embeddings are tied: peft runs and merges such an adapter differently"
-        self._refuse(name, "adapter-on-tied", what, "merge it with peft's `merge_and_unload`")
 
     def _refuse_dtype(self, name: str, info: TensorInfo) -> None:
         what = f"changes a weight of dtype {info.dtype}: a quantized base cannot be changed"

@@ -192,6 +192,11 @@ def read_layout(folder: Path, names: set[str], *, where: str) -> Layout:
         what = f"contains two models: {SINGLE_NAME} and the shards in {INDEX_NAME}"
         remedy = "loaders disagree on which one to load: move the stale one away"
         problems.append(Problem("two-models", where, what, remedy))
+    read = SINGLE_NAME if index is None else INDEX_NAME
+    if (named := config.get("transformers_weights")) not in (None, read):
+        what = f"says that the weights are in {shorten(named)} (transformers_weights), {read} is beside it"
+        remedy = f"call the model {SINGLE_NAME}, or its index {INDEX_NAME}, move the other away, and delete that key"
+        problems.append(Problem("two-models", f"{where}/{CONFIG_NAME}", what, remedy))
     if ADAPTER_CONFIG_NAME in names and (adapters := names & {ADAPTER_WEIGHTS_NAME, ADAPTER_PICKLE_NAME}):
         what = f"contains two models: its own weights, and an adapter in {min(adapters)}"
         remedy = f"transformers would add the adapter: move it away, with its {ADAPTER_CONFIG_NAME}, or the weights"

@@ -40,7 +40,13 @@ _TERMS = re.compile(rf"([A-Z0-9]+[-_. ])*({'|'.join(COPIED_STEMS)}).*", re.DOTAL
 _MAX_MODULES_BYTES = 1_000_000
 _MAX_DEPTH = 20
 
-_NOT_COPIED = frozenset({MANIFEST_NAME, RECIPE_NAME, CARD_NAME, ADAPTER_CONFIG_NAME, "trainer_state.json"})
+_NOT_COPIED = frozenset({
+    MANIFEST_NAME, RECIPE_NAME, CARD_NAME, ADAPTER_CONFIG_NAME,
+    "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",  # of the post-trained model
+})  # fmt: skip
+
+_INDEX = re.compile(r".+\.index(\..+)?\.json", re.DOTALL)
+"""Indices of weights, also of a variant: `model.safetensors.index.fp16.json`."""
 
 _COMMON_FILE = re.compile(
     r"((generation|preprocessor|video_preprocessor|processor|quantize|quantization)_)?config\.json"
@@ -192,7 +198,7 @@ def _is_side_file(name: str) -> bool:
         return False
     if is_code(name):
         return True
-    if path.name in _NOT_COPIED or path.name.startswith(".") or path.name.endswith(".index.json"):
+    if path.name in _NOT_COPIED or path.name.startswith(".") or _INDEX.fullmatch(path.name):
         return False
     if path.suffix in COPIED_SUFFIXES or _VERSIONED_TOKENIZER.fullmatch(path.name):
         return True

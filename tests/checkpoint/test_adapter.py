@@ -210,6 +210,30 @@ def test_an_embedding_or_head_trained_by_itself_unties_them(tmp_path: Path, stor
         assert (read_all(checkpoint, name, range(0, 128, 128)) == values(expected).reshape(-1)).all()
 
 
+@pytest.mark.parametrize("stores_head", [True, False])
+@pytest.mark.parametrize("changed", [(HEAD,), (EMBEDDING,), (HEAD, EMBEDDING)])
+def test_factors_on_tied_embeddings_change_each_by_itself(
+    tmp_path: Path, changed: tuple[str, ...], stores_head: bool
+) -> None:
+    tied = llama_tensors("base", tied=True)
+    tied |= {HEAD: tied[EMBEDDING]} if stores_head else {}
+    factors = lora_tensors(BASE, ["lm_head"]) if HEAD in changed else {}
+    if EMBEDDING in changed:
+        for part, shape in (("A", (2, 16)), ("B", (8, 2))):
+            factors[f"{PREFIX}model.embed_tokens.lora_embedding_{part}"] = random_tensor("F32", shape, part)
+    checkpoint = on(tmp_path, tied, factors, base_config=llama_config(tie_word_embeddings=True))
+    assert checkpoint.config["tie_word_embeddings"] is False
+    embedding = values(tied[EMBEDDING])
+    expected = {HEAD: embedding, EMBEDDING: embedding}
+    if HEAD in changed:
+        expected[HEAD] = merged({"lm_head.weight": tied[EMBEDDING]}, factors, "lm_head", 1.5)
+    if EMBEDDING in changed:
+        left, right = (values(factors[f"{PREFIX}model.embed_tokens.lora_embedding_{part}"]) for part in "AB")
+        expected[EMBEDDING] = embedding + 1.5 * (right @ left).T
+    for name, value in expected.items():
+        assert np.allclose(read_all(checkpoint, name, range(0, 128, 37)), value.reshape(-1), atol=1e-6)
+
+
 def test_a_head_of_another_name_is_the_head(tmp_path: Path) -> None:
     names = {EMBEDDING: "gpt_neox.embed_in.weight", HEAD: "embed_out.weight"}
     base = {names.get(name, name): tensor for name, tensor in llama_tensors("base").items()}
@@ -373,19 +397,6 @@ def test_tensors_that_do_not_fit_are_refused(
     folder = write_adapter(tmp_path / "lora", tensors, base_model_name_or_path=str(base))
     with refused(CheckpointError, code):
         open_checkpoint(folder)
-
-
-@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
-def test_factors_on_tied_embeddings_are_refused(tmp_path: Path, module: str) -> None:
-    tied = llama_tensors("base", tied=True)
-    factors = lora_tensors(BASE, [module])
-    if module != "lm_head":
-        factors = {
-            f"{PREFIX}{module}.lora_embedding_A": random_tensor("F32", (2, 16), 0),
-            f"{PREFIX}{module}.lora_embedding_B": random_tensor("F32", (8, 2), 0),
-        }
-    with refused(CheckpointError, "adapter-on-tied"):
-        on(tmp_path, tied, factors)
 
 
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:

@@ -261,6 +261,19 @@ def test_an_adapter_beside_the_weights_is_two_models(single: Path, weights: str)
     refusal(single, "two-models")
 
 
+@pytest.mark.parametrize("named", ["model.fp16.safetensors", INDEX])
+def test_a_config_that_names_other_weights_than_those_that_are_read_is_two_models(single: Path, named: str) -> None:
+    config = json.loads((single / CONFIG).read_text())
+    (single / CONFIG).write_text(json.dumps({**config, "transformers_weights": named}))
+    assert places(refusal(single, "two-models"), single) == [CONFIG]
+
+
+def test_a_config_may_name_the_weights_that_are_read(single: Path) -> None:
+    config = json.loads((single / CONFIG).read_text())
+    (single / CONFIG).write_text(json.dumps({**config, "transformers_weights": SINGLE}))
+    assert open_folder(single).weight_map == dict.fromkeys(llama_tensors(0), SINGLE)
+
+
 def test_a_single_file_that_the_index_names_is_one_model(single: Path) -> None:
     (single / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(llama_tensors(0), SINGLE)}))
     assert open_folder(single).weight_map == dict.fromkeys(llama_tensors(0), SINGLE)

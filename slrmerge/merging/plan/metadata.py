@@ -17,7 +17,9 @@ from slrmerge.merging.plan.model import PlannedTensor
 _NOT_CARRIED = ("format", "total_size", "total_parameters")
 """True of the source's files only."""
 
-_BOOKKEEPING = ("version", "timestamp", "date", "time")
+_BOOKKEEPING = (
+    "version", "timestamp", "date", "time", "author", "title", "description", "license", "url", "commit", "hash",
+)  # fmt: skip
 """Words in keys of which the post-trained value is kept where the two differ."""
 
 _REMEDY = "the two cannot be in one checkpoint: merge models that were saved in the same way"

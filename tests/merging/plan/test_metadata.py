@@ -64,6 +64,7 @@ def test_a_list_of_names_has_those_of_both_sides_that_are_in_the_output(tmp_path
         ({"layout": "x"}, {}, {"layout": "x"}),
         ({}, {"layout": "x"}, {"layout": "x"}),
         ({"mergekit_version": "0.1"}, {"mergekit_version": "0.2"}, {"mergekit_version": "0.2"}),
+        ({"modelspec.author": "a"}, {"modelspec.author": "b"}, {"modelspec.author": "b"}),
         ({"total_size": "1"}, {"total_size": "2"}, {"total_size": "2"}),  # the post-trained file is kept
         ({"format": "mlx"}, {"format": "pt"}, {}),
     ],
