@@ -161,6 +161,7 @@ class Search:
                 )
                 write_prompts(output.staging, KeptScores(asked, held_out))
                 write_result(output.staging, result)
+                output.check_target()
                 remove(output.staging / name for name in (*PASSES, _DATE))
                 output.publish(progress)
         return result

@@ -314,6 +314,27 @@ def test_an_interrupted_search_resumes(small: SmallPair, monkeypatch: pytest.Mon
 
 
 @in_a_hurry
+def test_a_complete_search_whose_folder_must_not_be_replaced_is_kept(
+    small: SmallPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slrmerge.cli.progress import TerminalProgress
+
+    def occupy(self: TerminalProgress, what: str) -> None:
+        if what == "writing the results":
+            small.out.mkdir()
+            (small.out / "notes.txt").touch()
+
+    search = ("search", small.recipe_file(), "--out", small.out, "--threads", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(TerminalProgress, "on_status", occupy)
+        assert refusal(*search) == (6, ["output-exists"])
+    (small.out / "notes.txt").unlink()
+    again = run(*search)
+    assert again.exit_code == 0
+    assert "resuming: this pass is complete" in again.stderr
+
+
+@in_a_hurry
 def test_an_interrupted_search_without_resume_keeps_nothing(small: SmallPair, monkeypatch: pytest.MonkeyPatch) -> None:
     from slrmerge.cli.progress import TerminalProgress
 
