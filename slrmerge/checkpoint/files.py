@@ -15,12 +15,10 @@ from threading import Event, Lock
 from typing import BinaryIO, NamedTuple, Protocol
 
 from slrmerge.errors import CheckpointError, Problem, SlrmergeError, SourceChangedError
-from slrmerge.io.files import clone_range, open_files_remedy
+from slrmerge.io.files import NO_FOLLOW, clone_range, open_files_remedy
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 """No newline translation on Windows, and no waiting for a FIFO that took a file's place."""
-
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 _MAX_REFERENCE = 1000
 _SHARED_BLOB = re.compile("([0-9a-f]{2})/\\1[0-9a-f]{62}")
@@ -261,7 +259,7 @@ def _open_beneath(root: Path, path: Path) -> int:
     for part in path.parts:
         parent = fd
         try:
-            fd = os.open(part, _FLAGS | _NO_FOLLOW, dir_fd=parent)
+            fd = os.open(part, _FLAGS | NO_FOLLOW, dir_fd=parent)
         finally:
             os.close(parent)
     return fd

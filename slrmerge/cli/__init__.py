@@ -1,5 +1,8 @@
 """The command line: parse, call, print. The only place that prints or exits."""
 
-from slrmerge.cli.main import main
+try:
+    from slrmerge.cli.main import main
+except KeyboardInterrupt:  # as after Ctrl-C in a command, and without a traceback
+    raise SystemExit(130) from None
 
 __all__ = ["main"]

@@ -33,7 +33,7 @@ class DefaultGroup(click.Group):
             fail(error, as_json=False)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        with _printable_usage():
+        with _clean_exit():
             return super().make_context(*args, **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -51,14 +51,10 @@ class DefaultGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _printable_usage():
+            with _clean_exit():
                 return super().invoke(ctx)
         except SlrmergeError as error:
             fail(error, as_json=bool(ctx.obj.get("as_json")))
-        except KeyboardInterrupt as error:
-            echo(err=True)
-            echo("interrupted: " + "; ".join(getattr(error, "__notes__", ["nothing was written"])), err=True)
-            ctx.exit(INTERRUPTED)
 
     def _refuse_typo(self, ctx: click.Context, word: str) -> None:
         is_file_like = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110 (a name too long is no error)
@@ -70,8 +66,8 @@ class DefaultGroup(click.Group):
 
 
 @contextmanager
-def _printable_usage() -> Iterator[None]:
-    """click's errors repeat the words of the command, which may be names of files."""
+def _clean_exit() -> Iterator[None]:
+    """Make click's errors printable, which repeat the words of the command, and exit with a line after Ctrl-C."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:  # whose message is the help
@@ -79,6 +75,10 @@ def _printable_usage() -> Iterator[None]:
     except click.ClickException as error:
         error.message = shown(error.message)  # type: ignore[misc]  # what show prints
         raise
+    except KeyboardInterrupt as error:
+        echo(err=True)
+        echo("interrupted: " + "; ".join(getattr(error, "__notes__", ["nothing was written"])), err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 _MANY_OPTIONS = 10

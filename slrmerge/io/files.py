@@ -23,9 +23,12 @@ def create_folder(path: Path, *, durable: bool) -> None:
         sync_folder(folder.parent)
 
 
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
 def open_no_link(path: str, flags: int) -> int:
     """An opener that follows no link: whatever is written to a folder goes into that folder."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return os.open(path, flags | NO_FOLLOW, 0o666)
 
 
 def open_files_remedy(error: OSError) -> str:

@@ -73,15 +73,7 @@ class OutputFolder:
         yield from overlaps
         if overlaps:
             return
-        if target.exists() and not target.is_dir():
-            yield Problem("output-is-a-file", str(target), "is a file", "name a folder")
-        elif target.exists() and any(target.iterdir()):
-            if not self._overwrite:
-                what, remedy = "already exists and is not empty", "choose another output folder, or pass overwrite=True"
-                yield Problem("output-exists", str(target), what, remedy)
-            elif why := self._why_not_replaceable(target):
-                what = f"{why}, so overwrite does not replace it"
-                yield Problem("output-not-replaceable", str(target), what, "choose another output folder")
+        yield from self._target_problems()
         parent = next((folder for folder in target.parents if folder.exists()), target)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             what = "is not a writable folder"
@@ -91,6 +83,27 @@ class OutputFolder:
             yield Problem("invalid-output", str(target), what, "choose a shorter one")
         else:
             yield from self._unsafe_folders()
+
+    def check_target(self) -> None:
+        """Raise OutputError where what is at the target now must not be replaced.
+
+        To be called before `publish`, and before removing what a run would resume from: someone may have put a folder
+        there, or a file into the old one.
+        """
+        with translate_os_errors(self.path):
+            raise_all(self._target_problems(), OutputError)
+
+    def _target_problems(self) -> Iterator[Problem]:
+        target = self.path
+        if target.exists() and not target.is_dir():
+            yield Problem("output-is-a-file", str(target), "is a file", "name a folder")
+        elif target.exists() and any(target.iterdir()):
+            if not self._overwrite:
+                what, remedy = "already exists and is not empty", "choose another output folder, or pass overwrite=True"
+                yield Problem("output-exists", str(target), what, remedy)
+            elif why := self._why_not_replaceable(target):
+                what = f"{why}, so overwrite does not replace it"
+                yield Problem("output-not-replaceable", str(target), what, "choose another output folder")
 
     def _unsafe_folders(self) -> Iterator[Problem]:
         for folder in (self.staging, set_aside_folder(self.path)):
@@ -317,6 +330,8 @@ def _lock(target: Path) -> Iterator[None]:
 
     path = target.parent.joinpath(f".{target.name}.slrmerge-lock")
     raise_all(_unsafe(path, "file", stat.S_ISREG), OutputError)
+    # A file that cannot be created, as in /proc, would seem to be locked.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | files.NO_FOLLOW, 0o600))
     lock = FileLock(path, mode=0o600, blocking=False)
     try:
         lock.acquire()

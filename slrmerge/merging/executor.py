@@ -199,6 +199,7 @@ def _write(
             }
             manifest = build_manifest(plan, written)
             written[MANIFEST_NAME] = write_file(output.staging / MANIFEST_NAME, manifest, durable=output.durable)
+            output.check_target()
             with journal.removed(lambda: output.published):
                 output.publish(progress)
     return written, resumed, list(_nan_notes(journal.nan_names))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.pair import ModelPair, require_layers
 from slrmerge.errors import Problem, UnsupportedModelError, require_extra
 from slrmerge.io.files import replace_file
@@ -151,6 +152,7 @@ class Search:
                     scored = self._score(scorer, output, progress)
                     result = self._select(scored, self._base(pair, output.path))
                     held_out = self._ask_held_out(result.choice, scorer, output, progress)
+                    _require_not_replaced(pair)
                 progress.status("writing the results")
                 asked = _prompt_scores([row.info.label for row in result.rows], self.questions, scored.scores)
                 result = replace(
@@ -161,6 +163,7 @@ class Search:
                 )
                 write_prompts(output.staging, KeptScores(asked, held_out))
                 write_result(output.staging, result)
+                output.check_target()
                 remove(output.staging / name for name in (*PASSES, _DATE))
                 output.publish(progress)
         return result
@@ -332,6 +335,14 @@ def search(
     Raises OptionError, RecipeError, CheckpointError, PlanError, UnsupportedModelError, OutputError and HubError.
     """
     return Search(pair, make_options(SearchOptions, options)).run(out, overwrite=overwrite, progress=progress)
+
+
+def _require_not_replaced(pair: ModelPair) -> None:
+    """Raise SourceChangedError where another file has the name of one that was scored: a merge would read that one."""
+    for _, checkpoint in pair.items():
+        for file in checkpoint.weight_files.values():
+            if isinstance(file, LocalFile) and file.path.exists():
+                file.open().close()
 
 
 def _read_date(staging: Path) -> datetime.date | None:

@@ -244,6 +244,33 @@ def test_a_file_that_is_written_gets_no_descriptor_of_a_stream() -> None:
     assert done.returncode == 0
 
 
+# Ctrl-C
+
+
+def test_ctrl_c_while_the_command_line_is_imported_prints_no_traceback() -> None:
+    code = """
+import sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+import slrmerge.cli
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("moment", ["parse_args", "invoke"])
+def test_ctrl_c_before_a_command_begins_is_an_interrupt(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slrmerge.cli.group.Command." + moment, press)
+    result = run("schema")
+    assert (result.exit_code, result.output) == (130, "\ninterrupted: nothing was written\n")
+
+
 # threads
 
 

@@ -13,7 +13,7 @@ from slrmerge.searching.results_folder import read_result
 from tests.checkpoints import Tensor, llama_config, llama_tensors, write_checkpoint
 from tests.cli import at_a_terminal, refusal, run, strict_json
 from tests.conftest import Pair
-from tests.merging.faults import leftovers, snapshot, tree
+from tests.merging.faults import harm, leftovers, snapshot, tree
 from tests.searching.conftest import hurried as hurried
 from tests.searching.conftest import made_pair as made_pair
 from tests.searching.conftest import small as small
@@ -311,6 +311,45 @@ def test_an_interrupted_search_resumes(small: SmallPair, monkeypatch: pytest.Mon
     assert again.exit_code == 0
     assert f"layer 2 of {LAYERS}" in again.stderr
     assert leftovers(small.out) == []
+
+
+@in_a_hurry
+@pytest.mark.parametrize("side", ["pre", "post"])
+def test_a_side_that_is_replaced_during_a_search_is_noticed(
+    small: SmallPair, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slrmerge.cli.progress import TerminalProgress
+
+    weights = small.folder / side / "model.safetensors"
+
+    def replace(self: TerminalProgress, what: str) -> None:
+        if what.startswith("layer 3") and weights.exists():
+            harm(weights, "replaced")
+
+    monkeypatch.setattr(TerminalProgress, "on_stage", replace)
+    assert refusal("search", small.recipe_file(), "--out", small.out, "--threads", 1) == (9, ["source-changed"])
+    assert not small.out.exists()
+
+
+@in_a_hurry
+def test_a_complete_search_whose_folder_must_not_be_replaced_is_kept(
+    small: SmallPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slrmerge.cli.progress import TerminalProgress
+
+    def occupy(self: TerminalProgress, what: str) -> None:
+        if what == "writing the results":
+            small.out.mkdir()
+            (small.out / "notes.txt").touch()
+
+    search = ("search", small.recipe_file(), "--out", small.out, "--threads", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(TerminalProgress, "on_status", occupy)
+        assert refusal(*search) == (6, ["output-exists"])
+    (small.out / "notes.txt").unlink()
+    again = run(*search)
+    assert again.exit_code == 0
+    assert "resuming: this pass is complete" in again.stderr
 
 
 @in_a_hurry

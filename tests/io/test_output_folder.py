@@ -218,6 +218,12 @@ def test_a_lock_file_that_a_kill_left_locks_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_file_system_that_creates_no_files_is_not_busy() -> None:
+    with refused(OutputError, "io-error"), OutputFolder("/proc/out").locked(Progress()):
+        pass
+
+
 def test_the_lock_is_released_when_the_run_fails(tmp_path: Path) -> None:
     with pytest.raises(KeyError), OutputFolder(tmp_path / "out").locked(Progress()):
         raise KeyError

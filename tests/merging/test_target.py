@@ -16,7 +16,7 @@ from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.planner import plan_merge
 from tests.checkpoints import read_back
 from tests.conftest import Pair
-from tests.merging.faults import OLD, Recorder, leftovers, snapshot, tree, write_files
+from tests.merging.faults import OLD, Recorder, kept_pieces, leftovers, snapshot, tree, write_files
 from tests.problems import refused
 
 OVERWRITE = MergeOptions(overwrite=True)
@@ -261,6 +261,20 @@ def test_overwrite_does_not_replace_a_folder_with_other_files(pair: Pair, name: 
         merge(recipe, pair.out, overwrite=True)
     assert name in caught.value.problems[0].what
     assert tree(pair.out) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_the_target_during_a_merge_is_not_replaced(pair: Pair, overwrite: bool) -> None:
+    recipe = pair.recipe(restore=[2, 3])
+    if overwrite:
+        write_files(pair.out, OLD)
+    recorder = Recorder(1, lambda: write_files(pair.out, {"my_notes.txt": b"precious"}))
+    with refused(OutputError, "output-not-replaceable" if overwrite else "output-exists") as caught:
+        merge(recipe, pair.out, overwrite=overwrite, progress=recorder)
+    assert snapshot(pair.out) == (OLD if overwrite else {}) | {"my_notes.txt": b"precious"}
+    assert kept_pieces(caught.value) == (2, 2)
+    (pair.out / "my_notes.txt").unlink()
+    assert merge(recipe, pair.out, overwrite=overwrite).resumed_pieces == 2
 
 
 @pytest.mark.parametrize("name", ["vocabulary.json", "extra.txt", "modeling_x.py", "chat_templates/tools.jinja"])

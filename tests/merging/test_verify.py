@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from slrmerge.errors import CheckpointError, OptionError, Problem, VerificationError
+from slrmerge.errors import CheckpointError, OptionError, OutputError, Problem, VerificationError
 from slrmerge.merging.executor import execute, merge
 from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.model import MergePlan
@@ -189,6 +189,14 @@ def test_missing_altered_and_added_files_are_named(hybrid: Pair, case: str) -> N
     harm, expected = DAMAGE[case]
     harm(hybrid.out)
     assert problems(hybrid.out) == expected
+
+
+@pytest.mark.parametrize("step", ["digests", "sources"])
+def test_a_file_that_is_removed_meanwhile_is_an_error(hybrid: Pair, step: str) -> None:
+    digests = len(list(hybrid.out.iterdir())) - 1  # all but the manifest's
+    recorder = Recorder(1 if step == "digests" else digests + 1, (hybrid.out / SHARD).unlink)
+    with refused(OutputError, "io-error"):
+        verify(hybrid.out, threads=1, progress=recorder)
 
 
 def test_files_that_no_loader_reads_may_be_added(hybrid: Pair) -> None:
