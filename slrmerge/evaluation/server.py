@@ -20,6 +20,7 @@ from slrmerge.evaluation.server_errors import (
     translate_server_errors,
 )
 from slrmerge.io.progress import Progress
+from slrmerge.io.sizes import shorten
 from slrmerge.io.threads import ThreadPool, require_thread
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ INVALID_RESPONSES = 3
 """So many invalid responses in a row are an error: one in thousands is not."""
 
 EMBEDDINGS_PER_REQUEST = 64
+
+_MODELS_SHOWN = 100
 
 NO_KEY = "none"
 """The API key for servers that need none; OPENAI_API_KEY takes precedence."""
@@ -71,7 +74,8 @@ class ServerModel:
             return self._at.model
         served = self._served()
         if len(served) != 1:
-            what = f"serves {', '.join(served)}" if served else "does not name the models that it serves"
+            shown = ", ".join(served[:_MODELS_SHOWN]) + (", …" if len(served) > _MODELS_SHOWN else "")
+            what = f"serves {shown}" if served else "does not name the models that it serves"
             raise ServerError(Problem("model-not-named", str(self._at), what, f"name one: LABEL=MODEL@{self._at}"))
         return served[0]
 
@@ -228,7 +232,8 @@ class ServerModel:
             choice = completion.choices[0]
             text, finish_reason = choice.message.content, choice.finish_reason
         except (AttributeError, LookupError, TypeError) as error:
-            raise InvalidResponseError("no message") from error
+            own = getattr(completion, "error", None)  # some servers send their errors with the status 200
+            raise InvalidResponseError("no message" + (f", but {shorten(own)}" if own else "")) from error
         if not isinstance(text, str | None):
             raise InvalidResponseError("a message that is not text")
         return Answer(text or "", str(finish_reason or "stop"))
@@ -294,7 +299,7 @@ async def _list(client: "AsyncOpenAI") -> list[str]:
         names = [getattr(model, "id", None) async for model in client.models.list()]
     except (AttributeError, TypeError) as error:
         raise InvalidResponseError("no list of models") from error
-    return [name for name in names if isinstance(name, str) and name]
+    return [name for name in names if isinstance(name, str) and name and name.isprintable()]
 
 
 async def _embed(client: "AsyncOpenAI", model: str, texts: Sequence[str]) -> NDArray[np.float32]:

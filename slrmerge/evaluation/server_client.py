@@ -60,6 +60,9 @@ class LimitedClient(openai.DefaultAsyncHttpxClient):
         for _ in range(MAX_REDIRECTS + 1):
             response = await super().send(request, stream=True, follow_redirects=False)
             if response.next_request is None:
+                if "," in response.headers.get("content-encoding", ""):  # a small one may decompress for hours
+                    await response.aclose()
+                    raise InvalidResponseError("a response that is compressed several times")
                 return response
             await response.aclose()
             request = response.next_request

@@ -10,8 +10,8 @@ from slrmerge.errors import Problem, ServerError, first_line
 if TYPE_CHECKING:
     from openai import APIStatusError
 
-INVALID_JSON = (ValueError, RecursionError)
-"""What the client raises for a response that is not JSON."""
+INVALID_JSON = (ValueError, RecursionError, OverflowError)
+"""What the client raises for a response that is not JSON, or has numbers that it cannot convert."""
 
 RETRYING_S = 300.0
 """One request and its retries may take as long as one answer, and this."""

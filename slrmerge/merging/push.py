@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from slrmerge.checkpoint.files import LocalFile, unreadable
+from slrmerge.checkpoint.files import LocalFile, OpenFile, unreadable
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.side_files import (
     ADAPTER_CONFIG_NAME,
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 _REMEDY = "push again: uploaded files are kept, and files that are there already are not uploaded again"
 
 _SMALL_BYTES = 1 << 24
+
+_NOTHING_IGNORED = "# nothing"
+"""In place of a repository's .gitignore, after which the client would leave out files of the merge without a word."""
 
 _WRITTEN = (RECIPE_NAME, "mergekit_config.yml", CARD_NAME, TRADEOFF_NAME, INDEX_NAME, ADAPTER_CONFIG_NAME)
 """What merges write beside weights and tokenizer."""
@@ -107,11 +110,13 @@ def push(
     if branch := target.revision:
         with_retries(lambda: client().create_branch(target.name, branch=branch, exist_ok=True), where=where)
     progress.message(f"pushing {len(files)} files to {target}")
-    with _uploads(folder, files) as uploads:
-        return _commit(uploads, target, manifest)
+    with _uploads(folder, files) as (uploads, opened):
+        return _commit(uploads, opened, target, manifest)
 
 
-def _commit(uploads: Mapping[str, Path | bytes], target: Repository, manifest: Manifest) -> PushResult:
+def _commit(
+    uploads: Mapping[str, Path | bytes], opened: Iterable[OpenFile], target: Repository, manifest: Manifest
+) -> PushResult:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import FileDuplicationError
 
@@ -128,6 +133,15 @@ def _commit(uploads: Mapping[str, Path | bytes], target: Repository, manifest: M
     deletions = [CommitOperationDelete(path_in_repo=name) for name in removed]
 
     def commit(copies: "Mapping[str, CommitOperationCopy]") -> "CommitInfo":
+        client().preupload_lfs_files(
+            target.name,
+            [addition for name, addition in additions.items() if name not in copies],
+            revision=target.revision,
+            free_memory=False,
+            gitignore_content=_NOTHING_IGNORED,
+        )
+        for file in opened:
+            file.check_unchanged()
         return client().create_commit(
             target.name,
             [*(copies.get(name, addition) for name, addition in additions.items()), *deletions],
@@ -204,8 +218,8 @@ def _own_file(folder: Path, name: str) -> LocalFile:
 
 
 @contextmanager
-def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[dict[str, Path | bytes]]:
-    """What to upload: the bytes of small files, the paths of others. Raises SourceChangedError where one has changed.
+def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[tuple[dict[str, Path | bytes], list[OpenFile]]]:
+    """What to upload: the bytes of small files, the paths of others, and those open. Raises SourceChangedError.
 
     The client opens a path again: where the system can, it is a link to what is open here, with the file's own name for
     progress bars. So nothing can take the place of a file.
@@ -213,6 +227,7 @@ def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[dict[str,
     with translate_os_errors(folder):
         links = TemporaryDirectory(prefix="slrmerge-")
     uploads: dict[str, Path | bytes] = {}
+    large: list[OpenFile] = []
     with links, ExitStack() as kept:
         for name, file in files.items():
             opened = kept.enter_context(closing(file.open()))
@@ -222,13 +237,14 @@ def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[dict[str,
                 opened.close()
                 uploads[name] = bytes(content)
                 continue
+            large.append(opened)
             path, descriptor = folder / name, Path(f"/proc/self/fd/{opened.fd}")
             if descriptor.exists():
                 path = Path(links.name, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.symlink_to(descriptor)
             uploads[name] = path
-        yield uploads
+        yield uploads, large
 
 
 def _is_there(file: "CommitOperationAdd", snapshot: "Snapshot") -> bool:

@@ -319,6 +319,21 @@ def test_a_model_must_be_named_unless_the_server_has_exactly_one(server: OpenAIS
     assert all(name in caught.value.problems[0].what for name in models)
 
 
+def test_models_are_listed_up_to_a_limit_and_only_by_names_that_print(server: OpenAIServer) -> None:
+    server.models = [f"model-{number}" for number in range(2000)]
+    with problems.refused(ServerError, "model-not-named") as caught:
+        _ = unnamed(server.url).model_id
+    assert len(caught.value.problems[0].what) < 2000
+    server.models = ["m", "\x1b[31m", "\ud800"]
+    assert unnamed(server.url).model_id == "m"
+
+
+def test_an_error_with_the_status_of_an_answer_is_reported(server: OpenAIServer) -> None:
+    server.misbehave({"error": {"message": "quota exceeded"}}, times=None)
+    problem, _ = refused(model_at(server), requests(1))
+    assert (problem.code, "quota exceeded" in problem.what) == ("invalid-response", True)
+
+
 LISTS: list[tuple[How, str]] = [
     ({}, "model-not-named"),
     ({"data": [{"id": None}, {"id": ""}, {"id": 5}]}, "model-not-named"),
@@ -464,6 +479,7 @@ INVALID_EMBEDDINGS: dict[str, How] = {
     "words": embeddings(["x"], ["y"]),
     "numbers as words": embeddings(["1"], ["2"]),
     "too large": embeddings([1e39], [1.0]),
+    "a huge integer": embeddings([10**400], [1.0]),
     "base64": embeddings("AACAPw==", "AACAPw=="),
     "null": embeddings(None, None),
     "a number": embeddings(1.0, 2.0),
@@ -527,6 +543,16 @@ def test_a_gzip_bomb_is_not_unpacked(
     else:
         with problems.refused(ServerError, "invalid-response"):
             _ = unnamed(server.url).model_id
+
+
+def test_a_response_that_is_compressed_twice_is_not_unpacked(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = gzip.compress(gzip.compress(json.dumps(reply("packed")).encode()))
+    answer = Reply(twice, 200, {"Content-Type": "application/json", "Content-Encoding": "gzip, gzip"})
+    monkeypatch.setattr(openai_server, "_damage", lambda fault: answer)
+    server.misbehave("malformed", times=None)
+    assert refused(model_at(server), requests(1))[0].code == "invalid-response"
 
 
 def test_a_compressed_response_is_read(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,8 @@ def translate_hub_errors(where: str, *, remedy: str = "") -> Iterator[None]:
         problem = describe_error(cause, where)
         raise HubError(replace(problem, remedy=remedy) if remedy and _is_transient(cause) else problem) from cause
     except OSError as error:
+        if error.errno is None:  # the client's own, for a file of another size than the Hub said
+            raise HubError(Problem("transfer-failed", where, first_line(error), _RUN_AGAIN)) from error
         place = str(error.filename or constants.HF_HUB_CACHE)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free some space, or set HF_HUB_CACHE to a folder on another disk"

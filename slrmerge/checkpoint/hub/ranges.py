@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 from huggingface_hub.utils import hf_raise_for_status
 
 from slrmerge.checkpoint.hub.errors import InvalidResponseError, is_transient_status
-from slrmerge.checkpoint.hub.session import headers, session
+from slrmerge.checkpoint.hub.session import headers, is_at_the_hub, session
 
 
 class Ranges:
@@ -60,22 +59,17 @@ class Ranges:
         with session().stream("GET", self._url, headers=identified, timeout=timeout_s) as response:
             self._require_range(response, start, stop)
             address = str(response.url)
-            self._storage_url = None if _is_at_the_hub(address) else address
+            self._storage_url = None if is_at_the_hub(address) else address
             yield response
 
     def _require_range(self, response: Any, start: int, stop: int) -> None:
         """Raise HTTPError unless a response is the range."""
         status = response.status_code
         if status != 206:
-            if is_transient_status(status) or (status != 416 and _is_at_the_hub(str(response.url))):
+            if is_transient_status(status) or (status != 416 and is_at_the_hub(str(response.url))):
                 hf_raise_for_status(response)
             raise InvalidResponseError(f"a range of the file was requested, the response is {status}", status)
         wanted = f"bytes {start}-{stop - 1}/{self._file_bytes}"
         found = response.headers.get("Content-Range", "no range")
         if found != wanted:
             raise InvalidResponseError(f"{wanted} was requested, the response is {found}")
-
-
-def _is_at_the_hub(address: str) -> bool:
-    here, hub = urlsplit(address), urlsplit(constants.ENDPOINT)
-    return here.hostname == hub.hostname and (here.port == hub.port or None in (here.port, hub.port))

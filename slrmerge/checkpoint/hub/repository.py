@@ -51,6 +51,7 @@ _FILES_AT_A_TIME = 4
 
 _MAX_ENTRIES = 100_000
 _MAX_FOLDERS = 1_000
+_MAX_NAME_BYTES = 255  # more than file systems take in a name
 _DIGEST = re.compile("sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
 
 _READ_TO_OPEN = frozenset({
@@ -312,7 +313,7 @@ def _list_files(repository: Repository, folder: str | None) -> list[RepoFile | R
 
 def _is_usable(path: object) -> bool:
     """Whether a file can be one of a model's; files with other names are ignored."""
-    return isinstance(path, str) and path.isprintable() and is_inside(path)
+    return isinstance(path, str) and path.isprintable() and len(path.encode()) <= _MAX_NAME_BYTES and is_inside(path)
 
 
 def _hub_file(repository: Repository, entry: RepoFile) -> HubFile:

@@ -70,6 +70,12 @@ def headers(*, with_token: bool) -> dict[str, str]:
     return sent
 
 
+def is_at_the_hub(address: str) -> bool:
+    """Whether an address has the scheme, host and port of the Hub: nothing else gets the token."""
+    here, hub = httpx2.URL(address), httpx2.URL(constants.ENDPOINT)
+    return (here.scheme, here.host, here.port) == (hub.scheme, hub.host, hub.port)
+
+
 def _is_ours(request: httpx2.Request) -> bool:
     """Other users of the client's session are left alone."""
     return "slrmerge/" in request.headers.get("User-Agent", "")
@@ -84,6 +90,8 @@ def _check_request(request: httpx2.Request) -> None:
                 what, remedy = "sends a list of files without end", "check that this is a Hugging Face Hub"
                 raise HubError(Problem("unexpected-response", constants.ENDPOINT, what, remedy))
         _require_web_address(str(request.url), request)
+        if not is_at_the_hub(str(request.url)):  # of a list's next page, for instance
+            request.headers.pop("Authorization", None)
         request.headers["Accept-Encoding"] = "identity"  # what is compressed can be of any size
 
 
@@ -95,10 +103,16 @@ def _check_response(response: httpx2.Response) -> None:
     limit = parse_ratelimit_headers(response.headers)
     if limit is not None and limit.reset_in_seconds > LONGEST_WAIT_S:
         del response.headers["RateLimit"]  # the client would wait as long, whatever it is
+    if (wait := response.headers.get("Retry-After", "").strip()).isdecimal():
+        response.headers["Retry-After"] = f"{min(float(wait), LONGEST_WAIT_S):.0f}"
+    if storage := response.headers.get("X-Xet-Cas-Url"):
+        _require_web_address(storage, request)  # Xet also takes folders of this machine
     if response.has_redirect_location:
         _require_web_address(response.headers["Location"], request, relative=True)
     if request.method == "HEAD":
         _require_names(response)
+        if not _refreshes_at_the_hub(response):
+            response.headers.pop("X-Xet-Hash", None)  # the client then downloads without Xet
         return
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
@@ -122,12 +136,21 @@ def _require_web_address(address: str, request: httpx2.Request, *, relative: boo
 
 
 def _require_names(response: httpx2.Response) -> None:
-    """Raise HubError unless what the client makes names of files in its cache from are names."""
+    """Raise HubError unless what the client makes names of files in its cache from are names, and the commit's own."""
+    asked = re.search("/resolve/([0-9a-f]{40})/", response.request.url.path)
     for name in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
         value = response.headers.get(name, "")
-        if not re.fullmatch(r'(W/)?"?[\w-]*"?', value, re.ASCII):
+        is_other = name == "X-Repo-Commit" and asked and value not in ("", asked[1])
+        if is_other or not re.fullmatch(r'(W/)?"?[\w-]*"?', value, re.ASCII):
             what, remedy = f"the response has an invalid {name}", "check that this is a Hugging Face Hub"
             raise HubError(Problem("unexpected-response", constants.ENDPOINT, what, remedy))
+
+
+def _refreshes_at_the_hub(response: httpx2.Response) -> bool:
+    """Whether it is the Hub that the client, with the token, would ask for access to Xet."""
+    route = response.links.get("xet-auth", {}).get("url") or response.headers.get("X-Xet-Refresh-Route") or ""
+    is_renamed = route.startswith(constants.HUGGINGFACE_CO_URL_HOME)  # to the address of a mirror, by the client
+    return is_renamed or is_at_the_hub(route)
 
 
 class _BoundedBackend(httpcore2.NetworkBackend):

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, Literal, Self
 from urllib.parse import parse_qs, unquote
@@ -416,11 +416,13 @@ class HubServer:
     def _preupload(self, asked: Asked, repo: str, rev: str) -> Answer:
         files = self._repo(asked, repo, "to write").at(rev).files
         answers = []
+        ignored = asked.json().get("gitIgnore", files.get(".gitignore", b"").decode()).split()
         for given in asked.json()["files"]:
             path, data = given["path"], files.get(given["path"])
+            is_ignored = any(map(PurePosixPath(path).match, ignored))
             oid = None if data is None else sha256(data) if is_lfs(path, len(data)) else git_oid(data)
             mode = "lfs" if is_lfs(path, given["size"]) else "regular"
-            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": is_ignored, "oid": oid})
         return Answer.of({"files": answers})
 
     @route(r"hub POST /{repo}\.git/info/lfs/objects/batch")

@@ -1,19 +1,22 @@
 """A Hub that answers anything: every outcome is a HubError, soon, and nothing is written outside the cache."""
 
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 from slrmerge.checkpoint.hub import errors, session
 from slrmerge.checkpoint.hub.file import HubFile
 from slrmerge.checkpoint.hub.repository import open_repository, pin
 from slrmerge.checkpoint.location import Repository
 from slrmerge.errors import HubError
-from tests.checkpoint.hub.server import HubServer
+from tests.checkpoint.hub.server import HubServer, use
 from tests.checkpoint.hub.test_file import BLOB, DATA, REPO, publish, read
 from tests.checkpoint.hub.transport import Answer, Asked
 from tests.problems import refused
@@ -175,7 +178,17 @@ def test_an_entry_without_a_valid_size_and_digest_is_refused(
 
 @pytest.mark.parametrize(
     "path",
-    ["../x.json", "/etc/x.json", "a/../x.json", "a\nb.json", "\x1b[31m.json", "a\\b.json", "c:x.json", "\u202e.json"],
+    [
+        "../x.json",
+        "/etc/x.json",
+        "a/../x.json",
+        "a\nb.json",
+        "\x1b[31m.json",
+        "a\\b.json",
+        "c:x.json",
+        "\u202e.json",
+        "é" * 128,
+    ],
 )
 def test_files_with_names_that_lead_elsewhere_are_ignored(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch, path: str
@@ -236,6 +249,88 @@ def test_a_header_that_leads_out_of_the_cache_is_refused(
     value = '"../../../../x"' if name != "X-Repo-Commit" else "../../../../x"
     answer_with(monkeypatch, hub, "HEAD ", lambda answer: replace(answer, headers={**answer.headers, name: value}))
     with refused(HubError, "unexpected-response"):
+        file.fetch()
+
+
+def test_a_file_of_another_commit_than_was_requested_is_refused(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = publish(hub)
+    other = {"X-Repo-Commit": "f" * 40}
+    answer_with(monkeypatch, hub, "HEAD ", lambda answer: replace(answer, headers={**answer.headers, **other}))
+    with refused(HubError, "unexpected-response"):
+        file.fetch()
+    assert not [*tmp_path.rglob("f" * 40)]
+
+
+@pytest.fixture
+def elsewhere(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server that is not the Hub, while a token is used."""
+    use(monkeypatch, hub, tmp_path / "cache", "hf_ann")
+    hub.tokens["hf_ann"] = "ann"
+    with HubServer() as other:
+        yield other
+
+
+def test_the_token_is_not_sent_where_a_list_continues_elsewhere(
+    hub: HubServer, elsewhere: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(hub)
+    elsewhere.commit(REPO, {"x.json": b"{}"})
+    link = {"Link": f'<{elsewhere.url}/api/models/{REPO}/tree/main>; rel="next"'}
+    answer_with(monkeypatch, hub, "/tree/", lambda answer: replace(answer, headers={**answer.headers, **link}))
+    pin(REPOSITORY)
+    assert [request.headers.get("authorization") for request in elsewhere.requests] == [None]
+    assert all(request.headers["authorization"] == "Bearer hf_ann" for request in hub.requests)
+
+
+def test_the_token_is_not_sent_to_another_host_for_xet(
+    hub: HubServer, elsewhere: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    file = publish(hub)
+    xet = {"X-Xet-Hash": "a" * 64, "Link": f'<{elsewhere.url}/x>; rel="xet-auth"'}
+    answer_with(monkeypatch, hub, "HEAD ", lambda answer: replace(answer, headers={**answer.headers, **xet}))
+    assert fetch(file) == DATA
+    assert elsewhere.requests == []
+
+
+def test_a_folder_of_this_machine_is_no_storage(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    file, folder = publish(hub), tmp_path / "storage"
+    xet = {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{hub.url}/api/xet"}
+    connection = {"X-Xet-Access-Token": "x", "X-Xet-Token-Expiration": f"{2**32}", "X-Xet-Cas-Url": f"local://{folder}"}
+    answer_with(monkeypatch, hub, "/api/xet", lambda _: Answer(b"{}", 200, connection))
+    answer_with(monkeypatch, hub, "HEAD ", lambda answer: replace(answer, headers={**answer.headers, **xet}))
+    with refused(HubError, "invalid-redirect"):
+        file.fetch()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("match", ["/tree/", "HEAD "])
+def test_no_wait_that_a_server_asks_for_is_longer_than_the_longest(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, match: str, status: int
+) -> None:
+    file, waits = publish(hub), list[float]()
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waits.append))
+    answer_with(monkeypatch, hub, match, lambda _: Answer(b"{}", status, {"Retry-After": "9" * 6000}))
+    with pytest.raises(HubError):
+        pin(REPOSITORY) if match == "/tree/" else file.fetch()
+    assert waits
+    assert max(waits) <= session.LONGEST_WAIT_S + 1
+
+
+def test_a_file_of_another_size_than_the_hub_says_is_a_failed_transfer(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = publish(hub)
+    answer_with(
+        monkeypatch, hub, "HEAD ", lambda answer: replace(answer, headers={**answer.headers, "X-Linked-Size": "5"})
+    )
+    with refused(HubError, "transfer-failed"):
         file.fetch()
 
 

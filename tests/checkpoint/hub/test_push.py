@@ -17,6 +17,7 @@ from slrmerge.merging import push as push_module
 from tests.adapters import Q, lora_tensors, write_adapter
 from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
+from tests.checkpoint.hub.transport import Answer, Asked
 from tests.checkpoints import llama_tensors, read_back, write_checkpoint
 from tests.cli import run
 from tests.gguf_files import write_gguf
@@ -172,6 +173,29 @@ def test_what_takes_the_place_of_a_file_is_not_pushed(
     monkeypatch.setattr(push_module, "_stale_files", replace_by_link)
     push(merged, MINE)
     assert there(pair) == expected
+
+
+def test_a_large_file_that_is_rewritten_while_it_is_uploaded_is_not_committed(
+    pair: HubPair, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = pair.hub.answer
+
+    def answer(host: str, asked: Asked) -> Answer:
+        if host == "cdn":
+            (merged / FIRST).write_bytes((merged / FIRST).read_bytes()[::-1])
+        return honest(host, asked)
+
+    monkeypatch.setattr(push_module, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(pair.hub, "answer", answer)
+    with refused(SourceChangedError, "source-changed"):
+        push(merged, MINE)
+    assert there(pair) == {}
+
+
+def test_a_repository_that_ignores_files_gets_all_files_of_a_merge(pair: HubPair, merged: Path) -> None:
+    pair.hub.commit(MINE, {".gitignore": b"*.json\n*.safetensors\n"})
+    push(merged, MINE)
+    assert there(pair).keys() - {".gitignore"} == snapshot(merged).keys()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", FIRST, "slrmerge.json"])
