@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import slrmerge
 
 ROOT = Path(__file__).parent.parent
@@ -83,11 +81,6 @@ def test_the_hub_client_is_imported_only_where_the_hub_is_used() -> None:
 def test_a_recipe_does_not_import_the_mergekit_dialect() -> None:
     loaded = _modules_after("import slrmerge as slr; slr.plan('examples/tiny/recipe.yaml')")
     assert not [name for name in loaded if name.startswith("slrmerge.recipe.mergekit.")]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_module_has_a_docstring(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
 
 
 def test_every_problem_has_a_code() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from slrmerge.searching.results_folder import read_result
 from tests.checkpoints import Tensor, llama_config, llama_tensors, write_checkpoint
-from tests.cli import at_a_terminal, refusal, run, strict_json
+from tests.cli import at_a_terminal, on_a_terminal, refusal, run, strict_json
 from tests.conftest import Pair
 from tests.merging.faults import harm, leftovers, snapshot, tree
 from tests.searching.conftest import hurried as hurried
@@ -369,14 +369,11 @@ def test_an_interrupted_search_without_resume_keeps_nothing(small: SmallPair, mo
 # progress
 
 
-def search_at_a_terminal(small: SmallPair, **environment: str) -> tuple[int, bytes, bytes]:
+def test_a_terminal_shows_layers_states_and_the_time_left(small: SmallPair) -> None:
     code = f"import sys; from slrmerge.cli import main; {HURRY}; main(sys.argv[1:])"
     arguments = ["search", str(small.recipe_file()), "--out", str(small.out), "--threads", "1"]
-    return at_a_terminal([sys.executable, "-c", code, *arguments], columns=120, **environment)
-
-
-def test_a_terminal_shows_layers_states_and_the_time_left(small: SmallPair) -> None:
-    exit_code, summary, seen = search_at_a_terminal(small, OMP_NUM_THREADS="1", TQDM_MININTERVAL="0")
+    command = [sys.executable, "-c", code, *arguments]
+    exit_code, summary, seen = at_a_terminal(command, columns=120, OMP_NUM_THREADS="1", TQDM_MININTERVAL="0")
     text = seen.decode()
     assert exit_code == 0
     for layer in range(1, LAYERS + 1):
@@ -406,13 +403,13 @@ main(sys.argv[1:])"""
         assert b"error:" in seen
 
 
+@in_a_hurry
 def test_a_terminal_shows_a_finished_search_as_complete_where_layers_are_the_same(small: SmallPair) -> None:
     weights = {side: load_file(small.folder / side / "model.safetensors") for side in ("pre", "post")}
     same = {name: tensor for name, tensor in weights["post"].items() if "layers.1." in name or "embed" in name}
     save_file({**weights["pre"], **same}, small.folder / "pre" / "model.safetensors")
-    exit_code, _, seen = search_at_a_terminal(small)
-    assert exit_code == 0
-    last = [line for line in seen.decode().split("\r") if "%|" in line][-1]
+    seen = on_a_terminal("search", small.recipe_file(), "--out", small.out, "--threads", 1, columns=120)
+    last = [line for line in seen.split("\r") if "%|" in line][-1]
     assert re.search(r"held-out prompts: 100%\|.+\| (\d+)/\1 ", last)
 
 

@@ -81,8 +81,8 @@ def test_names_without_letters_are_none() -> None:
 
 @pytest.mark.parametrize("unit", ["-", "()", "(", " ", ":", "a-", "a'", '"', "is ", "\u0301\u0327", "é"])
 @pytest.mark.parametrize("before", ["", "It is Virginia "])
-def test_a_response_of_a_million_characters_is_matched_in_linear_time(unit: str, before: str) -> None:
-    response = before + unit * (1_000_000 // len(unit))
+def test_a_response_of_200_000_characters_is_matched_in_linear_time(unit: str, before: str) -> None:
+    response = before + unit * (200_000 // len(unit))
     assert match_stated(response, NAMES) is None or unit in " é"
     assert match_stated(f"{response}: Virginia.", NAMES) == 0
     assert match_whole(response, NAMES) is None

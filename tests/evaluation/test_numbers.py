@@ -71,8 +71,8 @@ def test_decimals_are_exact(number: object) -> None:
     ["-", "1 ", "1,111", "1/", "{}", "\\boxed{", "\\boxed{}", "\\boxed{1}", "\\frac{1", "####", "#### ", "answer: "],
 )
 @pytest.mark.parametrize("before", ["", "\\boxed{"])
-def test_a_solution_of_a_million_characters_is_read_in_linear_time(unit: str, before: str) -> None:
-    solution = before + unit * (1_000_000 // len(unit))
+def test_a_solution_of_200_000_characters_is_read_in_linear_time(unit: str, before: str) -> None:
+    solution = before + unit * (200_000 // len(unit))
     assert isinstance(final_number(solution), Fraction | None)
     assert final_number(f"{solution} #### 5") == 5
 

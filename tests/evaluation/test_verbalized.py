@@ -45,8 +45,8 @@ def test_what_counts_of_a_reply(reply: str, answers: list[str | None]) -> None:
 
 
 @pytest.mark.parametrize("unit", ["[x", "{", '["', '{"a": [', "{}"])
-def test_a_reply_of_a_million_characters_is_parsed_in_linear_time(unit: str) -> None:
-    assert parse_verbalized(unit * (1_000_000 // len(unit)), 2) == [None, None]
+def test_a_reply_of_200_000_characters_is_parsed_in_linear_time(unit: str) -> None:
+    assert parse_verbalized(unit * (200_000 // len(unit)), 2) == [None, None]
 
 
 @given(st.text(), st.integers(1, 6))

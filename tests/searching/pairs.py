@@ -267,11 +267,12 @@ def prompts_of(folder: Path) -> dict[str, Any]:
 def hurry(patch: pytest.MonkeyPatch) -> None:
     """Three prompts of each kind, three soups, no figures: a small search takes a quarter of a second.
 
-    Also replaces the measurement of this machine's speed, which takes seconds, by 100 GFLOP/s.
+    Also replaces the measurements of this machine's speed, which take seconds, by 100 GFLOP/s and 1 ms.
     """
     patch.setattr(ConstrainedRandomCharacter, "prompts_per_kind", 3)
     patch.setattr("slrmerge.searching.candidates.SOUP_STEPS", 4)
     patch.setattr("slrmerge.searching.estimate.measured_rate", lambda width, dtype, device: 1e11)
+    patch.setattr("slrmerge.searching.scorer.measured_state_s", lambda model, contexts, layer: 1e-3)
     patch.setattr("slrmerge.searching.plots.draw_result", no_pictures)
 
 

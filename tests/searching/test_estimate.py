@@ -10,6 +10,12 @@ from slrmerge.searching.scorer import LocalScorer
 from tests.searching.sweep.models import CPU, INTERVALS, POST, contexts, local_scorer, request, write_models
 
 
+def test_what_a_layer_takes_for_a_state_is_measured(tmp_path: Path) -> None:
+    write_models(tmp_path, "llama")
+    with local_scorer(tmp_path) as scorer:
+        assert 0 < scorer.state_s(request(scorer, [POST], contexts())) < 1
+
+
 @pytest.mark.parametrize("small_flop", [0.0, 1e18], ids=["large", "small"])
 def test_small_layers_take_what_was_measured_for_every_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_flop: float

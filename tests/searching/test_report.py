@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 from typing import Any
 
@@ -182,12 +183,19 @@ def test_the_page_loads_nothing() -> None:
     st.sampled_from(["</script><script>alert(1)</script>", "<!--", "<b>&amp;", "\u202e\x1b[31m\ud800"]),
 )
 def test_no_text_becomes_markup(label: str, other: str, more: str) -> None:
-    def filled(text: str, other: str) -> SearchResult:
-        info = CandidateInfo(space="recipe", label=text, also_named=(other,), rules=Rules(alpha=0.3))
-        return made_result([*made_rows(SCORES), row(info, 0.9, 2.9)], notes=(text,), prompt=other, task=f"{text}.yaml")
-
     result = filled(label + more, other + more)
     shown = report(result.rows, result.choice, result.summary())
     assert shown.encode()
     assert not set(shown) & set("\u202e\x1b\ud800")
-    assert [tag for tag, _ in Page(shown).tags] == [tag for tag, _ in page(filled("plain", "text")).tags]
+    assert [tag for tag, _ in Page(shown).tags] == tags_of_plain_text()
+
+
+def filled(text: str, other: str) -> SearchResult:
+    """A result with one text, or another, wherever a text may stand."""
+    info = CandidateInfo(space="recipe", label=text, also_named=(other,), rules=Rules(alpha=0.3))
+    return made_result([*made_rows(SCORES), row(info, 0.9, 2.9)], notes=(text,), prompt=other, task=f"{text}.yaml")
+
+
+@cache
+def tags_of_plain_text() -> list[str]:
+    return [tag for tag, _ in page(filled("plain", "text")).tags]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -38,17 +39,27 @@ def token(pair: HubPair, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, pair.hub, pair.folder / "cache", TOKEN)
 
 
-@pytest.fixture
-def merged(pair: HubPair) -> Path:
-    merge(pair.recipe(restore=[2, 3]), pair.out)
-    return pair.out
+@pytest.fixture(scope="module")
+def merges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Merges that tests copy: on every test's Hub the pair has the same commits."""
+    return tmp_path_factory.mktemp("merges")
 
 
 @pytest.fixture
-def other(pair: HubPair) -> Path:
+def merged(pair: HubPair, merges: Path) -> Path:
+    return merged_once(pair, merges / "merged", pair.out, 2, 3)
+
+
+@pytest.fixture
+def other(pair: HubPair, merges: Path) -> Path:
     """Another merge of the same pair."""
-    merge(pair.recipe(restore=[4, 5]), pair.folder / "other")
-    return pair.folder / "other"
+    return merged_once(pair, merges / "other", pair.folder / "other", 4, 5)
+
+
+def merged_once(pair: HubPair, kept: Path, out: Path, *restore: int) -> Path:
+    if not kept.exists():
+        merge(pair.recipe(restore=[*restore]), kept)
+    return Path(shutil.copytree(kept, out))
 
 
 def there(pair: HubPair, revision: str = "main") -> dict[str, bytes]:

@@ -47,7 +47,9 @@ def test_repositories_are_searched_like_folders(tiny: Path, hub: HubServer, tmp_
     assert hub.served("^/blobs/") == 0
 
 
-def test_an_estimate_downloads_no_weights(tiny: Path, hub: HubServer) -> None:
+def test_an_estimate_downloads_no_weights(tiny: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slrmerge.searching.estimate.measured_rate", lambda width, dtype, device: 1e11)
+    monkeypatch.setattr("slrmerge.searching.scorer.measured_state_s", lambda model, contexts, layer: 1e-3)
     rows = Search(tiny).estimate().rows
     assert rows[0].candidates == 76
     names = cached_names()
