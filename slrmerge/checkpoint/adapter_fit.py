@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from slrmerge.checkpoint.adapter_config import MERGE_WITH_PEFT, NAME_BASE, AdapterFolder
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.correspondence import embeddings_of
+from slrmerge.checkpoint.correspondence import embeddings_of, names_outside_layers, without_prefixes
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
 from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS, split_layer, text_sections
 from slrmerge.errors import Problem
@@ -276,10 +276,12 @@ class _Names:
     """Finds a tensor of the base by its name in the model that was trained.
 
     The two may differ in the components before the layers: `h.0.attn` in a file is `transformer.h.0.attn` in the model.
+    Outside the layers, modules that only contain the model do not count.
     """
 
     def __init__(self, base: Checkpoint, wanted: Iterable[str]) -> None:
         self._base = base
+        self._outside = names_outside_layers(base)
         self._by_end: dict[str, str | None] = {}
         for name in base:
             for end in _ends(name):
@@ -298,7 +300,8 @@ class _Names:
     def _find(self, name: str) -> str | None:
         if name in self._base:
             return name
-        return next((end for end in _ends(name) if end in self._base), None) or self._by_end.get(name)
+        found = next((end for end in _ends(name) if end in self._base), None) or self._by_end.get(name)
+        return found or self._outside.get(without_prefixes(name))
 
 
 def _ends(name: str) -> Iterator[str]:

@@ -142,7 +142,17 @@ def correspond(pre: Checkpoint, post: Checkpoint) -> Correspondence:
 
 def embeddings_of(checkpoint: Checkpoint) -> Embeddings:
     """The token embeddings and the head of a checkpoint by itself."""
-    return find_embeddings(checkpoint, _by_key(_outside(checkpoint, checkpoint.stack, ())))
+    return find_embeddings(checkpoint, names_outside_layers(checkpoint))
+
+
+def names_outside_layers(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensors of a checkpoint outside its layers, by their names without prefixes."""
+    return _by_key(_outside(checkpoint, checkpoint.stack, ()))
+
+
+def without_prefixes(name: str) -> str:
+    """A name outside the layers without wrappers and without the modules that contain the decoder."""
+    return _without_containers(_clean(name), 2).replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def _counterpart(pre: Checkpoint, post: Checkpoint) -> LayerStack | None:
@@ -200,7 +210,7 @@ def _outside(checkpoint: Checkpoint, stack: LayerStack | None, root: tuple[str, 
         name = _clean(name)
         for module in root:  # the head of `wrapper.model.layers` may be `wrapper.lm_head`
             name = name.removeprefix(f"{module}.")
-        return _without_containers(name, 2).replace("vision_tower.vision_model.", "vision_tower.")
+        return without_prefixes(name)
 
     return {name: key(name) for name in checkpoint if not (stack and stack.locate(name))}
 

@@ -17,8 +17,8 @@ from slrmerge.recipe.rules import LayerRule, Rules
 SOUP_STEPS = 20
 """Soups are tried at alpha 0, 0.05, …, 1 (paper, section 4.1)."""
 
-_ATTENTION = ("self_attn", "attn", "attention")
-_MLP = ("mlp", "feed_forward")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
 @dataclass(frozen=True, kw_only=True)

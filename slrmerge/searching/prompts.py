@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from slrmerge.checkpoint.files import unreadable
+from slrmerge.checkpoint.safetensors import read_json
 from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
 from slrmerge.errors import Problem, ThreadLimitError, UnsupportedModelError, first_line, raise_all
 from slrmerge.io.sizes import format_bytes
@@ -140,7 +142,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
             local_files_only=True,
             mistral_format=False,  # mistral-common, where it is installed, knows no chat templates
         )
-    templates = tokenizer.chat_template
+    templates = tokenizer.chat_template = tokenizer.chat_template or _processor_template(Path(folder))
     if templates is None:
         what, remedy = "the tokenizer has no chat template", "add the chat_template that the model was trained with"
         raise UnsupportedModelError(Problem("no-chat-template", str(folder), what, remedy))
@@ -149,6 +151,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         what, remedy = "the chat template is not text", "correct the model's chat template"
         raise UnsupportedModelError(Problem("chat-template-fails", str(folder), what, remedy))
     return tokenizer
+
+
+def _processor_template(folder: Path) -> Any:
+    """The chat template of an image-text model's processor, which its tokenizer may lack. Raises CheckpointError."""
+    path = folder / "chat_template.json"
+    try:
+        return read_json(path).get("chat_template") if path.is_file() else None
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 @contextmanager

@@ -147,6 +147,23 @@ def test_names_may_differ_before_the_layers(tmp_path: Path, of_base: str, of_ada
     assert np.abs(found - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("of_base", "of_adapter"),
+    [
+        ("language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+        ("vision_tower.vision_model.encoder.layers.0.q.weight", "model.vision_tower.encoder.layers.0.q.weight"),
+    ],
+)
+def test_names_may_differ_outside_the_layers(tmp_path: Path, of_base: str, of_adapter: str) -> None:
+    tensors = {name.replace("model.", "language_model.model."): tensor for name, tensor in BASE.items()}
+    tensors[of_base] = BASE[EMBEDDING]
+    trained = random_tensor("BF16", (16, 8), "trained")
+    factors = {name.replace("model.layers", "model.language_model.layers"): FACTORS[name] for name in FACTORS}
+    checkpoint = on(tmp_path, tensors, factors | {f"{PREFIX}{of_adapter}": trained})
+    assert (read_all(checkpoint, of_base, range(0, 128, 128)) == values(trained).reshape(-1)).all()
+    assert len(checkpoint.computed) >= len(ALL_Q) + 1
+
+
 def test_names_may_contain_the_adapters_name(tmp_path: Path) -> None:
     named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in FACTORS.items()}
     assert on(tmp_path, BASE, named).computed == {f"{module}.weight" for module in ALL_Q}

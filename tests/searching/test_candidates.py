@@ -138,7 +138,7 @@ def test_intervals_of_a_module_name_it(pair: ModelPair, space: str, module: str,
     ("module", "space"),
     [
         ("self_attn", "attention"), ("attn", "attention"), ("attention", "attention"), ("mlp", "mlp"),
-        ("feed_forward", "mlp"),
+        ("feed_forward", "mlp"), ("self_attention", "attention"), ("ffn", "mlp"), ("block_sparse_moe", "mlp"),
     ],
 )  # fmt: skip
 def test_modules_are_found_by_their_usual_names(tmp_path: Path, module: str, space: str) -> None:

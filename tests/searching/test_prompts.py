@@ -401,6 +401,12 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     assert refusal_code(save(tmp_path, None)) == "no-chat-template"
 
 
+def test_the_chat_template_may_be_the_processors(tmp_path: Path) -> None:
+    (save(tmp_path, None) / "chat_template.json").write_text(json.dumps({"chat_template": PLAIN}))
+    assert load_tokenizer(tmp_path).chat_template == PLAIN
+    assert ask(tmp_path, "A", "B") == ask(save(tmp_path / "other", PLAIN), "A", "B")
+
+
 @pytest.mark.parametrize("is_installed", [True, False])
 def test_a_tokenizer_that_needs_sentencepiece_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_installed: bool
