@@ -1,7 +1,7 @@
 """The journal of a merge: which pieces of its shards are finished, so that a killed merge resumes."""
 
 import json
-import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +9,7 @@ from threading import Lock
 
 from slrmerge.errors import BlendError, SourceChangedError, VerificationError
 from slrmerge.io import files
+from slrmerge.io.output_folder import remove
 from slrmerge.io.pieces import digest_piece, pieces
 from slrmerge.io.progress import Progress
 from slrmerge.merging.plan.model import PlannedShard
@@ -38,6 +39,8 @@ class Journal:
     def open(cls, folder: Path, fingerprint: str, *, durable: bool) -> "Journal":
         """Continue the journal in `folder` if it belongs to the same plan; otherwise begin one."""
         path = folder / JOURNAL_NAME
+        if not _is_own(path):
+            remove([path])
         lines = path.read_bytes().splitlines() if path.exists() else []
         finished: dict[Piece, bytes] = {}
         nan_names: set[str] = set()
@@ -59,7 +62,7 @@ class Journal:
         valid: dict[Piece, bytes] = {}
         for shard in shards:
             path = self.folder / shard.name
-            if path.exists() and path.stat().st_size <= shard.file_bytes:
+            if _is_own(path) and path.stat().st_size <= shard.file_bytes:
                 for piece, start, stop in pieces_of(shard):
                     digest = self.finished.get(piece)
                     if digest is not None and digest_piece(path, start, stop) == digest:
@@ -105,9 +108,7 @@ class Journal:
     def discard_unfinished(self) -> None:
         """Remove everything but the journal and shards with finished pieces."""
         kept = {JOURNAL_NAME, *self._begun()}
-        for path in self.folder.iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove(path for path in self.folder.iterdir() if path.name not in kept)
 
     def what_is_kept(self, error: BaseException, total: int) -> str | None:
         """After a failure: discard unfinished pieces and describe what the next run resumes from; None if nothing."""
@@ -139,6 +140,15 @@ class Journal:
         nans = map(_nan_line, sorted(self.nan_names))
         lines = [f"{self._fingerprint}\n".encode(), *nans, *(_line(*entry) for entry in self.finished.items())]
         files.write_file(self.folder / JOURNAL_NAME, b"".join(lines), durable=self.durable)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether there is a regular file without another name, so that what is written to it changes nothing else."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
 
 
 def pieces_of(shard: PlannedShard) -> Iterator[tuple[Piece, int, int]]:

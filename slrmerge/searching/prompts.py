@@ -135,6 +135,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     is_other_format = Path(folder, "tokenizer.model").is_file() and not file.is_file()
     is_lacking = is_other_format and not find_spec("sentencepiece")
     remedy = "pip install sentencepiece, which reads tokenizer.model" if is_lacking else ""
+    if os.fsencode(folder).decode("utf-8", "replace") != os.fspath(folder):
+        remedy = "rename the folder: tokenizers are only read from names that are UTF-8"
     with _translate_tokenizer_errors("no-tokenizer", str(folder), "the tokenizer cannot be loaded", remedy):
         tokenizer = AutoTokenizer.from_pretrained(
             folder,

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -63,6 +64,29 @@ def test_a_finished_shard_that_was_damaged_is_written_again(pair: Pair, fault: s
     layers = {f".{k}." for k in (2, 3)}
     expected = {n: (pair.pre if any(k in n for k in layers) else pair.post)[n] for n in pair.post}
     assert read_back(pair.out) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "link", "hard link"])
+@pytest.mark.parametrize(("name", "resumed"), [(JOURNAL_NAME, 0), ("model-00001-of-00003.safetensors", 1)])
+def test_what_is_not_a_file_of_its_own_is_written_again(pair: Pair, name: str, resumed: int, kind: str) -> None:
+    staging, mine = stopped(pair), pair.folder / "mine"
+    mine.write_bytes((staging / name).read_bytes())
+    before = mine.read_bytes()
+    (staging / name).unlink()
+    if kind == "FIFO":
+        os.mkfifo(staging / name)
+    elif kind == "folder":
+        (staging / name).mkdir()
+    elif kind == "link":
+        (staging / name).symlink_to(mine)
+    else:
+        (staging / name).hardlink_to(mine)
+    plan = pair.plan(restore=[2, 3], max_shard_size="2KB")
+    assert execute(plan, pair.out).resumed_pieces == resumed
+    assert verify(pair.out).against_sources
+    assert mine.read_bytes() == before
 
 
 @pytest.mark.parametrize("change", ["recipe", "source", "size"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -21,6 +22,7 @@ from slrmerge.searching import prompts
 from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, load_tokenizer, render, tokenize
 from slrmerge.searching.proxy_tasks import TASKS, Question
 from slrmerge.searching.sweep.contexts import Context
+from tests.conftest import TINY
 from tests.problems import refused
 
 ASK = "Pick A or B."
@@ -405,6 +407,14 @@ def test_the_chat_template_may_be_the_processors(tmp_path: Path) -> None:
     (save(tmp_path, None) / "chat_template.json").write_text(json.dumps({"chat_template": PLAIN}))
     assert load_tokenizer(tmp_path).chat_template == PLAIN
     assert ask(tmp_path, "A", "B") == ask(save(tmp_path / "other", PLAIN), "A", "B")
+
+
+def test_a_tokenizer_in_a_folder_whose_name_is_not_utf8_names_the_remedy(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    shutil.copytree(TINY / "posttrained", folder)
+    with refused(UnsupportedModelError, "no-tokenizer") as caught:
+        load_tokenizer(folder)
+    assert "UTF-8" in caught.value.problems[0].remedy
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
