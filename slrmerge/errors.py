@@ -212,9 +212,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
 
 
+_MAX_LINE = 1000
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of another library's error message, cut where it is long."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}…"
 
 
 _URL = re.compile(r"(\w\w:/+)(\S+)")  # one slash where the URL was taken for a path

@@ -13,6 +13,7 @@ from slrmerge.checkpoint.correspondence import embeddings_of, names_outside_laye
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
 from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS, split_layer, text_sections
 from slrmerge.errors import Problem
+from slrmerge.io.sizes import shorten
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -161,7 +162,7 @@ class Fitting:
             return self._refuse(module, "unsupported-adapter", what, "merge the adapter with peft")
         rank = self.adapter.config.rank(module)
         if first.shape[0] != rank or second.shape[1] != rank:
-            what = f"has factors of rank {first.shape[0]} and {second.shape[1]}, the config says {rank}"
+            what = f"has factors of rank {first.shape[0]} and {second.shape[1]}, the config says {shorten(rank)}"
             return self._refuse(module, "adapter-rank", what, "restore the adapter_config.json that belongs to it")
         shapes = {(second.shape[0], first.shape[1]), (first.shape[1], second.shape[0])}
         if info.shape not in ({(first.shape[1], second.shape[0])} if is_embedding else shapes):

@@ -76,7 +76,8 @@ def find_embeddings(checkpoint: Checkpoint, outside: Mapping[str, str]) -> Embed
     }
     heads = [outside[f"{key}.weight"] for key in sorted(_HEADS) if f"{key}.weight" in outside]
     biases = tuple(tuple(outside[key] for key in keys if key in outside) for keys in _BIASES)
-    flags = {section.get("tie_word_embeddings") for section in text_sections(checkpoint.config)} - {None}
+    given = [section.get("tie_word_embeddings") for section in text_sections(checkpoint.config)]
+    flags = {flag for flag in given if isinstance(flag, bool | int)}  # a config may have anything there
     return Embeddings(
         tuple(sorted(tokens.values(), key=lambda name: (not name.endswith("shared.weight"), name))),
         heads[0] if len(heads) == 1 else None,

@@ -24,7 +24,7 @@ from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.io.progress import Progress
 from slrmerge.io.text import printable
 from slrmerge.searching.device import default_dtype
-from slrmerge.searching.prompts import encode, load_tokenizer, render
+from slrmerge.searching.prompts import decode, encode, load_tokenizer, render, tokenizing
 
 LARGEST_BATCH, LARGEST_CPU_BATCH = 256, 32
 """Rows of a batch where its size is not given. A killed evaluation repeats the batch that it was at."""
@@ -152,7 +152,8 @@ class LocalModel:
     def _answer(self, requests: Sequence[SampleRequest], settings: Settings) -> list[Answer]:
         model, tokenizer, _ = self._ready()
         texts = [self._prompt(request.prompt)[0] for request in requests]
-        inputs = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+        with tokenizing(tokenizer):
+            inputs = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(self._device)
         length = inputs["input_ids"].shape[1]
         room = _most_tokens(model) - length
@@ -275,5 +276,5 @@ class _Gumbel:
 
 def _answer_of(tokenizer: Any, ids: list[int], ends: set[int]) -> Answer:
     end = next((place for place, token in enumerate(ids) if token in ends), None)
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    text = decode(tokenizer, ids[:end], skip_special_tokens=True)
     return Answer(text, "length" if end is None else "stop")

@@ -11,6 +11,9 @@ from slrmerge.checkpoint.pair import no_stack_problem
 from slrmerge.errors import Problem, did_you_mean
 from slrmerge.recipe.rules import Rules
 
+_MAX_SUGGESTIONS = 10
+"""Each is a comparison with up to 100,000 names."""
+
 
 class TensorAlphas(Mapping[str, float]):
     """The weight of the pre-trained side for every tensor of the post-trained side, in its order.
@@ -148,12 +151,15 @@ def _module_paths(inner: str) -> list[str]:
 
 
 def _unused(matchers: Iterable[_Matcher], known: list[str]) -> list[Problem]:
+    unused = [matcher for matcher in matchers if known and not matcher.used]
     return [
         Problem(
-            "pattern-matches-nothing", matcher.place, f"{matcher.pattern} matches no tensor", _nearest(matcher, known)
+            "pattern-matches-nothing",
+            matcher.place,
+            f"{matcher.pattern} matches no tensor",
+            _nearest(matcher, known) if number < _MAX_SUGGESTIONS else "",
         )
-        for matcher in matchers
-        if known and not matcher.used
+        for number, matcher in enumerate(unused)
     ]
 
 

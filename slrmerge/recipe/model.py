@@ -171,15 +171,14 @@ class Recipe(Rules):
     def notes(self, pair: ModelPair) -> Iterator[str]:
         """What a reader of the plan should know about the recipe: rules without which it would say the same."""
         lists = {"layers": self.layers, "tensors": self.tensors}
-        without: dict[str, dict[str, object]] = {
-            f"$.{key}": {key: None} for key in ("alpha", "restore") if getattr(self, key) is not None
-        }
+        single = [key for key in ("alpha", "restore") if getattr(self, key) is not None]
+        count = len(single) + sum(map(len, lists.values()))
+        if not 1 < count <= min(_MAX_COMPARED, _MAX_COMPARED_TENSORS // max(len(pair.posttrained), 1)):
+            return  # a rule that is the only one decides
+        without: dict[str, dict[str, object]] = {f"$.{key}": {key: None} for key in single}
         for key, rules in lists.items():
             for number in range(len(rules)):
                 without[f"$.{key}[{number}]"] = {key: (*rules[:number], *rules[number + 1 :])}
-        most = min(_MAX_COMPARED, _MAX_COMPARED_TENSORS // max(len(pair.posttrained), 1))
-        if not 1 < len(without) <= most:  # a rule that is the only one decides
-            return
         alphas = self.resolve(pair).alphas
         if not any(alphas.values()):
             return

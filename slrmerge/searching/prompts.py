@@ -176,12 +176,26 @@ def _translate_tokenizer_errors(code: str, where: str, what: str, remedy: str) -
         raise UnsupportedModelError(Problem(code, where, what, remedy)) from error
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text. Raises UnsupportedModelError where the tokenizer fails."""
+@contextmanager
+def tokenizing(tokenizer: Any) -> Iterator[None]:
+    """Raise UnsupportedModelError where the tokenizer fails in the block."""
     where = str(tokenizer.name_or_path)
     with _translate_tokenizer_errors("tokenizer-fails", where, "the tokenizer fails", "download it again"):
+        yield
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text. Raises UnsupportedModelError where the tokenizer fails."""
+    with tokenizing(tokenizer):
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def decode(tokenizer: Any, ids: Sequence[int], **options: bool) -> str:
+    """The text of tokens. Raises UnsupportedModelError where the tokenizer fails."""
+    with tokenizing(tokenizer):
+        text: str = tokenizer.decode(ids, **options)
+    return text
 
 
 def render(tokenizer: Any, question: str) -> str:
@@ -241,7 +255,8 @@ class _Turn:
         ]
         switches = {**self._switches, "add_generation_prompt": add_generation_prompt}
         try:
-            with time_limit(RENDERING_S), memory_limit(RENDERING_BYTES):
+            # In this order: what ends a block may arrive while the block is left, and would leave the limit on memory.
+            with memory_limit(RENDERING_BYTES), time_limit(RENDERING_S):
                 rendered: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **switches)
             if len(rendered) > MAX_RENDERED:
                 raise ValueError(f"it makes {len(rendered):,} characters of one question")
@@ -272,10 +287,10 @@ def _answer_tokens(tokenizer: Any, turn: _CompleteTurn, ids: tuple[int, ...], an
         return Problem("answer-not-a-token", where, what, remedy)
     rest = encoded[len(ids) :]
     wanted = "".join(answer.split())
-    written = (tokenizer.decode(rest[:count], clean_up_tokenization_spaces=False) for count in range(1, len(rest) + 1))
+    written = (decode(tokenizer, rest[:count], clean_up_tokenization_spaces=False) for count in range(1, len(rest) + 1))
     count = next((count for count, text in enumerate(written, 1) if "".join(text.split()) == wanted), None)
     if count is None:
-        what = f"the answer {answer!r} has no tokens of its own; its first token is {tokenizer.decode(rest[:1])!r}"
+        what = f"the answer {answer!r} has no tokens of its own; its first token is {decode(tokenizer, rest[:1])!r}"
         return Problem("answer-not-a-token", where, what, remedy)
     end = rest[count:] if turn.is_continued else tuple(encode(tokenizer, turn.after))
     special = next((place for place, token in enumerate(end) if token in tokenizer.all_special_ids), 0)

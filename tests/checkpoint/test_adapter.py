@@ -372,6 +372,12 @@ def test_more_patterns_than_modules_can_have_are_refused(base: Path, tmp_path: P
         open_checkpoint(write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), **config))
 
 
+def test_a_rank_of_many_digits_is_not_printed(base: Path, tmp_path: Path) -> None:
+    with refused(CheckpointError, "adapter-rank") as caught:
+        open_checkpoint(write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), r=10**400))
+    assert len(str(caught.value)) < 1000 * len(caught.value.problems)
+
+
 A = f"{PREFIX}{ALL_Q[0]}.lora_A.weight"
 BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "another rank": (lambda t: t.update(lora_tensors(BASE, ALL_Q[:1], rank=3)), "adapter-rank"),

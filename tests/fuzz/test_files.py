@@ -143,6 +143,14 @@ def test_side_files_of_a_merge(pair: Pair, data: st.DataObject, name: str) -> No
     attempt(lambda: merge(pair.recipe(restore=[0, 1], dtype="bfloat16"), pair.out, allow_code=True, fsync=False))
 
 
+@pytest.mark.parametrize("value", [[], {}, "x", 10**400, -1, True, None], ids=lambda value: repr(value)[:5])
+def test_configs_with_a_value_of_another_type(pair: Pair, value: object) -> None:
+    path = pair.folder / "post" / "config.json"
+    for key in (*CONFIG, "tie_word_embeddings", "num_experts", "layer_types", "quantization_config"):
+        path.write_text(json.dumps({**CONFIG, key: value}))
+        attempt(lambda: list(describe_plan(pair.plan(restore=[0, 1]))))
+
+
 @fuzzed
 @given(data=st.data())
 def test_recipes(pair: Pair, data: st.DataObject) -> None:

@@ -174,6 +174,13 @@ def test_the_remedy_names_the_nearest_tensor_or_all_where_they_are_few(
     assert problem.remedy == remedy
 
 
+def test_the_nearest_names_are_found_for_some_patterns_only() -> None:
+    rules = Rules(tensors=[{"match": f"lm_hea{number}.weight", "alpha": 1} for number in range(500)])
+    problems = resolve_rules(rules, ["lm_head.weight"], None).problems
+    assert len(problems) == 500
+    assert sum(bool(problem.remedy) for problem in problems) == 10
+
+
 def test_layers_and_patterns_are_reported_together() -> None:
     assert problems_of(restore=[0, 40], tensors=[{"match": "model.norm.wieght", "alpha": 1}]) == [
         ("layer-out-of-range", "$.restore"),

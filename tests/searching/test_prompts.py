@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -477,6 +480,31 @@ def test_a_time_limit_that_ends_while_a_template_fails_is_reported(
 
 def test_a_chat_template_that_is_wrong_is_reported(tmp_path: Path) -> None:
     assert refusal_code(save(tmp_path, "{{ messages + 1 }}")) == "chat-template-fails"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
+def test_a_time_limit_that_ends_a_block_while_it_fails_leaves_no_limit_on_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import resource
+
+    def fail_late(*_: object, **__: object) -> bool:
+        return any(map(time.sleep, [0.2, "x"]))  # type: ignore[arg-type]  # no Python code runs in between
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr(prompts, "RENDERING_S", 0.05)
+    with refused(UnsupportedModelError, "chat-template-fails") as caught:
+        render(SimpleNamespace(apply_chat_template=fail_late, name_or_path="x"), "Name a city.")
+    error = caught.value
+    assert resource.getrlimit(resource.RLIMIT_AS) == before, error
+
+
+def test_a_tokenizer_that_cannot_decode_is_reported() -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise OverflowError("out of range")
+
+    with refused(UnsupportedModelError, "tokenizer-fails"):
+        prompts.decode(SimpleNamespace(decode=fail, name_or_path="x"), [1])
 
 
 @pytest.mark.parametrize("template", [5, {"default": 5}])

@@ -42,7 +42,7 @@ def _head_notes(pair: ModelPair) -> Iterator[str]:
     is_language_model = isinstance(architectures, list) and any(
         str(each).endswith(("ForCausalLM", "LMHeadModel")) for each in architectures
     )
-    is_default_known = post.config.get("model_type") in config_defaults()
+    is_default_known = str(post.config.get("model_type")) in config_defaults()
     is_untied = not embeddings.is_tied and (is_default_known or not embeddings.may_lack_one)
     if is_language_model and embeddings.token and embeddings.head is None and is_untied:
         yield (
