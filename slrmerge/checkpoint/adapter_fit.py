@@ -88,7 +88,8 @@ class Fitting:
             self._refuse(str(self.adapter.shard.file), "unsupported-adapter", what, "save each by itself")
         if not self._factors and not self._values:
             self._refuse(str(self.adapter.shard.file), "invalid-adapter", "has no tensors", "train and save it again")
-        self._names = _Names(self.base, (*(f"{module}.weight" for module in self._factors), *self._values))
+        wanted = (*(f"{module}.weight" for module in self._factors), *self._values)
+        self._names = _Names(self.base, self._embeddings.head, wanted)
         for name, stored in self._values.items():
             self._add_value(name, stored)
         for module, parts in self._factors.items():
@@ -280,9 +281,11 @@ class _Names:
     Outside the layers, modules that only contain the model do not count.
     """
 
-    def __init__(self, base: Checkpoint, wanted: Iterable[str]) -> None:
+    def __init__(self, base: Checkpoint, head: str | None, wanted: Iterable[str]) -> None:
         self._base = base
         self._outside = names_outside_layers(base)
+        if head is not None:
+            self._outside.setdefault(_HEAD, head)  # as transformers calls it, whatever its name in the base
         self._by_end: dict[str, str | None] = {}
         for name in base:
             for end in _ends(name):

@@ -260,6 +260,8 @@ def test_a_head_of_another_name_is_the_head(tmp_path: Path) -> None:
     checkpoint = on(tmp_path / "whole", base, whole, base_config=config)
     assert checkpoint.keys() == base.keys()
     assert not checkpoint.has_own_config
+    checkpoint = on(tmp_path / "factors", base, lora_tensors(BASE, ["lm_head"]), base_config=config)
+    assert checkpoint.computed == {names[HEAD]}  # transformers 5 calls it lm_head
     resized = {f"{PREFIX}{name}": random_tensor("BF16", (18, 8), name) for name in names.values()}
     checkpoint = on(tmp_path / "resized", base, resized, base_config=config | {"vocab_size": 16})
     assert {checkpoint[name].shape for name in names.values()} == {(18, 8)}
