@@ -31,6 +31,11 @@ def open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | NO_FOLLOW, 0o666)
 
 
+def open_no_wait(path: str, flags: int) -> int:
+    """An opener for reading that waits for no writer where a FIFO took a file's place."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def open_files_remedy(error: OSError) -> str:
     """What to do where the system's limit on open files is the reason; else nothing."""
     return "allow more open files: ulimit -n 1024" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
@@ -100,7 +105,7 @@ def allocated_bytes(path: Path) -> int:
 
 def read_file(path: Path, max_bytes: int) -> bytes:
     """A regular file, whole. Raises OSError also for anything else (a FIFO would block), and for a larger file."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+    with open(path, "rb", opener=open_no_wait) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         data = file.read(max_bytes + 1)

@@ -125,7 +125,7 @@ def digest_piece(path: Path, start: int, stop: int) -> bytes:
     """The digest of bytes `start` to `stop` of a file on the disk. Raises OutputError where it cannot be read."""
     hasher = xxhash.xxh3_128()
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    with translate_os_errors(path), open(path, "rb", buffering=0) as file:
+    with translate_os_errors(path), open(path, "rb", buffering=0, opener=files.open_no_wait) as file:
         file.seek(start)
         while start < stop and (count := file.readinto(buffer[: stop - start])):
             hasher.update(buffer[:count])

@@ -285,16 +285,17 @@ def _copies(additions: "Mapping[str, CommitOperationAdd]", source: SourceEntry) 
 def _require_valid_card(folder: Path) -> None:
     """Raise HubError where the Hub would refuse the model card, before anything is uploaded."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     from slrmerge.checkpoint.hub.errors import with_retries
 
     path = folder / CARD_NAME
-    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
 
     def validate() -> str:
         try:
+            card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
             card.validate(repo_type="model")
-        except ValueError as error:
+        except (FileNotFoundError, ValueError, TypeError, YAMLError, RecursionError) as error:  # a forged one too
             return " ".join(str(error).split())
         return ""
 

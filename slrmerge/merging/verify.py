@@ -18,7 +18,7 @@ from slrmerge.checkpoint.location import Source, parse_source
 from slrmerge.checkpoint.pair import Side, open_pair
 from slrmerge.checkpoint.side_files import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME
 from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all
-from slrmerge.io.files import as_path
+from slrmerge.io.files import as_path, open_no_wait
 from slrmerge.io.pieces import FileDigest, combine, digest_piece, pieces, translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import ThreadPool, available_cores, thread_count
@@ -229,7 +229,7 @@ def _differing_copies(
     if names:
         progress.start("comparing with the Hub's digests", sum(manifest.files[name].bytes for name in names))
     for name in names:
-        with open(folder / name, "rb") as file:
+        with open(folder / name, "rb", opener=open_no_wait) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != manifest.files[name].sha256:
                 yield name, "the Hub has another SHA-256 for the post-trained shard"
         progress.advance(manifest.files[name].bytes)
@@ -239,7 +239,7 @@ def _altered_side_files(plan: MergePlan, folder: Path, present: Iterable[str]) -
     """Copied files beside the weights that differ from their source."""
     for file in plan.files:
         if file.source is not None and file.name in present:
-            with open(folder / file.name, "rb", buffering=0) as copy:
+            with open(folder / file.name, "rb", buffering=0, opener=open_no_wait) as copy:
                 is_equal = all(copy.read(len(chunk)) == chunk for chunk in file_chunks(file)) and not copy.read(1)
             if not is_equal:
                 yield file.name, "the whole file was compared"
@@ -257,7 +257,7 @@ def _compare(
 
     def first_difference(stream: ShardStream, begin: int, stop: int) -> str:
         start = begin
-        with open(folder / stream.shard.name, "rb", buffering=0) as file:
+        with open(folder / stream.shard.name, "rb", buffering=0, opener=open_no_wait) as file:
             file.seek(start)
             for chunk in stream.chunks(start, stop):
                 actual, wanted = file.read(len(chunk.data)), bytes(chunk.data)

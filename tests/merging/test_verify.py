@@ -191,10 +191,19 @@ def test_missing_altered_and_added_files_are_named(hybrid: Pair, case: str) -> N
     assert problems(hybrid.out) == expected
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "kind", ["nothing", pytest.param("FIFO", marks=pytest.mark.skipif(os.name == "nt", reason="POSIX"))]
+)
 @pytest.mark.parametrize("step", ["digests", "sources"])
-def test_a_file_that_is_removed_meanwhile_is_an_error(hybrid: Pair, step: str) -> None:
+def test_a_file_that_is_removed_or_replaced_by_a_fifo_meanwhile_is_an_error(hybrid: Pair, step: str, kind: str) -> None:
+    def replace() -> None:
+        (hybrid.out / SHARD).unlink()
+        if kind == "FIFO":
+            os.mkfifo(hybrid.out / SHARD)
+
     digests = len(list(hybrid.out.iterdir())) - 1  # all but the manifest's
-    recorder = Recorder(1 if step == "digests" else digests + 1, (hybrid.out / SHARD).unlink)
+    recorder = Recorder(1 if step == "digests" else digests + 1, replace)
     with refused(OutputError, "io-error"):
         verify(hybrid.out, threads=1, progress=recorder)
 

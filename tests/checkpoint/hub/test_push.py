@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, close_session, snapshot_download
 
 from slrmerge import Repository, merge, push, verify
 from slrmerge.errors import HubError, OptionError, Problem, SourceChangedError, VerificationError
+from slrmerge.io.pieces import digest_file
 from slrmerge.merging import push as push_module
 from tests.adapters import Q, lora_tensors, write_adapter
 from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
@@ -376,6 +377,16 @@ def test_a_card_that_the_hub_refuses_is_reported_before_anything_is_uploaded(pai
     pair.hub.requests.clear()
     assert refusal("card-refused", pair.out).where == f"{pair.out}/README.md"
     assert [r.path for r in pair.hub.requests if r.method in ("POST", "PUT")] == ["/api/validate-yaml"]
+
+
+@pytest.mark.parametrize("card", [b"caf\xe9", b"---\na: \0\n---\n", b"---\n1: [\n---\n", b"---\n1: 1\n---\n"])
+def test_a_forged_card_is_refused(pair: HubPair, merged: Path, card: bytes) -> None:
+    path, manifest = merged / "README.md", merged / "slrmerge.json"
+    path.write_bytes(card)
+    content, (file_bytes, digest) = json.loads(manifest.read_bytes()), digest_file(path)
+    content["files"]["README.md"] = {"bytes": file_bytes, "digest": digest}
+    manifest.write_bytes(signed(content))
+    refusal("card-refused", merged)
 
 
 def test_a_private_push_to_a_public_repository_is_refused(pair: HubPair, merged: Path, other: Path) -> None:
