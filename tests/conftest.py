@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import pytest
 import yaml
@@ -100,6 +100,19 @@ def _search_tiny(folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     (folder / "stdout").write_text(result.stdout)
     (folder / "stderr").write_text(result.stderr)
+
+
+class Sketch:
+    """A figure that takes no time."""
+
+    def savefig(self, file: BinaryIO, **options: object) -> None:
+        file.write(b"a picture")
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The charts of an evaluation, which take most of the time of a small one, are not drawn."""
+    monkeypatch.setattr("slrmerge.evaluation.charts.draw", lambda result: Sketch())
 
 
 @pytest.fixture

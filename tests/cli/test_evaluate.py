@@ -14,6 +14,8 @@ from tests.cli import refusal, run, strict_json
 from tests.cli.test_golden import compare
 from tests.evaluation.helpers import Answering, Embeddings
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 STATES = {"Name a state.": ["Ohio", "Utah", "Iowa", "Maine"], "Name a metal.": [["Iron", "Fe"], "Gold"]}
 SAMPLES = 8
 

@@ -16,6 +16,8 @@ from slrmerge.evaluation.run import evaluate
 from tests.evaluation.openai_server import EMBEDDINGS, OpenAIServer, vector
 from tests.problems import refused
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 TEXTS = ["a", "", "größer\n", "a", "\ud83d", "x" * 10_000]
 
 

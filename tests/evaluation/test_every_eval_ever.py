@@ -14,6 +14,8 @@ from slrmerge.evaluation.run import evaluate
 from tests.conftest import TINY
 from tests.evaluation.openai_server import OpenAIServer
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 TEXT, NUMBER, WHOLE, FLAG = ({"type": name} for name in ("string", "number", "integer", "boolean"))
 TEXTS = {"type": "array", "items": TEXT}
 DETAILS = {"type": "object", "additionalProperties": TEXT}

@@ -18,6 +18,8 @@ from tests.evaluation.helpers import Kept
 from tests.evaluation.openai_server import OpenAIServer
 from tests.problems import refused
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 SETTINGS = Settings("", temperature=1.0, min_p=0.1, max_tokens=64)
 QUESTIONS = {"Name a colour.": ["red", "blue"], "Name a river.": ["Nile"]}
 GENERATIONS = {"Name a colour.": ["red", "Blue!", "green", ""], "Name a river.": ["the Nile", "Nile", "Po", "größer"]}

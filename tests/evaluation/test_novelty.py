@@ -18,6 +18,8 @@ from slrmerge.evaluation.tasks.base import ModelResponses
 from slrmerge.evaluation.tasks.open_qa import OpenQuestion
 from tests.problems import refused
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 QUESTIONS = {"Name a colour.": ["red", "blue"], "Name a river.": ["Nile"]}
 ANSWERS = {"Name a colour.": ["red", "Red!", "blue", "red"], "Name a river.": ["Nile"] * 4}
 

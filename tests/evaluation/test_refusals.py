@@ -21,6 +21,8 @@ from tests.evaluation.helpers import Answering
 from tests.evaluation.openai_server import OpenAIServer, vector
 from tests.problems import refused
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 SETTINGS = Settings("a-model", 1.0, 0.1, 64)
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 
@@ -108,22 +108,15 @@ class Work:
         return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-class Sketch:
-    """A figure that takes no time."""
-
-    def savefig(self, file: BinaryIO, **options: object) -> None:
-        file.write(b"a picture")
-
-
 @pytest.fixture
 def drawn() -> None:
     """Draws real charts."""
 
 
 @pytest.fixture
-def work(server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Work:
+def work(server: OpenAIServer, tmp_path: Path, request: pytest.FixtureRequest) -> Work:
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(charts, "draw", lambda result: Sketch())
+        request.getfixturevalue("sketched")
     data = tmp_path / "questions.json"
     data.write_text(json.dumps(QUESTIONS))
     return Work(server, data, tmp_path / "out")

@@ -15,6 +15,8 @@ from tests.conftest import TINY
 from tests.evaluation.openai_server import OpenAIServer
 from tests.problems import refused
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 MODELS = {"post": "m@http://localhost:1/v1"}
 
 

@@ -14,6 +14,8 @@ from tests.conftest import TINY
 from tests.merging.faults import snapshot
 from tests.problems import refused
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 
 def sample(out: Path, model: str | Path) -> dict[tuple[str, int], tuple[str, str]]:
     """The text and the model id of each sample of an evaluation of one model."""
