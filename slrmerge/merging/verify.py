@@ -77,52 +77,59 @@ def verify(
     VerificationError with every file that was altered, is missing, or was added.
     """
     folder, progress = as_path("folder", folder), progress or Progress()
+    overrides: dict[Side, str | os.PathLike[str] | None] = {"pretrained": pretrained, "posttrained": posttrained}
     threads = thread_count(threads, available_cores())
     manifest = read_manifest(folder)
     with translate_os_errors(folder):  # such as that of a file that is removed meanwhile
-        expected = {name: FileDigest(entry.bytes, entry.digest) for name, entry in manifest.files.items()}
-        missing = [name for name in expected if not (folder / name).is_file()]
-        present = [name for name in expected if name not in missing]
-        progress.start("checking digests", sum(expected[name].file_bytes for name in present))
-        with ThreadPool(threads) as pool:
-            altered = set(_altered_files(folder, expected, present, pool, progress))
-        places: dict[str, str] = {}
-        sources: _Comparable | _NotComparable = _NotComparable("the recipe in the folder was altered")
-        if RECIPE_NAME in present and RECIPE_NAME not in altered:
-            sources = _plan_again(
-                folder,
-                manifest,
-                {"pretrained": pretrained, "posttrained": posttrained},
-                local_files_only=not full,
-            )
-        if full:
-            if isinstance(sources, _NotComparable):
-                what, remedy = f"the sources cannot be compared: {sources.reason}", "make both available as they were"
-                raise VerificationError(Problem("sources-unavailable", str(folder), what, remedy))
-            sources = _Comparable(_with_checked_sources(sources.plan, progress))
-            places = dict(_altered_side_files(sources.plan, folder, present))
-        if isinstance(sources, _Comparable):
-            shards = [shard for shard in sources.plan.shards if shard.name in present]
-            progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
-            with sources.plan.pair.open() as readers:
-                places |= _compare(sources.plan, shards, folder, HybridReader(readers), threads, progress)
-        copies: list[str] = []
+        return _verify(folder, manifest, overrides, full=full, threads=threads, progress=progress)
+
+
+def _verify(
+    folder: Path,
+    manifest: Manifest,
+    overrides: Mapping[Side, str | os.PathLike[str] | None],
+    *,
+    full: bool,
+    threads: int,
+    progress: Progress,
+) -> VerifyResult:
+    expected = {name: FileDigest(entry.bytes, entry.digest) for name, entry in manifest.files.items()}
+    missing = [name for name in expected if not (folder / name).is_file()]
+    present = [name for name in expected if name not in missing]
+    progress.start("checking digests", sum(expected[name].file_bytes for name in present))
+    with ThreadPool(threads) as pool:
+        altered = set(_altered_files(folder, expected, present, pool, progress))
+    places: dict[str, str] = {}
+    sources: _Comparable | _NotComparable = _NotComparable("the recipe in the folder was altered")
+    if RECIPE_NAME in present and RECIPE_NAME not in altered:
+        sources = _plan_again(folder, manifest, overrides, local_files_only=not full)
+    if full:
         if isinstance(sources, _NotComparable):
-            copies = [name for name in present if manifest.files[name].sha256 and name not in altered]
-            places |= dict(_differing_copies(folder, manifest, copies, progress))
-        problems = [
-            *(Problem("file-missing", str(folder / name), "is missing", "merge again") for name in missing),
-            *(
-                Problem("file-added", str(folder / name), "was added after the merge", "move it away")
-                for name in _added_files(folder, expected)
-            ),
-            *_alterations(folder, altered, places),
-        ]
-        problems = problems or list(_unreadable(folder, manifest))
-        raise_all(problems, VerificationError)
-        checked_bytes = sum(file.file_bytes for file in expected.values())
-        described = _describe_sources(sources, copies)
-        return VerifyResult(folder, len(expected) + 1, checked_bytes, isinstance(sources, _Comparable), described)
+            what, remedy = f"the sources cannot be compared: {sources.reason}", "make both available as they were"
+            raise VerificationError(Problem("sources-unavailable", str(folder), what, remedy))
+        sources = _Comparable(_with_checked_sources(sources.plan, progress))
+        places = dict(_altered_side_files(sources.plan, folder, present))
+    copies: list[str] = []
+    if isinstance(sources, _Comparable):
+        shards = [shard for shard in sources.plan.shards if shard.name in present]
+        progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
+        with sources.plan.pair.open() as readers:
+            places |= _compare(sources.plan, shards, folder, HybridReader(readers), threads, progress)
+    else:
+        copies = [name for name in present if manifest.files[name].sha256 and name not in altered]
+        places |= dict(_differing_copies(folder, manifest, copies, progress))
+    problems = [
+        *(Problem("file-missing", str(folder / name), "is missing", "merge again") for name in missing),
+        *(
+            Problem("file-added", str(folder / name), "was added after the merge", "move it away")
+            for name in _added_files(folder, expected)
+        ),
+        *_alterations(folder, altered, places),
+    ]
+    raise_all(problems or _unreadable(folder, manifest), VerificationError)
+    checked_bytes = sum(file.file_bytes for file in expected.values())
+    described = _describe_sources(sources, copies)
+    return VerifyResult(folder, len(expected) + 1, checked_bytes, isinstance(sources, _Comparable), described)
 
 
 def _describe_sources(sources: _Comparable | _NotComparable, copies: list[str]) -> str:
