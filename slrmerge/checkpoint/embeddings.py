@@ -78,12 +78,13 @@ def find_embeddings(checkpoint: Checkpoint, outside: Mapping[str, str]) -> Embed
     biases = tuple(tuple(outside[key] for key in keys if key in outside) for keys in _BIASES)
     given = [section.get("tie_word_embeddings") for section in text_sections(checkpoint.config)]
     flags = {flag for flag in given if isinstance(flag, bool | int)}  # a config may have anything there
+    by_default = _is_tied_by_default(checkpoint.config) if not flags else None
     return Embeddings(
         tuple(sorted(tokens.values(), key=lambda name: (not name.endswith("shared.weight"), name))),
         heads[0] if len(heads) == 1 else None,
         is_shared=len(tokens) == 1 or ("shared.weight" in tokens and _shares_halves(checkpoint.config)),
-        is_tied=flags == {True} or (not flags and _is_tied_by_default(checkpoint.config)),
-        may_lack_one=True in flags or False not in flags,
+        is_tied=flags == {True} or by_default is True,
+        may_lack_one=True in flags or (not flags and by_default is not False),
         biases=biases,
     )
 
@@ -115,8 +116,14 @@ def _shares_halves(config: Mapping[str, Any]) -> bool:
     return config.get("share_encoder_decoder_embeddings") is not False
 
 
-def _is_tied_by_default(config: Mapping[str, Any]) -> bool:
-    """Whether models of this type tie their head; the type is the text section's where there is one."""
-    *_, section = text_sections(config)
+def _is_tied_by_default(config: Mapping[str, Any]) -> bool | None:
+    """Whether models of this type tie their head; None where that is not known.
+
+    The type is the text section's where there is one. A type without the key in `config_defaults` does not tie; what
+    the model that contains a text section does is not known then.
+    """
+    *_, section = sections = text_sections(config)
     model_type = str(section.get("model_type") or config.get("model_type"))
-    return model_type in _ALSO_TIED or config_defaults().get(model_type, {}).get("tie_word_embeddings") is True
+    if model_type in _ALSO_TIED or config_defaults().get(model_type, {}).get("tie_word_embeddings"):
+        return True
+    return False if model_type in config_defaults() and len(sections) == 1 else None

@@ -189,7 +189,7 @@ def ties(
 @pytest.mark.parametrize(
     "config",
     [
-        {},
+        {"model_type": "unknown"},
         {"tie_word_embeddings": True},
         {"text_config": {"tie_word_embeddings": True}},
         {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False},
@@ -202,8 +202,11 @@ def test_a_head_that_is_not_stored_is_the_embedding(tmp_path: Path, config: dict
     assert found.tied == []
 
 
-def test_a_head_that_is_missing_from_an_untied_model_is_not_its_embedding(tmp_path: Path) -> None:
-    found = ties(tmp_path, [EMBED], [EMBED, HEAD], {"tie_word_embeddings": False})
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": False}, {"model_type": "llama"}])
+def test_a_head_that_is_missing_from_an_untied_model_is_not_its_embedding(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    found = ties(tmp_path, [EMBED], [EMBED, HEAD], config)
     assert HEAD not in found.twins
     assert found.embeddings.head == HEAD
 
@@ -239,7 +242,8 @@ def test_a_head_of_another_width_is_not_the_embedding(tmp_path: Path) -> None:
 def test_one_tensor_is_found_under_whichever_of_its_names_is_stored(
     tmp_path: Path, pre: list[str], post: list[str]
 ) -> None:
-    found = ties(tmp_path, pre, post)
+    unknown = {"model_type": "unknown"}
+    found = ties(tmp_path, pre, post, unknown, unknown)
     assert found.twins.keys() >= set(post)
     assert {found.twins[name] for name in post} == set(pre)
 
