@@ -194,7 +194,7 @@ def test_a_large_file_that_is_rewritten_while_it_is_uploaded_is_not_committed(
 
     def answer(host: str, asked: Asked) -> Answer:
         if host == "cdn":
-            (merged / FIRST).write_bytes((merged / FIRST).read_bytes()[::-1])
+            (merged / FIRST).touch()  # other bytes could also fail as an upload, depending on when they are written
         return honest(host, asked)
 
     monkeypatch.setattr(push_module, "_SMALL_BYTES", 0)
