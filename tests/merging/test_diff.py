@@ -251,9 +251,9 @@ def test_tensors_of_one_side_of_other_shapes_and_of_whole_numbers_are_noted(tmp_
         post[f"extra.{name}"] = random_tensor("BF16", (2,), name)
     found = compare(tmp_path, pre, post)
     assert found.notes == (
-        "not compared, different shapes: model.embed_tokens.weight and 1 more",
+        "not compared, different shapes: model.embed_tokens.weight",
+        "not compared, only post-trained: lm_head.weight and 3 more",
         "not compared, not floating: counts",
-        "not compared, only post-trained: extra.a and 2 more",
         "not compared, only pre-trained: model.norm.weight",
     )
     assert {layer for layer, _ in found.by_module} == {0}
