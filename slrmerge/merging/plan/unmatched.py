@@ -115,7 +115,7 @@ def _refuse_posttrained(name: str, pair: ModelPair, refused: Refusals) -> None:
     elif stack.locate(name) if stack else split_layer(name):
         refused.add(name, "not-in-pretrained", what, ANOTHER_MODEL)
     elif name == names.embeddings.head:
-        what += ", whose config says that its head is not tied to its embedding"
+        what += ", whose config does not tie its head to its embedding"
         refused.add(name, "not-in-pretrained", what, _TIE + KEEP)
     else:
         refused.add(name, "not-in-pretrained", what, KEEP if names.is_new_module(name) else ANOTHER_MODEL)
