@@ -11,7 +11,7 @@ INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test suite slow peer lint docs wheel test-wheel bench bench-clone clean
+.PHONY: demo test suite slow smoke peer lint docs wheel test-wheel bench bench-clone clean
 
 demo: $(VENV)/.search
 	$(BIN)/slrmerge search examples/tiny/recipe.yaml --out demo/search --overwrite --threads 1
@@ -32,14 +32,29 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# One test file per core: some wait for pip while others compute. Then every benchmark at its smallest size.
+# One test file per core: some wait for pip while others compute. Then every benchmark at its smallest size, two at a time.
 slow: $(VENV)/.slow $(PEER)/.installed $(GGUF)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --durations 0
+	$(MAKE) --jobs=2 smoke
+
+smoke: $(addprefix smoke-,merge clone hub sweep eval eval-memory)
+
+smoke-merge:
 	$(BIN)/python benchmarks/merge.py --size 100MB --runs 1 --mergekit $(PEER)/bin/mergekit-yaml
+
+smoke-clone:
 	$(BIN)/python benchmarks/merge.py --size 100MB --runs 1 --filesystem xfs
+
+smoke-hub:
 	$(BIN)/python benchmarks/hub.py --size 50MB --runs 1
+
+smoke-sweep:
 	$(BIN)/python benchmarks/sweep.py --layers 3 --hidden 64 --sample 2 --no-prediction
+
+smoke-eval:
 	$(BIN)/python benchmarks/eval.py --requests 500 --runs 1
+
+smoke-eval-memory:
 	$(BIN)/python benchmarks/eval_memory.py --questions 20 --samples 4 --characters 400 --judge
 
 peer: $(PEER)/.installed
