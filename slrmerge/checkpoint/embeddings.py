@@ -77,7 +77,7 @@ def find_embeddings(checkpoint: Checkpoint, outside: Mapping[str, str]) -> Embed
     heads = [outside[f"{key}.weight"] for key in sorted(_HEADS) if f"{key}.weight" in outside]
     biases = tuple(tuple(outside[key] for key in keys if key in outside) for keys in _BIASES)
     given = [section.get("tie_word_embeddings") for section in text_sections(checkpoint.config)]
-    flags = {flag for flag in given if isinstance(flag, bool | int)}  # a config may have anything there
+    flags = {flag for flag in given if isinstance(flag, int)}  # a config may have anything there
     by_default = _is_tied_by_default(checkpoint.config) if not flags else None
     return Embeddings(
         tuple(sorted(tokens.values(), key=lambda name: (not name.endswith("shared.weight"), name))),

@@ -15,10 +15,10 @@ from threading import Event, Lock
 from typing import BinaryIO, NamedTuple, Protocol
 
 from slrmerge.errors import CheckpointError, Problem, SlrmergeError, SourceChangedError
-from slrmerge.io.files import NO_FOLLOW, clone_range, open_files_remedy
+from slrmerge.io.files import NO_FOLLOW, NO_WAIT, clone_range, open_files_remedy
 
-_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-"""No newline translation on Windows, and no waiting for a FIFO that took a file's place."""
+_FLAGS = os.O_RDONLY | NO_WAIT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+"""No newline translation on Windows, and no waiting."""
 
 _MAX_REFERENCE = 1000
 _SHARED_BLOB = re.compile("([0-9a-f]{2})/\\1[0-9a-f]{62}")

@@ -14,6 +14,10 @@ from typing import Any
 from slrmerge.errors import require_type
 from slrmerge.io.sizes import format_bytes
 
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+"""For a FIFO that took a file's place. Windows has neither flag."""
+
 
 def create_folder(path: Path, *, durable: bool) -> None:
     """Create a folder and its parents, with the mode that the umask gives."""
@@ -23,9 +27,6 @@ def create_folder(path: Path, *, durable: bool) -> None:
         sync_folder(folder.parent)
 
 
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-
-
 def open_no_link(path: str, flags: int) -> int:
     """An opener that follows no link: whatever is written to a folder goes into that folder."""
     return os.open(path, flags | NO_FOLLOW, 0o666)
@@ -33,7 +34,7 @@ def open_no_link(path: str, flags: int) -> int:
 
 def open_no_wait(path: str, flags: int) -> int:
     """An opener for reading that waits for no writer where a FIFO took a file's place."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    return os.open(path, flags | NO_WAIT)
 
 
 def open_files_remedy(error: OSError) -> str:
