@@ -23,8 +23,9 @@ from slrmerge.io.memory import available_memory_bytes
 from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.io.progress import Progress
 from slrmerge.io.text import printable
+from slrmerge.searching.chat_template import render
 from slrmerge.searching.device import default_dtype
-from slrmerge.searching.prompts import decode, encode, load_tokenizer, render, tokenizing
+from slrmerge.searching.tokenizer import decode, encode, load_tokenizer, tokenizing
 
 LARGEST_BATCH, LARGEST_CPU_BATCH = 256, 32
 """Rows of a batch where its size is not given. A killed evaluation repeats the batch that it was at."""

@@ -19,7 +19,7 @@ from slrmerge.evaluation.local import LARGEST_CPU_BATCH, LocalModel, row_bytes
 from slrmerge.evaluation.models import SampleRequest
 from slrmerge.evaluation.samples import Answer, SampleKey, Settings
 from slrmerge.io.progress import Progress
-from slrmerge.searching.prompts import render
+from slrmerge.searching.chat_template import render
 from tests.conftest import TINY
 from tests.evaluation.helpers import Kept
 from tests.gguf_files import write_gguf

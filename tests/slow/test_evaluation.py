@@ -18,7 +18,7 @@ from scipy.stats import chisquare
 from slrmerge.evaluation.models import SampleRequest, ServerAddress
 from slrmerge.evaluation.samples import SampleKey, Settings, seed_of
 from slrmerge.evaluation.server import ServerModel
-from slrmerge.searching.prompts import render
+from slrmerge.searching.chat_template import render
 from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter
 from tests.evaluation.helpers import Kept
 from tests.slow.conftest import SLRMERGE, run
