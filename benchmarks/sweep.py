@@ -26,7 +26,7 @@ import transformers
 
 import slrmerge
 from slrmerge.searching.candidates import Candidate, make_candidates
-from slrmerge.searching.scorer import LocalScorer, ScoreRequest
+from slrmerge.searching.scorer import LocalScorer, ScoreRequest, ScorerOptions
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import PAPER_MODELS, all_intervals_cost, measured_rate
 from slrmerge.searching.sweep.trie import pack
@@ -134,7 +134,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     time_naive(sample[::2])
     start = time.perf_counter()
     request = ScoreRequest("first", [candidate.alphas for candidate in candidates], contexts, torch.float32)
-    with LocalScorer(pair, output_dtype=None, device=torch.device("cpu"), max_memory_bytes=0) as scorer:
+    with LocalScorer(pair, ScorerOptions(max_memory_bytes=0)) as scorer:
         scorer.score(request, None, slrmerge.Progress())
     sweep_s = time.perf_counter() - start
     time_naive(sample[1::2])

@@ -12,6 +12,7 @@ from slrmerge.checkpoint.adapter import AdapterCheckpoint, put_on_base
 from slrmerge.checkpoint.adapter_config import NAME_BASE, AdapterFolder, is_adapter, read_adapter_folder
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.correspondence import Correspondence, correspond
+from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.gguf import open_gguf
 from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.location import AdapterOnBase, Place, Repository, parse_source, snapshot_of
@@ -266,6 +267,14 @@ def _is_copy(checkpoint: Checkpoint, place: Place, named: str) -> bool:
 def require_pair(pair: object) -> None:
     """Raise OptionError for a value that is not a pair, such as a path."""
     require_type("pair", pair, ModelPair, "pass what slrmerge.open_pair returns")
+
+
+def require_not_replaced(pair: ModelPair) -> None:
+    """Raise SourceChangedError where another file has the name of one that was read: a merge would read that one."""
+    for _, checkpoint in pair.items():
+        for file in checkpoint.weight_files.values():
+            if isinstance(file, LocalFile) and file.path.exists():
+                file.open().close()
 
 
 def require_same_depth(pair: ModelPair) -> Iterator[Problem]:

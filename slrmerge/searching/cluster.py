@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from slrmerge.checkpoint.pair import ModelPair, open_pair
@@ -17,8 +16,7 @@ from slrmerge.errors import ClusterError, Problem
 from slrmerge.io.cluster import Cluster, Workers, require_shared
 from slrmerge.io.progress import Progress
 from slrmerge.recipe.alphas import TensorAlphas
-from slrmerge.searching.device import require_device
-from slrmerge.searching.scorer import LocalScorer, ScoreRequest, torch_threads
+from slrmerge.searching.scorer import LocalScorer, ScoreRequest, ScorerOptions, torch_threads
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import Cost
 
@@ -30,10 +28,7 @@ class ScorerSetup:
     pretrained: str
     posttrained: str
     fingerprints: tuple[dict[str, object], dict[str, object]]
-    output_dtype: str | None
-    shares_vocabulary: bool
-    device: str
-    max_memory_bytes: int
+    options: ScorerOptions
     threads: int
 
 
@@ -48,23 +43,13 @@ class RayScorer:
         self,
         pair: ModelPair,
         address: str,
+        options: ScorerOptions | None = None,
         *,
-        output_dtype: str | None,
-        device: str,
-        max_memory_bytes: int,
-        threads: int | None,
-        shares_vocabulary: bool = False,
+        threads: int | None = None,
     ) -> None:
-        self.local = LocalScorer(
-            pair,
-            output_dtype=output_dtype,
-            device=torch.device("cpu"),
-            max_memory_bytes=max_memory_bytes,
-            shares_vocabulary=shares_vocabulary,
-        )
-        self._pair, self._address = pair, address
-        self._output_dtype, self._shares_vocabulary, self._device = output_dtype, shares_vocabulary, device
-        self._max_memory_bytes, self._threads = max_memory_bytes, threads
+        self._pair, self._address, self._threads = pair, address, threads
+        self._options = options or ScorerOptions()
+        self.local = LocalScorer(pair, replace(self._options, device="cpu"))
         self._closing = ExitStack()
         self._cluster: Cluster | None = None
 
@@ -79,7 +64,7 @@ class RayScorer:
     @property
     def workers(self) -> Workers:
         """What the cluster can run at a time. Raises ClusterError."""
-        return self._connected().workers(gpus=self._device.startswith("cuda"))
+        return self._connected().workers(gpus=self._options.device.startswith("cuda"))
 
     def parts(self, request: ScoreRequest) -> list[ScoreRequest]:
         """The request of each worker: consecutive contexts, which have the most in common."""
@@ -124,10 +109,7 @@ class RayScorer:
             pre.reference,
             post.reference,
             (pre.fingerprint(), post.fingerprint()),
-            self._output_dtype,
-            self._shares_vocabulary,
-            self._device,
-            self._max_memory_bytes,
+            self._options,
             self._threads or self.workers.cpus,
         )
 
@@ -167,10 +149,4 @@ def _local_scorer(setup: ScorerSetup, progress: Progress) -> LocalScorer:
             remedy = "use storage that all machines of the cluster share"
             raise ClusterError(Problem("not-shared", str(checkpoint), "is another checkpoint on a worker", remedy))
     fetch_side_files(pair.posttrained.side_files)
-    return LocalScorer(
-        pair.download(progress),
-        output_dtype=setup.output_dtype,
-        shares_vocabulary=setup.shares_vocabulary,
-        device=require_device(setup.device),
-        max_memory_bytes=setup.max_memory_bytes,
-    )
+    return LocalScorer(pair.download(progress), setup.options)

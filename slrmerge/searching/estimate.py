@@ -54,34 +54,34 @@ class Estimate:
 def estimate_parts(scorer: LocalScorer, passes: Sequence[Sequence[ScoreRequest]]) -> Estimate:
     """The cost of the largest part of each pass, which several workers share, at the rate of this machine."""
     largest = [max(parts, key=lambda part: scorer.cost(part).flop) for parts in passes]
-    made = _own_estimate(scorer, largest, device=torch.device("cpu"))
+    made = _own_estimate(scorer, largest)
     weights = (file for _, side in scorer.pair.items() for file in side.weight_files.values())
     return replace(made, workers=len(passes[0]), download_bytes=sum(file.download_bytes for file in weights))
 
 
-def estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest], *, device: torch.device) -> Estimate:
+def estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest]) -> Estimate:
     """The cost of the passes, from shapes and a matrix product measured here, and of the paper's models."""
-    made = _own_estimate(scorer, passes, device=device)
+    made = _own_estimate(scorer, passes)
     rows = []
     for known in PAPER_MODELS:
         candidates = known.layers * (known.layers + 1) // 2 + 2
-        rate = measured_rate(known.width, torch.bfloat16, device)
+        rate = measured_rate(known.width, torch.bfloat16, scorer.device)
         rows.append(EstimateRow(known.name, candidates, "bfloat16", all_intervals_cost(known), rate))
     return replace(made, rows=(*made.rows, *rows))
 
 
-def _own_estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest], *, device: torch.device) -> Estimate:
+def _own_estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest]) -> Estimate:
     """The cost of the passes alone; the tokens are those of the first."""
     first, *others = passes
     tokens = sum(len(context.ids) for context in first.contexts)
     name, packed = scorer.pair.posttrained.model_name, scorer.shape(first).tokens
-    rows = [_row(name, scorer, first, device), *(_row(f"{name}, {each.name}", scorer, each, device) for each in others)]
+    rows = [_row(name, scorer, first), *(_row(f"{name}, {each.name}", scorer, each) for each in others)]
     return Estimate(len(first.contexts), tokens, packed, tuple(rows))
 
 
-def _row(name: str, scorer: LocalScorer, request: ScoreRequest, device: torch.device) -> EstimateRow:
+def _row(name: str, scorer: LocalScorer, request: ScoreRequest) -> EstimateRow:
     shape = scorer.shape(request)
-    rate = measured_rate(shape.width, request.dtype, device)
+    rate = measured_rate(shape.width, request.dtype, scorer.device)
     cost, overhead_s = scorer.cost(request), 0.0
     state_flop = 2 * shape.layer_parameters * shape.tokens
     if state_flop < SMALL_FLOP:

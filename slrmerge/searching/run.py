@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slrmerge.checkpoint.files import LocalFile
-from slrmerge.checkpoint.pair import ModelPair, require_layers
+from slrmerge.checkpoint.pair import ModelPair, require_layers, require_not_replaced
 from slrmerge.errors import Problem, UnsupportedModelError, require_extra
 from slrmerge.io.files import replace_file
 from slrmerge.io.options import make_options, takes_options
@@ -34,7 +33,7 @@ from slrmerge.searching.prompts import answer_log_probs
 from slrmerge.searching.proxy_tasks import Question, Scores, make_task
 from slrmerge.searching.results import SearchResult
 from slrmerge.searching.results_folder import RECIPES, why_not_results, write_result
-from slrmerge.searching.scorer import LocalScorer, Scorer, torch_threads
+from slrmerge.searching.scorer import LocalScorer, Scorer, ScorerOptions, torch_threads
 from slrmerge.searching.selection import ScoredCandidate, Selection, finalists, mark_feasible, select_from
 from slrmerge.searching.sweep.cost import Cost
 
@@ -74,8 +73,8 @@ class Search:
         self._day = self.options.day
         self.questions = self.task.questions()
         self.held_out = self.task.held_out_questions() if self.options.held_out else ()
-        parse_device(self.options.device)  # whether the workers of a cluster have it, only they know
-        self.device = torch.device("cpu") if self.options.ray else require_device(self.options.device)
+        check_device = parse_device if self.options.ray else require_device  # only a cluster's workers know what it has
+        check_device(self.options.device)
         self._make_scorer = make_scorer or (self._ray_scorer if self.options.ray else self._local_scorer)
         self._scorer: tuple[ModelPair, Scorer] | None = None
 
@@ -109,7 +108,7 @@ class Search:
                     return estimate_parts(cluster.local, [cluster.parts(request) for request in requests])
             scorer = self._scorer_of(pair)
             local = scorer if isinstance(scorer, LocalScorer) else self._local_scorer(pair)
-            made = estimate(local, requests, device=self.device)
+            made = estimate(local, requests)
             return replace(made, prompts=len(first.prompts))
 
     def output_folder(self, out: str | os.PathLike[str], *, overwrite: bool) -> OutputFolder:
@@ -152,7 +151,7 @@ class Search:
                     scored = self._score(scorer, output, progress)
                     result = self._select(scored, self._base(pair, output.path))
                     held_out = self._ask_held_out(result.choice, scorer, output, progress)
-                    _require_not_replaced(pair)
+                    require_not_replaced(pair)
                 progress.status("writing the results")
                 asked = _prompt_scores([row.info.label for row in result.rows], self.questions, scored.scores)
                 result = replace(
@@ -263,26 +262,20 @@ class Search:
         return self._scorer[1]
 
     def _local_scorer(self, pair: ModelPair) -> LocalScorer:
-        return LocalScorer(
-            pair,
-            output_dtype=self.recipe.dtype,
-            device=self.device,
-            max_memory_bytes=self.options.max_memory_bytes,
-            shares_vocabulary=self.recipe.vocabulary == "shared",
-        )
+        return LocalScorer(pair, self._scorer_options())
 
     def _ray_scorer(self, pair: ModelPair) -> "RayScorer":
         from slrmerge.searching.cluster import RayScorer
 
         assert self.options.ray is not None
-        return RayScorer(
-            pair,
-            self.options.ray,
+        return RayScorer(pair, self.options.ray, self._scorer_options(), threads=self.options.threads)
+
+    def _scorer_options(self) -> ScorerOptions:
+        return ScorerOptions(
             output_dtype=self.recipe.dtype,
             shares_vocabulary=self.recipe.vocabulary == "shared",
             device=self.options.device,
             max_memory_bytes=self.options.max_memory_bytes,
-            threads=self.options.threads,
         )
 
     def _base(self, pair: ModelPair, folder: Path) -> Recipe:
@@ -335,14 +328,6 @@ def search(
     Raises OptionError, RecipeError, CheckpointError, PlanError, UnsupportedModelError, OutputError and HubError.
     """
     return Search(pair, make_options(SearchOptions, options)).run(out, overwrite=overwrite, progress=progress)
-
-
-def _require_not_replaced(pair: ModelPair) -> None:
-    """Raise SourceChangedError where another file has the name of one that was scored: a merge would read that one."""
-    for _, checkpoint in pair.items():
-        for file in checkpoint.weight_files.values():
-            if isinstance(file, LocalFile) and file.path.exists():
-                file.open().close()
 
 
 def _read_date(staging: Path) -> datetime.date | None:

@@ -19,6 +19,7 @@ from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.merging.stream import HybridReader
 from slrmerge.merging.tied import require_tied
 from slrmerge.recipe.alphas import TensorAlphas
+from slrmerge.searching.device import require_device
 from slrmerge.searching.sweep.check import require_agreement
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import LAST_LAYER_SHARE, Cost, Shape, cost_of
@@ -71,28 +72,28 @@ class Scorer(Protocol):
         ...
 
 
-class LocalScorer:
-    """Scores hybrids in this process by a sweep over the layers.
+@dataclass(frozen=True, slots=True)
+class ScorerOptions:
+    """How hybrids are made, and where they are scored.
 
     `output_dtype` is the dtype that the recipe gives hybrids, None for their own. With `shares_vocabulary`, rows that
-    only one vocabulary has stay post-trained. Hidden states take at most
-    `max_memory_bytes` of memory; more are kept in the folder.
+    only one vocabulary has stay post-trained. Hidden states take at most `max_memory_bytes` of memory; more are kept
+    in the folder.
     """
 
-    def __init__(
-        self,
-        pair: ModelPair,
-        *,
-        output_dtype: str | None,
-        device: torch.device,
-        max_memory_bytes: int,
-        shares_vocabulary: bool = False,
-    ) -> None:
+    output_dtype: str | None = None
+    shares_vocabulary: bool = False
+    device: str = "cpu"
+    max_memory_bytes: int = 1 << 30
+
+
+class LocalScorer:
+    """Scores hybrids in this process by a sweep over the layers. Raises OptionError where the device is missing."""
+
+    def __init__(self, pair: ModelPair, options: ScorerOptions | None = None) -> None:
         self.pair = pair
-        self._output_dtype = output_dtype
-        self._shares_vocabulary = shares_vocabulary
-        self._device = device
-        self._max_memory_bytes = max_memory_bytes
+        self.options = options or ScorerOptions()
+        self.device = require_device(self.options.device)
         self._models: dict[torch.dtype, StagedModel] = {}
         self._plans: dict[object, tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]] = {}
         self._closing = ExitStack()
@@ -107,7 +108,7 @@ class LocalScorer:
     def model(self, dtype: torch.dtype) -> StagedModel:
         """The post-trained side's model, without weights."""
         if dtype not in self._models:
-            self._models[dtype] = staged_model(self.pair.posttrained, dtype=dtype, device=self._device)
+            self._models[dtype] = staged_model(self.pair.posttrained, dtype=dtype, device=self.device)
         return self._models[dtype]
 
     def cost(self, request: ScoreRequest) -> Cost:
@@ -152,15 +153,15 @@ class LocalScorer:
             fingerprint = sweep.fingerprint(
                 [side.identity for side in sides],
                 [sorted(side.config.items()) for side in sides],
-                self._output_dtype,
-                self._shares_vocabulary,
+                self.options.output_dtype,
+                self.options.shares_vocabulary,
             )
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 if (earlier := _read_result(folder / _RESULT, fingerprint)) is not None:
                     progress.message("resuming: this pass is complete")
                     return earlier
-            store = StateStore(folder, max_bytes=self._max_memory_bytes, fingerprint=fingerprint)
+            store = StateStore(folder, max_bytes=self.options.max_memory_bytes, fingerprint=fingerprint)
             log_probs: NDArray[np.float64] = sweep.run(store, progress).numpy()
             self._reader.pair.check_unchanged()
         if folder is not None:
@@ -176,7 +177,10 @@ class LocalScorer:
         if key not in self._plans:
             plan = SweepPlan.of(self.model(request.dtype).stages, request.candidates)
             planned = plan_tensor_alphas(
-                plan.all_tensors(), self.pair, dtype=self._output_dtype, shares_vocabulary=self._shares_vocabulary
+                plan.all_tensors(),
+                self.pair,
+                dtype=self.options.output_dtype,
+                shares_vocabulary=self.options.shares_vocabulary,
             )
             self._plans[key] = plan, planned
         return self._plans[key]

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from slrmerge.errors import ClusterError
 from slrmerge.io.cluster import Cluster
@@ -81,10 +80,10 @@ def test_scores_on_a_cluster_are_those_of_one_machine_though_a_worker_is_killed(
     monkeypatch.setattr(searching, "_score", dying_once(searching._score, killed))
     prepared = small.search(spaces=("intervals", "soups")).prepared
     request = prepared.first.request
-    local = LocalScorer(prepared.pair, output_dtype=None, device=torch.device("cpu"), max_memory_bytes=1 << 30)
+    local = LocalScorer(prepared.pair)
     with local:
         expected = local.score(request, None, Progress())
-    remote = RayScorer(prepared.pair, address, output_dtype=None, device="cpu", max_memory_bytes=1 << 30, threads=None)
+    remote = RayScorer(prepared.pair, address)
     progress = Counter()
     with remote:
         remote.check(request.candidates[0], request.contexts[:2])

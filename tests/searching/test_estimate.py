@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from slrmerge.searching import estimate
 from slrmerge.searching.scorer import LocalScorer
-from tests.searching.sweep.models import CPU, INTERVALS, POST, contexts, local_scorer, request, write_models
+from tests.searching.sweep.models import INTERVALS, POST, contexts, local_scorer, request, write_models
 
 
 def test_what_a_layer_takes_for_a_state_is_measured(tmp_path: Path) -> None:
@@ -28,7 +27,7 @@ def test_small_layers_take_what_was_measured_for_every_state(
     with local_scorer(tmp_path) as scorer:
         wanted = request(scorer, [POST, *INTERVALS], contexts())
         shape, cost = scorer.shape(wanted), scorer.cost(wanted)
-        (row,) = estimate._own_estimate(scorer, [wanted], device=torch.device(CPU)).rows
+        (row,) = estimate._own_estimate(scorer, [wanted]).rows
     besides = state_s - 2 * shape.layer_parameters * shape.tokens / rate
     expected = cost.states * besides if small_flop else 0.0
     assert besides > 0

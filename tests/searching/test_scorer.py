@@ -28,7 +28,7 @@ from slrmerge.searching.proxy_tasks import TASKS, Question, score
 from slrmerge.searching.results import SearchResult
 from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search
-from slrmerge.searching.scorer import LocalScorer, ScoreRequest
+from slrmerge.searching.scorer import LocalScorer, ScoreRequest, ScorerOptions
 from slrmerge.searching.selection import ScoredCandidate
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import Cost
@@ -102,7 +102,7 @@ def test_scores_of_answers_of_any_length_are_those_of_whole_sequences(
     prompts = tokenize(questions, pair.folder / "post")
     opened = pair.open()
     candidates = {each.info.label: each.alphas for each in make_candidates(opened, ["intervals"])}
-    scorer = LocalScorer(opened, output_dtype=None, device=torch.device("cpu"), max_memory_bytes=1 << 30)
+    scorer = LocalScorer(opened)
     with scorer:
         request = ScoreRequest("any", [candidates[label]], contexts_of(prompts), torch.float32)
         scores = score(answer_log_probs(prompts, scorer.score(request, None, Progress())))
@@ -155,7 +155,7 @@ def scorer(pair: ModelPair) -> Iterator[LocalScorer]:
 
 
 def local_scorer(pair: ModelPair, *, max_memory_bytes: int = 1 << 30) -> LocalScorer:
-    return LocalScorer(pair, output_dtype=None, device=torch.device("cpu"), max_memory_bytes=max_memory_bytes)
+    return LocalScorer(pair, ScorerOptions(max_memory_bytes=max_memory_bytes))
 
 
 def intervals_of(pair: ModelPair, count: int | None = None) -> ScoreRequest:

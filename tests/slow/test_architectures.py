@@ -9,9 +9,9 @@ import torch
 from slrmerge.checkpoint.pair import open_pair
 from slrmerge.errors import UnsupportedModelError
 from slrmerge.io.progress import Progress
-from slrmerge.searching.scorer import LocalScorer
+from slrmerge.searching.scorer import LocalScorer, ScorerOptions
 from tests.searching.sweep.families import causal_types, log_probs_of, mixed_by_hand, write_family
-from tests.searching.sweep.models import CPU, POST, PRE, contexts, gaps, hybrid, local_scorer, request
+from tests.searching.sweep.models import POST, PRE, contexts, gaps, hybrid, local_scorer, request
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -81,7 +81,7 @@ def test_a_type_that_cannot_be_served_is_refused_from_its_headers(tmp_path: Path
     if code == "no-layers":  # as `require_layers` says before a search looks at the model
         assert pair.stack is None
         return
-    scorer = LocalScorer(pair, output_dtype=None, device=CPU, max_memory_bytes=0)
+    scorer = LocalScorer(pair, ScorerOptions(max_memory_bytes=0))
     with pytest.raises(UnsupportedModelError) as caught:
         scorer.model(torch.float32)
     assert [problem.code for problem in caught.value.problems] == [code]

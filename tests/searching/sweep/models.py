@@ -22,7 +22,7 @@ from slrmerge.merging.stream import HybridReader
 from slrmerge.recipe.alphas import TensorAlphas, resolve_rules
 from slrmerge.recipe.rules import Rules
 from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter, Scores
-from slrmerge.searching.scorer import LocalScorer, ScoreRequest
+from slrmerge.searching.scorer import LocalScorer, ScoreRequest, ScorerOptions
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.engine import Sweep
 from slrmerge.searching.sweep.layouts import staged_model
@@ -156,7 +156,7 @@ def local_scorer(
 ) -> Iterator[LocalScorer]:
     """A scorer of the pair in `folder`."""
     pair = open_pair(folder / "pre", folder / "post")
-    with LocalScorer(pair, output_dtype=output_dtype, device=CPU, max_memory_bytes=max_memory_bytes) as scorer:
+    with LocalScorer(pair, ScorerOptions(output_dtype, max_memory_bytes=max_memory_bytes)) as scorer:
         yield scorer
 
 
