@@ -38,7 +38,7 @@ class _ModelType(ModelMetaclass):
 class Model(BaseModel, metaclass=_ModelType):
     """A frozen value that refuses unknown keys. Its constructor and `validate_as` raise `error`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
     error: ClassVar[type[SlrmergeError]] = RecipeError
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
