@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from slrmerge.io.files import replace_file
 from slrmerge.io.text import printable
@@ -99,17 +99,13 @@ def place_labels(
             arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
         size = written.get_window_extent()
-        choices = [
-            (distance, right, up, _Box.beside(x, y, size.width, size.height, right, up, distance * scale))
+        places = (
+            _Place(distance, right, up, _Box.beside(x, y, size.width, size.height, right, up, distance * scale))
             for distance in (_DISTANCES if label.needed else _DISTANCES[:2])
             for right, up in _SIDES
-        ]
-        free = [
-            choice
-            for choice in choices
-            if choice[3].is_inside(room) and not any(choice[3].overlaps(each) for each in taken)
-        ]
-        clear = [choice for choice in free if not choice[3].covers(on_lines)]
+        )
+        free = [each for each in places if each.box.is_inside(room) and not any(map(each.box.overlaps, taken))]
+        clear = [each for each in free if not each.box.covers(on_lines)]
         if not (clear or (free and label.needed)):
             written.remove()
             continue
@@ -157,6 +153,15 @@ class _Box:
         """Whether one of the points, an array of shape (points, 2), is inside."""
         x, y = points.T
         return bool(((self.left < x) & (x < self.right) & (self.bottom < y) & (y < self.top)).any())
+
+
+class _Place(NamedTuple):
+    """Where a label may be: so far to the right (1) or left (-1) of its point, above (1) or below (-1) it."""
+
+    distance: float
+    right: int
+    up: int
+    box: _Box
 
 
 def save_figure(figure: "Figure", path: Path) -> bytes:
