@@ -9,7 +9,7 @@ from typing import NamedTuple
 from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.pair import no_stack_problem
 from slrmerge.errors import Problem, did_you_mean
-from slrmerge.recipe.rules import Rules
+from slrmerge.recipe.rules import LayerRule, Rules, TensorRule
 
 _MAX_SUGGESTIONS = 10
 """Each is a comparison with up to 100,000 names."""
@@ -91,6 +91,35 @@ class _Matcher:
         return found
 
 
+class _LayerMatcher(NamedTuple):
+    """A rule for a range of layers, with a matcher for each of its module patterns."""
+
+    rule: LayerRule
+    modules: list[_Matcher]
+
+    def alpha(self, layer: int, paths: list[str], *, otherwise: float) -> float:
+        """The alpha of a tensor in `layer` with these module paths."""
+        first, last = self.rule.range
+        if not first <= layer <= last:
+            return otherwise
+        matched = [each.matches(paths) for each in self.modules]  # all of them, to know which are used
+        return self.rule.alpha_at(layer) if any(matched) else otherwise
+
+
+class _TensorMatcher(NamedTuple):
+    """A rule for the tensors that its pattern matches."""
+
+    rule: TensorRule
+    matcher: _Matcher
+
+    def alpha(self, name: str, group: tuple[str, ...] | None, *, otherwise: float) -> float:
+        """The alpha of the tensor `name`, which may be one with the others of its `group`, the embedding first."""
+        named = self.matcher.matches([name])
+        if group:
+            named = self.matcher.matches(group if self.rule.alpha else group[:1])
+        return self.rule.alpha if named else otherwise
+
+
 def resolve_rules(
     rules: Rules,
     names: Iterable[str],
@@ -108,11 +137,12 @@ def resolve_rules(
     """
     problems = list(_layer_problems(rules, stack, place))
     layer_rules = [
-        (rule, [_Matcher(place(f"$.layers[{number}].modules"), pattern) for pattern in rule.modules])
+        _LayerMatcher(rule, [_Matcher(place(f"$.layers[{number}].modules"), pattern) for pattern in rule.modules])
         for number, rule in enumerate(rules.layers)
     ]
     tensor_rules = [
-        (rule, _Matcher(place(f"$.tensors[{number}].match"), rule.match)) for number, rule in enumerate(rules.tensors)
+        _TensorMatcher(rule, _Matcher(place(f"$.tensors[{number}].match"), rule.match))
+        for number, rule in enumerate(rules.tensors)
     ]
     layers = range(stack.count if stack else 0)
     restored = {layer for layer in layers for first, last in rules.restore or () if first <= layer <= last}
@@ -127,20 +157,15 @@ def resolve_rules(
             alpha = 1.0 if layer in restored else alpha
             paths = _module_paths(inner) if layer_rules else []
             modules.update(paths)
-            for rule, matchers in layer_rules:
-                if rule.range[0] <= layer <= rule.range[1]:
-                    matched = [each.matches(paths) for each in matchers]  # all of them, to know which are used
-                    alpha = rule.alpha_at(layer) if any(matched) else alpha
-        for tensor_rule, matcher in tensor_rules:
-            named = matcher.matches([name])
-            if group := together.get(name):
-                named = matcher.matches(group if tensor_rule.alpha else group[:1])
-            alpha = tensor_rule.alpha if named else alpha
+            for layer_rule in layer_rules:
+                alpha = layer_rule.alpha(layer, paths, otherwise=alpha)
+        for tensor_rule in tensor_rules:
+            alpha = tensor_rule.alpha(name, together.get(name), otherwise=alpha)
         alphas[name] = alpha
-    for rule, matchers in layer_rules:
-        if rule.range[0] in layers:
-            problems += _unused(matchers, sorted(modules))
-    problems += _unused((matcher for _, matcher in tensor_rules), list(alphas))
+    for layer_rule in layer_rules:
+        if layer_rule.rule.range[0] in layers:
+            problems += _unused(layer_rule.modules, sorted(modules))
+    problems += _unused((each.matcher for each in tensor_rules), list(alphas))
     return Resolution(TensorAlphas(alphas, blend=blend), problems)
 
 
