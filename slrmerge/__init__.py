@@ -18,9 +18,9 @@ from slrmerge._version import __version__ as __version__
 if TYPE_CHECKING:
     from slrmerge.checkpoint.base import Checkpoint as Checkpoint
     from slrmerge.checkpoint.location import Repository as Repository
+    from slrmerge.checkpoint.opening import open_checkpoint as open_checkpoint
+    from slrmerge.checkpoint.opening import open_pair as open_pair
     from slrmerge.checkpoint.pair import ModelPair as ModelPair
-    from slrmerge.checkpoint.pair import open_checkpoint as open_checkpoint
-    from slrmerge.checkpoint.pair import open_pair as open_pair
     from slrmerge.errors import SlrmergeError as SlrmergeError
     from slrmerge.evaluation.result import EvaluationResult as EvaluationResult
     from slrmerge.evaluation.run import evaluate as evaluate
@@ -61,8 +61,8 @@ _MODULES = {
     "execute": "merging.executor",
     "load_recipe": "recipe.load",
     "merge": "merging.executor",
-    "open_checkpoint": "checkpoint.pair",
-    "open_pair": "checkpoint.pair",
+    "open_checkpoint": "checkpoint.opening",
+    "open_pair": "checkpoint.opening",
     "plan": "merging.plan.planner",
     "push": "merging.push",
     "search": "searching.run",

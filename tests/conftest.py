@@ -14,7 +14,8 @@ import yaml
 from filelock import FileLock
 from hypothesis import settings
 
-from slrmerge.checkpoint.pair import ModelPair, open_pair
+from slrmerge.checkpoint.opening import open_pair
+from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan_merge
 from slrmerge.recipe.load import AnyRecipe, load_recipe

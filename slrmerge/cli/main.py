@@ -224,7 +224,7 @@ def inspect(checkpoint: str, *, tensors: bool, as_json: bool) -> None:
 
     with TerminalProgress(quiet=as_json) as progress:
         progress.status("reading headers")
-        from slrmerge.checkpoint.pair import open_checkpoint
+        from slrmerge.checkpoint.opening import open_checkpoint
         from slrmerge.cli import show
 
         opened = open_checkpoint(checkpoint)

@@ -143,7 +143,7 @@ def diff(
         require_extra("search", "matplotlib", "jinja2", "plotly")
     with TerminalProgress(quiet=quiet or as_json) as progress:
         progress.status("loading torch")
-        from slrmerge.checkpoint.pair import open_pair
+        from slrmerge.checkpoint.opening import open_pair
         from slrmerge.cli import show_diff
         from slrmerge.merging.diff import diff as diff_pair
         from slrmerge.recipe.load import load_recipe

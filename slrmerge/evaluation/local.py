@@ -14,7 +14,7 @@ from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.files import open_within
 from slrmerge.checkpoint.header import TORCH_DTYPES
 from slrmerge.checkpoint.location import Place, Repository
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.checkpoint.side_files import MANIFEST_NAME, fetch_side_files
 from slrmerge.errors import Problem, UnsupportedModelError, first_line
 from slrmerge.evaluation.models import AnswerSink, SampleRequest

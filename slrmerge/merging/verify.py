@@ -15,7 +15,8 @@ from slrmerge._version import __version__
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.gguf_header import read_gguf
 from slrmerge.checkpoint.location import Source, parse_source
-from slrmerge.checkpoint.pair import Side, open_pair
+from slrmerge.checkpoint.opening import open_pair
+from slrmerge.checkpoint.pair import Side
 from slrmerge.checkpoint.side_files import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME
 from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all
 from slrmerge.io.files import as_path, open_no_wait

@@ -19,7 +19,8 @@ from pydantic import (
 )
 
 from slrmerge.checkpoint.location import AdapterOnBase, Place, Source, parse_source
-from slrmerge.checkpoint.pair import ModelPair, Side, open_pair
+from slrmerge.checkpoint.opening import open_pair
+from slrmerge.checkpoint.pair import ModelPair, Side
 from slrmerge.checkpoint.side_files import RECIPE_NAME
 from slrmerge.errors import Problem, RecipeError
 from slrmerge.io.files import as_path

@@ -10,7 +10,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from slrmerge.checkpoint.pair import ModelPair, open_pair
+from slrmerge.checkpoint.opening import open_pair
+from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.side_files import fetch_side_files
 from slrmerge.errors import ClusterError, Problem
 from slrmerge.io.cluster import Cluster, Workers, require_shared

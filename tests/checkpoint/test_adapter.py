@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slrmerge.checkpoint.adapter import AdapterCheckpoint
-from slrmerge.checkpoint.pair import open_checkpoint, open_pair
+from slrmerge.checkpoint.opening import open_checkpoint, open_pair
 from slrmerge.errors import CheckpointError
 from tests.adapters import PREFIX, TORCH, Q, lora_tensors, merged, values, write_adapter
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint

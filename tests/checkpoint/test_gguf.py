@@ -10,7 +10,7 @@ import pytest
 
 from slrmerge.checkpoint.gguf import GgufCheckpoint, differing_values
 from slrmerge.checkpoint.layers import LayerStack
-from slrmerge.checkpoint.pair import open_checkpoint, open_pair
+from slrmerge.checkpoint.opening import open_checkpoint, open_pair
 from slrmerge.errors import CheckpointError
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.gguf_files import raw_gguf, raw_value, read_gguf_back, shapes, text, write_gguf

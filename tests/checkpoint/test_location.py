@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from slrmerge.checkpoint.location import Repository, parse_source
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.errors import CheckpointError, OptionError
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.problems import refused

@@ -1,17 +1,16 @@
-"""Checkpoints and pairs are opened from whatever names them."""
+"""Two checkpoints and what they are together."""
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.layers import LayerStack
-from slrmerge.checkpoint.location import Repository
-from slrmerge.checkpoint.pair import ModelPair, open_checkpoint, open_pair, require_layers, require_same_depth
+from slrmerge.checkpoint.opening import open_pair
+from slrmerge.checkpoint.pair import ModelPair, require_layers, require_same_depth
 from slrmerge.checkpoint.safetensors import open_folder
-from slrmerge.errors import CheckpointError, HubError, OptionError, PlanError
+from slrmerge.errors import PlanError
 from slrmerge.io.progress import Progress
 from tests.checkpoint import read
 from tests.checkpoints import llama_config, llama_tensors, random_tensor, write_checkpoint
@@ -30,38 +29,6 @@ def pair(folders: tuple[Path, Path]) -> ModelPair:
     return open_pair(*folders)
 
 
-def test_a_checkpoint_opens_from_a_string_a_path_or_itself(
-    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Named:
-        def __fspath__(self) -> str:
-            return str(folders[0])
-
-    expected = open_folder(folders[0])
-    assert [open_checkpoint(source) for source in (folders[0], str(folders[0]), Named())] == [expected] * 3
-    assert open_checkpoint(expected) is expected
-    monkeypatch.chdir(folders[0].parent)
-    relative = open_checkpoint("pre")
-    assert (relative.folder, relative.reference) == (Path("pre"), expected.reference)
-
-
-@pytest.mark.parametrize("value", [None, 3, ["pre"], b"pre"])
-def test_a_value_that_names_no_checkpoint_is_refused(value: Any, folders: tuple[Path, Path]) -> None:
-    for open_it in (lambda: open_checkpoint(value), lambda: open_pair(folders[0], value)):
-        with refused(OptionError, "wrong-type"):
-            open_it()
-
-
-def test_a_repository_that_is_not_cached_is_refused_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for source in ("org/name@main", Repository("org/name", "main")):
-        with refused(HubError, "not-cached") as caught:
-            open_checkpoint(source, local_files_only=True)
-        assert caught.value.problems[0].where == "org/name@main"
-
-
 def test_a_pair_has_its_sides_in_order(pair: ModelPair, folders: tuple[Path, Path]) -> None:
     assert [(side, checkpoint.folder) for side, checkpoint in pair.items()] == [
         ("pretrained", folders[0]),
@@ -73,24 +40,6 @@ def test_a_pair_has_its_sides_in_order(pair: ModelPair, folders: tuple[Path, Pat
     assert not pair.is_remote
     assert pair.download(Progress()) == pair
     assert repr(pair) == f"<ModelPair {folders[0]} → {folders[1]}>"
-
-
-def test_the_problems_of_both_sides_are_reported_at_once(folders: tuple[Path, Path]) -> None:
-    pre, post = folders
-    gone = sorted(post.glob("*.safetensors"))
-    for shard in gone:
-        shard.unlink()
-    with refused(CheckpointError, "no-checkpoint", "shard-missing") as caught:
-        open_pair(pre.parent / "missing", post)
-    assert [problem.where for problem in caught.value.problems] == [str(pre.parent / "missing"), *map(str, gone)]
-
-
-def test_a_checkpoint_is_not_paired_with_itself(folders: tuple[Path, Path]) -> None:
-    pre = folders[0]
-    (pre.parent / "link").symlink_to(pre)
-    for other in (pre, str(pre), pre.parent / "link", open_folder(pre)):
-        with refused(CheckpointError, "same-checkpoint"):
-            open_pair(pre, other)
 
 
 def test_a_pickled_pair_is_equal_and_readable(pair: ModelPair) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from slrmerge.checkpoint.pair import open_pair
+from slrmerge.checkpoint.opening import open_pair
 from slrmerge.errors import OutputError, PlanError
 from slrmerge.merging.diff import diff
 from slrmerge.merging.executor import execute, merge

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrmerge.checkpoint import files
-from slrmerge.checkpoint.pair import open_pair
+from slrmerge.checkpoint.opening import open_pair
 from slrmerge.errors import MissingExtraError, OptionError, OutputError, PlanError, SourceChangedError
 from slrmerge.merging.diff import diff
 from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance

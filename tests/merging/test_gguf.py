@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.errors import OutputError, PlanError, VerificationError
 from slrmerge.merging.executor import execute, merge
 from slrmerge.merging.export import export_mergekit

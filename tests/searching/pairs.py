@@ -20,7 +20,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from slrmerge.checkpoint.pair import ModelPair, open_pair
+from slrmerge.checkpoint.opening import open_pair
+from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.io.progress import Progress
 from slrmerge.recipe.load import RecipeLike, load_recipe
 from slrmerge.recipe.model import Recipe

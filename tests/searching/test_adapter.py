@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.errors import UnsupportedModelError
 from slrmerge.merging.executor import merge
 from slrmerge.recipe.load import load_recipe

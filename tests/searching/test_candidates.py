@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from slrmerge.checkpoint.pair import ModelPair, open_pair
+from slrmerge.checkpoint.opening import open_pair
+from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import PlanError
 from slrmerge.io.options import options_of
 from slrmerge.recipe.load import load_recipe

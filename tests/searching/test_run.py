@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import slrmerge as slr
-from slrmerge.checkpoint.pair import ModelPair, open_checkpoint, open_pair
+from slrmerge.checkpoint.opening import open_checkpoint, open_pair
+from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import (
     BusyError,
     MissingExtraError,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slrmerge.checkpoint.pair import open_pair
+from slrmerge.checkpoint.opening import open_pair
 from slrmerge.errors import UnsupportedModelError
 from slrmerge.io.progress import Progress
 from slrmerge.searching.scorer import LocalScorer, ScorerOptions

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import slrmerge
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from tests.slow.conftest import RESTORED
 from tests.slow.llama_cpp import gguf_of, serve
 

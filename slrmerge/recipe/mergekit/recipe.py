@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slrmerge.checkpoint.location import Source, parse_source
-from slrmerge.checkpoint.pair import ModelPair, Side, no_stack_problem, open_pair
+from slrmerge.checkpoint.opening import open_pair
+from slrmerge.checkpoint.pair import ModelPair, Side, no_stack_problem
 from slrmerge.checkpoint.side_files import RECIPE_NAME
 from slrmerge.errors import OptionError, Problem, RecipeError, did_you_mean, raise_all
 from slrmerge.io.model import validate_as

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from slrmerge.checkpoint.pair import open_pair
+from slrmerge.checkpoint.opening import open_pair
 from slrmerge.merging.executor import merge
 from slrmerge.merging.verify import verify
 from tests.adapters import Q, lora_tensors, write_adapter

@@ -20,7 +20,7 @@ from slrmerge.checkpoint.hub import errors
 from slrmerge.checkpoint.hub.file import HubFile, cache_folder
 from slrmerge.checkpoint.hub.repository import HubRepository, current_commit, open_cached, open_repository, pin
 from slrmerge.checkpoint.location import Repository
-from slrmerge.checkpoint.pair import open_checkpoint, open_pair
+from slrmerge.checkpoint.opening import open_checkpoint, open_pair
 from slrmerge.errors import CheckpointError, HubError, NoSpaceError, Problem, SlrmergeError
 from slrmerge.io.progress import Progress
 from tests.checkpoint import read
@@ -255,7 +255,7 @@ def test_ctrl_c_does_not_wait_while_a_repository_is_opened(pair: HubPair) -> Non
     body = f"""
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 try:
     open_checkpoint({CHAT!r})
 except KeyboardInterrupt:

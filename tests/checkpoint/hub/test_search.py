@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import scan_cache_dir
 
-from slrmerge.checkpoint.pair import open_pair
+from slrmerge.checkpoint.opening import open_pair
 from slrmerge.errors import OutputError, PlanError
 from slrmerge.merging.executor import merge
 from slrmerge.recipe.load import load_recipe

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from slrmerge.checkpoint.pair import ModelPair, open_pair
+from slrmerge.checkpoint.opening import open_pair
+from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import Problem
 from slrmerge.merging.plan.gguf import plan_gguf_tensors
 from slrmerge.merging.plan.model import PlannedTensor

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slrmerge.checkpoint.pair import ModelPair, open_checkpoint, open_pair
+from slrmerge.checkpoint.opening import open_checkpoint, open_pair
+from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.io.progress import Progress
 from slrmerge.merging.executor import merge
 from slrmerge.merging.plan.tensors import plan_tensor_alphas

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.errors import UnsupportedModelError
 from slrmerge.searching.sweep.architecture import model_without_weights
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint

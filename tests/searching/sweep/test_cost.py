@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import slrmerge.searching.sweep.cost
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.searching.sweep.cost import PAPER_MODELS, Cost, Shape, all_intervals_cost, cost_of, measured_rate
 from slrmerge.searching.sweep.trie import pack
 from tests.searching.sweep.families import write_family

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.engine import Sweep
 from slrmerge.searching.sweep.model import StagedModel

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.searching.sweep.embedding_rows import EmbeddingRows, rows_in_use
 from slrmerge.searching.sweep.layouts import Layout, lay_out, token_count
 from slrmerge.searching.sweep.rows import RowLayout

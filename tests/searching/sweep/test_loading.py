@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, core_model_loading
 
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.errors import UnsupportedModelError
 from slrmerge.searching.sweep.architecture import model_without_weights
 from slrmerge.searching.sweep.loading import WeightLoader

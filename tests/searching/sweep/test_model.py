@@ -11,7 +11,7 @@ from transformers.models.llama import modeling_llama
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.layers import LayerStack
-from slrmerge.checkpoint.pair import open_checkpoint
+from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.errors import UnsupportedModelError
 from slrmerge.searching.sweep.layouts import lay_out
 from tests.problems import refused

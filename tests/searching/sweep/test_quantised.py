@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slrmerge.checkpoint.pair import open_checkpoint, open_pair
+from slrmerge.checkpoint.opening import open_checkpoint, open_pair
 from slrmerge.errors import PlanError, UnsupportedModelError
 from slrmerge.searching.candidates import leave_out_blends, make_candidates
 from slrmerge.searching.sweep.architecture import model_without_weights

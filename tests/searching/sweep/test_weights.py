@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import slrmerge.checkpoint.base
-from slrmerge.checkpoint.pair import open_pair
+from slrmerge.checkpoint.opening import open_pair
 from slrmerge.errors import BlendError
 from slrmerge.merging.executor import merge
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
