@@ -57,17 +57,21 @@ _INITIALISATIONS = frozenset({True, False, "true", "false", "gaussian", "eva", "
 """Values of `init_lora_weights` that leave the base's weights as they are."""
 
 MERGE_WITH_PEFT = "merge it into its base with peft's `merge_and_unload`, and name the folder of the result"
+_UNLESS_TIED = ", unless the base ties its head to its embedding: then the result is another model"
 NAME_BASE = "write BASE+ADAPTER in place of the adapter, as in ./llama-3.1-8b+./my-lora"
-_NO_REMEDY = "it cannot be merged into its base: name a plain LoRA or a whole model as the post-trained side"
+NO_REMEDY = "it cannot be merged into its base: name a plain LoRA or a whole model as the post-trained side"
 
 _NOT_WEIGHTS = frozenset({
     "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CARTRIDGE", "CPT",
-    "POLY", "XLORA",
+    "POLY", "XLORA", "SHADOW",
 })  # fmt: skip
 """Values of `peft_type` that peft cannot merge either: prompts, states, or a mixture that depends on the input."""
 
-_UNMERGEABLE = frozenset({"alora_invocation_tokens", "arrow_config", "layer_replication"})
-"""Keys of `_UNSUPPORTED` for which merging with peft gives no model of the base's layers."""
+_UNMERGEABLE = frozenset({"alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora"})
+"""Keys of `_UNSUPPORTED` that peft cannot merge, or for which it gives no model of the base's layers."""
+
+_MAY_BE_TIED = re.compile("emb|wte|head|shared")
+"""In the names of modules that may be the embedding or the head."""
 
 _MAX_PATTERNS = 10_000
 """More than the modules of any model that adapters are trained on: each is compared with each pattern."""
@@ -161,6 +165,8 @@ def parse_adapter_config(content: Mapping[str, Any], path: Path) -> AdapterConfi
 
 def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
     kind = content.get("peft_type")
+    modules = f"{content.get('target_modules')} {content.get('modules_to_save')}"
+    merge = MERGE_WITH_PEFT + (_UNLESS_TIED if _MAY_BE_TIED.search(modules) else "")
     if kind is None:
         what = "has no peft_type: the adapter is not in peft's format"
         remedy = "merge it into its base with the program that trained it, such as mlx_lm.fuse, and name the result"
@@ -169,7 +175,7 @@ def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
     if kind != "LORA":
         what = f"peft_type {shorten(kind)} is not supported, only LORA is"
         is_mergeable = not isinstance(kind, str) or kind not in _NOT_WEIGHTS
-        yield Problem("unsupported-adapter", where, what, MERGE_WITH_PEFT if is_mergeable else _NO_REMEDY)
+        yield Problem("unsupported-adapter", where, what, merge if is_mergeable else NO_REMEDY)
         return
     initialisation = content.get("init_lora_weights", True)
     if not isinstance(initialisation, bool | str) or initialisation not in _INITIALISATIONS:
@@ -181,10 +187,10 @@ def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
             continue
         if key in _UNSUPPORTED:
             what = f"{key} is not supported: {_UNSUPPORTED[key]}"
-            yield Problem("unsupported-adapter", where, what, _NO_REMEDY if key in _UNMERGEABLE else MERGE_WITH_PEFT)
+            yield Problem("unsupported-adapter", where, what, NO_REMEDY if key in _UNMERGEABLE else merge)
         elif key not in ("peft_type", "init_lora_weights"):
             what = f"{shorten(key)} is not a known key of a LoRA adapter, and may change the weights"
-            yield Problem("unsupported-adapter", where, what, MERGE_WITH_PEFT)
+            yield Problem("unsupported-adapter", where, what, merge)
 
 
 def _invalid_patterns(config: AdapterConfig, where: str) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
-from slrmerge.checkpoint.adapter_config import MERGE_WITH_PEFT, NAME_BASE, AdapterFolder
+from slrmerge.checkpoint.adapter_config import MERGE_WITH_PEFT, NAME_BASE, NO_REMEDY, AdapterFolder
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.correspondence import embeddings_of, names_outside_layers, without_prefixes
 from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, TensorInfo
@@ -183,7 +183,8 @@ class Fitting:
         target = self._names.find(f"{module}.bias")
         if target is None or self.base[target].shape != self.stored[stored].shape:
             what = "adds a bias (lora_bias), and its module in the base has none of this size"
-            return self._refuse(module, "adapter-does-not-fit", what, "name the base that it was trained on")
+            remedy = f"name the base that it was trained on; if this is the one, {NO_REMEDY}"
+            return self._refuse(module, "adapter-does-not-fit", what, remedy)
         if not {self.stored[stored].dtype, self.base[target].dtype} <= FLOATING:
             return self._refuse_dtype(module, self.base[target])
         self.updates[target] = self._update(target)._replace(delta=Delta(stored, None, False, scale))

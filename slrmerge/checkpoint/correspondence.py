@@ -112,7 +112,7 @@ def correspond(pre: Checkpoint, post: Checkpoint) -> Correspondence:
         twins = _match(pre, post, _inside(pre_stack), _inside(post_stack))
     else:
         left = post if not (differing and post_stack) else [name for name in post if not post_stack.locate(name)]
-        if any(map(_is_wrapped, pre)) or any(map(_is_wrapped, post)):
+        if any(map(_is_unclean, pre)) or any(map(_is_unclean, post)):
             twins = _match(pre, left, _clean, _clean)
         else:
             twins = {name: name for name in left if name in pre}
@@ -176,13 +176,17 @@ def _same_layers(first: LayerStack, second: LayerStack) -> bool:
 
 
 def _clean(name: str) -> str:
-    """A name without wrappers."""
-    return _WRAPPER.sub("", name) if _is_wrapped(name) else name
+    """A name without wrappers, and with today's name of a norm that BERT's first checkpoints call gamma and beta."""
+    if not _is_unclean(name):
+        return name
+    name = _WRAPPER.sub("", name)
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _is_wrapped(name: str) -> bool:
-    """Whether a name may have wrappers; quick, as it is asked of every name."""
-    return "_orig_mod." in name or "_forward_module." in name or "_wrapped_module." in name
+def _is_unclean(name: str) -> bool:
+    """Whether a name may have wrappers, or an old norm's end; quick, as it is asked of every name."""
+    is_wrapped = "_orig_mod." in name or "_forward_module." in name or "_wrapped_module." in name
+    return is_wrapped or name.endswith((".gamma", ".beta"))
 
 
 def _without_containers(name: str, components: int = 1) -> str:

@@ -334,6 +334,8 @@ def test_a_kind_that_is_not_supported_is_refused_by_name(base: Path, tmp_path: P
         ({"peft_type": None, "fine_tune_type": "lora"}, False),
         ({"alora_invocation_tokens": [1]}, False),
         ({"layer_replication": [[0, 4], [2, 6]]}, False),
+        ({"use_qalora": True}, False),
+        ({"peft_type": "SHADOW"}, False),
     ],
 )
 def test_merging_with_peft_is_the_remedy_only_where_it_gives_a_model_of_the_bases_layers(
@@ -342,6 +344,24 @@ def test_merging_with_peft_is_the_remedy_only_where_it_gives_a_model_of_the_base
     with refused(CheckpointError, "unsupported-adapter") as caught:
         open_checkpoint(write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), **config))
     assert ("merge_and_unload" in caught.value.problems[0].remedy) == mergeable
+
+
+@pytest.mark.parametrize(
+    ("modules", "may_be_tied"),
+    [
+        ({"target_modules": ["q_proj"]}, False),
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": r".*\.(q_proj|embed_tokens)"}, True),
+        ({"modules_to_save": ["wte"]}, True),
+    ],
+)
+def test_merging_with_peft_is_no_remedy_where_it_would_change_tied_embeddings_twice(
+    base: Path, tmp_path: Path, modules: dict[str, Any], may_be_tied: bool
+) -> None:
+    config = {"base_model_name_or_path": str(base), "use_dora": True, **modules}
+    with refused(CheckpointError, "unsupported-adapter") as caught:
+        open_checkpoint(write_adapter(tmp_path / "lora", FACTORS, **config))
+    assert ("unless the base ties" in caught.value.problems[0].remedy) == may_be_tied
 
 
 @pytest.mark.parametrize(

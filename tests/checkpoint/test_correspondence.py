@@ -109,6 +109,23 @@ def test_wrapping_either_side_changes_no_twin(
     assert pair.correspondence.twins == {post(name): pre(name) for name in tensors}
 
 
+@pytest.mark.parametrize("prefix", ["bert.", ""])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_norms_correspond_under_the_names_that_the_first_checkpoints_of_bert_have(
+    tmp_path: Path, prefix: str, swapped: bool
+) -> None:
+    norms = [f"{name}.LayerNorm" for name in ("embeddings", *layers("encoder.layer", "output", count=2))]
+    old, new = ([f"{prefix}{norm}.{part}" for norm in norms for part in parts] for parts in (OLD_NORM, NEW_NORM))
+    new = [name.removeprefix(prefix) for name in new]
+    pre, post = (new, old) if swapped else (old, new)
+    found = pair_of(tmp_path, zeros(*pre), zeros(*post), *[{"num_hidden_layers": 2}] * 2).correspondence
+    assert found.twins == dict(zip(post, pre, strict=True))
+    assert found.note
+
+
+OLD_NORM, NEW_NORM = ("gamma", "beta"), ("weight", "bias")
+
+
 def test_a_pair_with_the_same_names_has_nothing_to_note(tmp_path: Path) -> None:
     pair = pair_of(tmp_path, llama_tensors("pre"), llama_tensors("post"))
     assert pair.correspondence.twins == {name: name for name in pair.posttrained}
