@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from slrmerge.checkpoint.files import unreadable
 from slrmerge.checkpoint.safetensors import read_json
 from slrmerge.checkpoint.vocabulary import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
-from slrmerge.errors import Problem, ThreadLimitError, UnsupportedModelError, first_line, raise_all
+from slrmerge.errors import LimitError, Problem, UnsupportedModelError, first_line, raise_all
 from slrmerge.io.sizes import format_bytes
 from slrmerge.io.threads import TimeLimitError, memory_limit, time_limit
 from slrmerge.searching.proxy_tasks import Question
@@ -260,7 +260,7 @@ class _Turn:
                 rendered: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **switches)
             if len(rendered) > MAX_RENDERED:
                 raise ValueError(f"it makes {len(rendered):,} characters of one question")
-        except ThreadLimitError:
+        except LimitError:
             raise
         except (Exception, TimeLimitError) as error:  # a template is a program: it may raise anything
             what, where = f"the chat template fails ({first_line(error)})", str(self._tokenizer.name_or_path)
