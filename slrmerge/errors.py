@@ -155,8 +155,8 @@ class ClusterError(SlrmergeError):
     exit_code = 17
 
 
-class ThreadLimitError(SlrmergeError):
-    """The system does not start as many threads as are needed."""
+class LimitError(SlrmergeError):
+    """The system does not start as many threads, or give as much memory, as are needed."""
 
     exit_code = 18
 

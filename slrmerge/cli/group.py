@@ -13,7 +13,16 @@ from typing import Any
 import click
 
 from slrmerge.cli.output import echo, open_streams, print_json, quieten_hub_client, shown
-from slrmerge.errors import OptionError, OutputError, Problem, SlrmergeError, without_credentials
+from slrmerge.errors import (
+    LimitError,
+    MissingExtraError,
+    OptionError,
+    OutputError,
+    Problem,
+    SlrmergeError,
+    first_line,
+    without_credentials,
+)
 
 INTERRUPTED = 130
 """The exit code that shells report for Ctrl-C."""
@@ -55,6 +64,8 @@ class DefaultGroup(click.Group):
                 return super().invoke(ctx)
         except SlrmergeError as error:
             fail(error, as_json=bool(ctx.obj.get("as_json")))
+        except (MemoryError, ImportError, OSError) as error:
+            fail(_system_error(error), as_json=bool(ctx.obj.get("as_json")))
 
     def _refuse_typo(self, ctx: click.Context, word: str) -> None:
         is_file_like = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110 (a name too long is no error)
@@ -79,6 +90,25 @@ def _clean_exit() -> Iterator[None]:
         echo(err=True)
         echo("interrupted: " + "; ".join(getattr(error, "__notes__", ["nothing was written"])), err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _system_error(error: MemoryError | ImportError | OSError) -> SlrmergeError:
+    """What the system refused to a library, such as a file that it imports, as an error of slrmerge's."""
+    refused: SlrmergeError
+    if isinstance(error, MemoryError):
+        refused = LimitError(
+            Problem("no-more-memory", "memory", "the system gives no more", "free some, or allow more (ulimit -v)")
+        )
+    elif isinstance(error, ImportError):
+        what, remedy = f"cannot be imported ({first_line(error)})", "install it again, or allow more memory (ulimit -v)"
+        refused = MissingExtraError(Problem("import-failed", str(error.name), what, remedy))
+    else:
+        from slrmerge.io.pieces import output_error
+
+        refused = output_error(Path(error.filename or "."), error)
+    for note in getattr(error, "__notes__", ()):
+        refused.add_note(note)
+    return refused
 
 
 _MANY_OPTIONS = 10

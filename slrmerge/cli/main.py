@@ -42,7 +42,7 @@ Exit codes:
   8 output in use   9 source changed   10 verification failed
   11 result does not fit the output dtype   12 unsupported model
   13 missing package   14 Hub   15 questions   16 model server
-  17 Ray cluster   18 threads   130 interrupted by Ctrl-C
+  17 Ray cluster   18 threads or memory   130 interrupted by Ctrl-C
   141 the reader of stdout has left
 """
 

@@ -28,8 +28,8 @@ def create_folder(path: Path, *, durable: bool) -> None:
 
 
 def open_no_link(path: str, flags: int) -> int:
-    """An opener that follows no link: whatever is written to a folder goes into that folder."""
-    return os.open(path, flags | NO_FOLLOW, 0o666)
+    """An opener that follows no link and waits for no FIFO: what is written to a folder goes into that folder."""
+    return os.open(path, flags | NO_FOLLOW | NO_WAIT, 0o666)
 
 
 def open_no_wait(path: str, flags: int) -> int:
@@ -127,7 +127,8 @@ def write_file(path: Path, data: bytes, *, durable: bool) -> None:
 def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Replace a file atomically, by `data` or its lines: its name refers to the old content or to the new."""
     beside = path.with_name(f"{path.name}.new")
-    with open(beside, "wb", opener=open_no_link) as file:
+    beside.unlink(missing_ok=True)  # left by a killed run; or a hard link, through which another file would change
+    with open(beside, "xb", opener=open_no_link) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
     os.replace(beside, path)
 

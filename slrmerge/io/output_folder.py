@@ -122,7 +122,7 @@ class OutputFolder:
         with translate_os_errors(self.path):
             files.create_folder(self.path.parent, durable=self.durable)
             raise_all(self._unsafe_folders(), OutputError)
-            with _lock(self.path):
+            with lock(self.path):
                 if self._recover():
                     progress.message(f"restored {self.path}, which an interrupted run had moved aside")
                 self.check()
@@ -323,18 +323,26 @@ def _usual_mode(folder: Path) -> int:
     return mode
 
 
+def lock_file(target: Path) -> Path:
+    """The file by which `target` is locked."""
+    return target.parent.joinpath(f".{target.name}.slrmerge-lock")
+
+
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Hold `target` against other processes; the lock ends with the process, however it ends."""
+def lock(target: Path) -> Iterator[None]:
+    """Hold `target` against other processes; the lock ends with the process, however it ends.
+
+    Raises BusyError when another process holds it, OutputError for a lock file that may be someone else's, and OSError.
+    """
     from filelock import FileLock, Timeout
 
-    path = target.parent.joinpath(f".{target.name}.slrmerge-lock")
+    path = lock_file(target)
     raise_all(_unsafe(path, "file", stat.S_ISREG), OutputError)
     # A file that cannot be created, as in /proc, would seem to be locked.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | files.NO_FOLLOW, 0o600))
-    lock = FileLock(path, mode=0o600, blocking=False)
+    held = FileLock(path, mode=0o600, blocking=False)
     try:
-        lock.acquire()
+        held.acquire()
     except Timeout:
         what, remedy = "another slrmerge process is writing to it", "wait for it, or choose another output folder"
         raise BusyError(Problem("output-busy", str(target), what, remedy)) from None
@@ -345,4 +353,4 @@ def _lock(target: Path) -> Iterator[None]:
         # open file cannot be unlinked (Windows) it stays; once released it may belong to another process.
         with suppress(OSError):
             path.unlink()
-        lock.release()
+        held.release()

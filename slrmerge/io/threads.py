@@ -10,7 +10,7 @@ from threading import Event, Lock, Timer, get_ident
 from time import sleep
 from typing import ParamSpec, TypeVar
 
-from slrmerge.errors import OptionError, Problem, ThreadLimitError
+from slrmerge.errors import LimitError, OptionError, Problem
 from slrmerge.io.sizes import shorten
 
 P = ParamSpec("P")
@@ -38,11 +38,11 @@ def _translate_thread_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         what, remedy = "the system starts no more threads", "allow more (ulimit -u), or use fewer"
-        raise ThreadLimitError(Problem("no-more-threads", "threads", what, remedy)) from error
+        raise LimitError(Problem("no-more-threads", "threads", what, remedy)) from error
 
 
 class ThreadPool(ThreadPoolExecutor):
-    """A thread pool; `submit` and `map` raise ThreadLimitError where the system does not start a thread."""
+    """A thread pool; `submit` and `map` raise LimitError where the system does not start a thread."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See `Executor`."""
@@ -51,7 +51,7 @@ class ThreadPool(ThreadPoolExecutor):
 
 
 def require_thread() -> None:
-    """Raise ThreadLimitError where the system starts no thread: libraries such as numpy tell it in other ways."""
+    """Raise LimitError where the system starts no thread: libraries such as numpy tell it in other ways."""
     with ThreadPool(1) as pool:
         pool.submit(int)
 
@@ -80,7 +80,7 @@ class TimeLimitError(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in a block of Python code that runs longer, in whatever thread.
 
-    Raises ThreadLimitError where the system does not start the thread that looks at the clock.
+    Raises LimitError where the system does not start the thread that looks at the clock.
     """
     thread, lock, is_over, is_late = c_ulong(get_ident()), Lock(), False, False
 

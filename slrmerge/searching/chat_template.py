@@ -4,7 +4,7 @@ import re
 from datetime import date, datetime
 from typing import Any, NamedTuple
 
-from slrmerge.errors import Problem, ThreadLimitError, UnsupportedModelError, first_line
+from slrmerge.errors import Problem, LimitError, UnsupportedModelError, first_line
 from slrmerge.io.threads import TimeLimitError, memory_limit, time_limit
 
 RENDERING_S = 20
@@ -94,7 +94,7 @@ class Turn:
                 rendered: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **switches)
             if len(rendered) > MAX_RENDERED:
                 raise ValueError(f"it makes {len(rendered):,} characters of one question")
-        except ThreadLimitError:
+        except LimitError:
             raise
         except (Exception, TimeLimitError) as error:  # a template is a program: it may raise anything
             what, where = f"the chat template fails ({first_line(error)})", str(self._tokenizer.name_or_path)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Json
 
 from slrmerge.errors import OutputError, Problem, RecipeError
 from slrmerge.io.files import as_path, read_file, replace_file
+from slrmerge.io.output_folder import lock_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.io.text import from_csv, printable, to_csv, to_json
@@ -86,7 +87,7 @@ def why_not_results(folder: Path) -> str | None:
     names = {path.name for path in folder.iterdir()}
     if SUMMARY_NAME not in names or TABLE not in names:
         return "does not contain the results of a search"
-    known = {SUMMARY_NAME, TABLE, PROMPTS, *RECIPES.values(), *FIGURES}
+    known = {SUMMARY_NAME, TABLE, PROMPTS, *RECIPES.values(), *FIGURES, lock_file(folder / SUMMARY_NAME).name}
     others = sorted({name.removesuffix(".new") for name in names} - known)
     return f"contains more than the results of a search ({', '.join(others)})" if others else None
 

@@ -5,6 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from slrmerge.errors import require_extra
+from slrmerge.io.files import as_path
+from slrmerge.io.output_folder import lock
+from slrmerge.io.pieces import translate_os_errors
+from slrmerge.merging.finding import SUMMARY_NAME
 from slrmerge.searching.held_out import look_again, reselect
 from slrmerge.searching.options import MIN_QUALITY, SearchOptions
 from slrmerge.searching.prompt_scores import read_prompts
@@ -17,15 +21,22 @@ def select(folder: str | os.PathLike[str], *, min_quality: float = MIN_QUALITY) 
     """Select again from a search's results with another minimum quality; renews its recipes,
     summary, figures and report.
 
-    Raises OutputError where `folder` has no results of a search or damaged ones, OptionError for a `min_quality`
-    outside 0 to 1.
+    Raises OutputError where `folder` has no results of a search or damaged ones, BusyError where another process writes
+    to it, OptionError for a `min_quality` outside 0 to 1.
     """
     require_extra("search", "matplotlib", "plotly", "jinja2")
     SearchOptions(min_quality=min_quality)  # raises for what is out of range
+    folder = as_path("folder", folder)
+    read_result(folder)  # raises before anything is locked
+    with translate_os_errors(folder), lock(folder / SUMMARY_NAME):
+        return _select(folder, min_quality)
+
+
+def _select(folder: Path, min_quality: float) -> SearchResult:
     result = read_result(folder)
     rows = tuple(mark_feasible(result.rows, post_quality=result.post_quality, min_quality=min_quality))
     choice = select_from(rows, base=result.choice.base, min_quality=min_quality)
-    kept = read_prompts(Path(folder), [row.info.label for row in rows])
+    kept = read_prompts(folder, [row.info.label for row in rows])
     selected = replace(
         result,
         rows=rows,
@@ -33,5 +44,5 @@ def select(folder: str | os.PathLike[str], *, min_quality: float = MIN_QUALITY) 
         held_out=look_again(choice, kept and kept.held_out),
         reselected=reselect(rows, kept.asked, min_quality=min_quality) if kept else {},
     )
-    write_result(Path(folder), selected)
+    write_result(folder, selected)
     return selected

@@ -1,6 +1,7 @@
 """Names and texts from others, streams that are closed or full, and bytes that are not UTF-8."""
 
 import ast
+import errno
 import json
 import os
 import shlex
@@ -296,3 +297,22 @@ def test_a_system_that_starts_no_thread_is_an_error(pair: Pair, command: str, mo
     monkeypatch.setattr(Thread, "start", refuse)
     assert refusal(*commands[command]) == (18, ["no-more-threads"])
     assert leftovers(pair.out) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), (18, ["no-more-memory"])),
+        (ImportError("libtorch.so: failed to map segment", name="torch"), (13, ["import-failed"])),
+        (OSError(errno.EMFILE, "Too many open files", "transformers"), (6, ["io-error"])),
+        (OSError(errno.ENOSPC, "No space left on device"), (7, ["no-space"])),
+    ],
+)
+def test_what_the_system_refuses_to_a_library_is_an_error(
+    pair: Pair, error: Exception, expected: tuple[int, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> Any:
+        raise error
+
+    monkeypatch.setattr("slrmerge.merging.plan.planner.plan", fail)
+    assert refusal("plan", pair.recipe_file(restore=[2, 3])) == expected

@@ -42,6 +42,28 @@ def test_a_small_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize("kind", ["file", "link", "hard link", "FIFO"])
+def test_what_is_beside_a_file_that_is_replaced_is_not_written_to(tmp_path: Path, kind: str) -> None:
+    mine, beside = tmp_path / "mine", tmp_path / "file.new"
+    mine.write_bytes(b"mine")
+    {
+        "file": lambda: beside.write_bytes(b"unfinished"),
+        "link": lambda: beside.symlink_to(mine),
+        "hard link": lambda: beside.hardlink_to(mine),
+        "FIFO": lambda: os.mkfifo(beside),
+    }[kind]()
+    files.replace_file(tmp_path / "file", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new", "mine": b"mine"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_writing_does_not_wait_for_the_reader_of_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file")
+    with pytest.raises(OSError, match="No such device"):
+        files.write_file(tmp_path / "file", b"", durable=False)
+
+
 def test_a_folder_is_created_with_its_parents_and_may_exist(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from slrmerge.errors import ThreadLimitError
+from slrmerge.errors import LimitError
 from slrmerge.io.threads import ThreadPool, memory_limit, time_limit
 
 
@@ -78,7 +78,7 @@ def test_a_system_that_starts_no_thread_is_an_error(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(Thread, "start", refuse)
-    with pytest.raises(ThreadLimitError), ThreadPool(1) as pool:
+    with pytest.raises(LimitError), ThreadPool(1) as pool:
         pool.submit(int)
-    with pytest.raises(ThreadLimitError), time_limit(60):
+    with pytest.raises(LimitError), time_limit(60):
         pass

@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slrmerge.errors import MissingExtraError, OptionError, OutputError
+from slrmerge.errors import BusyError, MissingExtraError, OptionError, OutputError
+from slrmerge.io.output_folder import lock
 from slrmerge.merging.executor import merge
 from slrmerge.recipe.load import AnyRecipe, load_recipe
 from slrmerge.recipe.model import Recipe
@@ -20,7 +21,7 @@ from slrmerge.recipe.rules import LayerRule, Rules
 from slrmerge.searching.candidates import CandidateInfo
 from slrmerge.searching.prompt_scores import KeptScores, write_prompts
 from slrmerge.searching.results import SearchResult
-from slrmerge.searching.results_folder import read_result, write_result
+from slrmerge.searching.results_folder import read_result, why_not_results, write_result
 from slrmerge.searching.run import search
 from slrmerge.searching.select import select
 from slrmerge.searching.selection import ScoredCandidate
@@ -389,6 +390,16 @@ def test_select_where_nothing_is_feasible_removes_the_recipes_of_intervals(tmp_p
     result = select(tmp_path, min_quality=0.995)
     assert result.choice.slr is None
     assert list(tmp_path.glob("*.yaml")) == []
+
+
+def test_of_two_that_select_at_once_one_is_refused(tmp_path: Path) -> None:
+    write_result(tmp_path, made_result(made_rows(SCORES)))
+    before = snapshot(tmp_path)
+    with lock(tmp_path / "summary.json"):
+        with refused(BusyError, "output-busy"):
+            select(tmp_path, min_quality=0.3)
+        assert why_not_results(tmp_path) is None  # where a killed one left its lock
+    assert snapshot(tmp_path) == before
 
 
 def test_rough_candidates_that_could_be_better_are_doubts(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ MAX_ANSWER_BYTES = 100_000_000
 
 
 RESPONSE_TIMEOUT_S = 60.0
-"""How long the Hub may take to answer a request, from its first byte to the last of the response's headers."""
+"""How long the Hub may take to answer a request, from its last byte to the last of the response's headers."""
 
 _answer_by: ContextVar[float | None] = ContextVar("_answer_by", default=None)
 """When the headers of the response that this thread waits for must be complete."""
@@ -77,8 +77,8 @@ def is_at_the_hub(address: str) -> bool:
 
 
 def _is_ours(request: httpx2.Request) -> bool:
-    """Other users of the client's session are left alone."""
-    return "slrmerge/" in request.headers.get("User-Agent", "")
+    """Other users of the client's session are left alone, but for uploads, which do not say whose they are."""
+    return "slrmerge/" in request.headers.get("User-Agent", "") or request.method == "PUT"
 
 
 def _check_request(request: httpx2.Request) -> None:
@@ -117,7 +117,7 @@ def _check_response(response: httpx2.Response) -> None:
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
         raise InvalidResponseError(f"the response is in {encoding}, which was not requested")
-    is_file = response.status_code in (200, 206) and "/api/" not in request.url.path
+    is_file = request.method == "GET" and response.status_code in (200, 206) and "/api/" not in request.url.path
     assert isinstance(response.stream, httpx2.SyncByteStream)
     response.stream = _LimitedStream(response.stream, None if is_file else MAX_ANSWER_BYTES)
 
@@ -182,7 +182,11 @@ class _BoundedStream(httpcore2.NetworkStream):
         return self._stream.read(max_bytes, timeout)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, timeout)
+        if _answer_by.get() is None:
+            self._stream.write(buffer, timeout)
+        else:
+            self._stream.write(buffer, RESPONSE_TIMEOUT_S if timeout is None else timeout)
+            _answer_by.set(monotonic() + RESPONSE_TIMEOUT_S)
 
     def close(self) -> None:
         self._stream.close()

@@ -81,6 +81,27 @@ def test_a_limit_on_headers_does_not_end_a_body_that_takes_longer(
     assert len(hub.requests) == len({request.path for request in hub.requests})  # nothing was requested again
 
 
+def test_a_body_that_takes_long_to_send_leaves_as_much_time_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, timeouts = [0.0], []
+
+    class Slow:
+        def write(self, _: bytes, timeout: float) -> None:
+            timeouts.append(timeout)
+            now[0] += 50
+
+        def read(self, _: int, timeout: float) -> None:
+            timeouts.append(timeout)
+
+    monkeypatch.setattr(session, "monotonic", lambda: now[0])
+    stream: Any = session._BoundedStream(Slow())  # type: ignore[arg-type]
+    token = session._answer_by.set(session.RESPONSE_TIMEOUT_S)
+    for _ in range(2):
+        stream.write(b"")
+    stream.read(1)
+    session._answer_by.reset(token)
+    assert timeouts == [session.RESPONSE_TIMEOUT_S] * 3
+
+
 def test_a_listing_of_empty_pages_without_end_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(hub)
     monkeypatch.setattr(session, "MAX_PAGES", 20)

@@ -1,5 +1,6 @@
 """A merge is pushed as one commit, complete or not at all, by users with write access."""
 
+import gzip
 import json
 import os
 import shutil
@@ -13,12 +14,14 @@ import pytest
 from huggingface_hub import ModelCard, close_session, snapshot_download
 
 from slrmerge import Repository, merge, push, verify
+from slrmerge.checkpoint.hub import session
 from slrmerge.errors import HubError, OptionError, Problem, SourceChangedError, VerificationError
 from slrmerge.io.pieces import digest_file
 from slrmerge.merging import push as push_module
 from tests.adapters import Q, lora_tensors, write_adapter
 from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
 from tests.checkpoint.hub.server import HubServer, environment, use
+from tests.checkpoint.hub.test_hostile import answer_with
 from tests.checkpoint.hub.transport import Answer, Asked
 from tests.checkpoints import llama_tensors, read_back, write_checkpoint
 from tests.cli import run
@@ -340,6 +343,24 @@ def test_a_failed_push_leaves_the_branch_and_can_be_repeated(
     pair.hub.behave()
     push(other, MINE)
     assert there(pair) == snapshot(other)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (Answer(b" " * 100_001), "invalid-response"),
+        (Answer(gzip.compress(b" " * 10_000_000), headers={"Content-Encoding": "gzip"}), "invalid-response"),
+        (Answer(b" ", header_pace_s=0.05), "hub-timeout"),
+    ],
+)
+def test_the_answer_to_an_upload_is_limited(
+    pair: HubPair, merged: Path, answer: Answer, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "MAX_ANSWER_BYTES", 100_000)
+    monkeypatch.setattr(session, "RESPONSE_TIMEOUT_S", 0.3)
+    answer_with(monkeypatch, pair.hub, "PUT /", lambda _: answer)
+    with refused(HubError, code):
+        push(merged, MINE)
 
 
 def test_a_push_killed_before_its_commit_leaves_the_branch(pair: HubPair, merged: Path, other: Path) -> None:
