@@ -40,7 +40,7 @@ slow: $(VENV)/.slow $(PEER)/.installed $(GGUF)/.installed
 smoke: $(addprefix smoke-,merge clone hub sweep eval eval-memory)
 
 smoke-merge:
-	$(BIN)/python benchmarks/merge.py --size 100MB --runs 1 --mergekit $(PEER)/bin/mergekit-yaml
+	$(BIN)/python benchmarks/merge.py --size 100MB --runs 1 --tensors 1000 --mergekit $(PEER)/bin/mergekit-yaml
 
 smoke-clone:
 	$(BIN)/python benchmarks/merge.py --size 100MB --runs 1 --filesystem xfs
@@ -49,7 +49,7 @@ smoke-hub:
 	$(BIN)/python benchmarks/hub.py --size 50MB --runs 1
 
 smoke-sweep:
-	$(BIN)/python benchmarks/sweep.py --layers 3 --hidden 64 --sample 2 --no-prediction
+	$(BIN)/python benchmarks/sweep.py --smoke
 
 smoke-eval:
 	$(BIN)/python benchmarks/eval.py --requests 500 --runs 1

@@ -55,10 +55,14 @@ class Geometry:
 
     @classmethod
     def of_size(cls, size_bytes: int) -> "Geometry":
-        """Of about this many bytes, but of at least four layers, in about three files."""
-        layer_bytes = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
-        layers = round((size_bytes - 4 * HIDDEN * VOCABULARY) / layer_bytes)
-        return cls(max(4, layers), shard_bytes=size_bytes // 3)
+        """Of about this many bytes in about three files: of at least four layers, narrower where that would be more."""
+        for part in (1, 2, 4, 8, 16):
+            hidden, intermediate = HIDDEN // part, INTERMEDIATE // part
+            layer_bytes = 2 * (4 * hidden**2 + 3 * hidden * intermediate)
+            layers = round((size_bytes - 4 * hidden * VOCABULARY) / layer_bytes)
+            if layers >= 4:
+                break
+        return cls(max(4, layers), hidden, intermediate, shard_bytes=size_bytes // 3)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
@@ -146,8 +150,9 @@ def timed(command: str, out: Path) -> Run:
 
 
 def compare(title: str, ours: str, theirs: str, out: Path, runs: int, rows: list[list[str]]) -> None:
-    """Two commands in turn, after one uncounted run of each; adds a row to the table."""
-    timed(ours, out), timed(theirs, out)
+    """Two commands in turn; adds a row to the table. An uncounted run of each comes first, unless one is all."""
+    if runs > 1:
+        timed(ours, out), timed(theirs, out)
     pairs = [(timed(ours, out), timed(theirs, out)) for _ in range(runs)]
     ratios = [a.wall_s / b.wall_s for a, b in pairs]
     rows.append(
@@ -261,7 +266,7 @@ def against_rivals(work: Path, size_bytes: int, runs: int, mergekit: str | None)
         for kind, config in zip(("restoration", "soup"), mergekit_config(work, geometry, interval), strict=True):
             merge = f"{SLRMERGE} {work}/{kind}.yaml --out {out} --quiet --no-fsync"
             rival = f"{mergekit} {config} {out} --lazy-unpickle --quiet"
-            compare(f"{kind} --no-fsync / mergekit", merge, rival, out, max(2, runs // 2), rows)
+            compare(f"{kind} --no-fsync / mergekit", merge, rival, out, min(runs, max(2, runs // 2)), rows)
     return rows
 
 
@@ -285,13 +290,13 @@ def small_things(work: Path, runs: int) -> list[list[str]]:
     return rows
 
 
-def many_tensors(work: Path) -> list[list[str]]:
-    """Memory with 100,000 small tensors: what a plan holds for each, and the peak of a restoration and of a soup."""
-    many = work / "100k"
-    geometry = Geometry(layers=11111, hidden=8, intermediate=16, vocabulary=32)
+def many_tensors(work: Path, count: int) -> list[list[str]]:
+    """Memory with `count` small tensors: what a plan holds for each, and the peak of a restoration and of a soup."""
+    many = work / "memory"
+    geometry = Geometry(layers=count // 9, hidden=8, intermediate=16, vocabulary=32)
     count = sum(1 for _ in geometry.tensors())
     write_pair(many, geometry)
-    write_recipe(many / "restoration.yaml", restore=[3000, 6000])
+    write_recipe(many / "restoration.yaml", restore=[count // 33, count // 17])
     write_recipe(many / "soup.yaml", alpha=0.85)
     rows: list[list[str]] = []
     for kind in ("restoration", "soup"):
@@ -340,7 +345,8 @@ def main() -> None:
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="path of mergekit-yaml")
     parser.add_argument("--full-scale", action="store_true", help="only one run on a sparse 9B pair")
     parser.add_argument("--filesystem", choices=["xfs", "btrfs"], help="only a restoration there, in its own loop file")
-    parser.add_argument("--many-tensors", action="store_true", help="only memory with 100,000 tensors")
+    parser.add_argument("--many-tensors", action="store_true", help="only memory with many tensors")
+    parser.add_argument("--tensors", type=int, default=100_000, help="about how many of them (default 100,000)")
     parser.add_argument("--work", type=Path, default=None, help="where to work (default: a temporary folder)")
     chosen = parser.parse_args()
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -353,10 +359,10 @@ def main() -> None:
             with mounted(chosen.filesystem, 4 * chosen.size + 2_000_000_000, work) as root:
                 print_table(cloned(root / "work", chosen.filesystem, chosen.size, chosen.runs))
         elif chosen.many_tensors:
-            print_table(many_tensors(work))
+            print_table(many_tensors(work, chosen.tensors))
         else:
             rivals = against_rivals(work, chosen.size, chosen.runs, chosen.mergekit)
-            print_table([*rivals, *small_things(work, chosen.runs), *many_tensors(work)])
+            print_table([*rivals, *small_things(work, chosen.runs), *many_tensors(work, chosen.tensors)])
 
 
 if __name__ == "__main__":
