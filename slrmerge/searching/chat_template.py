@@ -4,7 +4,7 @@ import re
 from datetime import date, datetime
 from typing import Any, NamedTuple
 
-from slrmerge.errors import Problem, LimitError, UnsupportedModelError, first_line
+from slrmerge.errors import LimitError, Problem, UnsupportedModelError, first_line
 from slrmerge.io.threads import TimeLimitError, memory_limit, time_limit
 
 RENDERING_S = 20
