@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from slrmerge.merging.executor import MergeResult as MergeResult
     from slrmerge.merging.executor import execute as execute
     from slrmerge.merging.executor import merge as merge
+    from slrmerge.merging.hub_commit import PushResult as PushResult
     from slrmerge.merging.plan.model import MergePlan as MergePlan
     from slrmerge.merging.plan.planner import plan as plan
-    from slrmerge.merging.push import PushResult as PushResult
     from slrmerge.merging.push import push as push
     from slrmerge.merging.verify import VerifyResult as VerifyResult
     from slrmerge.merging.verify import verify as verify
@@ -50,7 +50,7 @@ _MODULES = {
     "MergeResult": "merging.executor",
     "ModelPair": "checkpoint.pair",
     "Progress": "io.progress",
-    "PushResult": "merging.push",
+    "PushResult": "merging.hub_commit",
     "Recipe": "recipe.model",
     "Repository": "checkpoint.location",
     "SearchResult": "searching.results",

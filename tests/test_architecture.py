@@ -74,7 +74,13 @@ def test_torch_is_imported_only_where_weights_are_computed() -> None:
 
 
 def test_the_hub_client_is_imported_only_where_the_hub_is_used() -> None:
-    allowed = ("checkpoint/hub/", "merging/push.py", "cli/push.py", "evaluation/hub_dataset.py")
+    allowed = (
+        "checkpoint/hub/",
+        "merging/push.py",
+        "merging/hub_commit.py",
+        "cli/push.py",
+        "evaluation/hub_dataset.py",
+    )
     assert [name for name in _importers("huggingface_hub") if not name.startswith(allowed)] == []
 
 

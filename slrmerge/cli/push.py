@@ -18,7 +18,7 @@ from slrmerge.cli.options import (
 
 if TYPE_CHECKING:
     from slrmerge.checkpoint.location import Repository
-    from slrmerge.merging.push import PushResult
+    from slrmerge.merging.hub_commit import PushResult
 
 
 @click.command(cls=Command)

@@ -16,7 +16,7 @@ from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.summary import describe_layers, describe_plan, summarise_parts
 
 if TYPE_CHECKING:
-    from slrmerge.merging.push import PushResult
+    from slrmerge.merging.hub_commit import PushResult
     from slrmerge.merging.verify import VerifyResult
 
 

@@ -17,6 +17,7 @@ from slrmerge import Repository, merge, push, verify
 from slrmerge.checkpoint.hub import session
 from slrmerge.errors import HubError, OptionError, Problem, SourceChangedError, VerificationError
 from slrmerge.io.pieces import digest_file
+from slrmerge.merging import hub_commit
 from slrmerge.merging import push as push_module
 from tests.adapters import Q, lora_tensors, write_adapter
 from tests.checkpoint.hub.conftest import BASE, CHAT, HubPair
@@ -183,9 +184,9 @@ def test_what_takes_the_place_of_a_file_is_not_pushed(
         (merged / name).symlink_to(secret)
         return stale_files(*arguments)
 
-    expected, stale_files = snapshot(merged), push_module._stale_files
+    expected, stale_files = snapshot(merged), hub_commit._stale_files
     monkeypatch.setattr(push_module, "_SMALL_BYTES", small_bytes)
-    monkeypatch.setattr(push_module, "_stale_files", replace_by_link)
+    monkeypatch.setattr(hub_commit, "_stale_files", replace_by_link)
     push(merged, MINE)
     assert there(pair) == expected
 
@@ -322,7 +323,7 @@ def test_the_hub_refuses_a_commit_on_top_of_another_parent(
         pair.hub.commit(MINE, {"notes.md": b"theirs"})
         return set()
 
-    monkeypatch.setattr("slrmerge.merging.push._stale_files", meanwhile)
+    monkeypatch.setattr("slrmerge.merging.hub_commit._stale_files", meanwhile)
     refusal("changed-meanwhile", other)
     assert there(pair)["notes.md"] == b"theirs"
     assert there(pair)[FIRST] == (merged / FIRST).read_bytes()
