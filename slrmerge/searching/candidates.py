@@ -1,4 +1,4 @@
-"""Candidates: the hybrids that a search scores. A space of candidates is one function, registered in `SPACES`."""
+"""Candidates: the hybrids that a search scores. A space of candidates is one function, registered in `MAKERS`."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,9 +54,6 @@ class Candidate:
     alphas: TensorAlphas = field(repr=False)
 
 
-Space = Callable[[ModelPair], Iterator[CandidateInfo]]
-
-
 def parents(pair: ModelPair) -> Iterator[CandidateInfo]:
     """The two models themselves."""
     layers = require_layers(pair).count
@@ -98,8 +95,10 @@ def mlp(pair: ModelPair) -> Iterator[CandidateInfo]:
     return _intervals_of_modules("mlp", pair, _MLP)
 
 
-SPACES: dict[str, Space] = {"intervals": intervals, "soups": soups, "attention": attention, "mlp": mlp}
-"""The spaces by the names that options give them."""
+MAKERS: dict[str, Callable[[ModelPair], Iterator[CandidateInfo]]] = {
+    "intervals": intervals, "soups": soups, "attention": attention, "mlp": mlp
+}  # fmt: skip
+"""What makes the candidates of each space, by the names that options give them."""
 
 
 def make_candidates(
@@ -112,7 +111,7 @@ def make_candidates(
     """
     made: dict[TensorAlphas, CandidateInfo] = {}
     names = TensorAlphas(dict.fromkeys(pair.posttrained, 0.0))
-    for space in (parents, *(SPACES[name] for name in dict.fromkeys(spaces))):
+    for space in (parents, *(MAKERS[name] for name in dict.fromkeys(spaces))):
         for info in space(pair):
             resolved, problems = resolve_rules(info.rules, names, pair.stack)
             raise_all((Problem(each.code, info.label, each.what, each.remedy) for each in problems), PlanError)

@@ -7,6 +7,7 @@ from typing import Any
 
 from slrmerge.io.memory import memory_bytes
 from slrmerge.io.options import Options, option
+from slrmerge.searching.spaces import SPACES
 
 MIN_QUALITY = 0.9
 """The share of the post-trained model's quality to keep (paper, section 3.3)."""
@@ -31,7 +32,7 @@ class SearchOptions(Options):
         ("intervals", "soups"),
         "Candidates to try; repeat for several.",
         flag="--space",
-        choices=("intervals", "soups", "attention", "mlp"),
+        choices=tuple(SPACES),
         group="Candidates",
     )
     also: tuple[Any, ...] = option(

@@ -10,17 +10,11 @@ from slrmerge.io.figures import DPI, MODEL_COLOURS, Label, figure_text, place_la
 from slrmerge.merging.finding import SearchSummary
 from slrmerge.searching.report import write_report
 from slrmerge.searching.selection import ScoredCandidate, Selection, intervals_of
+from slrmerge.searching.spaces import INTERVAL_SPACES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_SPACES = {
-    "interval": ("intervals", "interval"),
-    "attention": ("attention only", "early"),
-    "mlp": ("MLPs only", "late"),
-}
-"""The spaces of intervals: their names in the legend, and in MODEL_COLOURS."""
 
 _MODELS = {
     "pre": ("pre-trained", "D", 45),
@@ -46,11 +40,13 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
     figure = Figure(figsize=(8, 6), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.margins(0.06)
-    for space, (name, colour) in _SPACES.items():
+    for space, look in INTERVAL_SPACES.items():
         own = [row for row in rows if row.info.space == space]
         if own:
             size, alpha = (12, 0.45) if len(own) < 1000 else (6, 0.25)
-            axes.scatter(*_points(own), color=MODEL_COLOURS[colour], s=size, alpha=alpha, linewidths=0, label=name)
+            axes.scatter(
+                *_points(own), color=MODEL_COLOURS[look.colour], s=size, alpha=alpha, linewidths=0, label=look.name
+            )
     front = sorted((row for row in intervals_of(rows) if row.pareto), key=lambda row: row.quality)
     curve = [row for row in rows if row.info.space in ("post", "soup", "pre")]
     curve.sort(key=lambda row: row.info.alpha or 0)

@@ -8,13 +8,9 @@
   const intervals = rows.filter((row) => row.space === data.space && row.start !== null);
   const spans = new Map(intervals.map((row) => [`${row.start} ${row.end}`, row]));
   const NAMES = { post: "post-trained", slr: "selected", soup: "best soup", early: "early control", late: "late control", pre: "pre-trained" };
-  const SPACES = {
-    interval: { name: "intervals", colour: "interval", symbol: "circle" },
-    attention: { name: "attention only", colour: "early", symbol: "square" },
-    mlp: { name: "MLPs only", colour: "late", symbol: "diamond" },
-  };
+  const fields = (name) => Object.fromEntries(Object.entries(data.spaces).map(([space, look]) => [space, look[name]]));
   const MAPS = intervals.length ? ["quality", "diversity"] : [];
-  const SIGNS = { interval: "●", attention: "■", mlp: "◆", soup: "■", recipe: "▲", early: "◀", late: "▶", post: "◆", pre: "◇", slr: "★" };
+  const SIGNS = { ...fields("sign"), soup: "■", recipe: "▲", early: "◀", late: "▶", post: "◆", pre: "◇", slr: "★" };
   const FEW = 20;
   const find = (id) => document.getElementById(id);
   let share = data.min_quality;
@@ -70,7 +66,7 @@
   function tradeoff() {
     const marker = (name, symbol, size, more) => ({ color: colour(name), symbol, size, line: { color: colour("card"), width: 1 }, ...more });
     const traces = [];
-    for (const [space, look] of Object.entries(SPACES)) {
+    for (const [space, look] of Object.entries(data.spaces)) {
       const own = rows.filter((row) => row.space === space);
       const [size, opacity] = own.length > 1000 ? [4, 0.3] : [7, 0.45];
       if (own.length) traces.push(points(own, { name: look.name, marker: { color: colour(look.colour), symbol: look.symbol, size, opacity } }));
@@ -107,13 +103,13 @@
   }
 
   function legend() {
-    const spaces = Object.fromEntries(Object.entries(SPACES).map(([space, look]) => [space, look.name]));
+    const spaces = fields("name");
     const names = { ...spaces, ...NAMES, [data.space]: `${spaces[data.space]} (line: Pareto front)`, soup: "soups", recipe: "recipes" };
     const has = (name) => rows.some((row) => row.space === name) || (["slr", "early", "late"].includes(name) && data.steps.some((each) => name in each));
     const made = Object.keys(SIGNS).filter(has).map((name) => {
       const entry = element("span", ` ${names[name]}`);
       const sign = element("b", SIGNS[name]);
-      sign.style.color = `var(--${SPACES[name]?.colour ?? name})`;
+      sign.style.color = `var(--${data.spaces[name]?.colour ?? name})`;
       entry.prepend(sign);
       return entry;
     });

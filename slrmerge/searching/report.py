@@ -22,6 +22,7 @@ from slrmerge.searching.selection import (
     possibly_better,
     select_from,
 )
+from slrmerge.searching.spaces import INTERVAL_SPACES
 
 REPORT = "report.html"
 
@@ -56,6 +57,7 @@ def report_data(rows: Sequence[ScoredCandidate], choice: Selection, summary: Sea
         "task": printable(summary.task),
         "layers": summary.layers,
         "space": interval_space(rows),
+        "spaces": {space: look._asdict() for space, look in INTERVAL_SPACES.items()},
         "min_quality": choice.min_quality,
         "recipe_head": head,
         "rows": [

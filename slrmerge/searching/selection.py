@@ -6,9 +6,7 @@ from dataclasses import dataclass, replace
 from slrmerge.errors import PlanError, Problem
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.candidates import CandidateInfo
-
-INTERVAL_SPACES = ("interval", "attention", "mlp")
-"""Spaces of intervals; the selection is made in the first of them that was tried."""
+from slrmerge.searching.spaces import INTERVAL_SPACES
 
 NEAR_TIE = 1e-3
 """Nats of diversity within which other prompts could reverse the order of two candidates."""
@@ -147,7 +145,7 @@ def possibly_better(rows: Sequence[ScoredCandidate], selection: Selection) -> li
 def interval_space(rows: Sequence[ScoredCandidate]) -> str:
     """The space in which the selection is made."""
     tried = {row.info.space for row in rows}
-    return next((space for space in INTERVAL_SPACES if space in tried), INTERVAL_SPACES[0])
+    return next((space for space in INTERVAL_SPACES if space in tried), next(iter(INTERVAL_SPACES)))
 
 
 def intervals_of(rows: Sequence[ScoredCandidate]) -> list[ScoredCandidate]:

@@ -21,9 +21,9 @@ from slrmerge.evaluation.tasks import TASKS as EVALUATION_TASKS
 from slrmerge.io.options import options_of
 from slrmerge.merging.options import MergeOptions
 from slrmerge.recipe.model import generate_schema
-from slrmerge.searching.candidates import SPACES
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.proxy_tasks import TASKS as PROXY_TASKS
+from slrmerge.searching.spaces import SPACES
 from tests.cli import at_a_terminal, refusal, run
 from tests.conftest import Pair
 from tests.merging.faults import snapshot

@@ -15,8 +15,9 @@ from slrmerge.io.options import options_of
 from slrmerge.recipe.load import load_recipe
 from slrmerge.recipe.model import Recipe
 from slrmerge.recipe.rules import Rules
-from slrmerge.searching.candidates import SPACES, Candidate, CandidateInfo, intervals, make_candidates, parents
+from slrmerge.searching.candidates import MAKERS, Candidate, CandidateInfo, intervals, make_candidates, parents
 from slrmerge.searching.options import SearchOptions
+from slrmerge.searching.spaces import SPACES
 from tests.checkpoints import random_tensor, write_checkpoint
 from tests.problems import refused
 from tests.searching.pairs import LAYERS, SmallPair
@@ -74,24 +75,25 @@ EXPECTED: dict[str, Callable[[CandidateInfo, str], float]] = {
 
 
 def test_every_space_is_a_choice_of_the_option() -> None:
-    assert set(options_of(SearchOptions)["spaces"].choices) == set(SPACES) == set(EXPECTED)
+    assert set(options_of(SearchOptions)["spaces"].choices) == set(SPACES) == set(MAKERS) == set(EXPECTED)
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", MAKERS)
 def test_alphas_of_a_space(pair: ModelPair, space: str) -> None:
     candidates = make_candidates(pair, [space])[2:]
     assert candidates
     for candidate in candidates:
         info = candidate.info
+        assert info.space == SPACES[space]
         assert list(candidate.alphas) == list(pair.posttrained)
         assert dict(candidate.alphas) == {name: EXPECTED[space](info, name) for name in candidate.alphas}, info.label
         restored = {layer_of(name) for name, alpha in candidate.alphas.items() if alpha == 1} - {None}
         assert info.layers_restored == len(restored)
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", MAKERS)
 def test_candidates_of_a_space_are_distinct_and_their_recipes_have_the_same_alphas(pair: ModelPair, space: str) -> None:
-    infos = list(SPACES[space](pair))
+    infos = list(MAKERS[space](pair))
     candidates = make_candidates(pair, [space])[2:]
     assert [candidate.info for candidate in candidates] == infos
     assert len({info.label for info in infos}) == len(infos)
@@ -100,7 +102,7 @@ def test_candidates_of_a_space_are_distinct_and_their_recipes_have_the_same_alph
         assert (alphas, problems) == (candidate.alphas, [])
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", MAKERS)
 def test_a_space_requires_decoder_layers(tmp_path: Path, space: str) -> None:
     for side in ("pre", "post"):
         write_checkpoint(tmp_path / side, {"w": random_tensor("F32", (2, 2), side)}, {"model_type": "llama"})
@@ -129,7 +131,7 @@ def test_an_interval_includes_both_ends(pair: ModelPair) -> None:
     [("attention", "self_attn", "layers 0–1, self_attn only"), ("mlp", "mlp", "layers 0–1, mlp only")],
 )
 def test_intervals_of_a_module_name_it(pair: ModelPair, space: str, module: str, label: str) -> None:
-    infos = list(SPACES[space](pair))
+    infos = list(MAKERS[space](pair))
     assert [(info.start, info.end) for info in infos] == SPANS
     assert {(info.space, info.modules) for info in infos} == {(space, module)}
     assert infos[1].label == label
@@ -144,7 +146,7 @@ def test_intervals_of_a_module_name_it(pair: ModelPair, space: str, module: str,
 )  # fmt: skip
 def test_modules_are_found_by_their_usual_names(tmp_path: Path, module: str, space: str) -> None:
     pair = odd_pair(tmp_path, f"{module}.w", "norm.w")
-    assert {info.modules for info in SPACES[space](pair)} == {module}
+    assert {info.modules for info in MAKERS[space](pair)} == {module}
 
 
 @pytest.mark.parametrize("space", ["attention", "mlp"])
@@ -165,7 +167,7 @@ def test_layers_without_the_module_do_not_count_and_intervals_of_only_such_layer
 
 
 def test_soups_and_parents_are_all_twentieths(pair: ModelPair) -> None:
-    alphas = [info.alpha for info in (*SPACES["soups"](pair), *parents(pair))]
+    alphas = [info.alpha for info in (*MAKERS["soups"](pair), *parents(pair))]
     assert sorted(alpha or 0 for alpha in alphas) == [step / 20 for step in range(21)]
 
 
@@ -179,7 +181,7 @@ def test_a_space_is_one_function(pair: ModelPair, monkeypatch: pytest.MonkeyPatc
     def ends(pair: ModelPair) -> Iterator[CandidateInfo]:
         yield CandidateInfo(space="ends", label="ends", rules=Rules(restore=((0, 0), (LAYERS - 1, LAYERS - 1))))
 
-    monkeypatch.setitem(SPACES, "ends", ends)
+    monkeypatch.setitem(MAKERS, "ends", ends)
     made = make_candidates(pair, ["ends"])[-1]
     assert {layer_of(name) for name, alpha in made.alphas.items() if alpha == 1} == {0, LAYERS - 1}
 
@@ -190,7 +192,7 @@ def test_a_space_with_an_invalid_candidate_is_refused_by_its_label(
     def too_deep(pair: ModelPair) -> Iterator[CandidateInfo]:
         yield CandidateInfo(space="deep", label="deep", rules=Rules(restore=((0, LAYERS),)))
 
-    monkeypatch.setitem(SPACES, "deep", too_deep)
+    monkeypatch.setitem(MAKERS, "deep", too_deep)
     with refused(PlanError, "layer-out-of-range") as caught:
         make_candidates(pair, ["deep"])
     assert caught.value.problems[0].where == "deep"
