@@ -57,7 +57,7 @@ _INITIALISATIONS = frozenset({True, False, "true", "false", "gaussian", "eva", "
 """Values of `init_lora_weights` that leave the base's weights as they are."""
 
 MERGE_WITH_PEFT = "merge it into its base with peft's `merge_and_unload`, and name the folder of the result"
-_UNLESS_TIED = ", unless the base ties its head to its embedding: then the result is another model"
+_UNLESS_TIED = ", unless the base ties its head to its embedding: then the result may be another model"
 NAME_BASE = "write BASE+ADAPTER in place of the adapter, as in ./llama-3.1-8b+./my-lora"
 NO_REMEDY = "it cannot be merged into its base: name a plain LoRA or a whole model as the post-trained side"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Set
 from typing import Any, NamedTuple, TypeGuard
 
 from slrmerge.checkpoint.config_defaults import config_defaults
-from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS
+from slrmerge.checkpoint.layers import TEXT_CONFIG_KEYS, writing_part
 from slrmerge.io.sizes import shorten
 
 _SYNONYMS = {
@@ -97,6 +97,7 @@ def compare_configs(pretrained: Mapping[str, Any], posttrained: Mapping[str, Any
 
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the decoder: that of the whole model, with its section for text, where it has one, on top."""
+    config = writing_part(config)
     section: Mapping[str, Any] = next(
         (config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)), {}
     )

@@ -63,8 +63,15 @@ def split_layer(name: str) -> tuple[str, int, str] | None:
     return (name[: found.start()], int(found[1]), name[found.end() :]) if found else None
 
 
+def writing_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with what Qwen's Omni models say of the part that writes text; another part speaks."""
+    thinker = config.get("thinker_config")
+    return {**config, **thinker} if isinstance(thinker, dict) else config
+
+
 def text_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The config itself, and its sections about the decoder."""
+    config = writing_part(config)
     return [config, *(config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict))]
 
 

@@ -90,6 +90,11 @@ def test_real_differences_have_both_values(
     assert compare_configs({**LLAMA, **post}, {**LLAMA, **pre}) == [(found[0], found[2], found[1])]
 
 
+def test_the_part_of_an_omni_model_that_writes_is_compared() -> None:
+    sides = ({"thinker_config": {"text_config": {"num_attention_heads": heads}}} for heads in (4, 8))
+    assert "num_attention_heads" in {difference.setting for difference in compare_configs(*sides)}
+
+
 def test_an_absent_key_means_what_its_architecture_takes_it_for() -> None:
     assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": 4096}) == []
     assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": None}) == [("sliding_window", 4096, None)]

@@ -83,6 +83,13 @@ def test_a_longer_vision_tower_is_not_taken_for_a_decoder_that_lacks_layers() ->
     assert stack_of(names, 6) is None
 
 
+def test_the_decoder_of_an_omni_model_is_that_of_the_part_that_writes() -> None:
+    names = [*layers("thinker.model.layers", 4), *layers("talker.model.layers", 3), *layers("token2wav.dit.blocks", 5)]
+    parts = {part: {"text_config": {"num_hidden_layers": count}} for part, count in (("thinker", 4), ("talker", 3))}
+    config = {f"{part}_config": section for part, section in parts.items()}
+    assert find_stack(numbered_stacks(names), config) == LayerStack("thinker.model.layers", 4)
+
+
 def test_extra_prediction_layers_past_the_count_are_outside() -> None:
     stack = stack_of(layers("model.layers", 62), 61)
     assert stack == LayerStack("model.layers", 61)

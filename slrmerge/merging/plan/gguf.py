@@ -25,6 +25,7 @@ _HEAD_KEYS = ("head_count", "head_count_kv", "key_length")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ORIGINALS = "merge the original checkpoints, and convert the result"
 _CONVERT_ALIKE = "convert both models with the same --outtype"
+_SAME_RELEASE = "convert both models by the same release of the converter, or name the model that it was trained from"
 _QUANTISE_ALIKE = "quantize both models by the same command, both with an importance matrix or both without"
 
 
@@ -65,12 +66,12 @@ def _plan_tensor(
     if alpha == 0 or name in DERIVED or (alpha < 1 and info.dtype not in QUANTISED | FLOATING):
         return PlannedTensor(name, info, 0.0, "copy", None, name)
     twin = _EMBEDDING if name == _HEAD and name not in pre else name
-    remedy = ANOTHER_MODEL if post.stack and post.stack.locate(name) else KEEP
+    is_in_layer = post.stack and post.stack.locate(name)
     if twin not in pre:
-        return "not-in-pretrained", "is not in the pre-trained checkpoint", remedy
+        return "not-in-pretrained", "is not in the pre-trained checkpoint", _SAME_RELEASE if is_in_layer else KEEP
     if pre[twin].shape != info.shape:
         what = f"has shape {list(pre[twin].shape)} pre-trained and {list(info.shape)} post-trained"
-        return "different-shapes", what, remedy
+        return "different-shapes", what, ANOTHER_MODEL if is_in_layer else KEEP
     types = {pre[twin].dtype, info.dtype}
     if alpha < 1 and types & QUANTISED:
         return "quantised-blend", "is quantized and cannot be blended", _ORIGINALS
@@ -108,7 +109,7 @@ def _refuse_unmatched(pair: ModelPair, alphas: TensorAlphas, refused: Refusals) 
     for name in pair.pretrained:
         if name not in pair.posttrained and stack and (place := stack.locate(name)) and place[0] in touched:
             what = "is in a pre-trained layer, but not in the post-trained file"
-            refused.add(name, "different-architectures", what, "the two do not compute the same")
+            refused.add(name, "different-architectures", what, _SAME_RELEASE)
     if _HEAD in pair.pretrained and _HEAD not in pair.posttrained and alphas.get(_EMBEDDING):
         what = "is the output head too on the post-trained side, and on the pre-trained side it is not"
         refused.add(_EMBEDDING, "tied-differently", what, KEEP)
