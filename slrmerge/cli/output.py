@@ -5,17 +5,16 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedWriter, FileIO, TextIOWrapper
-from typing import TYPE_CHECKING, Any, Never, TextIO
+from itertools import zip_longest
+from shutil import get_terminal_size
+from typing import Any, Never, TextIO
 
 import click
 
 from slrmerge.errors import OutputError, Problem, without_credentials
 from slrmerge.io.text import printable, to_json
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _KEPT = re.compile(r"(\x1b\[(?:A|0m|1;3[136]m))")
 """What is not escaped on stderr: the cursor moves of progress bars, and the colours of `echo`."""
@@ -66,28 +65,20 @@ class Table:
 
     def __init__(self, *columns: str) -> None:
         self._columns = [shown(column, keep="\n") for column in columns]
-        self._rows, self._styles = list[list[str]](), list[str]()
+        self._rows = list[list[str]]()
 
-    def add_row(self, *cells: str, style: str = "") -> None:
-        """Add a row; `style` is rich's, such as bold."""
+    def add_row(self, *cells: str) -> None:
         self._rows.append([shown(cell, keep="\n") for cell in cells])
-        self._styles.append(style)
 
     def print(self) -> None:
-        from rich.console import Console
-
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        room = console.width if console.is_terminal else None
-        console.width = 10_000
+        room = get_terminal_size().columns if sys.stdout.isatty() else None
         names = [column.removeprefix(">") for column in self._columns]
         rows = self._fit([names, *self._rows], room)
-        with console.capture() as captured:
-            if rows:
-                self._print_table(console, rows)
-            elif room:
-                for row, style in zip(self._rows, self._styles, strict=True):
-                    self._print_block(console, names, row, style, room)
-        click.echo(captured.get())
+        if rows:
+            lines = self._table_lines(rows)
+        else:
+            lines = (line for row in self._rows for line in self._block_lines(names, row, room or 0))
+        click.echo("".join(f"{line}\n" for line in lines))
 
     def _fit(self, rows: list[list[str]], room: int | None) -> list[list[str]] | None:
         """The rows, of which the header is the first, in `room` columns, None where they do not fit."""
@@ -101,27 +92,36 @@ class Table:
             rows = [[wrap(first, width), *rest] for first, *rest in rows]
         return rows if _excess(rows, room) <= 0 else None
 
-    def _print_table(self, console: "Console", rows: Sequence[Sequence[str]]) -> None:
-        from rich.table import Table as RichTable
+    def _table_lines(self, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+        widths = _widths(rows)
+        height = max(cell.count("\n") for cell in rows[0])
+        names = ["\n" * (height - cell.count("\n")) + cell for cell in rows[0]]
+        for number, row in enumerate([names, *rows[1:]]):
+            for cells in zip_longest(*(cell.split("\n") for cell in row), fillvalue=""):
+                line = "  ".join(map(_pad, cells, widths, self._columns))
+                yield line if number else _bold(line)
 
-        table = RichTable(box=None, pad_edge=False, header_style="bold")
-        header, *others = rows
-        for name, column, width in zip(header, self._columns, _widths(rows), strict=True):
-            table.add_column(name, justify="right" if column[:1] == ">" else "left", no_wrap=True, width=width)
-        for row, style in zip(others, self._styles, strict=True):
-            table.add_row(*row, style=style)
-        console.print(table)
-
-    def _print_block(self, console: "Console", names: Sequence[str], row: Sequence[str], style: str, room: int) -> None:
+    def _block_lines(self, names: Sequence[str], row: Sequence[str], room: int) -> Iterator[str]:
         """A row as its first cell and, below it, the others, each with its column's name."""
         head, *others = (cell.replace("\n", " ") for cell in row)
-        console.print(f"{names[0]} {head}".strip(), style=f"bold {style}")
+        yield _bold(f"{names[0]} {head}".strip())
         widest = max(map(len, names[1:]), default=0)
         indent = widest + 4
         for name, cell in zip(names[1:], others, strict=True):
             if cell:
                 lines = wrap(cell, room - indent, _SPACED).replace("\n", "\n" + " " * indent)
-                console.print(f"  {name:{widest}}  {lines}", style=style)
+                yield f"  {name:{widest}}  {lines}"
+
+
+def _bold(line: str) -> str:
+    return line if "NO_COLOR" in os.environ else f"\x1b[1m{line}{_PLAIN}"
+
+
+def _pad(cell: str, width: int, column: str) -> str:
+    from rich.cells import cell_len
+
+    spaces = " " * (width - cell_len(cell))
+    return spaces + cell if column[:1] == ">" else cell + spaces
 
 
 def _widths(rows: Sequence[Sequence[str]]) -> list[int]:

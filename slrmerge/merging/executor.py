@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair
@@ -21,7 +22,7 @@ from slrmerge.checkpoint.side_files import (
     is_common_file,
     module_folders,
 )
-from slrmerge.errors import CheckpointError, Problem, VerificationError, raise_all, require_type
+from slrmerge.errors import CheckpointError, OutputError, Problem, VerificationError, raise_all, require_type
 from slrmerge.io import files
 from slrmerge.io.options import make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder
@@ -180,6 +181,7 @@ def _write(
         journal = Journal.open(output.staging, plan.fingerprint(), durable=output.durable)
         total = sum(1 for shard in plan.shards for _ in pieces_of(shard))
         with output.staged(lambda error: journal.what_is_kept(error, total)):
+            _require_distinct_names(plan, output.staging)
             resumed = journal.resume(plan.shards, progress)
             missing = missing_pieces(plan, reader, output.staging, journal.finished)
             output.require_space(needed_bytes(missing, journal.allocated_bytes) + plan.side_bytes)
@@ -203,6 +205,19 @@ def _write(
             with journal.removed(lambda: output.published):
                 output.publish(progress)
     return written, resumed, list(_nan_notes(journal.nan_names))
+
+
+def _require_distinct_names(plan: MergePlan, staging: Path) -> None:
+    """Raise OutputError where two files of the merge would be one, as on disks that ignore case."""
+    if not staging.with_name(staging.name.swapcase()).exists():
+        return
+    files, shards = ([each.name for each in kind] for kind in (plan.files, plan.shards))
+    seen: dict[str, str] = {}
+    for name in (*files, *shards, *plan.recipe.written_as, CARD_NAME, MANIFEST_NAME):
+        other = seen.setdefault(normalize("NFC", name).casefold(), name)
+        if other != name:
+            what, remedy = f"{other} and {name} would be one file there", "choose an output folder on another disk"
+            raise OutputError(Problem("names-collide", str(staging.parent), what, remedy))
 
 
 def _nan_notes(names: Collection[str]) -> Iterator[str]:

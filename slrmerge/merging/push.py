@@ -10,7 +10,16 @@ from tempfile import TemporaryDirectory
 from slrmerge.checkpoint.files import LocalFile, OpenFile, unreadable
 from slrmerge.checkpoint.location import Repository
 from slrmerge.checkpoint.side_files import CARD_NAME, MANIFEST_NAME
-from slrmerge.errors import HubError, OptionError, Problem, VerificationError, collect, raise_all, require_type
+from slrmerge.errors import (
+    CheckpointError,
+    HubError,
+    OptionError,
+    Problem,
+    VerificationError,
+    collect,
+    raise_all,
+    require_type,
+)
 from slrmerge.io.files import as_path
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
@@ -103,6 +112,9 @@ def _own_files(folder: Path, names: Iterable[str]) -> dict[str, LocalFile]:
 
 
 def _own_file(folder: Path, name: str) -> LocalFile:
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        what, remedy = "has a name that is not UTF-8, which the Hub does not take", "rename its source, and merge again"
+        raise CheckpointError(Problem("not-utf8", str(folder / name), what, remedy))
     try:
         return LocalFile.within(folder, name)
     except OSError as error:

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from slrmerge.checkpoint.header import DTYPE_BITS
-from slrmerge.errors import OptionError
+from slrmerge.errors import OptionError, OutputError
+from slrmerge.io.output_folder import staging_folder
 from slrmerge.merging import stream
 from slrmerge.merging.executor import execute, merge
 from slrmerge.merging.options import MergeOptions
@@ -436,3 +437,21 @@ def test_a_merge_of_many_shards_needs_few_descriptors(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert verify(pair.out).against_sources
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["Config.json"], ["Slrmerge.json"], ["Model.safetensors.Index.json"], ["LICENSE_\u00e9", "LICENSE_e\u0301"]],
+)
+@pytest.mark.parametrize("ignores_case", [False, True])
+def test_files_that_would_be_one_on_the_disk_are_refused(pair: Pair, names: list[str], ignores_case: bool) -> None:
+    write_files(pair.folder / "post", dict.fromkeys(names, b"{}"))
+    if ignores_case:
+        (pair.folder / staging_folder(pair.out).name.swapcase()).mkdir()  # as such a disk shows the folder itself
+        with refused(OutputError, "names-collide"):
+            execute(pair.plan(restore=[2, 3], max_shard_size="2KB"), pair.out, options=NO_FSYNC)
+        assert not pair.out.exists()
+        assert not staging_folder(pair.out).exists()
+    else:
+        execute(pair.plan(restore=[2, 3], max_shard_size="2KB"), pair.out, options=NO_FSYNC)
+        verify(pair.out)

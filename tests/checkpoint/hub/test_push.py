@@ -171,6 +171,16 @@ def test_a_link_that_leads_out_of_the_folder_is_not_pushed(pair: HubPair, merged
     assert pair.hub.requests == []
 
 
+def test_a_name_that_is_not_utf8_is_refused_before_any_request(pair: HubPair) -> None:
+    name = "LICENSE\udce9"
+    (pair.folder / "post" / name).write_text("free")
+    merge(pair.recipe_file(restore=[2, 3], posttrained="./post"), pair.out)
+    pair.hub.requests.clear()
+    with refused(VerificationError, "not-utf8"):
+        push(pair.out, MINE)
+    assert pair.hub.requests == []
+
+
 @pytest.mark.parametrize("small_bytes", [0, 1 << 24])
 @pytest.mark.parametrize("name", ["tokenizer.json", FIRST])
 def test_what_takes_the_place_of_a_file_is_not_pushed(

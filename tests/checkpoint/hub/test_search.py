@@ -1,12 +1,14 @@
 """A search of repositories downloads both once, and selects as a search of folders does."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import scan_cache_dir
 
 from slrmerge.checkpoint.opening import open_pair
-from slrmerge.errors import OutputError, PlanError
+from slrmerge.errors import HubError, OutputError, PlanError
 from slrmerge.merging.executor import merge
 from slrmerge.recipe.load import load_recipe
 from slrmerge.searching.options import SearchOptions
@@ -15,6 +17,8 @@ from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search, search
 from tests.checkpoint.hub.conftest import BASE, CHAT
 from tests.checkpoint.hub.server import HubServer
+from tests.checkpoint.hub.test_hostile import answer_with
+from tests.checkpoint.hub.transport import Answer
 from tests.conftest import TINY
 from tests.merging.faults import snapshot
 from tests.problems import refused
@@ -87,6 +91,31 @@ def test_a_recipe_for_the_same_repositories_may_name_the_branch_or_the_commit(
     else:
         with refused(PlanError, "other-checkpoint"):
             _ = ready.prepared
+
+
+def flipped(answer: Answer, *, longer_than: int = 0) -> Answer:
+    """The last bit of a body is another."""
+    last = answer.body[-1:]
+    return replace(answer, body=answer.body[:-1] + bytes([last[0] ^ 1])) if len(answer.body) > longer_than else answer
+
+
+LIES: dict[str, tuple[str, Callable[[Answer], Answer], str]] = {
+    "other weights": ("GET /blobs/", lambda answer: flipped(answer, longer_than=100_000), "digest-mismatch"),
+    "fewer weights": ("GET /blobs/", lambda answer: replace(answer, body=answer.body[:-1]), "invalid-response"),
+    "another tokenizer": ("/tokenizer.json", flipped, "digest-mismatch"),
+    "another chat template": ("/chat_template.jinja", flipped, "digest-mismatch"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_search_of_what_the_hub_does_not_list_is_an_error(
+    tiny: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    match, lie, code = LIES[name]
+    answer_with(monkeypatch, hub, match, lie)
+    with refused(HubError, code):
+        search(tiny, tmp_path / "search", spaces=(), threads=1)
+    assert not (tmp_path / "search").exists()
 
 
 def scores(result: SearchResult) -> dict[str, tuple[float, float]]:
