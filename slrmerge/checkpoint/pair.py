@@ -18,6 +18,7 @@ from slrmerge.checkpoint.location import AdapterOnBase, Place, Repository, parse
 from slrmerge.checkpoint.safetensors import open_folder
 from slrmerge.checkpoint.vocabulary import SharedVocabulary, compare_vocabularies
 from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, open_all, require_type
+from slrmerge.io.options import checks_types
 from slrmerge.io.progress import Progress
 
 Side = Literal["pretrained", "posttrained"]
@@ -29,6 +30,10 @@ class ModelPair:
 
     pretrained: Checkpoint
     posttrained: Checkpoint
+
+    def __post_init__(self) -> None:
+        for side, checkpoint in self.items():
+            require_type(side, checkpoint, Checkpoint, "pass what slrmerge.open_checkpoint returns")
 
     def __getitem__(self, side: Side) -> Checkpoint:
         return self.pretrained if side == "pretrained" else self.posttrained
@@ -130,6 +135,7 @@ CheckpointLike = str | os.PathLike[str] | Repository | AdapterOnBase | Checkpoin
 """What names a checkpoint: a folder or GGUF file, `organisation/name@revision`, `base+adapter`, an open checkpoint."""
 
 
+@checks_types
 def open_checkpoint(source: CheckpointLike, *, local_files_only: bool = False) -> Checkpoint:
     """Open a checkpoint in a folder, a GGUF file, or a repository on the Hub as `organisation/name@revision`.
 
@@ -141,6 +147,7 @@ def open_checkpoint(source: CheckpointLike, *, local_files_only: bool = False) -
     return _on_base(found, None, local_files_only=local_files_only) if isinstance(found, AdapterFolder) else found
 
 
+@checks_types
 def open_pair(
     pretrained: CheckpointLike | None, posttrained: CheckpointLike, *, local_files_only: bool = False
 ) -> ModelPair:

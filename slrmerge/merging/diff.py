@@ -11,6 +11,7 @@ from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
 from slrmerge.errors import PlanError, Problem, raise_all
+from slrmerge.io.options import checks_types
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import cancellable_pool, thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
@@ -18,6 +19,7 @@ from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance
 from slrmerge.merging.executor import default_threads
 
 
+@checks_types
 def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:
     """Compare every floating tensor that both sides of a pair have in the same shape.
 

@@ -26,6 +26,7 @@ from slrmerge.checkpoint.side_files import (
 )
 from slrmerge.errors import HubError, OptionError, Problem, VerificationError, collect, raise_all, require_type
 from slrmerge.io.files import as_path
+from slrmerge.io.options import checks_types
 from slrmerge.io.pieces import git_digest, translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.merging.finding import TRADEOFF_NAME
@@ -71,6 +72,7 @@ class PushResult:
         return f"<PushResult {self.url}: {len(self.files)} files>"
 
 
+@checks_types
 def push(
     folder: str | os.PathLike[str],
     repository: str | Repository,

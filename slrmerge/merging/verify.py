@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 
 from slrmerge._version import __version__
 from slrmerge.checkpoint.files import LocalFile
@@ -17,8 +18,9 @@ from slrmerge.checkpoint.gguf_header import read_gguf
 from slrmerge.checkpoint.location import Source, parse_source
 from slrmerge.checkpoint.pair import Side, open_pair
 from slrmerge.checkpoint.side_files import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME
-from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all
+from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all, require_type
 from slrmerge.io.files import as_path, open_no_wait
+from slrmerge.io.options import checks_types
 from slrmerge.io.pieces import FileDigest, combine, digest_piece, pieces, translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import ThreadPool, available_cores, thread_count
@@ -61,6 +63,7 @@ class _NotComparable:
     reason: str
 
 
+@checks_types
 def verify(
     folder: str | os.PathLike[str],
     *,
@@ -78,6 +81,8 @@ def verify(
     """
     folder, progress = as_path("folder", folder), progress or Progress()
     overrides: dict[Side, str | os.PathLike[str] | None] = {"pretrained": pretrained, "posttrained": posttrained}
+    for side, named in overrides.items():
+        require_type(side, named, (str, os.PathLike, NoneType), "pass a folder or a repository's name")
     threads = thread_count(threads, available_cores())
     manifest = read_manifest(folder)
     with translate_os_errors(folder):  # such as that of a file that is removed meanwhile

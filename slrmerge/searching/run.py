@@ -16,7 +16,7 @@ from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.pair import ModelPair, require_layers
 from slrmerge.errors import Problem, UnsupportedModelError, require_extra
 from slrmerge.io.files import replace_file
-from slrmerge.io.options import make_options, takes_options
+from slrmerge.io.options import checks_types, make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder, remove, resolve_target, staging_folder
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
@@ -319,6 +319,7 @@ class Search:
         return "finished layers are kept; run the same command again to resume" if kept else None
 
 
+@checks_types
 @takes_options(SearchOptions)
 def search(
     pair: RecipeLike | ModelPair,
