@@ -55,12 +55,12 @@ def _compare(
     """The distance of each of `names`, and those of `blocks` whose bytes differ."""
     twins = pair.correspondence.twins
     nbytes = {name: pair.pretrained[twins[name]].nbytes + pair.posttrained[name].nbytes for name in (*names, *blocks)}
-    progress.start("comparing", sum(nbytes.values()))
     with (
         pair.open() as reader,
-        one_core_per_chunk(),
+        one_core_per_chunk(progress),
         cancellable_pool(threads) as (pool, cancelled),
     ):
+        progress.start("comparing", sum(nbytes.values()))
 
         def measure(name: str) -> Distance:
             chunks = _chunks(reader, name, twins[name])

@@ -117,7 +117,6 @@ def _verify(
     copies: list[str] = []
     if isinstance(sources, _Comparable):
         shards = [shard for shard in sources.plan.shards if shard.name in present]
-        progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
         with sources.plan.pair.open() as readers:
             places |= _compare(sources.plan, shards, folder, HybridReader(readers), threads, progress)
     else:
@@ -280,7 +279,8 @@ def _compare(
             return "bytes past its end" if stop == stream.shard.file_bytes and file.read(1) else ""
 
     found: dict[str, str] = {}
-    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPool(threads) as pool:
+    with one_core_per_chunk(progress) if plan.needs_arithmetic else nullcontext(), ThreadPool(threads) as pool:
+        progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
         streams = [ShardStream(plan, shard, reader) for shard in shards]
         jobs = [(stream, *piece) for stream in streams for piece in pieces(stream.shard.file_bytes)]
         for (stream, _, _), place in zip(jobs, pool.map(lambda job: first_difference(*job), jobs), strict=True):

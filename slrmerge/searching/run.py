@@ -47,6 +47,8 @@ RESCORED_AT_LEAST = 10
 ROUNDING_MARGIN, QUICK_MARGIN = 0.01, 0.05
 """The error of a first pass's scores: bfloat16 changes D by up to 7e-3, eight prompts instead of forty by more."""
 
+PREPARING = "reading headers, loading transformers, tokenizing the prompts"
+
 _DATE = "date"
 """A file beside the passes: the date in the prompts, for a search that resumes on another day."""
 
@@ -134,7 +136,7 @@ class Search:
         A killed search resumes after the last layer that it finished, unless hidden states are not kept.
         """
         started, progress = monotonic(), progress or Progress()
-        progress.status("reading headers and tokenizing the prompts")
+        progress.status(PREPARING)
         if self._day is None and self.options.resume:
             self._day = _read_date(staging_folder(resolve_target(out)))
             if self._day:
