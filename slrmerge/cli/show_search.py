@@ -25,8 +25,9 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     for warning in result.warnings:
         echo(f"warning: {as_typed(warning)}", err=True)
     if as_json:
+        said = {"notes": result.notes, "doubts": result.doubts, "warnings": result.warnings}
         summary = result.summary().model_dump(mode="json", exclude_defaults=True)
-        print_json({"out": str(folder), **summary, "ten_best": [_plain(row) for row in best]})
+        print_json({"out": str(folder), **summary, **said, "ten_best": [_plain(row) for row in best]})
         return
     choice = result.choice
     compared = Table("", "hybrid", ">layers", ">Q", ">D", ">ΔQ", ">ΔD")
