@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -38,6 +38,41 @@ def test_merge_by_a_dict_writes_a_checkpoint_that_verifies(pair: Pair) -> None:
     assert isinstance(result, slr.MergeResult)
     assert slr.verify(str(result.folder)).against_sources
     assert read_back(pair.out).keys() == pair.post.keys()
+
+
+SIMPLE = [
+    (name, parameter)
+    for name in slr.__all__
+    if inspect.isfunction(function := getattr(slr, name))
+    for parameter, kind in get_type_hints(function).items()
+    if kind in (bool, slr.Progress | None)
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), SIMPLE)
+def test_arguments_of_the_wrong_type_are_option_errors(name: str, parameter: str) -> None:
+    function = getattr(slr, name)
+    required = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+    with refused(OptionError, "wrong-type") as caught:
+        function(*("nothing" for each in required), **{parameter: print})
+    assert caught.value.problems[0].where == parameter
+
+
+def test_a_pair_of_paths_a_plan_as_recipe_and_options_in_a_dict_are_option_errors(pair: Pair) -> None:
+    plan: Any = slr.plan(pair.recipe_file(restore=[2, 3]))
+    folders: Any = (pair.folder / "pre", pair.folder / "post")
+    options: Any = {"overwrite": True}
+    attempts: dict[str, Callable[[], object]] = {
+        "pretrained": lambda: slr.ModelPair(*folders),
+        "recipe": lambda: slr.merge(plan, pair.out),
+        "options": lambda: slr.execute(plan, pair.out, options=options),
+    }
+    for where, attempt in attempts.items():
+        with refused(OptionError, "wrong-type") as caught:
+            attempt()
+        assert caught.value.problems[0].where == where
+    with refused(OptionError, "invalid-choice"):
+        slr.plan(pair.recipe_file(restore=[2, 3]), output="gguf")
 
 
 def test_merge_accepts_recipe_path_dict_and_anything_with_a_recipe(pair: Pair) -> None:

@@ -13,11 +13,13 @@ from slrmerge.checkpoint.location import AdapterOnBase, Place, Repository, parse
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.safetensors import open_folder
 from slrmerge.errors import CheckpointError, HubError, Problem, open_all, require_type
+from slrmerge.io.options import checks_types
 
 CheckpointLike = str | os.PathLike[str] | Repository | AdapterOnBase | Checkpoint
 """What names a checkpoint: a folder or GGUF file, `organisation/name@revision`, `base+adapter`, an open checkpoint."""
 
 
+@checks_types
 def open_checkpoint(source: CheckpointLike, *, local_files_only: bool = False) -> Checkpoint:
     """Open a checkpoint in a folder, a GGUF file, or a repository on the Hub as `organisation/name@revision`.
 
@@ -29,6 +31,7 @@ def open_checkpoint(source: CheckpointLike, *, local_files_only: bool = False) -
     return _on_base(found, None, local_files_only=local_files_only) if isinstance(found, AdapterFolder) else found
 
 
+@checks_types
 def open_pair(
     pretrained: CheckpointLike | None, posttrained: CheckpointLike, *, local_files_only: bool = False
 ) -> ModelPair:

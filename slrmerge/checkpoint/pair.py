@@ -25,6 +25,10 @@ class ModelPair:
     pretrained: Checkpoint
     posttrained: Checkpoint
 
+    def __post_init__(self) -> None:
+        for side, checkpoint in self.items():
+            require_type(side, checkpoint, Checkpoint, "pass what slrmerge.open_checkpoint returns")
+
     def __getitem__(self, side: Side) -> Checkpoint:
         return self.pretrained if side == "pretrained" else self.posttrained
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from slrmerge.cli.output import echo, open_streams, print_json, quieten_hub_client, shown
+from slrmerge.cli.output import echo, open_streams, print_json, quieten_hub_client
 from slrmerge.errors import (
     LimitError,
     MissingExtraError,
@@ -23,6 +23,8 @@ from slrmerge.errors import (
     first_line,
     without_credentials,
 )
+
+_AS_JSON = "slrmerge.as_json"
 
 INTERRUPTED = 130
 """The exit code that shells report for Ctrl-C."""
@@ -46,6 +48,7 @@ class DefaultGroup(click.Group):
             return super().make_context(*args, **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_AS_JSON] = "--json" in args
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         if args and args[0] not in self.commands and args[0] not in own:
             self._refuse_typo(ctx, args[0])
@@ -63,9 +66,9 @@ class DefaultGroup(click.Group):
             with _clean_exit():
                 return super().invoke(ctx)
         except SlrmergeError as error:
-            fail(error, as_json=bool(ctx.obj.get("as_json")))
+            fail(error, as_json=ctx.meta[_AS_JSON])
         except (MemoryError, ImportError, OSError) as error:
-            fail(_system_error(error), as_json=bool(ctx.obj.get("as_json")))
+            fail(_system_error(error), as_json=ctx.meta[_AS_JSON])
 
     def _refuse_typo(self, ctx: click.Context, word: str) -> None:
         is_file_like = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110 (a name too long is no error)
@@ -78,14 +81,18 @@ class DefaultGroup(click.Group):
 
 @contextmanager
 def _clean_exit() -> Iterator[None]:
-    """Make click's errors printable, which repeat the words of the command, and exit with a line after Ctrl-C."""
+    """Print click's errors as slrmerge's own, and exit with a line after Ctrl-C."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:  # whose message is the help
         raise
-    except click.ClickException as error:
-        error.message = shown(error.message)  # type: ignore[misc]  # what show prints
-        raise
+    except click.UsageError as error:
+        ctx = error.ctx or click.get_current_context()
+        for line in (*ctx.get_usage().splitlines(), f"Try '{ctx.command_path} --help' for help.", ""):
+            echo(line, err=True)
+        message = " ".join(error.format_message().split()).rstrip(".")
+        problem = Problem("usage", ctx.command_path, message[:1].lower() + message[1:])
+        fail(OptionError(problem), as_json=ctx.meta[_AS_JSON])
     except KeyboardInterrupt as error:
         echo(err=True)
         echo("interrupted: " + "; ".join(getattr(error, "__notes__", ["nothing was written"])), err=True)
@@ -116,7 +123,7 @@ _MANY_OPTIONS = 10
 
 
 class Command(click.Command):
-    """A command whose `--json` also applies to errors, and whose errors name options as they are typed."""
+    """A command whose errors name options as they are typed."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the options under their groups' headings, and those without a group last."""
@@ -132,7 +139,6 @@ class Command(click.Command):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
-        ctx.obj["as_json"] = ctx.params.get("as_json", False)
         try:
             _require_current_folder()
             return super().invoke(ctx)

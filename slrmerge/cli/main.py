@@ -58,8 +58,7 @@ _merge_options = all_of(
 
 @click.group(cls=DefaultGroup, epilog=_EPILOG, context_settings=_CONTEXT)
 @click.version_option(__version__, "--version", "-V", prog_name="slrmerge")
-@click.pass_context
-def main(ctx: click.Context) -> None:
+def main() -> None:
     """Merge a pre-trained and a post-trained checkpoint, layer by layer, without loading either.
 
     \b
@@ -69,7 +68,6 @@ def main(ctx: click.Context) -> None:
     slrmerge eval open-qa ...                      compare the answers of models
     slrmerge push ./hybrid me/hybrid               push to the Hub, as one commit
     """
-    ctx.obj = {}
 
 
 @main.command(cls=Command)

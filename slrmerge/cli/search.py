@@ -67,7 +67,7 @@ def search(
         from slrmerge.cli import show_search
         from slrmerge.recipe.load import load_recipe
         from slrmerge.recipe.model import Recipe
-        from slrmerge.searching.run import Search
+        from slrmerge.searching.run import PREPARING, Search
 
         is_pair = len(sources) == 2
         recipe = Recipe(pretrained=sources[0], posttrained=sources[1]) if is_pair else load_recipe(sources[0])
@@ -75,9 +75,11 @@ def search(
         if out is not None and not dry_run:
             result = prepared.run(out, overwrite=overwrite, progress=progress)
         else:
-            progress.status("estimating")
+            progress.status(PREPARING)
             if out is not None:
                 prepared.output_folder(out, overwrite=overwrite)
+            _ = prepared.prepared
+            progress.status("measuring the speed of this machine")
             estimate = prepared.estimate()
     if out is None or dry_run:
         show_search.print_estimate(prepared.prepared, estimate, as_json=as_json)
@@ -142,13 +144,12 @@ def diff(
     if out is not None:
         require_extra("search", "matplotlib", "jinja2", "plotly")
     with TerminalProgress(quiet=quiet or as_json) as progress:
-        progress.status("loading torch")
+        progress.status("reading headers")
         from slrmerge.checkpoint.opening import open_pair
         from slrmerge.cli import show_diff
         from slrmerge.merging.diff import diff as diff_pair
         from slrmerge.recipe.load import load_recipe
 
-        progress.status("reading headers")
         pair = open_pair(*sources) if len(sources) == 2 else load_recipe(sources[0]).open_pair()
         result = diff_pair(pair, threads=threads, progress=progress)
     if out is not None:

@@ -81,7 +81,7 @@ def print_merged(
         files = {name: {"bytes": file.file_bytes, "digest": file.digest} for name, file in result.files.items()}
         return print_json(
             {
-                "out": str(result.folder),
+                "out": str(out),
                 "output_bytes": result.output_bytes,
                 "resumed_pieces": result.resumed_pieces,
                 "elapsed_s": round(result.elapsed_s, 3),

@@ -25,8 +25,9 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     for warning in result.warnings:
         echo(f"warning: {as_typed(warning)}", err=True)
     if as_json:
+        said = {"notes": result.notes, "doubts": result.doubts, "warnings": result.warnings}
         summary = result.summary().model_dump(mode="json", exclude_defaults=True)
-        print_json({"out": str(folder), **summary, "ten_best": [_plain(row) for row in best]})
+        print_json({"out": str(folder), **summary, **said, "ten_best": [_plain(row) for row in best]})
         return
     choice = result.choice
     compared = Table("", "hybrid", ">layers", ">Q", ">D", ">ΔQ", ">ΔD")
@@ -75,15 +76,18 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
     echo(f"{estimate.prompts} prompts{answers}, {tokens}")
     for note in prepared.notes:
         echo(f"note: {as_typed(note)}")
-    if estimate.workers > 1:
-        downloads = f", which downloads {format_bytes(estimate.download_bytes)}" if estimate.download_bytes else ""
-        echo(f"for each of {estimate.workers} workers{downloads}; the time is at the rate of this machine")
+    each_worker = " for each worker" if estimate.workers > 1 else ""
+    if estimate.download_bytes:
+        echo(f"downloads {format_bytes(estimate.download_bytes)} from the Hub{each_worker}")
+    if each_worker:
+        echo(f"for each of {estimate.workers} workers; the time is at the rate of this machine")
     rows = Table("search of", ">candidates", ">arithmetic", ">states", "dtype", ">rate here", ">time here")
     for row in estimate.rows:
         cost = (f"{float(f'{row.cost.flop / 1e12:.3g}'):,g} TFLOP", format_bytes(row.cost.states_bytes))
         rate = f"{row.flop_per_s / 1e9:,.0f} GFLOP/s"
         rows.add_row(row.name, f"{row.candidates:,}", *cost, row.dtype, rate, format_duration(row.seconds))
     rows.print()
+    echo("states: the most that hidden states take, in memory and, to resume, on disk")
     echo("time: the matrix products of each pass at the rate measured here, without start-up and reading weights;")
     echo("after a pass in bfloat16 or a quick one, finalists are re-scored in float32: few, or all where scores tie")
 

@@ -49,6 +49,9 @@ class GenerationsFile:
     def check(self) -> None:
         """See `ChatModel`."""
 
+    def load(self) -> None:
+        """See `ChatModel`."""
+
     def close(self) -> None:
         """See `ChatModel`."""
 

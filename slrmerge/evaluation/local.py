@@ -88,6 +88,10 @@ class LocalModel:
         default = default_dtype(self._checkpoint.parameters, self._device, _stored_dtype(self._checkpoint))
         return str(default).removeprefix("torch.")
 
+    def load(self) -> None:
+        """See `ChatModel`; downloads it first."""
+        self._ready()
+
     def close(self) -> None:
         """See `ChatModel`."""
         self._loaded = None
@@ -178,6 +182,7 @@ class LocalModel:
 
         fetch_side_files(self._checkpoint.side_files)
         self._checkpoint = self._checkpoint.download(self._progress)
+        self._progress.status(f"loading {self._checkpoint}")
         folder = self._checkpoint.folder
         tokenizer = load_tokenizer(folder)
         disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own

@@ -76,7 +76,7 @@ class AnswerSink(Protocol):
 
 
 class ChatModel(Protocol):
-    """A model that answers prompts. Weights are loaded at the first request."""
+    """A model that answers prompts."""
 
     @property
     def model_id(self) -> str:
@@ -90,6 +90,10 @@ class ChatModel(Protocol):
 
     def check(self) -> None:
         """Raise ServerError or UnsupportedModelError if the model cannot answer, as far as is cheap to find out."""
+        ...
+
+    def load(self) -> None:
+        """Load the weights, unless they are there; also done by the first request."""
         ...
 
     def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: "AnswerSink") -> None:

@@ -40,6 +40,7 @@ def request_missing(
         return
     if len(missing) < len(keys):
         progress.message(f"{label}: reusing {len(keys) - len(missing):,} of {len(keys):,} samples")
+    model.load()
     progress.start(label, len(missing), " samples")
 
     wanted = set(missing)

@@ -17,11 +17,12 @@ from slrmerge.evaluation.result import EvaluationResult
 from slrmerge.evaluation.session import Session, sample_files
 from slrmerge.evaluation.tasks import TASKS
 from slrmerge.evaluation.tasks.base import Task
-from slrmerge.io.options import make_options, takes_options
+from slrmerge.io.options import checks_types, make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder
 from slrmerge.io.progress import Progress
 
 
+@checks_types
 @takes_options(EvaluationOptions)
 def evaluate(
     task: str,

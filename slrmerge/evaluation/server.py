@@ -83,6 +83,9 @@ class ServerModel:
         """See `ChatModel`; waits for a server that is loading its model."""
         self._served()
 
+    def load(self) -> None:
+        """See `ChatModel`; the server has done so."""
+
     def close(self) -> None:
         """See `ChatModel`; no connection outlives a call."""
 

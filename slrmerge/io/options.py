@@ -8,11 +8,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import date
+from functools import wraps
+from itertools import chain
 from math import inf
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from slrmerge.errors import OptionError, Problem, did_you_mean, raise_all
+from slrmerge.io.progress import Progress
 from slrmerge.io.sizes import InvalidSizeError, parse_bytes, shorten
 
 C = TypeVar("C")
@@ -99,7 +102,23 @@ def takes_options(kind: type[Any]) -> Callable[[F], F]:
     return decorate
 
 
-_SIMPLE_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+def checks_types(function: F) -> F:
+    """Make a function raise OptionError for arguments that are not of the simple type that they are annotated with."""
+
+    @wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        types = get_type_hints(function)
+        given = {**dict(zip(types, args, strict=False)), **options}  # what cannot be given, Python reports
+        problems = (_type_problems(name, value, types[name]) for name, value in given.items() if name in types)
+        raise_all(chain.from_iterable(problems), OptionError)
+        return function(*args, **options)
+
+    return cast("F", checked)
+
+
+_SIMPLE_TYPES: dict[type, str] = {
+    bool: "True or False", int: "a whole number", float: "a number", str: "a string", Progress: "a slrmerge.Progress"
+}  # fmt: skip
 
 
 def _type_problems(name: str, value: Any, annotation: Any) -> list[Problem]:
@@ -142,5 +161,8 @@ def _problems(name: str, value: Any, known: Option) -> list[Problem]:
         and (known.above is None or value > known.above)
         and (known.maximum is None or value <= known.maximum)
     )
-    what = f"{shorten(value)} is not in range"
-    return [] if inside else [Problem("out-of-range", name, what, f"give a number {expected}")]
+    what, remedy = (
+        f"{shorten(value)} is not in range",
+        f"give a number {expected}{', or auto' if known.or_auto else ''}",
+    )
+    return [] if inside else [Problem("out-of-range", name, what, remedy)]

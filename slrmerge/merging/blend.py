@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from slrmerge.checkpoint.header import TORCH_DTYPES
 from slrmerge.errors import BlendError, Problem
+from slrmerge.io.progress import Progress
 from slrmerge.recipe.blend import SUMS, BlendRule
 
 if TYPE_CHECKING:
@@ -175,8 +176,13 @@ def round_to_odd(values: "torch.Tensor") -> "torch.Tensor":
 
 
 @contextmanager
-def one_core_per_chunk() -> Iterator[None]:
-    """Keep torch from splitting a chunk over cores: chunks are small, and several are computed at a time anyway."""
+def one_core_per_chunk(progress: Progress | None = None) -> Iterator[None]:
+    """Keep torch from splitting a chunk over cores: chunks are small, and several are computed at a time anyway.
+
+    To `progress` it reports the import of torch.
+    """
+    if progress:
+        progress.status("loading torch")
     import torch
 
     before = torch.get_num_threads()

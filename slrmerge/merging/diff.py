@@ -11,6 +11,7 @@ from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
 from slrmerge.errors import PlanError, Problem, raise_all
+from slrmerge.io.options import checks_types
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import cancellable_pool, thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
@@ -18,6 +19,7 @@ from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance
 from slrmerge.merging.executor import default_threads
 
 
+@checks_types
 def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:
     """Compare every floating tensor that both sides of a pair have in the same shape.
 
@@ -53,12 +55,12 @@ def _compare(
     """The distance of each of `names`, and those of `blocks` whose bytes differ."""
     twins = pair.correspondence.twins
     nbytes = {name: pair.pretrained[twins[name]].nbytes + pair.posttrained[name].nbytes for name in (*names, *blocks)}
-    progress.start("comparing", sum(nbytes.values()))
     with (
         pair.open() as reader,
-        one_core_per_chunk(),
+        one_core_per_chunk(progress),
         cancellable_pool(threads) as (pool, cancelled),
     ):
+        progress.start("comparing", sum(nbytes.values()))
 
         def measure(name: str) -> Distance:
             chunks = _chunks(reader, name, twins[name])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 from unicodedata import normalize
 
@@ -22,9 +23,17 @@ from slrmerge.checkpoint.side_files import (
     is_common_file,
     module_folders,
 )
-from slrmerge.errors import CheckpointError, OutputError, Problem, VerificationError, raise_all, require_type
+from slrmerge.errors import (
+    CheckpointError,
+    OptionError,
+    OutputError,
+    Problem,
+    VerificationError,
+    raise_all,
+    require_type,
+)
 from slrmerge.io import files
-from slrmerge.io.options import make_options, takes_options
+from slrmerge.io.options import checks_types, make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder
 from slrmerge.io.pieces import FileDigest, combine, write_file
 from slrmerge.io.progress import Progress
@@ -64,6 +73,7 @@ class MergeResult:
         return f"<MergeResult {self.folder}: {format_bytes(self.output_bytes)} in {self.elapsed_s:.1f} s>"
 
 
+@checks_types
 @takes_options(MergeOptions)
 def merge(
     recipe: RecipeLike,
@@ -80,10 +90,13 @@ def merge(
     before the first byte is written; NoSpaceError, SourceChangedError, BlendError and HubError while it is.
     """
     chosen = make_options(MergeOptions, options)
+    if isinstance(recipe, MergePlan):
+        raise OptionError(Problem("wrong-type", "recipe", "MergePlan is not a recipe", "pass it to slrmerge.execute"))
     planned = plan(recipe, pair, allow_code=chosen.allow_code, output=chosen.output)
     return execute(planned, out, options=chosen, progress=progress)
 
 
+@checks_types
 def execute(
     plan: MergePlan,
     out: str | os.PathLike[str],
@@ -95,6 +108,7 @@ def execute(
     """Write what `plan` says to the folder `out`; see `merge`. `name` is how the model card says to load the model."""
     started = time.monotonic()
     require_type("plan", plan, MergePlan, "pass what slrmerge.plan returns, or merge by the recipe")
+    require_type("options", options, (MergeOptions, NoneType), "pass MergeOptions, or merge with options as keywords")
     options, progress = options or MergeOptions(), progress or Progress()
     output = output_folder(plan, out, options)
     output.check()

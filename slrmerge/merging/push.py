@@ -21,6 +21,7 @@ from slrmerge.errors import (
     require_type,
 )
 from slrmerge.io.files import as_path
+from slrmerge.io.options import checks_types
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.merging.hub_commit import PushResult, commit_files
@@ -31,6 +32,7 @@ _SMALL_BYTES = 1 << 24
 """Files up to this size are read before the push, others by the Hub's client."""
 
 
+@checks_types
 def push(
     folder: str | os.PathLike[str],
     repository: str | Repository,

@@ -110,9 +110,9 @@ def write_shards(
 ) -> None:
     """Write the missing pieces, `threads` of them at a time."""
     total = sum(job.stop - job.start for shard in missing for job in shard.jobs)
-    progress.start("downloading and merging" if plan.download_bytes else "merging", total)
-    one_core = one_core_per_chunk() if plan.needs_arithmetic else nullcontext()
+    one_core = one_core_per_chunk(progress) if plan.needs_arithmetic else nullcontext()
     with one_core, _ShardWriter(reader, journal, threads, progress) as writer:
+        progress.start("downloading and merging" if plan.download_bytes else "merging", total)
         writer.run(missing)
 
 

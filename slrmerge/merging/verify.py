@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 
 from slrmerge._version import __version__
 from slrmerge.checkpoint.files import LocalFile
@@ -18,8 +19,9 @@ from slrmerge.checkpoint.location import Source, parse_source
 from slrmerge.checkpoint.opening import open_pair
 from slrmerge.checkpoint.pair import Side
 from slrmerge.checkpoint.side_files import LOADED_SUFFIXES, MANIFEST_NAME, RECIPE_NAME
-from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all
+from slrmerge.errors import CheckpointError, HubError, PlanError, Problem, VerificationError, raise_all, require_type
 from slrmerge.io.files import as_path, open_no_wait
+from slrmerge.io.options import checks_types
 from slrmerge.io.pieces import FileDigest, combine, digest_piece, pieces, translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.io.threads import ThreadPool, available_cores, thread_count
@@ -62,6 +64,7 @@ class _NotComparable:
     reason: str
 
 
+@checks_types
 def verify(
     folder: str | os.PathLike[str],
     *,
@@ -79,6 +82,8 @@ def verify(
     """
     folder, progress = as_path("folder", folder), progress or Progress()
     overrides: dict[Side, str | os.PathLike[str] | None] = {"pretrained": pretrained, "posttrained": posttrained}
+    for side, named in overrides.items():
+        require_type(side, named, (str, os.PathLike, NoneType), "pass a folder or a repository's name")
     threads = thread_count(threads, available_cores())
     manifest = read_manifest(folder)
     with translate_os_errors(folder):  # such as that of a file that is removed meanwhile
@@ -113,7 +118,6 @@ def _verify(
     copies: list[str] = []
     if isinstance(sources, _Comparable):
         shards = [shard for shard in sources.plan.shards if shard.name in present]
-        progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
         with sources.plan.pair.open() as readers:
             places |= _compare(sources.plan, shards, folder, HybridReader(readers), threads, progress)
     else:
@@ -276,7 +280,8 @@ def _compare(
             return "bytes past its end" if stop == stream.shard.file_bytes and file.read(1) else ""
 
     found: dict[str, str] = {}
-    with one_core_per_chunk() if plan.needs_arithmetic else nullcontext(), ThreadPool(threads) as pool:
+    with one_core_per_chunk(progress) if plan.needs_arithmetic else nullcontext(), ThreadPool(threads) as pool:
+        progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
         streams = [ShardStream(plan, shard, reader) for shard in shards]
         jobs = [(stream, *piece) for stream in streams for piece in pieces(stream.shard.file_bytes)]
         for (stream, _, _), place in zip(jobs, pool.map(lambda job: first_difference(*job), jobs), strict=True):

@@ -54,19 +54,23 @@ class Estimate:
 def estimate_parts(scorer: LocalScorer, passes: Sequence[Sequence[ScoreRequest]]) -> Estimate:
     """The cost of the largest part of each pass, which several workers share, at the rate of this machine."""
     largest = [max(parts, key=lambda part: scorer.cost(part).flop) for parts in passes]
-    made = _own_estimate(scorer, largest)
-    weights = (file for _, side in scorer.pair.items() for file in side.weight_files.values())
-    return replace(made, workers=len(passes[0]), download_bytes=sum(file.download_bytes for file in weights))
+    return replace(_own_estimate(scorer, largest), workers=len(passes[0]))
 
 
 def estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest]) -> Estimate:
-    """The cost of the passes, from shapes and a matrix product measured here, and of the paper's models."""
+    """The cost of the passes, from shapes and a matrix product measured here, and of the paper's models.
+
+    These are searched in the dtype that is faster here, as large models are by default.
+    """
     made = _own_estimate(scorer, passes)
+    width = PAPER_MODELS[0].width  # the others are about as wide
+    rates = {dtype: measured_rate(width, dtype, scorer.device) for dtype in (torch.bfloat16, torch.float32)}
+    dtype = max(rates, key=lambda each: rates[each])
     rows = []
     for known in PAPER_MODELS:
         candidates = known.layers * (known.layers + 1) // 2 + 2
-        rate = measured_rate(known.width, torch.bfloat16, scorer.device)
-        rows.append(EstimateRow(known.name, candidates, "bfloat16", all_intervals_cost(known), rate))
+        cost = all_intervals_cost(known, itemsize=dtype.itemsize)
+        rows.append(EstimateRow(known.name, candidates, str(dtype).removeprefix("torch."), cost, rates[dtype]))
     return replace(made, rows=(*made.rows, *rows))
 
 
@@ -76,7 +80,9 @@ def _own_estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest]) -> Estima
     tokens = sum(len(context.ids) for context in first.contexts)
     name, packed = scorer.pair.posttrained.model_name, scorer.shape(first).tokens
     rows = [_row(name, scorer, first), *(_row(f"{name}, {each.name}", scorer, each) for each in others)]
-    return Estimate(len(first.contexts), tokens, packed, tuple(rows))
+    weights = (file for _, side in scorer.pair.items() for file in side.weight_files.values())
+    download_bytes = sum(file.download_bytes for file in weights)
+    return Estimate(len(first.contexts), tokens, packed, tuple(rows), download_bytes=download_bytes)
 
 
 def _row(name: str, scorer: LocalScorer, request: ScoreRequest) -> EstimateRow:

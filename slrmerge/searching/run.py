@@ -15,7 +15,7 @@ import torch
 from slrmerge.checkpoint.pair import ModelPair, require_layers, require_not_replaced
 from slrmerge.errors import Problem, UnsupportedModelError, require_extra
 from slrmerge.io.files import replace_file
-from slrmerge.io.options import make_options, takes_options
+from slrmerge.io.options import checks_types, make_options, takes_options
 from slrmerge.io.output_folder import OutputFolder, remove, resolve_target, staging_folder
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
@@ -45,6 +45,8 @@ RESCORED_AT_LEAST = 10
 
 ROUNDING_MARGIN, QUICK_MARGIN = 0.01, 0.05
 """The error of a first pass's scores: bfloat16 changes D by up to 7e-3, eight prompts instead of forty by more."""
+
+PREPARING = "reading headers, loading transformers, tokenizing the prompts"
 
 _DATE = "date"
 """A file beside the passes: the date in the prompts, for a search that resumes on another day."""
@@ -133,7 +135,7 @@ class Search:
         A killed search resumes after the last layer that it finished, unless hidden states are not kept.
         """
         started, progress = monotonic(), progress or Progress()
-        progress.status("reading headers and tokenizing the prompts")
+        progress.status(PREPARING)
         if self._day is None and self.options.resume:
             self._day = _read_date(staging_folder(resolve_target(out)))
             if self._day:
@@ -312,6 +314,7 @@ class Search:
         return "finished layers are kept; run the same command again to resume" if kept else None
 
 
+@checks_types
 @takes_options(SearchOptions)
 def search(
     pair: RecipeLike | ModelPair,

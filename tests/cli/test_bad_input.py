@@ -189,11 +189,13 @@ BAD: dict[str, tuple[Arguments, int, str]] = {
 
 
 @pytest.mark.parametrize("case", USAGE)
-@pytest.mark.parametrize("more", [[], ["--json"]])
-def test_wrong_usage_ends_with_2(pair: Pair, case: str, more: list[str]) -> None:
-    result = run(*USAGE[case](pair), *more)
-    assert (result.exit_code, result.stdout) == (2, "")
+def test_wrong_usage_ends_with_2(pair: Pair, case: str) -> None:
+    words = USAGE[case](pair)
+    result, as_json = run(*words), run(*words, "--json")
+    assert (result.exit_code, as_json.exit_code) == (2, 2)
+    assert (result.stdout, codes(as_json)) == ("", ["usage"])
     assert result.stderr.startswith("Usage: ")
+    assert not words or result.stderr.splitlines()[-1].startswith("error: slrmerge")
     assert "\x1b" not in result.stderr
     assert not pair.out.exists()
 

@@ -41,6 +41,9 @@ class Answering:
     def check(self) -> None:
         pass
 
+    def load(self) -> None:
+        pass
+
     def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
         for request in requests:
             self.requests.append(request)

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from slrmerge.checkpoint.files import LocalFile
 from slrmerge.searching import estimate
 from slrmerge.searching.scorer import LocalScorer
+from slrmerge.searching.sweep.cost import PAPER_MODELS, all_intervals_cost
 from tests.searching.sweep.models import INTERVALS, POST, contexts, local_scorer, request, write_models
 
 
@@ -33,3 +36,18 @@ def test_small_layers_take_what_was_measured_for_every_state(
     assert besides > 0
     assert row.overhead_s == pytest.approx(expected)
     assert row.seconds == pytest.approx(cost.flop / rate + expected)
+
+
+@pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
+def test_the_papers_models_are_searched_in_the_dtype_that_is_faster_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: torch.dtype
+) -> None:
+    monkeypatch.setattr(estimate, "measured_rate", lambda width, dtype, device: 2e12 if dtype == faster else 1e12)
+    monkeypatch.setattr(LocalFile, "download_bytes", 7)
+    write_models(tmp_path, "llama")
+    with local_scorer(tmp_path) as scorer:
+        made = estimate.estimate(scorer, [request(scorer, [POST], contexts())])
+    own, llama, *_ = made.rows
+    assert (own.dtype, llama.dtype, llama.flop_per_s) == ("float32", str(faster).removeprefix("torch."), 2e12)
+    assert llama.cost.states_bytes == all_intervals_cost(PAPER_MODELS[0], itemsize=faster.itemsize).states_bytes
+    assert made.download_bytes == 7 * 2

@@ -11,7 +11,9 @@ from slrmerge.checkpoint.pair import ModelPair, require_pair, require_same_depth
 from slrmerge.checkpoint.side_files import CONFIG_NAME
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.io.garbage import collector_paused
+from slrmerge.io.options import checks_types
 from slrmerge.merging.finding import Finding, find_search_result
+from slrmerge.merging.options import MergeOptions
 from slrmerge.merging.plan.adapter import as_adapter
 from slrmerge.merging.plan.files import plan_files
 from slrmerge.merging.plan.gguf import plan_gguf_tensors
@@ -78,13 +80,16 @@ def plan_merge(
     return as_adapter(plan) if output == "adapter" else plan
 
 
+@checks_types
 def plan(
     recipe: RecipeLike, pair: ModelPair | None = None, *, allow_code: bool = False, output: str = "model"
 ) -> MergePlan:
-    """Plan a merge as `merge` would execute it: `plan_merge`, with what files beside recipe and weights say.
+    """What a merge by `recipe` would read and write, as a value: print it, compare it, pickle it, `execute` it.
 
-    They are the result of the search that wrote the recipe, and the tokenizer, which may not fit the embedding.
+    Reads headers only. `recipe` and `pair` are those of `merge`, and so are the two options. Raises RecipeError,
+    CheckpointError, and PlanError with everything that does not fit.
     """
+    MergeOptions(allow_code=allow_code, output=output)
     recipe = as_recipe(recipe)
     made = plan_merge(recipe, pair, allow_code=allow_code, output=output, finding=find_search_result(recipe))
     whole = made.whole or made
