@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,27 @@ def test_factors_on_tied_embeddings_change_each_by_itself(
         expected[EMBEDDING] = embedding + 1.5 * (right @ left).T
     for name, value in expected.items():
         assert np.allclose(read_all(checkpoint, name, range(0, 128, 37)), value.reshape(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "bias", "is_refused"),
+    [
+        ("shared.weight", None, True),
+        ("model.shared.weight", None, True),
+        ("model.decoder.embed_tokens.weight", None, False),  # Whisper's
+        ("embeddings.word_embeddings.weight", "cls.predictions.bias", True),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_head_is_not_untied_where_other_parts_depend_on_the_tie(
+    tmp_path: Path, embedding: str, bias: str | None, is_refused: bool, whole: bool
+) -> None:
+    tied = {embedding if name == EMBEDDING else name: each for name, each in llama_tensors("base", tied=True).items()}
+    tied |= {bias: random_tensor("BF16", (16,), bias)} if bias else {}
+    config = llama_config(tie_word_embeddings=True, is_encoder_decoder=bias is None)
+    adapter = {f"{PREFIX}{HEAD}": random_tensor("BF16", (16, 8), "whole")} if whole else lora_tensors(BASE, ["lm_head"])
+    with refused(CheckpointError, "unsupported-adapter") if is_refused else nullcontext():
+        assert on(tmp_path, tied, adapter, base_config=config).config["tie_word_embeddings"] is False
 
 
 def test_a_head_of_another_name_is_the_head(tmp_path: Path) -> None:
