@@ -23,6 +23,7 @@ COMPANION_SUFFIXES = frozenset({
     "SCB", "weight_format",  # bitsandbytes 8 bit
     "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "weight_zero_point",  # fp8, compressed-tensors
     "weight_packed", "weight_shape",
+    "k_scale", "v_scale", "kv_scale",  # of keys and values that are cached in fp8
 })  # fmt: skip
 """Last components of names that occur in quantized modules only."""
 
