@@ -337,6 +337,11 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("value", [True, "gaussian", "eva", "orthogonal", "mica"])
+def test_initializations_that_leave_the_base_as_it_is_make_a_plain_lora(tmp_path: Path, value: object) -> None:
+    assert len(on(tmp_path, BASE, FACTORS, init_lora_weights=value).computed) == len(ALL_Q)
+
+
 @pytest.mark.parametrize("config", BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
 def test_a_kind_that_is_not_supported_is_refused_by_name(base: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     folder = write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), **config)
@@ -351,6 +356,7 @@ def test_a_kind_that_is_not_supported_is_refused_by_name(base: Path, tmp_path: P
     [
         ({"peft_type": "LOHA"}, True),
         ({"use_dora": True}, True),
+        ({"init_lora_weights": "olora"}, True),
         ({"peft_type": "PREFIX_TUNING"}, False),
         ({"peft_type": "XLORA"}, False),
         ({"peft_type": None, "fine_tune_type": "lora"}, False),
