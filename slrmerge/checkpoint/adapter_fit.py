@@ -249,7 +249,9 @@ class Fitting:
         rows, head_rows = (self.infos[name].shape[0] if name in self.infos else before for name in (embedding, head))
         if rows != head_rows:
             what = f"has {rows:,} tokens in the embedding and {head_rows:,} in the head"
-            remedy = "save the adapter with `save_embedding_layers=True`, which stores both"
+            remedy = (
+                "train it again with both in `target_modules` or `modules_to_save`: else peft stores the rows of one"
+            )
             return self._refuse(changed[0], "adapter-does-not-fit", what, remedy)
         if is_tied:
             if self._ties_more:

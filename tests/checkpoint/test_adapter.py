@@ -201,6 +201,15 @@ def test_a_resized_head_with_factors_is_not_taken_for_a_transposed_one(tmp_path:
     assert np.abs(read_all(checkpoint, HEAD, range(0, 144, 144)) - expected).max() < 1e-5
 
 
+def test_a_resized_embedding_without_the_rows_of_the_head_is_refused_as_peft_can_store_them_with_both_only(
+    tmp_path: Path,
+) -> None:
+    adapter = {f"{PREFIX}{EMBEDDING}": random_tensor("BF16", (18, 8), "resized")} | FACTORS
+    with refused(CheckpointError, "adapter-does-not-fit") as caught:
+        on(tmp_path, BASE, adapter, base_config=llama_config(tie_word_embeddings=False))
+    assert "both in `target_modules` or `modules_to_save`" in caught.value.problems[0].remedy
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_the_weights_before_the_training_that_peft_saves_beside_a_whole_module_are_ignored(
     tmp_path: Path, plain: bool
