@@ -53,7 +53,7 @@ _UNSUPPORTED = {
 }
 """Keys that change the weights, and how."""
 
-_INITIALISATIONS = frozenset({True, False, "true", "false", "gaussian", "eva", "orthogonal"})
+_INITIALISATIONS = frozenset({True, False, "true", "false", "gaussian", "eva", "orthogonal", "mica"})
 """Values of `init_lora_weights` that leave the base's weights as they are."""
 
 MERGE_WITH_PEFT = "merge it into its base with peft's `merge_and_unload`, and name the folder of the result"
@@ -180,7 +180,7 @@ def _unsupported(content: Mapping[str, Any], where: str) -> Iterator[Problem]:
     initialisation = content.get("init_lora_weights", True)
     if not isinstance(initialisation, bool | str) or initialisation not in _INITIALISATIONS:
         what = f"init_lora_weights {shorten(initialisation)} changes the base's weights, or may"
-        remedy = "convert it to a plain LoRA (peft: `path_initial_model_for_weight_conversion`), or merge it with peft"
+        remedy = f"convert it to a plain LoRA (peft: `path_initial_model_for_weight_conversion`), or {merge}"
         yield Problem("unsupported-adapter", where, what, remedy)
     for key, value in content.items():
         if not value or key in _NO_EFFECT or key in AdapterConfig.model_fields:

@@ -249,14 +249,26 @@ class Fitting:
         rows, head_rows = (self.infos[name].shape[0] if name in self.infos else before for name in (embedding, head))
         if rows != head_rows:
             what = f"has {rows:,} tokens in the embedding and {head_rows:,} in the head"
-            remedy = "save the adapter with `save_embedding_layers=True`, which stores both"
+            remedy = (
+                "train it again with both in `target_modules` or `modules_to_save`: else peft stores the rows of one"
+            )
             return self._refuse(changed[0], "adapter-does-not-fit", what, remedy)
         if is_tied:
+            if self._ties_more:
+                what = "is tied, with more than the head and the embedding: untying these two changes other parts"
+                remedy = "name an adapter that changes neither embedding nor head, or a whole model"
+                return self._refuse(changed[0], "unsupported-adapter", what, remedy)
             if head is None:
                 self._add_head(_HEAD, embedding)
             self._unties = True
             self.notes.append("the adapter changes the input embedding or the head by itself: they are no longer tied")
         return None
+
+    @property
+    def _ties_more(self) -> bool:
+        """Whether the key that ties the head also ties both halves' embeddings or a bias, or scales T5's output."""
+        both_halves = self.base.config.get("is_encoder_decoder") and ".decoder." not in f".{self._embeddings.token}"
+        return bool(both_halves) or any(self._embeddings.biases)
 
     @property
     def _tied_embedding(self) -> str | None:

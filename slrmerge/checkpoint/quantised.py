@@ -23,6 +23,7 @@ COMPANION_SUFFIXES = frozenset({
     "SCB", "weight_format",  # bitsandbytes 8 bit
     "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "weight_zero_point",  # fp8, compressed-tensors
     "weight_packed", "weight_shape",
+    "k_scale", "v_scale", "kv_scale",  # of keys and values that are cached in fp8
 })  # fmt: skip
 """Last components of names that occur in quantized modules only."""
 
@@ -50,8 +51,19 @@ _BOOKKEEPING = frozenset({
     "batch_size", "iters", "damp_percent", "damp_auto_increment", "true_sequential", "model_name_or_path",
     "model_file_base_name", "tensor_storage", "author", "comment", "description", "date", "time", "timestamp",
     "created", "created_at", "quantized_at", "use_exllama", "exllama_config", "backend", "bnb_4bit_compute_dtype",
+    "_load_in_4bit", "_load_in_8bit",  # the same as the keys without the underscore
 })  # fmt: skip
 """Keys that say who quantized a model, when and with what data, or choose a kernel: not what its numbers mean."""
+
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "bitsandbytes": {
+        "load_in_4bit": False, "load_in_8bit": False, "llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_quant_storage": "uint8",
+    },
+    "gptq": {"checkpoint_format": "gptq", "lm_head": False, "pack_dtype": "int32", "static_groups": False, "sym": True},
+}  # fmt: skip
+"""What an absent key means: releases of a program write different ones."""
 
 _VERSION = re.compile(r"v?\d+(\.\d+)+\S*")
 """A release, such as 0.9.4; AWQ's `version: gemm` and torchao's `_version: 2` name layouts."""
@@ -115,11 +127,16 @@ class Quantisation:
 
     def difference(self, other: "Quantisation") -> str:
         """The first setting that differs from `other`'s and affects the numbers, with both values; or empty."""
-        own, others = dict(_settings(self.config)), dict(_settings(other.config))
+        own, others = self._all_settings(), other._all_settings()
         for key in sorted(own.keys() | others.keys()):
             if own.get(key) != others.get(key):
                 return f"{key} is {own.get(key, 'not set')} pre-trained, {others.get(key, 'not set')} post-trained"
         return ""
+
+    def _all_settings(self) -> dict[str, str]:
+        """The settings that affect the numbers, with the defaults of the method."""
+        given = {key: value for key, value in self.config.items() if value is not None}
+        return dict(_settings({"quant_method": self.method, **_DEFAULTS.get(self.method, {}), **given}))
 
 
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -199,11 +216,11 @@ def _packed_tensor(tensors: Mapping[str, TensorInfo], modules: Mapping[str, str]
 
 
 def _settings(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """The settings that affect the numbers, flat, as canonical JSON; None is the same as absent."""
+    """The settings that affect the numbers, flat, as canonical JSON; None and empty ones are the same as absent."""
     for key, value in config.items():
         is_version = isinstance(value, str) and _VERSION.fullmatch(value) and "version" in key.lower()
         is_version = is_version or (isinstance(value, str) and key.endswith("_version"))
-        if value is None or key in _BOOKKEEPING or is_version:
+        if value in (None, [], {}) or key in _BOOKKEEPING or is_version:
             continue
         if isinstance(value, dict):
             yield from _settings(value, f"{path}{key}.")

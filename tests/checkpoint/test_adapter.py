@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,15 @@ def test_a_resized_head_with_factors_is_not_taken_for_a_transposed_one(tmp_path:
     assert np.abs(read_all(checkpoint, HEAD, range(0, 144, 144)) - expected).max() < 1e-5
 
 
+def test_a_resized_embedding_without_the_rows_of_the_head_is_refused_as_peft_can_store_them_with_both_only(
+    tmp_path: Path,
+) -> None:
+    adapter = {f"{PREFIX}{EMBEDDING}": random_tensor("BF16", (18, 8), "resized")} | FACTORS
+    with refused(CheckpointError, "adapter-does-not-fit") as caught:
+        on(tmp_path, BASE, adapter, base_config=llama_config(tie_word_embeddings=False))
+    assert "both in `target_modules` or `modules_to_save`" in caught.value.problems[0].remedy
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_the_weights_before_the_training_that_peft_saves_beside_a_whole_module_are_ignored(
     tmp_path: Path, plain: bool
@@ -249,6 +259,27 @@ def test_factors_on_tied_embeddings_change_each_by_itself(
         expected[EMBEDDING] = embedding + 1.5 * (right @ left).T
     for name, value in expected.items():
         assert np.allclose(read_all(checkpoint, name, range(0, 128, 37)), value.reshape(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "bias", "is_refused"),
+    [
+        ("shared.weight", None, True),
+        ("model.shared.weight", None, True),
+        ("model.decoder.embed_tokens.weight", None, False),  # Whisper's
+        ("embeddings.word_embeddings.weight", "cls.predictions.bias", True),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_head_is_not_untied_where_other_parts_depend_on_the_tie(
+    tmp_path: Path, embedding: str, bias: str | None, is_refused: bool, whole: bool
+) -> None:
+    tied = {embedding if name == EMBEDDING else name: each for name, each in llama_tensors("base", tied=True).items()}
+    tied |= {bias: random_tensor("BF16", (16,), bias)} if bias else {}
+    config = llama_config(tie_word_embeddings=True, is_encoder_decoder=bias is None)
+    adapter = {f"{PREFIX}{HEAD}": random_tensor("BF16", (16, 8), "whole")} if whole else lora_tensors(BASE, ["lm_head"])
+    with refused(CheckpointError, "unsupported-adapter") if is_refused else nullcontext():
+        assert on(tmp_path, tied, adapter, base_config=config).config["tie_word_embeddings"] is False
 
 
 def test_a_head_of_another_name_is_the_head(tmp_path: Path) -> None:
@@ -315,6 +346,11 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("value", [True, "gaussian", "eva", "orthogonal", "mica"])
+def test_initializations_that_leave_the_base_as_it_is_make_a_plain_lora(tmp_path: Path, value: object) -> None:
+    assert len(on(tmp_path, BASE, FACTORS, init_lora_weights=value).computed) == len(ALL_Q)
+
+
 @pytest.mark.parametrize("config", BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
 def test_a_kind_that_is_not_supported_is_refused_by_name(base: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     folder = write_adapter(tmp_path / "lora", FACTORS, base_model_name_or_path=str(base), **config)
@@ -329,6 +365,7 @@ def test_a_kind_that_is_not_supported_is_refused_by_name(base: Path, tmp_path: P
     [
         ({"peft_type": "LOHA"}, True),
         ({"use_dora": True}, True),
+        ({"init_lora_weights": "olora"}, True),
         ({"peft_type": "PREFIX_TUNING"}, False),
         ({"peft_type": "XLORA"}, False),
         ({"peft_type": None, "fine_tune_type": "lora"}, False),

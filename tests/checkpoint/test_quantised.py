@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict[str, dict[str, str]]] = {
         f"{EXPERTS}.down_proj": {"_blocks": "U8", "_scales": "U8"},
     },
     "mxfp4 with typed scales": {f"{EXPERTS}.down_proj": {"_blocks": "U8", "_scales": "F8_E8M0"}},
+    "an fp8 cache": {"model.layers.3.self_attn": {"k_scale": "F32", "v_scale": "F32"}},
     "mxfp4 under the plain name": {f"{EXPERTS}.down_proj": {"": "U8", "_scales": "U8"}},
 }  # fmt: skip
 

@@ -14,6 +14,10 @@ CONSTANT = "computed from the config, {} the post-trained side"
 """A note on tensors that follow from the config."""
 
 _TIE = "set tie_word_embeddings: true in its config if its embedding serves as the head; otherwise "
+_SAVE_ALIKE = (
+    "load both with transformers 5 and save each with `save_pretrained(FOLDER, save_original_format=False)`; "
+    "if their tensors still have other names, name the model that it was trained from"
+)
 _LORA = re.compile(r"\.(?:lora_[A-Za-z_]+|base_layer)\.")
 
 
@@ -28,19 +32,22 @@ def refuse_unmatched(
         for what, is_fused in filter(None, map(fusion, only_post))
         if (what, not is_fused) in found_pre
     }
+    is_one_type = pair.pretrained.config.get("model_type") == pair.posttrained.config.get("model_type")
+    renamed = _SAVE_ALIKE if is_one_type else ANOTHER_MODEL
     pre, post = quantised.modules
     pre_modules, post_modules = set(pre.values()), set(post.values())
     for name in only_post:
         if module := _module_of(name, post, pre_modules):
             _refuse_quantised(module, quantised, refused)
-        elif not _refuse_fused(name, fused, "post-trained", refused):
-            _refuse_posttrained(name, pair, refused)
+        elif not _refuse_fused(name, fused, "post-trained", refused, renamed):
+            may_be_renamed = only_pre or pair.correspondence.differing_layers
+            _refuse_posttrained(name, pair, refused, renamed if may_be_renamed else ANOTHER_MODEL)
     for name in only_pre:
         if module := _module_of(name, pre, post_modules):
             _refuse_quantised(module, quantised, refused)
-        elif not _refuse_fused(name, fused, "pre-trained", refused):
+        elif not _refuse_fused(name, fused, "pre-trained", refused, renamed):
             what = "is in a pre-trained layer, but not in the post-trained checkpoint"
-            refused.add(name, "different-architectures", what, ANOTHER_MODEL)
+            refused.add(name, "different-architectures", what, renamed if only_post else ANOTHER_MODEL)
 
 
 def _only_posttrained(pair: ModelPair, alphas: Mapping[str, float]) -> list[str]:
@@ -90,19 +97,19 @@ def _refuse_quantised(module: str, quantised: QuantisedPair, refused: Refusals) 
     refused.add(module, "different-quantisation", what, f"{QUANTISED_ALIKE}, or neither")
 
 
-def _refuse_fused(name: str, fused: Mapping[str, str], side: str, refused: Refusals) -> bool:
+def _refuse_fused(name: str, fused: Mapping[str, str], side: str, refused: Refusals, remedy: str) -> bool:
     """Whether a tensor is fused, or not, unlike on the other side; reported by the names of the fused side."""
     found = fusion(name)
     if found is None or found[0] not in fused:
         return False
     if fused[found[0]] == side:
         what = f"{found[0]} are fused on the {side} side only"
-        refused.add(name, "fused-differently", what, "save both checkpoints alike, with the same program")
+        refused.add(name, "fused-differently", what, remedy)
     return True
 
 
-def _refuse_posttrained(name: str, pair: ModelPair, refused: Refusals) -> None:
-    """Refuse a post-trained tensor that has no counterpart, with what can be done about it."""
+def _refuse_posttrained(name: str, pair: ModelPair, refused: Refusals, remedy: str) -> None:
+    """Refuse a post-trained tensor that has no counterpart; `remedy` is what to do about one in a layer."""
     stack, names = pair.stack, pair.correspondence
     what = "is not in the pre-trained checkpoint"
     if _LORA.search(name):
@@ -111,9 +118,9 @@ def _refuse_posttrained(name: str, pair: ModelPair, refused: Refusals) -> None:
     elif differing := names.differing_layers:  # the reason for tensors outside the layers too
         what = f"has no layers {differing[1]}.* like the post-trained model"
         what += f"; its own are {differing[0]}.*" if differing[0] else ""
-        refused.add(str(pair.pretrained), "different-layers", what, ANOTHER_MODEL)
+        refused.add(str(pair.pretrained), "different-layers", what, remedy)
     elif stack.locate(name) if stack else split_layer(name):
-        refused.add(name, "not-in-pretrained", what, ANOTHER_MODEL)
+        refused.add(name, "not-in-pretrained", what, remedy)
     elif name == names.embeddings.head:
         what += ", whose config does not tie its head to its embedding"
         refused.add(name, "not-in-pretrained", what, _TIE + KEEP)

@@ -208,6 +208,25 @@ def test_what_is_fused_on_one_side_only_is_named_once(
     assert all(inner in place for place in places)
 
 
+@pytest.mark.parametrize(
+    ("rename", "model_type", "may_be_renamed"),
+    [
+        (lambda name: name.replace("mlp.up_proj", "ffn.w1"), "llama", True),
+        (lambda name: name.replace("model.layers", "encoder.blocks"), "llama", True),
+        (lambda name: name.replace("mlp.up_proj", "ffn.w1"), "mistral", False),
+        (lambda name: "" if "mlp.up_proj" in name else name, "llama", False),
+    ],
+)
+def test_layers_of_one_type_under_other_names_are_to_be_saved_alike(
+    tmp_path: Path, rename: Callable[[str], str], model_type: str, may_be_renamed: bool
+) -> None:
+    pre = {rename(name): each for name, each in llama_tensors("pre").items() if rename(name)}
+    write_pair(tmp_path, pre, llama_tensors("post"), pre_config=llama_config(model_type=model_type))
+    with pytest.raises(PlanError) as caught:
+        plan_of(tmp_path, restore=[1, 2])
+    assert {"save_original_format" in problem.remedy for problem in caught.value.problems} == {may_be_renamed}
+
+
 def test_a_side_that_alone_is_quantised_is_named_and_nothing_else(tmp_path: Path) -> None:
     packed = in_layers("mlp.experts.up_blocks", "mlp.experts.up_scales")
     pre = llama_tensors("pre") | tensors("pre", *packed, dtype="U8")

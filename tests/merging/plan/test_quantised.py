@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from slrmerge.checkpoint.quantised import Quantisation
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
 from tests.merging.plan import plan_of
 from tests.merging.plan.test_tensors import by_name, refusals
@@ -105,6 +106,27 @@ def test_a_difference_that_affects_the_numbers_is_refused_by_its_key(
     with pytest.raises(Exception, match=f"differently: .*{key} is") as caught:
         plan_of(tmp_path, restore=[1, 2])
     assert [problem.code for problem in caught.value.problems] == ["different-quantisation"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "other", "same"),
+    [
+        ("gptq", {}, {"checkpoint_format": "gptq", "pack_dtype": "int32", "dynamic": {}, "lm_head": None}, True),
+        ("gptq", {}, {"checkpoint_format": "gptq_v2"}, False),
+        ("gptq", {}, {"sym": False}, False),
+        ("bitsandbytes", {"load_in_4bit": True}, {"load_in_4bit": True, "_load_in_4bit": True}, True),
+        ("bitsandbytes", {"llm_int8_skip_modules": None}, {"llm_int8_skip_modules": []}, True),
+        ("bitsandbytes", {"bnb_4bit_quant_storage": "uint8"}, {}, True),
+        ("bitsandbytes", {"bnb_4bit_quant_storage": "bfloat16"}, {}, False),
+        ("awq", {"zero_point": False}, {}, False),
+        ("gptq", {"quant_method": "gptq"}, {}, True),  # in a file of its own
+    ],
+)
+def test_a_key_that_a_release_does_not_write_means_the_default_of_its_method(
+    method: str, own: dict[str, Any], other: dict[str, Any], same: bool
+) -> None:
+    sides = (Quantisation(method, config, {}, "") for config in (own, other))
+    assert (next(sides).difference(next(sides)) == "") == same
 
 
 @pytest.mark.parametrize("file", ["quantize_config.json", "hf_quant_config.json"])
