@@ -240,8 +240,13 @@ def without_credentials(text: str) -> str:
 def _without_user_and_query(match: "re.Match[str]") -> str:
     """A URL. A password may contain what it should not, such as a slash; a path may contain an @."""
     scheme, rest = match.groups()
+    head = re.split("[?#]", rest, maxsplit=1)[0]
+    if "@" in head and "@" in rest[len(head) :]:  # a password may end at either
+        return f"{scheme}***"
     before, _, after = rest.rpartition("@")
     place, has_query, query = (f"***@{after}" if before and _has_user(before) else rest).partition("?")
+    path, _, fragment = place.partition("#")
+    place = f"{path}#***" if "=" in fragment else place
     hidden = query if query.startswith("***") else "***"  # hidden already, with what follows it
     return f"{scheme}{place}?{hidden}" if has_query else f"{scheme}{place}"
 

@@ -18,6 +18,9 @@ from slrmerge.errors import MAX_PROBLEMS, CheckpointError, Problem, raise_all, w
         ("http:/user:sekret@host", "http:/***@host"),  # taken for a path
         ("m@http://user:sekret@host/v1?api_key=sekret: failed", "m@http://***@host/v1?***: failed".replace(": ", " ")),
         ("http://host/v1?anything=sekret", "http://host/v1?***"),
+        ("https://user:sekret@host/v1?mail=a@b&key=sekret", "https://***"),
+        ("https://user:se@kret?sekret@host/v1", "https://***"),
+        ("https://host/v1#bearer=sekret", "https://host/v1#***"),
         ("no path /v1/chat?api_key=sekret&n=3", "no path /v1/chat?api_key=***&n=3"),
         ("&Access-Token=sekret", "&Access-Token=***"),
         ("/v1?api_key=sekret: no such folder", "/v1?api_key=***: no such folder"),
@@ -40,6 +43,7 @@ def test_credentials_are_hidden(text: str, shown: str) -> None:
         "https://huggingface.co/org/model@main",
         "org/model@main",
         "https://h:80/m@x",
+        "https://h/m#part",
         "a=b",
         "h:80/m@x",
         "llama3:8b@http://localhost:8000/v1",
@@ -59,6 +63,7 @@ def test_hiding_takes_linear_time() -> None:
         "a:" * 100_000 + "@",
         "@:" * 100_000,
         "&k=" + ":" * 100_000,
+        "aa://" + "#" * 100_000,
     ):
         without_credentials(text)
 

@@ -89,10 +89,7 @@ def local_side_files(folder: Path) -> dict[str, SourceFile]:
             )
     files: dict[str, SourceFile] = {}
     for name in (*select_side_files(names, modules), *{CARD_NAME}.intersection(names)):
-        if not is_inside(name):
-            what, remedy = "has a name that leads elsewhere on some systems", "rename it, without : and \\"
-            problems.append(Problem("invalid-name", str(folder / name), what, remedy))
-        elif file := collect(problems, partial(LocalFile.within, folder, name), None):
+        if file := collect(problems, partial(LocalFile.within, folder, name), None):
             files[name] = file
     raise_all(problems, CheckpointError)
     files.pop(CARD_NAME, None)

@@ -13,7 +13,7 @@ from slrmerge.checkpoint.files import open_within
 from slrmerge.checkpoint.side_files import CARD_NAME
 from slrmerge.errors import CheckpointError
 from slrmerge.io.strict_yaml import write_yaml
-from slrmerge.io.text import markdown, markdown_block, markdown_code, to_json
+from slrmerge.io.text import markdown, markdown_block, markdown_code, printable, to_json
 from slrmerge.merging.finding import TRADEOFF_NAME, Finding, HeldOut
 from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.summary import describe_plan
@@ -122,7 +122,7 @@ def _transformers_usage(name: str) -> Iterator[str]:
 
 def _llama_cpp_usage(file: str, name: str) -> Iterator[str]:
     options = ["--hf-repo", name, "--hf-file", file] if "/" in name else ["--model", f"{name}/{file}"]
-    yield markdown_block("sh", shlex.join(["llama-server", *options]))
+    yield markdown_block("sh", printable(shlex.join(["llama-server", *options])))
 
 
 def _side_files_sentence(plan: MergePlan) -> str:

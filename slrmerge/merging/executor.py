@@ -225,9 +225,9 @@ def _require_distinct_names(plan: MergePlan, staging: Path) -> None:
     """Raise OutputError where two files of the merge would be one, as on disks that ignore case."""
     if not staging.with_name(staging.name.swapcase()).exists():
         return
-    files, shards = ([each.name for each in kind] for kind in (plan.files, plan.shards))
+    copied, shards = (file.name for file in plan.files), (shard.name for shard in plan.shards)
     seen: dict[str, str] = {}
-    for name in (*files, *shards, *plan.recipe.written_as, CARD_NAME, MANIFEST_NAME):
+    for name in (*copied, *shards, *plan.recipe.written_as, CARD_NAME, MANIFEST_NAME):
         other = seen.setdefault(normalize("NFC", name).casefold(), name)
         if other != name:
             what, remedy = f"{other} and {name} would be one file there", "choose an output folder on another disk"

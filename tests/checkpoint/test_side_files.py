@@ -16,7 +16,7 @@ from slrmerge.errors import CheckpointError, SourceChangedError
 from slrmerge.merging.executor import execute
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.conftest import Pair
-from tests.merging.faults import leftovers, write_files
+from tests.merging.faults import leftovers
 from tests.problems import refused
 
 pytestmark = pytest.mark.skipif("os.name == 'nt'")
@@ -261,15 +261,6 @@ def test_a_module_may_have_folders_in_folders_up_to_a_depth(pair: Pair, depth: i
     else:
         with refused(CheckpointError, "nested-too-deeply"):
             pair.open()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
-@pytest.mark.parametrize("name", ["NOTICE: read me.txt", "c:tokenizer.json", "chat_templates/a\\b.jinja", "LICENSE\\x"])
-def test_a_name_that_a_manifest_cannot_have_is_refused_before_anything_is_written(pair: Pair, name: str) -> None:
-    write_files(pair.folder / "post", {name: b"{}"})
-    with refused(CheckpointError, "invalid-name") as caught:
-        merge(pair.recipe(restore=[2, 3]), pair.out)
-    assert caught.value.problems[0].where == str(pair.folder / "post" / name)
 
 
 def test_all_problems_of_side_files_are_reported_together(pair: Pair) -> None:

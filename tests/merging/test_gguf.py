@@ -1,6 +1,7 @@
 """Merges of GGUF files: blocks byte for byte, everything else the post-trained file's, as the gguf package reads it."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,23 @@ def test_the_card_names_both_files_and_runs_the_output_in_llama_cpp(tmp_path: Pa
 def test_a_gguf_merge_has_no_mergekit_config(tmp_path: Path) -> None:
     with refused(PlanError, "gguf-mergekit"):
         export_mergekit(plan({**pair_of(tmp_path), "restore": [1, 2]}))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [("llama:8b.gguf", False), ("a\\b.gguf", False), ("a\udce9.gguf", True), ("\x1b[31m\u202e\n.gguf", True)],
+)
+def test_a_file_of_any_name_is_merged_or_refused_before_anything_is_written(
+    tmp_path: Path, name: str, fits: bool
+) -> None:
+    sources = pair_of(tmp_path)
+    recipe = {**sources, "posttrained": str((tmp_path / "post.gguf").rename(tmp_path / name)), "restore": [1, 2]}
+    if fits:
+        merge(recipe, tmp_path / "out")
+        assert verify(tmp_path / "out").against_sources
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert card.replace("\n", "").isprintable()
+    else:
+        with refused(PlanError, "invalid-name"):
+            merge(recipe, tmp_path / "out")

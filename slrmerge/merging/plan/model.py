@@ -1,5 +1,6 @@
 """The plan of a merge: every output tensor and file, and where it comes from."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -302,7 +303,7 @@ class MergePlan:
         identities = [checkpoint.identity for _, checkpoint in self.pair.items()]
         digest = xxhash.xxh3_128(repr((__version__, identities)).encode())
         for shard in self.shards:
-            digest.update(shard.name.encode())
+            digest.update(os.fsencode(shard.name))
             digest.update(repr(shard.kept).encode() if shard.kept else shard.header)  # names, dtypes, shapes, offsets
             for tensor in shard.tensors:
                 origin = tensor.alpha, tensor.kind, tensor.pretrained, tensor.posttrained, tensor.rows

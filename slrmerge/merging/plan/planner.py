@@ -11,6 +11,7 @@ from slrmerge.checkpoint.pair import ModelPair, require_pair, require_same_depth
 from slrmerge.checkpoint.side_files import CONFIG_NAME
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.io.garbage import collector_paused
+from slrmerge.io.names import is_inside
 from slrmerge.io.options import checks_types
 from slrmerge.merging.finding import Finding, find_search_result
 from slrmerge.merging.options import MergeOptions
@@ -68,6 +69,7 @@ def plan_merge(
         keeps_metadata=metadata.is_posttrained,
     )
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
+    raise_all(_name_problems(file.name for file in (*shards, *files)), PlanError)
     notes = (
         *model_notes(pair, alphas, differences),
         *recipe.notes(pair),
@@ -112,6 +114,13 @@ def _empty_problems(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[Pr
             what = f"has no elements in {checkpoint}, as DeepSpeed ZeRO-3 saves weights that it has not gathered"
             remedy = "gather them while saving (stage3_gather_16bit_weights_on_model_save), or run its zero_to_fp32.py"
             yield Problem("empty-tensor", where, what, remedy)
+
+
+def _name_problems(names: Iterable[str]) -> Iterator[Problem]:
+    """Names that a manifest cannot have: on some systems they lead out of a folder."""
+    for name in names:
+        if not is_inside(name):
+            yield Problem("invalid-name", name, "cannot be the name of a merge's file", "rename it, without : and \\")
 
 
 def _size_problems(tensors: Sequence[PlannedTensor], recipe: AnyRecipe) -> Iterator[Problem]:

@@ -1,6 +1,7 @@
 """What a plan refuses or notes about a whole pair: configs, empty tensors, shard sizes, tokenizers, idle rules, NaN."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from slrmerge.errors import PlanError
 from slrmerge.merging.plan.planner import plan as make_plan
 from slrmerge.merging.plan.tokenizer import highest_token_id
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
+from tests.merging.faults import write_files
 from tests.merging.plan import plan_of, write_pair
 from tests.problems import refused
 
@@ -55,6 +57,20 @@ def test_a_limit_below_most_tensors_is_refused(tmp_path: Path, size: object, fit
     else:
         with refused(PlanError, "shard-size-too-small"):
             plan_of(tmp_path, restore=[1, 2], max_shard_size=size)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("name", ["NOTICE: read me.txt", "c:tokenizer.json", "chat_templates/a\\b.jinja", "LICENSE\\x"])
+def test_a_name_that_a_manifest_cannot_have_is_refused_on_the_side_that_it_is_copied_from(
+    tmp_path: Path, name: str
+) -> None:
+    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post"))
+    write_files(tmp_path / "pre", {name: b"{}"})
+    assert plan_of(tmp_path, restore=[1, 2]).files
+    write_files(tmp_path / "post", {name: b"{}"})
+    with refused(PlanError, "invalid-name") as caught:
+        plan_of(tmp_path, restore=[1, 2])
+    assert caught.value.problems[0].where == name
 
 
 def tokenizer(tokens: int, added: int | None = None, *, unigram: bool = False) -> str:
