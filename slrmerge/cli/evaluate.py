@@ -56,7 +56,7 @@ def evaluate(
 
     require_thread()
     with TerminalProgress(quiet=quiet or as_json) as progress:
-        progress.status("loading the questions and what scores answers")
+        progress.status("loading the questions")
         from slrmerge.cli import show_evaluation
         from slrmerge.evaluation.run import Evaluation
 

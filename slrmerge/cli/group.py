@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from slrmerge.cli.output import echo, open_streams, print_json, quieten_hub_client
 from slrmerge.errors import (
@@ -28,6 +29,17 @@ _AS_JSON = "slrmerge.as_json"
 
 INTERRUPTED = 130
 """The exit code that shells report for Ctrl-C."""
+
+
+class TextType(click.types.StringParamType):
+    """Text, for which a shell offers `choices`, or files: most of what a command takes may name one."""
+
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        choices = [CompletionItem(each) for each in self.choices if each.startswith(incomplete)]
+        return choices or [CompletionItem(incomplete, type="file")]
 
 
 class DefaultGroup(click.Group):
@@ -54,6 +66,9 @@ class DefaultGroup(click.Group):
             self._refuse_typo(ctx, args[0])
             args = [self.default, *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return super().shell_complete(ctx, incomplete) or [CompletionItem(incomplete, type="file")]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands, each with the whole first sentence of its help."""
@@ -123,7 +138,13 @@ _MANY_OPTIONS = 10
 
 
 class Command(click.Command):
-    """A command whose errors name options as they are typed."""
+    """A command whose errors name options as they are typed, and whose texts are completed as files."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        for each in self.params:
+            if each.type is click.STRING:
+                each.type = TextType()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the options under their groups' headings, and those without a group last."""

@@ -41,7 +41,7 @@ def init(pretrained: str, posttrained: str, *, out: Path, overwrite: bool) -> No
     raise_all(require_same_depth(pair), PlanError)
     text = starter_recipe(recipe, out.parent, layers=require_layers(pair).count)
     if out.exists() and not overwrite:
-        raise OutputError(Problem("output-exists", str(out), "exists", "pass overwrite=True to replace it"))
+        raise OutputError(Problem("output-exists", str(out), "already exists", "pass overwrite=True to replace it"))
     with translate_os_errors(out):
         out.write_text(text, encoding="utf-8")
     echo(f"{out}: a recipe for {pair.pretrained} and {pair.posttrained}")

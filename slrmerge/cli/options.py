@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
+from slrmerge.cli.group import TextType
 from slrmerge.io.options import Option, options_of
 
 Decorator = Callable[[Any], Any]
@@ -92,8 +93,8 @@ def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorato
         more["default"] = default
     if "bfloat16" in known.choices:
         more["type"] = DtypeType(known.choices)
-    elif known.choices and not known.or_file:
-        more["type"] = click.Choice(known.choices)
+    elif known.choices:
+        more["type"] = TextType(*known.choices) if known.or_file else click.Choice(known.choices)
     elif float in kinds:
         lowest = known.above if known.above is not None else known.minimum
         more |= {

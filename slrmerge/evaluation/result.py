@@ -97,9 +97,10 @@ class EvaluationResult:
 
     @property
     def shown(self) -> list[Metric]:
-        """The columns of the table: what is defined for at least one model."""
-        defined = {cell.metric for cell in self.cells if not isnan(cell.mean)}
-        return [metric for metric in self.metrics if metric.in_table and metric.name in defined]
+        """The columns of the table: what is defined for at least one model. Where that is nothing, the text metrics."""
+        names = {cell.metric for cell in self.cells if not isnan(cell.mean)}
+        defined = [metric for metric in self.metrics if metric.name in names]
+        return [metric for metric in defined if metric.in_table] or defined
 
     @property
     def caption(self) -> str:
@@ -111,7 +112,7 @@ class EvaluationResult:
         return f"{self.task}, {self.prompts:,} prompts, {settings}: {columns}"
 
     def table_rows(self) -> list[list[str]]:
-        """A header and a row for each model; cells have lines for mean (sd), interval, and change."""
+        """A header and a row for each model; cells have lines for mean (sd) and change, each above its interval."""
         names = [metric.name for metric in self.shown]
         rows = [[model, *("\n".join(_lines(self.cell(model, name))) for name in names)] for model in self.models]
         return [["", *names], *rows]
@@ -125,8 +126,9 @@ def _lines(cell: Cell) -> list[str]:
         lines.append(f"[{cell.low:.3f}, {cell.high:.3f}]")
     if not isnan(cell.change):
         share = "" if isnan(cell.relative_change) else f" ({cell.relative_change:+.0%})"
-        interval = "" if isnan(cell.change_low) else f" [{cell.change_low:+.3f}, {cell.change_high:+.3f}]"
-        lines.append(f"{cell.change:+.3f}{share}{interval}")
+        lines.append(f"{cell.change:+.3f}{share}")
+    if not isnan(cell.change_low):
+        lines.append(f"[{cell.change_low:+.3f}, {cell.change_high:+.3f}]")
     return lines
 
 

@@ -156,7 +156,7 @@ def _search_section(finding: Finding) -> Iterator[str]:
         share = f"{finding.reselected:.0%} of draws"
         yield f"With prompts drawn again with replacement, the search selects this candidate in {share}."
         yield ""
-    if finding.held_out:
+    if finding.held_out and finding.own.label in {found.label for found in finding.held_out.scores.values()}:
         yield from _held_out_section(finding.held_out, finding.own.label)
     if finding.figure:
         yield f"![quality and diversity of all candidates]({TRADEOFF_NAME})"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 
 from slrmerge.cli import main
 from slrmerge.recipe.load import load_recipe
@@ -66,6 +67,20 @@ def test_completion_is_installed_where_the_shell_looks(
 def test_a_shell_without_completions_has_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHELL", "/bin/csh")
     assert run("completion").exit_code == 2
+
+
+@pytest.mark.parametrize(("words", "offered"), [
+    (["rec"], "file"),  # of the default command
+    (["inspect", "che"], "file"),
+    (["search", "pre", "po"], "file"),
+    (["search", "--task", "my"], "file"),
+    (["search", "--task", "mon"], "months"),
+    (["eval", "open-qa", "--model", "pos"], "file"),
+    (["eval", "open-qa", "--extract", "str"], "strict-match"),
+])  # fmt: skip
+def test_names_and_files_are_completed(words: list[str], offered: str) -> None:
+    (item,) = ShellComplete(main, {}, "slrmerge", "_SLRMERGE_COMPLETE").get_completions(words[:-1], words[-1])
+    assert offered in (item.type, item.value)
 
 
 def test_bash_completes_commands() -> None:

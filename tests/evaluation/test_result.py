@@ -105,11 +105,17 @@ def test_a_metric_that_no_model_has_is_not_shown() -> None:
     assert [metric.name for metric in result(post=[1.0, 3.0]).shown] == ["m"]
 
 
+def test_metrics_of_the_files_are_shown_where_the_table_has_none() -> None:
+    of_files = Metric("m", "what it means", in_table=False)
+    assert replace(result(post=[1.0]), metrics=(of_files,)).shown == [of_files]
+    assert replace(result(post=[nan]), metrics=(of_files,)).shown == []
+
+
 def test_the_table_has_mean_interval_and_change_in_lines() -> None:
     header, post, slr = result(post=[1.0, 1.0], slr=[2.0, 2.0]).table_rows()
     assert header == ["", "m"]
     assert post == ["post", "1.000 (0.000)\n[1.000, 1.000]"]
-    assert slr == ["slr", "2.000 (0.000)\n[2.000, 2.000]\n+1.000 (+100%) [+1.000, +1.000]"]
+    assert slr == ["slr", "2.000 (0.000)\n[2.000, 2.000]\n+1.000 (+100%)\n[+1.000, +1.000]"]
 
 
 def test_the_table_of_one_prompt_has_no_intervals() -> None:

@@ -232,6 +232,12 @@ def test_the_card_shows_the_result_of_the_search(pair: Pair, with_figure: bool) 
     assert ("(tradeoff.png)" in card) is with_figure
 
 
+def test_a_card_shows_held_out_scores_only_where_its_model_has_them(pair: Pair) -> None:
+    for own in (OWN, OWN.model_copy(update={"label": "layers 1–3"})):
+        plan = replace(pair.plan(restore=[2, 3]), finding=Finding("crc", 1176, own, (OTHER,), None, HELD_OUT))
+        assert ("0.9200" in card_of(plan, pair.out)) == (own is OWN)
+
+
 def test_a_card_without_a_search_has_no_section_about_one(pair: Pair) -> None:
     card = card_of(pair.plan(restore=[2, 3]), pair.out)
     assert [line for line in card.splitlines() if line.startswith("##")] == ["## Merge", "## Usage", "## Recipe"]

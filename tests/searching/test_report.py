@@ -124,7 +124,7 @@ def test_the_page_has_every_candidate_with_its_scores_and_recipe() -> None:
 @pytest.mark.usefixtures("small_library")
 def test_the_page_has_the_scores_on_held_out_prompts() -> None:
     result = made_result(made_rows(SCORES))
-    assert "On other prompts" not in page(result).text
+    assert "Held-out prompts" not in page(result).text
     change = ScoreChange(mean=0.25, low=-0.5, high=0.75)
     scores = {
         "post": HeldOutScores(label="post-trained", quality=0.9881, diversity=1.2342),
@@ -137,11 +137,11 @@ def test_the_page_has_the_scores_on_held_out_prompts() -> None:
     )
     text = page(asked).text
     for expected in (
-        "On other prompts", "post-trained", "0.988", "1.234", "runner-up", "<b>&", "0.877", "2.346",
-        "+0.250 [−0.500, +0.750]", "+1.000", "12 prompts", "layers 1–2 most often, in 62% of the draws",
+        "Held-out prompts", "post-trained", "0.988", "1.234", "runner-up", "<b>&", "0.877", "2.346",
+        "+0.250 [−0.500,\u00a0+0.750]", "+1.000", "12 prompts", "layers 1–2 most often, in 62% of the draws",
     ):  # fmt: skip
         assert expected in text
-    assert "layers 3" not in text[text.index("On other prompts") :].split("Recipe")[0]
+    assert "layers 3" not in text[text.index("Held-out prompts") :].split("Recipe")[0]
 
 
 @pytest.mark.usefixtures("small_library")

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from slrmerge.evaluation import charts
 from slrmerge.evaluation.page import page as samples_page
 from slrmerge.io.figures import save_figure
 from slrmerge.merging.diff_result import diff_page
+from slrmerge.merging.finding import HeldOut, HeldOutScores, ScoreChange
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.report import report
 from slrmerge.searching.results import SearchResult
@@ -180,6 +182,26 @@ def test_the_page_prints_in_light_colours_without_controls(opened: "sync_api.Pag
     pdf = opened.pdf(format="A4")
     assert pdf.startswith(b"%PDF")
     assert pdf.count(b"/Type /Page\n") < 8
+
+
+_TABLES = "[...document.querySelectorAll('.wide, .columns')]"
+
+
+def test_tables_fit_a_narrow_window_and_print_without_scroll_bars(browser: "sync_api.Browser", tmp_path: Path) -> None:
+    change = ScoreChange(mean=-0.034, low=-0.055, high=-0.014)
+    post = HeldOutScores(label="post-trained", quality=0.8, diversity=1)
+    early = post.model_copy(update={"label": "layers 0–8", "quality_change": change, "diversity_change": change})
+    held_out = HeldOut(prompts=40, scores={"post": post, "early": early})
+    result = replace(made_result(made_rows(SCORES)), held_out=held_out)
+    (tmp_path / "report.html").write_text(report(result.rows, result.choice, result.summary()), encoding="utf-8")
+    found = evaluated(post=[1.0, 2.0], slr=[3.0, 4.0])
+    (tmp_path / "samples.html").write_text(samples_page(found), encoding="utf-8")
+    for name in ("report.html", "samples.html"):
+        with watched(browser, tmp_path / name, "light") as page:
+            page.set_viewport_size({"width": 500, "height": 800})
+            assert page.evaluate(f"{_TABLES}.filter(each => each.scrollWidth > each.clientWidth).length") == 0
+            page.emulate_media(media="print")
+            assert set(page.evaluate(f"{_TABLES}.map(each => getComputedStyle(each).overflowX)")) == {"visible"}
 
 
 @pytest.mark.parametrize("case", PLAIN)

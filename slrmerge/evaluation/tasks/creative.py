@@ -116,7 +116,7 @@ def _diversities(
     """The diversity of each of `responses`, and notes."""
     embedder = helpers.embedder
     if embedder is None:
-        return [Diversity()] * len(responses), ["diversity was not measured; it needs an embeddings model"]
+        return [Diversity()] * len(responses), ["diversity was not measured; pass --embeddings"]
     found: list[Diversity] = []
     texts, truncated, refused = 0, 0, 0
     for start in range(0, len(responses), RESPONSES_AT_ONCE):
@@ -141,7 +141,7 @@ def _diversities(
 
 def _judge(responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> Judgements:
     if helpers.judge is None:
-        return Judgements({}, ["quality was not measured; it needs a judge"])
+        return Judgements({}, ["quality was not measured; pass --judge"])
     prompts = JudgePrompts(_prompt)
     for each in responses:
         for number, text in enumerate(each.texts):

@@ -115,7 +115,8 @@ class Reasoning(Task[SolvedQuestion]):
         )
 
     def metrics(self, samples: int) -> tuple[Metric, ...]:  # noqa: ARG002 (undefined where k is larger)
-        return tuple(Metric(f"pass@{k}", f"probability that at least one of {k} samples is correct") for k in KS)
+        one_of = {k: f"at least one of {k} samples" if k > 1 else "a sample" for k in KS}
+        return tuple(Metric(f"pass@{k}", f"probability that {samples} is correct") for k, samples in one_of.items())
 
     def score(self, responses: Sequence[ModelResponses[SolvedQuestion]], helpers: Helpers) -> TaskScores:  # noqa: ARG002
         scores = []
