@@ -108,8 +108,8 @@ def test_scores_of_answers_of_any_length_are_those_of_whole_sequences(
         scores = score(answer_log_probs(prompts, scorer.score(request, None, Progress())))
     for number, prompt in enumerate(prompts):
         quality, diversity = scores_of_paths(folder, prompt)
-        assert scores.quality[0, number] == pytest.approx(quality, abs=1e-6)
-        assert scores.diversity[0, number] == pytest.approx(diversity, abs=1e-6)
+        assert scores.quality[0, number] == pytest.approx(quality, abs=1e-5)
+        assert scores.diversity[0, number] == pytest.approx(diversity, abs=1e-5)
 
 
 def test_those_checkpoints_have_distinct_scores(searched: tuple[SmallPair, list[Prompt], SearchResult]) -> None:

@@ -69,7 +69,8 @@ def plan_merge(
         keeps_metadata=metadata.is_posttrained,
     )
     files, code_notes = plan_files(recipe, pair, shards, allow_code=allow_code, finding=finding)
-    raise_all(_name_problems(file.name for file in (*shards, *files)), PlanError)
+    names = [*(shard.name for shard in shards), *(file.name for file in files)]
+    raise_all(_name_problems(names), PlanError)
     notes = (
         *model_notes(pair, alphas, differences),
         *recipe.notes(pair),
