@@ -16,6 +16,7 @@ from tests.slow.llama_cpp import gguf_of, serve
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("smollm2"),
     pytest.mark.timeout(1800),  # the first test may wait for the pair
 ]
 

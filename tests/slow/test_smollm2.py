@@ -14,6 +14,7 @@ from tests.slow.conftest import QUESTIONS, SLRMERGE, run
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("smollm2"),
     pytest.mark.timeout(1800),  # the first test makes the pair, on shared cores
 ]
 
