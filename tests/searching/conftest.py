@@ -5,13 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.searching.pairs import SmallPair, hurry, make_pair
+from tests.searching.pairs import SmallPair, hurry, make_pair, results
 
 
 @pytest.fixture(scope="session")
 def made_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with both models; do not write to it."""
     return make_pair(tmp_path_factory.mktemp("pair")).folder
+
+
+@pytest.fixture(scope="session")
+def plain(made_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The results of an undisturbed search of the small pair."""
+    pair = SmallPair(Path(shutil.copytree(made_pair, tmp_path_factory.mktemp("plain") / "pair")))
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        pair.run()
+    return results(pair.out)
 
 
 @pytest.fixture

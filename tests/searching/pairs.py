@@ -35,6 +35,7 @@ from slrmerge.searching.results import SearchResult
 from slrmerge.searching.results_folder import FIGURES
 from slrmerge.searching.run import Search
 from slrmerge.searching.selection import ScoredCandidate, mark_feasible, select_from
+from tests.merging.faults import snapshot
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -43,6 +44,15 @@ TEMPLATE = (
 )
 LAYERS, HIDDEN = 4, 16
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>")
+
+ALL = ["early.yaml", "heatmaps.png", "heatmaps.svg", "late.yaml", "prompts.npz", "report.html", "results.csv",
+       "slr.yaml", "soup.yaml", "summary.json", "tradeoff.png", "tradeoff.svg"]  # fmt: skip
+"""The files of a search."""
+
+STAGES = LAYERS + 1  # every layer, and the head
+ALL_STAGES = 2 * STAGES  # of all candidates, and of those that answer the held-out prompts
+
+hurried = pytest.mark.usefixtures("hurried")
 
 
 @dataclass(frozen=True)
@@ -263,6 +273,14 @@ def no_pictures(folder: Path, *_: object) -> None:
 def prompts_of(folder: Path) -> dict[str, Any]:
     with np.load(folder / "prompts.npz") as kept:
         return dict(kept)
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """The files of a search, without the time that it took."""
+    found = snapshot(folder) or {}
+    summary = json.loads(found.pop("summary.json"))
+    del summary["elapsed_s"]
+    return {**found, "summary.json": json.dumps(summary).encode()}
 
 
 def hurry(patch: pytest.MonkeyPatch) -> None:

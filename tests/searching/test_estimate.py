@@ -1,5 +1,6 @@
 """The estimate of a search's time: matrix products, and what small layers take besides."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from slrmerge.checkpoint.files import LocalFile
 from slrmerge.searching import estimate
 from slrmerge.searching.scorer import LocalScorer
 from slrmerge.searching.sweep.cost import PAPER_MODELS, all_intervals_cost
+from tests.merging.faults import tree
+from tests.searching.pairs import SmallPair, Watcher, hurried
 from tests.searching.sweep.models import INTERVALS, POST, contexts, local_scorer, request, write_models
 
 
@@ -51,3 +54,54 @@ def test_the_papers_models_are_searched_in_the_dtype_that_is_faster_here(
     assert (own.dtype, llama.dtype, llama.flop_per_s) == ("float32", str(faster).removeprefix("torch."), 2e12)
     assert llama.cost.states_bytes == all_intervals_cost(PAPER_MODELS[0], itemsize=faster.itemsize).states_bytes
     assert made.download_bytes == 7 * 2
+
+
+@hurried
+def test_an_estimate_writes_nothing_and_covers_the_papers_models(small: SmallPair) -> None:
+    ready = small.search()
+    before = tree(small.folder)
+    estimate = ready.estimate()
+    assert tree(small.folder) == before
+    contexts = ready.prepared.first.request.contexts
+    assert (estimate.prompts, estimate.prompt_tokens) == (6, sum(len(context.ids) for context in contexts))
+    assert estimate.packed_tokens < estimate.prompt_tokens
+    assert [(row.name, row.candidates, row.dtype) for row in estimate.rows] == [
+        ("post", 15, "float32"), ("post, held-out", 6, "float32"), ("Llama-3.1-8B", 530, "bfloat16"),
+        ("Qwen2.5-7B", 408, "bfloat16"), ("Gemma-2-9B", 905, "bfloat16"),
+    ]  # fmt: skip
+    for row in estimate.rows:
+        assert row.seconds == row.cost.flop / 1e11 + row.overhead_s > 0
+    assert [row.overhead_s > 0 for row in estimate.rows] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]  # layers of width 16 are small
+    assert json.loads(json.dumps(estimate.to_dict()))["rows"][0]["seconds"] == estimate.rows[0].seconds
+
+
+@hurried
+def test_the_number_of_states_is_that_of_the_estimate(small: SmallPair) -> None:
+    watcher = Watcher()
+    ready = small.search()
+    states = ready.estimate().rows[0].cost.states
+    ready.run(small.out, progress=watcher)
+    assert watcher.totals[0] == states
+    assert watcher.advanced == sum(watcher.totals)
+
+
+@hurried
+def test_a_quick_estimate_is_of_the_quick_pass(small: SmallPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slrmerge.searching.prepare.QUICK_PROMPTS", 2)
+    assert small.search(quick=True).estimate().prompts == 2
+
+
+@hurried
+def test_an_estimate_bounds_the_finalists_of_a_rough_first_pass(small: SmallPair) -> None:
+    """Where all scores tie, every candidate is a finalist."""
+    first, finalists, held_out, *_ = small.search(dtype="bfloat16").estimate().rows
+    (exact, *_) = small.search().estimate().rows
+    assert (first.dtype, finalists.dtype, held_out.dtype) == ("bfloat16", "float32", "float32")
+    assert finalists.candidates == first.candidates == exact.candidates
+    assert (finalists.name, finalists.cost) == ("post, finalists at most", exact.cost)

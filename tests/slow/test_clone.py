@@ -26,7 +26,7 @@ from tests.conftest import Pair, mounted
 from tests.merging.faults import ROOT, Recorder, Stop, age, harm, leftovers, snapshot, stop
 from tests.problems import refused
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("clone"), pytest.mark.timeout(900)]
 
 FAST = MergeOptions(fsync=False, threads=1)
 

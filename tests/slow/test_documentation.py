@@ -12,7 +12,7 @@ import pytest
 from slrmerge.cli import main
 from tests.documentation import DOCS, ROOT, blocks, run_console
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("documentation"), pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.slow.conftest import WITH_SMOLLM2
 from tests.slow.llama_cpp import convert, serve
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),  # the first test may wait for the pair
-]
+pytestmark = WITH_SMOLLM2
 
 QUESTION = "Tell me a short story about a dog."
 OPENINGS = ("The capital of France is", "Once upon a time there was a small")

@@ -1,8 +1,7 @@
-"""Evaluations of real models: merges of the pair, in this process and through real servers; embeddings."""
+"""Evaluations of real models: a hybrid and a soup, in this process and through real servers; embeddings."""
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,19 +14,18 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+import slrmerge
 from slrmerge.evaluation.models import SampleRequest, ServerAddress
 from slrmerge.evaluation.samples import SampleKey, Settings, seed_of
 from slrmerge.evaluation.server import ServerModel
 from slrmerge.searching.chat_template import render
 from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter
+from tests.cli import run
 from tests.evaluation.helpers import Kept
-from tests.slow.conftest import SLRMERGE, run
-from tests.slow.llama_cpp import gguf_of, serve
+from tests.slow.conftest import WITH_SMOLLM2
+from tests.slow.llama_cpp import serve
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),  # the first test may wait for the pair and its search
-]
+pytestmark = WITH_SMOLLM2
 
 QUESTIONS = {
     "Name a day of the week.": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
@@ -38,24 +36,24 @@ SAMPLES = 4
 
 
 @pytest.fixture(scope="module")
-def folder(real_pair: Path, searched: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The questions; the post-trained model; merges of the selected hybrid and of a soup."""
+def folder(real_pair: Path, real_hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The questions; the post-trained model, a hybrid and a soup."""
     folder = tmp_path_factory.mktemp("evaluation")
     (folder / "questions.json").write_text(json.dumps(QUESTIONS))
     (folder / "post").symlink_to(real_pair / "posttrained")
-    sides = "".join(f"{side}: {real_pair / side}\n" for side in ("pretrained", "posttrained"))
-    (folder / "soup.yaml").write_text(f"{sides}alpha: 0.5\n")
-    run(SLRMERGE, searched / "slr.yaml", "--out", folder / "slr")
-    run(SLRMERGE, folder / "soup.yaml", "--out", folder / "soup")
-    yield folder
-    shutil.rmtree(folder)
+    (folder / "slr").symlink_to(real_hybrid / "hybrid")
+    sides = {side: str(real_pair / side) for side in ("pretrained", "posttrained")}
+    slrmerge.merge({**sides, "alpha": 0.5}, folder / "soup")
+    return folder
 
 
 def evaluate(folder: Path, out: str, *options: object, **models: object) -> dict[str, Any]:
     """The JSON that `slrmerge eval open-qa` prints."""
     named = [f"--model={label}={where}" for label, where in models.items()]
-    command = [SLRMERGE, "eval", "open-qa", "--data", "questions.json", *named, "--out", out, "--json", *options]
-    report: dict[str, Any] = json.loads(run(*command, cwd=folder))
+    data = ["--data", folder / "questions.json"]
+    done = run("eval", "open-qa", *data, *named, "--out", folder / out, "--json", *options)
+    assert done.exit_code == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
     return report
 
 
@@ -65,7 +63,7 @@ def texts(path: Path) -> dict[tuple[str, str, int], str]:
 
 
 def test_a_hybrid_and_a_soup_are_compared_with_the_model_they_come_from(folder: Path) -> None:
-    models = {"post": "./post", "soup": "./soup", "slr": "./slr"}
+    models = {label: folder / label for label in ("post", "soup", "slr")}
     sampling = ["--samples", SAMPLES, "--max-tokens", 12]
     report = evaluate(folder, "eval", *sampling, **models)
     found = [(cell["model"], cell["prompts"]) for cell in report["results"] if cell["metric"] == "precision"]
@@ -84,15 +82,15 @@ GREEDY = ["--samples", 1, "--temperature", 0, "--max-tokens", 12]
 
 @pytest.fixture(scope="module")
 def greedy(folder: Path) -> dict[tuple[str, str, int], str]:
-    """The greedy answers of the selected hybrid, in this process."""
-    evaluate(folder, "greedy", *GREEDY, slr="./slr")
+    """The greedy answers of the hybrid, in this process."""
+    evaluate(folder, "greedy", *GREEDY, slr=folder / "slr")
     return texts(folder / "greedy" / "samples.jsonl")
 
 
 @pytest.fixture(scope="module")
-def llama_cpp(folder: Path) -> Any:
-    """llama.cpp's server with the selected hybrid."""
-    return serve(gguf_of(folder / "slr", folder / "slr.gguf"), slots=2)
+def llama_cpp(real_hybrid: Path) -> Any:
+    """llama.cpp's server with the hybrid."""
+    return serve(real_hybrid / "hybrid.gguf", slots=2)
 
 
 def test_the_llama_cpp_server_answers_like_the_model_in_this_process(
@@ -162,7 +160,6 @@ def test_transformers_serve_answers_like_the_model_in_this_process(
     assert texts(folder / "greedy-transformers" / "samples.jsonl") == greedy
 
 
-@pytest.mark.filterwarnings("default")  # sentence-transformers' own
 def test_dissimilarity_of_real_embeddings_equals_scikit_learns() -> None:
     from importlib.metadata import files
 

@@ -21,7 +21,7 @@ from tests.merging.faults import OLD, leftovers, snapshot
 from tests.searching.pairs import make_pair
 from tests.slow.faults import FAULTS, Job, Runner
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(300)]
 
 EVERY = "default"
 """The file system on which every operation of a merge is tried."""

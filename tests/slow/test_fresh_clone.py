@@ -7,7 +7,7 @@ import pytest
 
 from tests.documentation import README, ROOT, blocks, run_block, run_console
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fresh_clone"), pytest.mark.timeout(900)]
 
 INSTALL, DEMO, TEST = blocks(README, "sh")
 

@@ -11,13 +11,10 @@ import pytest
 
 import slrmerge
 from slrmerge.checkpoint.opening import open_checkpoint
-from tests.slow.conftest import RESTORED
+from tests.slow.conftest import RESTORED, WITH_SMOLLM2
 from tests.slow.llama_cpp import gguf_of, serve
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),  # the first test may wait for the pair
-]
+pytestmark = WITH_SMOLLM2
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from tests.checkpoints import Tensor, read_back
 from tests.cli import run
-from tests.conftest import made_once
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mergekit"), pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 PEER = ROOT / ".venv-mergekit" / "bin" / "python"
@@ -139,16 +138,12 @@ EXPORTED_BLENDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by both tools: a folder for each, with `theirs` and `ours`."""
     if not PEER.exists():
         pytest.fail(f"{PEER} is missing: run this through `make slow`")
-    return made_once(tmp_path_factory, "mergekit", _merge_all)
-
-
-def _merge_all(folder: Path) -> None:
-    jobs = []
+    folder, jobs = tmp_path_factory.mktemp("mergekit"), []
     configs = {f"copy {name}": {"merge_method": "passthrough", "base_model": POST, **c} for name, c in COPIES.items()}
     configs |= {f"blend {name}": config for name, config in BLENDS.items()}
     for name, content in configs.items():
@@ -169,6 +164,7 @@ def _merge_all(folder: Path) -> None:
     command = [str(PEER), "-c", RUN_ALL, json.dumps([[str(path) for path in job] for job in jobs])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return folder
 
 
 def merge(recipe: Path, out: Path) -> None:

@@ -19,14 +19,14 @@ from slrmerge.errors import DataError, OutputError
 from slrmerge.evaluation.local import LocalModel
 from slrmerge.evaluation.server import ServerModel
 from slrmerge.searching.run import Search
-from tests.conftest import TINY, made_once
+from tests.conftest import TINY
 from tests.documentation import ROOT
 from tests.evaluation.openai_server import MODELS, OpenAIServer
 
 sys.path.insert(0, str(ROOT / "examples" / "paper"))
 import run as paper  # a script
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("paper"), pytest.mark.timeout(900)]
 
 SERVER = """
 import json, random, sys
@@ -102,15 +102,12 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *methods: tuple[type, str]) -> None:
         monkeypatch.setattr(kind, name, fail)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run in this process: the prompt for several answers is longer than the example pair reads."""
-
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        run(command(folder, folder / "out", "--serve", ""))
-
-    return made_once(tmp_path_factory, "paper-example", make)
+    folder = tmp_path_factory.mktemp("paper")
+    run(command(folder, folder / "out", "--serve", ""))
+    return folder
 
 
 def test_a_pair_goes_through_the_paper_in_one_command(done: Path) -> None:
@@ -129,6 +126,7 @@ def beside(done: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=done.parent))
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_second_run_computes_nothing(done: Path, beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = beside / "out"
     shutil.copytree(done / "out", out)
@@ -150,6 +148,7 @@ def helper(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
         yield made
 
 
+@pytest.mark.usefixtures("sketched")
 def test_models_are_served_one_after_the_other_and_only_where_samples_are_missing(
     done: Path, beside: Path, helper: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,31 @@ import numpy as np
 import pytest
 
 from slrmerge import Recipe, load_recipe
+from slrmerge.io.strict_yaml import write_yaml
+from slrmerge.searching.prompts import contexts_of, tokenize
+from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter, score
 from tests.checkpoints import read_back
-from tests.slow.conftest import QUESTIONS, SLRMERGE, run
+from tests.cli import run
+from tests.searching.sweep.models import transformers_log_probs
+from tests.slow.conftest import WITH_SMOLLM2
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),  # the first test makes the pair, on shared cores
-]
+pytestmark = WITH_SMOLLM2
+
+QUESTIONS = ConstrainedRandomCharacter().questions()[::20]
+"""One about digits and one about letters: a search of 465 intervals takes as long as it asks questions."""
+
+
+def printed(*arguments: object) -> str:
+    """What a command prints that has to succeed."""
+    done = run(*arguments)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def folder(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to merge in, with links to the shared pair and its recipe."""
-    folder = tmp_path_factory.mktemp("smollm2")
+    folder = tmp_path_factory.mktemp("merges")
     for entry in real_pair.iterdir():
         (folder / entry.name).symlink_to(entry)
     return folder
@@ -29,12 +42,12 @@ def folder(real_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hybrid(folder: Path) -> Path:
-    run(SLRMERGE, "recipe.yaml", "--out", "hybrid", cwd=folder)
+    printed(folder / "recipe.yaml", "--out", folder / "hybrid")
     return folder / "hybrid"
 
 
 def test_the_hybrid_is_verified_against_both_sides(hybrid: Path) -> None:
-    report = json.loads(run(SLRMERGE, "verify", hybrid, "--json"))
+    report = json.loads(printed("verify", hybrid, "--json"))
     assert report["verified"]
     assert report["against_sources"]
 
@@ -68,7 +81,6 @@ def answers(folder: Path, prompts: Sequence[str]) -> list[str]:
     return texts
 
 
-@pytest.mark.filterwarnings("default")  # transformers' own
 def test_transformers_loads_the_hybrid_and_it_answers(hybrid: Path) -> None:
     digit = "Generate a random integer in the range [0, 5]. Do not include anything else in your reply."
     number, text = answers(hybrid, [digit, "Write a sentence about the sea."])
@@ -76,16 +88,15 @@ def test_transformers_loads_the_hybrid_and_it_answers(hybrid: Path) -> None:
     assert text.strip()
 
 
-@pytest.mark.filterwarnings("default")  # transformers' own
-def test_the_selected_hybrid_has_the_scores_of_the_search_when_merged_and_loaded(searched: Path, folder: Path) -> None:
-    from slrmerge.searching.prompts import contexts_of, tokenize
-    from slrmerge.searching.proxy_tasks import score
-    from tests.searching.sweep.models import transformers_log_probs
-
+def test_the_selected_hybrid_has_the_scores_of_the_search_when_merged_and_loaded(folder: Path) -> None:
+    task, searched = folder / "questions.yaml", folder / "search"
+    task.write_text(write_yaml({"questions": [asdict(question) for question in QUESTIONS]}))
+    options = ["--task", task, "--space", "intervals", "--threads", 1]
+    printed("search", folder / "recipe.yaml", "--out", searched, *options)
     prompts = tokenize(QUESTIONS, folder / "posttrained")
     selected = json.loads((searched / "summary.json").read_text())["selected"]
     for name in ("slr", "early"):
-        run(SLRMERGE, searched / f"{name}.yaml", "--out", folder / f"searched-{name}")
+        printed(searched / f"{name}.yaml", "--out", folder / f"searched-{name}")
         log_probs = transformers_log_probs(folder / f"searched-{name}", contexts_of(prompts))
         quality, diversity = score(log_probs[np.newaxis])
         assert quality.mean() == pytest.approx(selected[name]["quality"], abs=1e-4)
@@ -96,6 +107,6 @@ def test_the_selected_hybrid_has_the_scores_of_the_search_when_merged_and_loaded
 
 def test_a_soup_in_three_shards_is_verified(folder: Path) -> None:
     (folder / "soup.yaml").write_text("pretrained: ./pretrained\nposttrained: ./posttrained\nalpha: 0.5\n")
-    run(SLRMERGE, "soup.yaml", "--out", "soup", "--max-shard-size", "100MB", cwd=folder)
-    assert json.loads(run(SLRMERGE, "verify", "soup", "--json", cwd=folder))["against_sources"]
+    printed(folder / "soup.yaml", "--out", folder / "soup", "--max-shard-size", "100MB")
+    assert json.loads(printed("verify", folder / "soup", "--json"))["against_sources"]
     assert len(list((folder / "soup").glob("model-*-of-*.safetensors"))) == 3
