@@ -40,9 +40,8 @@ class Correspondence:
 
     `by_tie` are those of them that correspond because one side's head is its embedding. `embeddings` are the
     post-trained side's, with its head. `note` says how the names differ; `differing_layers` are the prefixes of stacks
-    that could not be matched, pre-trained first; `stacks` are those that were. `stored_ties` are the post-trained
-    embedding and head that the config ties, where both sides store both and only the post-trained config ties them:
-    whether they are one shows in their values.
+    that could not be matched, pre-trained first; `stacks` are those that were. `untied_head` is the pre-trained head,
+    where the post-trained side ties its own to the embedding and the pre-trained side does not.
     """
 
     twins: Mapping[str, str]
@@ -51,7 +50,7 @@ class Correspondence:
     note: str
     differing_layers: tuple[str, str] | None
     stacks: tuple[LayerStack | None, LayerStack | None]
-    stored_ties: tuple[str, str] | None
+    untied_head: str | None
     keys: tuple[Mapping[str, str], Mapping[str, str]] = field(repr=False)
     """The names outside the layers of both sides, the pre-trained first → the same without prefixes."""
 
@@ -135,7 +134,7 @@ def correspond(pre: Checkpoint, post: Checkpoint) -> Correspondence:
         _describe(twins, pre_stack, post_stack),
         differing,
         (pre_stack, post_stack),
-        _stored_ties(twins, by_tie, embeddings[1]),
+        embeddings[0].head if embeddings[1].is_tied and not embeddings[0].is_tied else None,
         keys,
     )
 
@@ -294,14 +293,6 @@ def _tied_twins(
     return {
         name: twin for name, twin in found.items() if twin is not None and pre[twin].shape[1:] == post[name].shape[1:]
     }
-
-
-def _stored_ties(twins: Mapping[str, str], by_tie: Mapping[str, str], embeddings: Embeddings) -> tuple[str, str] | None:
-    """The embedding and the head, where the head has a twin by its name and another by its tie."""
-    token, head = embeddings.token, embeddings.head
-    if token is None or head is None or by_tie.get(head) in (None, twins.get(head)) or head not in twins:
-        return None
-    return token, head
 
 
 def _describe(twins: Mapping[str, str], pre: LayerStack | None, post: LayerStack | None) -> str:

@@ -48,7 +48,6 @@ from slrmerge.merging.plan.model import MergePlan
 from slrmerge.merging.plan.planner import plan
 from slrmerge.merging.shard_writer import missing_pieces, needed_bytes, write_shards
 from slrmerge.merging.stream import HybridReader, file_chunks
-from slrmerge.merging.tied import require_tied
 from slrmerge.recipe.load import RecipeLike
 
 _REMOTE_THREADS = 8
@@ -190,7 +189,6 @@ def _write(
     with plan.pair.open() as readers:
         reader = HybridReader(readers)
         _check_bools(plan, reader)
-        require_tied(plan.pair, readers, (tensor.name for tensor in plan.tensors() if tensor.alpha))
         output.create_staging()
         journal = Journal.open(output.staging, plan.fingerprint(), durable=output.durable)
         total = sum(1 for shard in plan.shards for _ in pieces_of(shard))

@@ -18,6 +18,9 @@ SOUP_STEPS = 20
 """Soups are tried at alpha 0, 0.05, …, 1 (paper, section 4.1)."""
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_UNLIKE = ("different-shapes", "different-vocabularies", "tied-differently")
+"""Codes of tensors that intervals of layers do not need, and everything else does."""
+
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
@@ -139,22 +142,23 @@ class Askable(NamedTuple):
 
 
 def leave_out_unlike(pair: ModelPair, candidates: Sequence[Candidate], *, shares_vocabulary: bool) -> Askable:
-    """Leave out the pre-trained model and the soups where tensors outside the layers differ in shape.
+    """Leave out the pre-trained model and the soups where tensors outside the layers do not fit.
 
-    Vocabularies of different sizes do that; intervals need neither embedding nor head of the pre-trained side. Raises
+    Vocabularies of different sizes do not, nor heads that only one side ties; intervals need neither embedding nor head
+    of the pre-trained side. Raises
     PlanError for recipes that need such a tensor.
     """
     unlike = _unlike_outer_tensors(pair, shares_vocabulary)
     left_out = [each for each in candidates if any(each.alphas[name] for name in unlike)]
     remedy = "give them alpha: 0 under `tensors`, or leave the recipe out"
-    what = f"needs tensors that have another shape on the pre-trained side: {', '.join(unlike)}"
+    what = f"needs tensors that do not fit those of the pre-trained side: {', '.join(unlike)}"
     recipes = [each.info for each in left_out if each.info.space == "recipe"]
     raise_all((Problem("different-shapes", info.label, what, remedy) for info in recipes), PlanError)
     if not left_out:
         return Askable(list(candidates), [])
     soups_left_out = sum(each.info.space == "soup" for each in left_out)
     which = "the pre-trained model" + (f" and {soups_left_out} soups" if soups_left_out else "")
-    note = f"left out {which}, because tensors have another shape on the pre-trained side: {', '.join(unlike)}"
+    note = f"left out {which}, because tensors do not fit those of the pre-trained side: {', '.join(unlike)}"
     return Askable([each for each in candidates if each not in left_out], [note])
 
 
@@ -170,7 +174,7 @@ def leave_out_blends(pair: ModelPair, candidates: Sequence[Candidate]) -> Askabl
 
 
 def _unlike_outer_tensors(pair: ModelPair, shares_vocabulary: bool) -> list[str]:
-    """The tensors outside the layers that have another shape on the pre-trained side."""
+    """The tensors outside the layers that do not fit those of the pre-trained side."""
     stack = require_layers(pair)
     outer = [name for name in pair.posttrained if stack.locate(name) is None]
     if not _is_unlike(pair, outer, shares_vocabulary):
@@ -179,11 +183,11 @@ def _unlike_outer_tensors(pair: ModelPair, shares_vocabulary: bool) -> list[str]
 
 
 def _is_unlike(pair: ModelPair, names: Sequence[str], shares_vocabulary: bool) -> bool:
-    """Whether one of these tensors cannot be restored because of its shape."""
+    """Whether one of these tensors cannot be restored because of what it is on the pre-trained side."""
     try:
         plan_tensor_alphas([(name, 1.0) for name in names], pair, dtype=None, shares_vocabulary=shares_vocabulary)
     except PlanError as error:
-        return any(problem.code in ("different-shapes", "different-vocabularies") for problem in error.problems)
+        return any(problem.code in _UNLIKE for problem in error.problems)
     return False
 
 

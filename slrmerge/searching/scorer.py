@@ -17,7 +17,6 @@ from slrmerge.io.progress import Progress
 from slrmerge.merging.plan.model import PlannedTensor
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.merging.stream import HybridReader
-from slrmerge.merging.tied import require_tied
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.searching.device import require_device
 from slrmerge.searching.sweep.check import require_agreement
@@ -146,8 +145,6 @@ class LocalScorer:
             require_agreement(sweep.reference(), swept, where=str(self.pair.posttrained), model=model.name)
 
     def score(self, request: ScoreRequest, folder: Path | None, progress: Progress) -> NDArray[np.float64]:
-        touched = (name for alphas in request.candidates for name, alpha in alphas.items() if alpha)
-        require_tied(self.pair, self._reader.pair, touched)
         with self._sweep(request) as sweep:
             sides = [checkpoint for _, checkpoint in self.pair.items()]
             fingerprint = sweep.fingerprint(

@@ -1,4 +1,4 @@
-"""Pairs whose vocabularies differ in size."""
+"""Pairs whose embeddings or heads do not fit each other."""
 
 import shutil
 from pathlib import Path
@@ -14,6 +14,7 @@ from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.select import select
 from tests.problems import refused
 from tests.searching.pairs import LAYERS, SmallPair, hurried, make_model
+from tests.searching.sweep.models import edit_config
 
 
 @pytest.fixture
@@ -42,6 +43,14 @@ def test_vocabularies_of_different_sizes_leave_out_what_cannot_be_asked(unlike: 
     pictures.mkdir()
     draw_result(pictures, result.rows, result.choice, result.summary())
     assert (pictures / "tradeoff.png").is_file()
+
+
+@hurried
+def test_a_head_that_only_one_side_ties_leaves_out_what_cannot_be_asked(small: SmallPair) -> None:
+    edit_config(small.folder / "post", tie_word_embeddings=True)
+    prepared = small.search().prepared
+    assert {each.info.space for each in prepared.candidates} == {"post", "interval"}
+    assert "model.embed_tokens.weight" in prepared.notes[0]
 
 
 @hurried

@@ -12,7 +12,7 @@ from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import Problem
 from slrmerge.merging.plan.model import PlannedTensor
-from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, NO_SUCH_PART, Notes, Refusals
+from slrmerge.merging.plan.refusals import ALSO_THE_HEAD, ANOTHER_MODEL, KEEP, NO_SUCH_PART, Notes, Refusals
 from slrmerge.merging.plan.tensors import PlannedTensors
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.recipe.load import AnyRecipe
@@ -111,8 +111,7 @@ def _refuse_unmatched(pair: ModelPair, alphas: TensorAlphas, refused: Refusals) 
             what = "is in a pre-trained layer, but not in the post-trained file"
             refused.add(name, "different-architectures", what, _SAME_RELEASE)
     if _HEAD in pair.pretrained and _HEAD not in pair.posttrained and alphas.get(_EMBEDDING):
-        what = "is the output head too on the post-trained side, and on the pre-trained side it is not"
-        refused.add(_EMBEDDING, "tied-differently", what, KEEP)
+        refused.add(_EMBEDDING, "tied-differently", ALSO_THE_HEAD, KEEP)
 
 
 def _refuse_other_heads(

@@ -16,7 +16,15 @@ from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.plan.model import ADAPTER, PlannedTensor
 from slrmerge.merging.plan.quantised import QuantisedPair, refuse_quantised, refuse_split_modules
-from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, NO_SUCH_PART, QUANTISED_ALIKE, Notes, Refusals
+from slrmerge.merging.plan.refusals import (
+    ALSO_THE_HEAD,
+    ANOTHER_MODEL,
+    KEEP,
+    NO_SUCH_PART,
+    QUANTISED_ALIKE,
+    Notes,
+    Refusals,
+)
 from slrmerge.merging.plan.unmatched import CONSTANT, refuse_unmatched
 
 _ROWS = "in a recipe, set `vocabulary: shared` to blend the rows that both sides have, or "
@@ -175,6 +183,9 @@ class TensorPlanner:
 
     def _check_tied(self, alphas: Mapping[str, float]) -> None:
         """Tensors that are one for a loader cannot become two."""
+        embedding = self._names.embeddings.token
+        if self._names.untied_head and embedding and alphas.get(embedding):
+            self._refuse(embedding, "tied-differently", ALSO_THE_HEAD, KEEP)
         for group in self._names.tied:
             found = {alphas[name]: name for name in group if name in alphas}
             if len(found) > 1:

@@ -15,6 +15,7 @@ from tests.problems import refused
 from tests.streams import tensor_bytes
 
 Q = "model.layers.{k}.self_attn.q_proj"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def tensors(seed: str, *names: str, dtype: str = "BF16", shape: tuple[int, ...] = (2, 3)) -> dict[str, Tensor]:
@@ -216,13 +217,24 @@ def test_an_untied_head_is_read_from_the_embeddings_of_a_tied_pre_trained_model(
     assert blend[2:6] == (0.5, "linear", "model.embed_tokens.weight", "lm_head.weight")
 
 
-def test_a_tied_post_trained_model_leaves_the_pre_trained_head_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_an_embedding_that_is_the_head_on_the_post_trained_side_only_is_not_taken_from_an_untied_model(
+    tmp_path: Path, is_stored: bool
+) -> None:
+    post = llama_tensors("post", tied=True)
+    post |= {HEAD: post[EMBEDDING]} if is_stored else {}
+    write_pair(tmp_path, llama_tensors("pre"), post, post_config=llama_config(tie_word_embeddings=True))
+    for rules in ({"alpha": 0.5}, {"alpha": 1}, {"tensors": [{"match": EMBEDDING, "alpha": 1}]}):
+        assert refusals(tmp_path, "tied-differently", **rules) == [EMBEDDING]
+    assert by_name(plan_of(tmp_path, restore=[1, 2]))[EMBEDDING][2] == 0
+    kept = by_name(plan_of(tmp_path, alpha=0.5, tensors=[{"match": EMBEDDING, "alpha": 0}]))
+    assert {name for name, tensor in kept.items() if tensor[2] == 0} == {EMBEDDING, HEAD} & post.keys()
+
+
+def test_heads_that_are_tied_alike_are_blended_each_by_itself(tmp_path: Path) -> None:
     tied = llama_config(tie_word_embeddings=True)
-    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post", tied=True), post_config=tied)
-    plan = plan_of(tmp_path, alpha=0.5)
-    assert "lm_head.weight" not in by_name(plan)
-    assert [note.rpartition(": ")[2] for note in plan.notes] == ["lm_head.weight"]
-    assert not any("lm_head" in note for note in plan_of(tmp_path, alpha=0).notes)
+    write_pair(tmp_path, llama_tensors("pre"), llama_tensors("post"), pre_config=tied, post_config=tied)
+    assert by_name(plan_of(tmp_path, alpha=1))[HEAD][4] == HEAD
 
 
 ROTARY = [f"model.layers.{k}.self_attn.rotary_emb.inv_freq" for k in range(6)]

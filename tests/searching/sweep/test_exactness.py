@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slrmerge.errors import CheckpointError
+from slrmerge.errors import PlanError
 from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.model import StagedModel
 from tests.problems import refused
@@ -79,8 +79,9 @@ def test_a_pair_with_one_tied_side_is_exact(tmp_path: Path, pre_is_tied: bool) -
     write_models(tmp_path / "untied", "llama")
     (tmp_path / ("tied" if pre_is_tied else "untied") / "pre").rename(tmp_path / "pre")
     (tmp_path / ("untied" if pre_is_tied else "tied") / "post").rename(tmp_path / "post")
-    expected = merged_log_probs(tmp_path, A_FEW, contexts(), tmp_path)
-    assert max(gaps(swept(tmp_path, A_FEW, contexts()), expected)) < TOLERANCE
+    hybrids = A_FEW if pre_is_tied else [POST, hybrid(restore=[1, 2])]
+    expected = merged_log_probs(tmp_path, hybrids, contexts(), tmp_path)
+    assert max(gaps(swept(tmp_path, hybrids, contexts()), expected)) < TOLERANCE
 
 
 def test_a_padding_token_is_treated_like_any_token(tmp_path: Path) -> None:
@@ -182,9 +183,9 @@ def test_a_sweep_without_sliding_windows_is_far_off(
     assert quality > 1000 * TOLERANCE
 
 
-def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused_where_it_is_blended(tmp_path: Path) -> None:
+def test_an_embedding_that_only_one_side_ties_to_its_head_is_refused_where_it_is_blended(tmp_path: Path) -> None:
     write_models(tmp_path, "llama")
     edit_config(tmp_path / "post", tie_word_embeddings=True)
     assert swept(tmp_path, [hybrid(restore=[1, 2])], contexts()).shape[0] == 1
-    with refused(CheckpointError, "tied-but-different"):
+    with refused(PlanError, "tied-differently"):
         swept(tmp_path, [POST, PRE], contexts())
