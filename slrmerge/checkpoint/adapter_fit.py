@@ -281,7 +281,7 @@ class Fitting:
 
     def _refuse_dtype(self, name: str, info: TensorInfo) -> None:
         what = f"changes a weight of dtype {info.dtype}: a quantized base cannot be changed"
-        self._refuse(name, "adapter-on-quantised", what, f"name the unquantized base: {NAME_BASE}")
+        self._refuse(name, "adapter-on-quantized", what, f"name the unquantized base: {NAME_BASE}")
 
     def _refuse(self, name: str, code: str, what: str, remedy: str) -> None:
         self._refused[_Refused(code, what, remedy)].append(name)

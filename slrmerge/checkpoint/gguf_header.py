@@ -29,7 +29,7 @@ BLOCK_SIZES = {
 }  # fmt: skip
 """Elements and bytes per block of every tensor type that files have."""
 
-QUANTISED = frozenset(kind for kind, (elements, _) in BLOCK_SIZES.items() if elements > 1)
+QUANTIZED = frozenset(kind for kind, (elements, _) in BLOCK_SIZES.items() if elements > 1)
 
 MAX_HEADER_BYTES = 200_000_000
 """Several times the header of any model: a vocabulary of 260,000 tokens with its merges has 15 MB."""

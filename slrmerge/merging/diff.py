@@ -6,7 +6,7 @@ from math import prod
 
 from slrmerge.checkpoint.base import differing_chunks
 from slrmerge.checkpoint.fused import is_regrouped
-from slrmerge.checkpoint.gguf_header import QUANTISED
+from slrmerge.checkpoint.gguf_header import QUANTIZED
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
@@ -106,7 +106,7 @@ def _comparable(pair: ModelPair) -> tuple[list[str], list[str], list[str]]:
             skipped.setdefault("only post-trained", []).append(name)
         elif not is_regrouped(pre.shape, info.shape):
             skipped.setdefault("different shapes", []).append(name)
-        elif info.dtype == pre.dtype and info.dtype in QUANTISED:
+        elif info.dtype == pre.dtype and info.dtype in QUANTIZED:
             blocks.append(name)
         elif not {info.dtype, pre.dtype} <= FLOATING:
             skipped.setdefault("not floating", []).append(name)

@@ -7,7 +7,7 @@ from itertools import chain, count
 from typing import NamedTuple
 
 from slrmerge.checkpoint.pair import ModelPair, require_layers
-from slrmerge.checkpoint.quantised import Quantisation
+from slrmerge.checkpoint.quantized import Quantization
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.recipe.alphas import TensorAlphas, resolve_rules
@@ -164,11 +164,11 @@ def leave_out_unlike(pair: ModelPair, candidates: Sequence[Candidate], *, shares
 
 def leave_out_blends(pair: ModelPair, candidates: Sequence[Candidate]) -> Askable:
     """Leave out the soups of a quantized pair, whose tensors cannot be blended."""
-    quantisation = Quantisation.of(pair.posttrained)
+    quantization = Quantization.of(pair.posttrained)
     kept = [each for each in candidates if each.info.space != "soup"]
-    if quantisation is None or len(kept) == len(candidates):
+    if quantization is None or len(kept) == len(candidates):
         return Askable(list(candidates), [])
-    count, which = len(candidates) - len(kept), quantisation.name
+    count, which = len(candidates) - len(kept), quantization.name
     note = f"left out {count} soups, because quantized tensors{which} cannot be blended"
     return Askable(kept, [note])
 

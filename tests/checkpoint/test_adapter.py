@@ -481,9 +481,9 @@ def test_tensors_that_do_not_fit_are_refused(
         open_checkpoint(folder)
 
 
-def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
+def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
     packed = {**BASE, f"{ALL_Q[0]}.weight": random_tensor("U8", (8, 8), 0)}
-    with refused(CheckpointError, "adapter-on-quantised") as caught:
+    with refused(CheckpointError, "adapter-on-quantized") as caught:
         on(tmp_path, packed, FACTORS)
     assert "BASE+ADAPTER" in caught.value.problems[0].remedy  # whatever base its config names
 

@@ -363,7 +363,7 @@ def test_the_heat_map_needs_matplotlib(pair: Pair, monkeypatch: pytest.MonkeyPat
     assert not (pair.folder / "moved").exists()
 
 
-def test_quantised_tensors_of_gguf_files_are_compared_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_tensors_of_gguf_files_are_compared_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slrmerge.checkpoint.base.CHUNK_BYTES", 100)
     pre, same, post = (write_gguf(tmp_path / f"{n}.gguf", seed) for n, seed in (("a", 1), ("b", 1), ("c", 2)))
     content = bytearray(same.read_bytes())

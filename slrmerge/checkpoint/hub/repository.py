@@ -18,7 +18,7 @@ from slrmerge.checkpoint.hub.errors import translate_hub_errors, translate_parse
 from slrmerge.checkpoint.hub.file import HubFile, cache_folder, client, commit_of
 from slrmerge.checkpoint.hub.session import limited_pages
 from slrmerge.checkpoint.location import Repository
-from slrmerge.checkpoint.quantised import QUANTISATION_FILES
+from slrmerge.checkpoint.quantized import QUANTIZATION_FILES
 from slrmerge.checkpoint.safetensors import (
     SafetensorsCheckpoint,
     check_shards,
@@ -55,7 +55,7 @@ _MAX_NAME_BYTES = 255  # more than file systems take in a name
 _DIGEST = re.compile("sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
 
 _READ_TO_OPEN = frozenset({
-    CONFIG_NAME, INDEX_NAME, CARD_NAME, MODULES_NAME, ADAPTER_CONFIG_NAME, *QUANTISATION_FILES,
+    CONFIG_NAME, INDEX_NAME, CARD_NAME, MODULES_NAME, ADAPTER_CONFIG_NAME, *QUANTIZATION_FILES,
 })  # fmt: skip
 
 

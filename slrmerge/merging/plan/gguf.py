@@ -6,7 +6,7 @@ The output is the post-trained side's files with some tensors overwritten, so ke
 from collections.abc import Iterator, Mapping
 
 from slrmerge.checkpoint.gguf import GgufCheckpoint, differing_values
-from slrmerge.checkpoint.gguf_header import QUANTISED
+from slrmerge.checkpoint.gguf_header import QUANTIZED
 from slrmerge.checkpoint.header import FLOATING, TensorInfo
 from slrmerge.checkpoint.layers import group_names
 from slrmerge.checkpoint.pair import ModelPair
@@ -26,7 +26,7 @@ _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ORIGINALS = "merge the original checkpoints, and convert the result"
 _CONVERT_ALIKE = "convert both models with the same --outtype"
 _SAME_RELEASE = "convert both models by the same release of the converter, or name the model that it was trained from"
-_QUANTISE_ALIKE = "quantize both models by the same command, both with an importance matrix or both without"
+_QUANTIZE_ALIKE = "quantize both models by the same command, both with an importance matrix or both without"
 
 
 def plan_gguf_tensors(recipe: AnyRecipe, pair: ModelPair, alphas: TensorAlphas) -> PlannedTensors:
@@ -63,7 +63,7 @@ def _plan_tensor(
 ) -> PlannedTensor | tuple[str, str, str]:
     """Where a tensor comes from, or why it cannot: code, reason and remedy."""
     info = post[name]
-    if alpha == 0 or name in DERIVED or (alpha < 1 and info.dtype not in QUANTISED | FLOATING):
+    if alpha == 0 or name in DERIVED or (alpha < 1 and info.dtype not in QUANTIZED | FLOATING):
         return PlannedTensor(name, info, 0.0, "copy", None, name)
     twin = _EMBEDDING if name == _HEAD and name not in pre else name
     is_in_layer = post.stack and post.stack.locate(name)
@@ -73,11 +73,11 @@ def _plan_tensor(
         what = f"has shape {list(pre[twin].shape)} pre-trained and {list(info.shape)} post-trained"
         return "different-shapes", what, ANOTHER_MODEL if is_in_layer else KEEP
     types = {pre[twin].dtype, info.dtype}
-    if alpha < 1 and types & QUANTISED:
-        return "quantised-blend", "is quantized and cannot be blended", _ORIGINALS
+    if alpha < 1 and types & QUANTIZED:
+        return "quantized-blend", "is quantized and cannot be blended", _ORIGINALS
     if len(types) > 1:
         what = f"is {pre[twin].dtype} pre-trained and {info.dtype} post-trained"
-        return "different-types", what, _QUANTISE_ALIKE if types & QUANTISED else _CONVERT_ALIKE
+        return "different-types", what, _QUANTIZE_ALIKE if types & QUANTIZED else _CONVERT_ALIKE
     if alpha == 1:
         return PlannedTensor(name, info, 1.0, "copy", twin, None)
     return PlannedTensor(name, info, alpha, blend, twin, name)

@@ -15,13 +15,13 @@ from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, SAFETENSORS_DTYPES,
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.plan.model import ADAPTER, PlannedTensor
-from slrmerge.merging.plan.quantised import QuantisedPair, refuse_quantised, refuse_split_modules
+from slrmerge.merging.plan.quantized import QuantizedPair, refuse_quantized, refuse_split_modules
 from slrmerge.merging.plan.refusals import (
     ALSO_THE_HEAD,
     ANOTHER_MODEL,
     KEEP,
     NO_SUCH_PART,
-    QUANTISED_ALIKE,
+    QUANTIZED_ALIKE,
     Notes,
     Refusals,
 )
@@ -51,19 +51,19 @@ class TensorPlanner:
         self._shares_vocabulary = shares_vocabulary
         self._refused = Refusals()
         self._notes = Notes()
-        self._quantised = QuantisedPair.of(pair)
-        self._quantised_pre, self._quantised_post = self._quantised.modules
+        self._quantized = QuantizedPair.of(pair)
+        self._quantized_pre, self._quantized_post = self._quantized.modules
 
     def plan(self, alphas: Mapping[str, float]) -> PlannedTensors:
         """Plan every tensor at its alpha."""
-        quantised, casts = (self._pair, self._quantised, alphas, self._refused), self._dtype is not None
-        refuse_quantised(*quantised, casts=casts)
+        quantized, casts = (self._pair, self._quantized, alphas, self._refused), self._dtype is not None
+        refuse_quantized(*quantized, casts=casts)
         if self._refused:  # what else does not fit follows from this
             return PlannedTensors([], self._refused.problems(), [])
         planned = [tensor for name, alpha in alphas.items() if (tensor := self._plan_one(name, alpha))]
-        refuse_split_modules(*quantised, casts=casts)
+        refuse_split_modules(*quantized, casts=casts)
         self._check_tied(alphas)
-        refuse_unmatched(self._pair, self._quantised, alphas, self._refused, self._notes)
+        refuse_unmatched(self._pair, self._quantized, alphas, self._refused, self._notes)
         notes = self._notes.lines()
         if self._names.note and any(alphas.values()):
             notes.insert(0, self._names.note)
@@ -77,9 +77,9 @@ class TensorPlanner:
         if twin is None:
             return self._plan_unmatched(name, post)
         pre = self._pair.pretrained[twin]
-        is_packed = self._quantised.unknown and post.dtype not in FLOATING
-        if is_packed or name in self._quantised_post or twin in self._quantised_pre:
-            return self._plan_quantised(name, alpha, twin, pre, post)
+        is_packed = self._quantized.unknown and post.dtype not in FLOATING
+        if is_packed or name in self._quantized_post or twin in self._quantized_pre:
+            return self._plan_quantized(name, alpha, twin, pre, post)
         rows: int | None = None
         if not is_regrouped(pre.shape, post.shape):
             if is_constant(name, post, self._pair.posttrained.config):
@@ -145,21 +145,21 @@ class TensorPlanner:
         stack = self._pair.stack
         return ANOTHER_MODEL if stack and stack.locate(name) else KEEP
 
-    def _plan_quantised(
+    def _plan_quantized(
         self, name: str, alpha: float, twin: str, pre: TensorInfo, post: TensorInfo
     ) -> PlannedTensor | None:
         if alpha != 1:
             what = "is quantized and cannot be blended"
-            return self._refuse(name, "quantised-blend", what, "merge the unquantized models")
-        is_one_sided = (name in self._quantised_post) != (twin in self._quantised_pre)
+            return self._refuse(name, "quantized-blend", what, "merge the unquantized models")
+        is_one_sided = (name in self._quantized_post) != (twin in self._quantized_pre)
         if is_one_sided or pre.dtype != post.dtype:
             what = "is not quantized in the same way on both sides"
-            return self._refuse(name, "different-quantisation", what, QUANTISED_ALIKE)
+            return self._refuse(name, "different-quantization", what, QUANTIZED_ALIKE)
         if pre.shape == post.shape:
             return PlannedTensor(name, post, 1.0, "copy", twin, None)
         if not len(pre.shape) == len(post.shape) == 1:  # lists may have any length
             what = f"has shape {list(pre.shape)} pre-trained and {list(post.shape)} post-trained"
-            return self._refuse(name, "different-shapes", what, QUANTISED_ALIKE)
+            return self._refuse(name, "different-shapes", what, QUANTIZED_ALIKE)
         return PlannedTensor(name, pre, 1.0, "copy", twin, None)
 
     def _from_posttrained(self, name: str, post: TensorInfo) -> PlannedTensor:

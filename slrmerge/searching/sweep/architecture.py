@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_all
-from slrmerge.searching.sweep.quantised import quantisation_problems
+from slrmerge.searching.sweep.quantized import quantization_problems
 
 REMEDY = "search a decoder-only model whose layers transformers runs one after the other"
 
@@ -57,7 +57,7 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
 
 def _config_problems(checkpoint: Checkpoint, config: Any) -> Iterator[Problem]:
     where, text = str(checkpoint), config.get_text_config()
-    yield from quantisation_problems(checkpoint, config)
+    yield from quantization_problems(checkpoint, config)
     if getattr(config, "is_encoder_decoder", False):
         yield Problem("encoder-decoder", where, f"is an encoder-decoder model ({config.model_type})", REMEDY)
     # an assistant model has all keys and values from another model, and a property that raises

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from slrmerge.errors import Problem, UnsupportedModelError, raise_all
-from slrmerge.searching.sweep.quantised import dequantiser
+from slrmerge.searching.sweep.quantized import dequantizer
 
 Weights = Mapping[str, torch.Tensor]
 """Parameters and buffers of a model by their names in the model."""
@@ -44,7 +44,7 @@ class WeightLoader:
         api = _transformers_api(where)
         self._convert, self._rename_key = api.convert, api.rename_key
         self._model, self._where = deepcopy(model), where
-        self._quantizer = dequantiser(model.config)
+        self._quantizer = dequantizer(model.config)
         self._mapping = api.mapping_of(self._model, hf_quantizer=self._quantizer)
         self._settings = {
             "dtype": dtype,
@@ -57,7 +57,7 @@ class WeightLoader:
         self._renamings = [each for each in self._mapping if isinstance(each, api.renaming)]
         self._converters = [each for each in self._mapping if isinstance(each, api.converter)]
         of_quantizer = self._quantizer.get_weight_conversions() if self._quantizer is not None else ()
-        self._dequantised = {pattern for each in of_quantizer for pattern in each.source_patterns}
+        self._dequantized = {pattern for each in of_quantizer for pattern in each.source_patterns}
         self._plain: dict[str, _PlainWeight] = {}
         self._own = dict(self._model.state_dict(keep_vars=True))
 
@@ -72,7 +72,7 @@ class WeightLoader:
                 targets[name] = target, pattern
         parts = Counter(target for target, _ in targets.values())
         return {  # what only dequantizes changes nothing without scales
-            name: Placement(target, pattern is not None and (pattern not in self._dequantised or parts[target] > 1))
+            name: Placement(target, pattern is not None and (pattern not in self._dequantized or parts[target] > 1))
             for name, (target, pattern) in targets.items()
         }
 

@@ -227,11 +227,11 @@ def test_layers_of_one_type_under_other_names_are_to_be_saved_alike(
     assert {"save_original_format" in problem.remedy for problem in caught.value.problems} == {may_be_renamed}
 
 
-def test_a_side_that_alone_is_quantised_is_named_and_nothing_else(tmp_path: Path) -> None:
+def test_a_side_that_alone_is_quantized_is_named_and_nothing_else(tmp_path: Path) -> None:
     packed = in_layers("mlp.experts.up_blocks", "mlp.experts.up_scales")
     pre = llama_tensors("pre") | tensors("pre", *packed, dtype="U8")
     write_pair(tmp_path, pre, llama_tensors("post") | tensors("post", *in_layers("mlp.experts.up")))
-    assert refusals(tmp_path, "quantised-one-side", restore=[1, 2]) == [str(tmp_path / "pre")]
+    assert refusals(tmp_path, "quantized-one-side", restore=[1, 2]) == [str(tmp_path / "pre")]
 
 
 def test_a_lora_that_is_not_merged_is_named(tmp_path: Path) -> None:

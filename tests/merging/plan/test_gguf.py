@@ -55,8 +55,8 @@ def test_a_soup_of_floats_is_blended(tmp_path: Path) -> None:
     assert {tensor.kind for tensor in planned(pair, alpha=0.5, blend="slerp").tensors} == {"slerp"}
 
 
-def test_a_soup_of_quantised_tensors_is_refused_for_all_at_once(tmp_path: Path) -> None:
-    assert set(refusals(pair_of(tmp_path), alpha=0.5).values()) == {"quantised-blend"}
+def test_a_soup_of_quantized_tensors_is_refused_for_all_at_once(tmp_path: Path) -> None:
+    assert set(refusals(pair_of(tmp_path), alpha=0.5).values()) == {"quantized-blend"}
     names = {"token_embd.weight", "output.weight", *(f"blk.*.{x} (4 tensors)" for x in INNER)}
     assert refusals(pair_of(tmp_path), alpha=0.5).keys() == names
 
@@ -64,7 +64,7 @@ def test_a_soup_of_quantised_tensors_is_refused_for_all_at_once(tmp_path: Path) 
 INNER = ("attn_q.weight", "ffn_up.weight", "ffn_down.weight")
 
 
-def test_a_soup_of_the_floating_tensors_of_quantised_files_is_blended(tmp_path: Path) -> None:
+def test_a_soup_of_the_floating_tensors_of_quantized_files_is_blended(tmp_path: Path) -> None:
     found = planned(pair_of(tmp_path), tensors=[{"match": "*_norm.weight", "alpha": 0.5}])
     assert found.problems == []
     assert {tensor.name for tensor in found.tensors if tensor.kind == "linear"} == {

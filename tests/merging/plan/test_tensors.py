@@ -271,47 +271,47 @@ def test_a_restored_layer_may_not_lose_tensors_that_only_the_pre_trained_side_ha
         ("mxfp4", "model.layers.*.mlp.experts.gate_up_proj_blocks (4 tensors)"),
     ],
 )
-def test_quantised_tensors_are_never_blended(tmp_path: Path, name: str, tensor: str) -> None:
+def test_quantized_tensors_are_never_blended(tmp_path: Path, name: str, tensor: str) -> None:
     make, config, _ = ARCHITECTURES[name]
     write_pair(tmp_path, make("pre"), make("post"), pre_config=config, post_config=config)
-    assert tensor in refusals(tmp_path, "quantised-blend", alpha=0.5)
+    assert tensor in refusals(tmp_path, "quantized-blend", alpha=0.5)
 
 
 @pytest.mark.parametrize("name", ["fp8", "gptq", "mxfp4"])
-def test_quantisation_that_differs_refuses_a_restoration(tmp_path: Path, name: str) -> None:
+def test_quantization_that_differs_refuses_a_restoration(tmp_path: Path, name: str) -> None:
     make, config, _ = ARCHITECTURES[name]
     other = {**config, "quantization_config": {"quant_method": "other"}}
     write_pair(tmp_path, make("pre"), make("post"), pre_config=other, post_config=config)
-    assert refusals(tmp_path, "different-quantisation", restore=[1, 2]) == [str(tmp_path / "pre")]
+    assert refusals(tmp_path, "different-quantization", restore=[1, 2]) == [str(tmp_path / "pre")]
 
 
 @pytest.mark.parametrize(("pre", "post"), [("fp8", "plain"), ("plain", "fp8")])
-def test_a_quantised_and_a_plain_side_do_not_meet(tmp_path: Path, pre: str, post: str) -> None:
+def test_a_quantized_and_a_plain_side_do_not_meet(tmp_path: Path, pre: str, post: str) -> None:
     plain = {name: random_tensor("BF16", tensor.shape, name) for name, tensor in fp8("plain").items()}
     plain = {name: tensor for name, tensor in plain.items() if not name.endswith("_inv")}
     sides = {"fp8": (fp8("fp8"), ARCHITECTURES["fp8"][1]), "plain": (plain, FOUR)}
     write_pair(tmp_path, sides[pre][0], sides[post][0], pre_config=sides[pre][1], post_config=sides[post][1])
     side = "pre" if pre == "fp8" else "post"
-    assert refusals(tmp_path, "quantised-one-side", restore=[1, 2]) == [str(tmp_path / side)]
+    assert refusals(tmp_path, "quantized-one-side", restore=[1, 2]) == [str(tmp_path / side)]
     kept = plan_of(tmp_path, tensors=[{"match": "lm_head.weight", "alpha": 1}])
     assert by_name(kept)["lm_head.weight"].alpha == 1
 
 
-def test_a_quantised_module_is_not_split_between_the_sides(tmp_path: Path) -> None:
+def test_a_quantized_module_is_not_split_between_the_sides(tmp_path: Path) -> None:
     make, config, _ = ARCHITECTURES["fp8"]
     write_pair(tmp_path, make("pre"), make("post"), pre_config=config, post_config=config)
     rules = {"restore": [1, 2], "tensors": [{"match": "*.weight_scale_inv", "alpha": 0}]}
-    assert refusals(tmp_path, "quantised-module-split", **rules) == ["model.layers.*.mlp.up_proj (2 tensors)"]
+    assert refusals(tmp_path, "quantized-module-split", **rules) == ["model.layers.*.mlp.up_proj (2 tensors)"]
 
 
-def test_a_quantised_checkpoint_gets_no_other_dtype(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_gets_no_other_dtype(tmp_path: Path) -> None:
     make, config, _ = ARCHITECTURES["fp8"]
     write_pair(tmp_path, make("pre"), make("post"), pre_config=config, post_config=config)
     where = "model.layers.0.mlp.up_proj.weight"
-    assert refusals(tmp_path, "quantised-cast", restore=[1, 2], dtype="float16") == [where]
+    assert refusals(tmp_path, "quantized-cast", restore=[1, 2], dtype="float16") == [where]
 
 
-def test_the_unquantised_tensors_of_a_quantised_model_can_be_blended(tmp_path: Path) -> None:
+def test_the_unquantized_tensors_of_a_quantized_model_can_be_blended(tmp_path: Path) -> None:
     make, config, _ = ARCHITECTURES["fp8"]
     write_pair(tmp_path, make("pre"), make("post"), pre_config=config, post_config=config)
     plan = plan_of(tmp_path, tensors=[{"match": "*norm.weight", "alpha": 0.5}])

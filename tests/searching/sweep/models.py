@@ -225,7 +225,7 @@ def transformers_log_probs(folder: Path, contexts: Sequence[Context], auto_class
     from transformers import AutoModelForCausalLM
 
     model = (auto_class or AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
-    model = model.float().eval()  # quantised ones stay partly in bf16
+    model = model.float().eval()  # quantized ones stay partly in bf16
     log_probs = np.full((len(contexts), max(len(context.targets) for context in contexts)), np.nan)
     with torch.inference_mode():
         for number, context in enumerate(contexts):

@@ -52,12 +52,12 @@ BY_CONFIG: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "encoder and decoder": ("t5", {"num_layers": LAYERS}, ["encoder-decoder"]),
     "no text": ("vit", {}, ["no-language-model"]),
-    "quantised": ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised-model"]),
-    "quantised under the older key": ("llama", {"compression_config": {"format": "int"}}, ["quantised-model"]),
+    "quantized": ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantized-model"]),
+    "quantized under the older key": ("llama", {"compression_config": {"format": "int"}}, ["quantized-model"]),
     "two problems": (
         "gemma3n_text",
         {"num_kv_shared_layers": 2, "layer_types": ["full_attention"] * 4, "compression_config": {"format": "int"}},
-        ["quantised-model", "shared-keys-and-values"],
+        ["quantized-model", "shared-keys-and-values"],
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Quantised pairs: scored as transformers loads them where it makes dense weights, and otherwise refused."""
+"""Quantized pairs: scored as transformers loads them where it makes dense weights, and otherwise refused."""
 
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,13 @@ def save(side: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any])
     edit_config(side, quantization_config=settings)
 
 
-@pytest.mark.parametrize("quantised", ["fp8", "fp8 experts", "mxfp4"])
+@pytest.mark.parametrize("quantized", ["fp8", "fp8 experts", "mxfp4"])
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-def test_hybrids_of_a_quantised_pair_are_scored_as_transformers_loads_them(tmp_path: Path, quantised: str) -> None:
-    if quantised == "mxfp4":
+def test_hybrids_of_a_quantized_pair_are_scored_as_transformers_loads_them(tmp_path: Path, quantized: str) -> None:
+    if quantized == "mxfp4":
         write_mxfp4(tmp_path)
     else:
-        write_fp8(tmp_path, "llama" if quantised == "fp8" else "qwen3_moe")
+        write_fp8(tmp_path, "llama" if quantized == "fp8" else "qwen3_moe")
     with local_scorer(tmp_path) as scorer:
         wanted = request(scorer, [POST, PRE, hybrid(restore=[1, 2])], FEW)
         log_probs = scorer.score(wanted, None, Recorder())
@@ -117,12 +117,12 @@ REFUSED = {
 def test_a_model_of_which_no_dense_weights_are_made_is_refused(tmp_path: Path, settings: Any, what: str) -> None:
     write_fp8(tmp_path)
     edit_config(tmp_path / "post", quantization_config=settings)
-    with refused(UnsupportedModelError, "quantised-model") as caught:
+    with refused(UnsupportedModelError, "quantized-model") as caught:
         model_without_weights(open_checkpoint(tmp_path / "post"), dtype=torch.float32)
     assert what in caught.value.problems[0].what
 
 
-def test_soups_of_a_quantised_pair_are_left_out_with_a_note(tmp_path: Path) -> None:
+def test_soups_of_a_quantized_pair_are_left_out_with_a_note(tmp_path: Path) -> None:
     write_fp8(tmp_path)
     pair = open_pair(tmp_path / "pre", tmp_path / "post")
     made = make_candidates(pair, ["intervals", "soups"])
@@ -130,5 +130,5 @@ def test_soups_of_a_quantised_pair_are_left_out_with_a_note(tmp_path: Path) -> N
     assert [each.info.space for each in made if each not in kept] == ["soup"] * 19
     assert len(notes) == 1
     assert leave_out_blends(pair, kept) == (kept, [])
-    with local_scorer(tmp_path) as scorer, refused(PlanError, "quantised-blend"):
+    with local_scorer(tmp_path) as scorer, refused(PlanError, "quantized-blend"):
         scorer.cost(request(scorer, [hybrid(alpha=0.5)], FEW))

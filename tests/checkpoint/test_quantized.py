@@ -1,4 +1,4 @@
-"""Each family of quantised checkpoints is recognised by its names and dtypes, and plain models are left alone."""
+"""Each family of quantized checkpoints is recognised by its names and dtypes, and plain models are left alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from slrmerge.checkpoint.header import DTYPE_BITS, TensorInfo
-from slrmerge.checkpoint.quantised import quantisation_config, quantised_groups
+from slrmerge.checkpoint.quantized import quantization_config, quantized_groups
 
 Q = "model.layers.3.self_attn.q_proj"
 EXPERTS = "model.layers.3.mlp.experts"
@@ -50,20 +50,20 @@ def infos(dtypes: Mapping[str, str]) -> dict[str, TensorInfo]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_tensors_of_a_quantised_module_are_grouped_and_nothing_else(family: str) -> None:
+def test_all_tensors_of_a_quantized_module_are_grouped_and_nothing_else(family: str) -> None:
     wanted: dict[str, str] = {}
     dtypes = dict(PLAIN)
     for module, parts in FAMILIES[family].items():
         for part, dtype in parts.items():
             name = module + (part if part[:1] in ("", "_") else f".{part}")
             wanted[name], dtypes[name] = module, dtype
-    assert quantised_groups(infos(dtypes)) == wanted
-    assert quantised_groups(dict(reversed(infos(dtypes).items()))) == wanted
+    assert quantized_groups(infos(dtypes)) == wanted
+    assert quantized_groups(dict(reversed(infos(dtypes).items()))) == wanted
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype, bits in DTYPE_BITS.items() if dtype[0] == "F" and bits < 16])
-def test_every_low_bit_dtype_is_quantised(dtype: str) -> None:
-    assert quantised_groups(infos(PLAIN | {f"{Q}.weight": dtype})) == {f"{Q}.weight": Q}
+def test_every_low_bit_dtype_is_quantized(dtype: str) -> None:
+    assert quantized_groups(infos(PLAIN | {f"{Q}.weight": dtype})) == {f"{Q}.weight": Q}
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_every_low_bit_dtype_is_quantised(dtype: str) -> None:
     ],
     ids=["norms", "projections", "masks", "experts", "fused experts", "scalars"],
 )
-def test_plain_models_have_no_quantised_modules(more: dict[str, str]) -> None:
-    assert quantised_groups(infos(PLAIN | more)) == {}
+def test_plain_models_have_no_quantized_modules(more: dict[str, str]) -> None:
+    assert quantized_groups(infos(PLAIN | more)) == {}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_plain_models_have_no_quantised_modules(more: dict[str, str]) -> None:
         ({}, None),
     ],
 )
-def test_what_the_config_says_of_quantisation_is_read(
+def test_what_the_config_says_of_quantization_is_read(
     config: Mapping[str, Any], found: Mapping[str, Any] | None
 ) -> None:
-    assert quantisation_config(config) == found
+    assert quantization_config(config) == found

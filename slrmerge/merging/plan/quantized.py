@@ -7,19 +7,19 @@ from typing import NamedTuple, Self
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.layers import LayerStack
 from slrmerge.checkpoint.pair import ModelPair
-from slrmerge.checkpoint.quantised import Quantisation
-from slrmerge.merging.plan.refusals import QUANTISED_ALIKE, Refusals
+from slrmerge.checkpoint.quantized import Quantization
+from slrmerge.merging.plan.refusals import QUANTIZED_ALIKE, Refusals
 
 
-class QuantisedPair(NamedTuple):
+class QuantizedPair(NamedTuple):
     """How each side is quantized; None where it is not."""
 
-    pretrained: Quantisation | None
-    posttrained: Quantisation | None
+    pretrained: Quantization | None
+    posttrained: Quantization | None
 
     @classmethod
     def of(cls, pair: ModelPair) -> Self:
-        return cls(Quantisation.of(pair.pretrained), Quantisation.of(pair.posttrained))
+        return cls(Quantization.of(pair.pretrained), Quantization.of(pair.posttrained))
 
     @property
     def modules(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -33,41 +33,41 @@ class QuantisedPair(NamedTuple):
         return next((side.unknown for side in self if side and side.unknown), "")
 
 
-_ALIKE_OR_NOT = f"{QUANTISED_ALIKE}, or the unquantized ones"
+_ALIKE_OR_NOT = f"{QUANTIZED_ALIKE}, or the unquantized ones"
 _WHOLE_LAYERS = "restore whole layers with `restore`, or merge the unquantized models"
 
 
-def refuse_quantised(
-    pair: ModelPair, quantised: QuantisedPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool
+def refuse_quantized(
+    pair: ModelPair, quantized: QuantizedPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool
 ) -> None:
     """Refuse alphas for which one side is quantized, both differ, or the format is not known.
 
     `casts` says whether the recipe gives a dtype.
     """
-    pre, post = quantised
+    pre, post = quantized
     touched = {name for name, alpha in alphas.items() if alpha}
     if _touches(pair.posttrained, post, pair.posttrained, touched) or _touches(
         pair.pretrained, pre, pair.posttrained, touched
     ):
         if post is not None and pre is None:
             what = f"the post-trained side is quantized{post.name}, the pre-trained side is not"
-            return refused.add(str(pair.posttrained), "quantised-one-side", what, _ALIKE_OR_NOT)
+            return refused.add(str(pair.posttrained), "quantized-one-side", what, _ALIKE_OR_NOT)
         if pre is not None and post is None:
             what = f"the pre-trained side is quantized{pre.name}, the post-trained side is not"
-            return refused.add(str(pair.pretrained), "quantised-one-side", what, "use the unquantized base (bf16)")
+            return refused.add(str(pair.pretrained), "quantized-one-side", what, "use the unquantized base (bf16)")
         if pre and post and (difference := pre.difference(post)):
             what = f"the two sides are quantized differently: {difference}"
-            return refused.add(str(pair.pretrained), "different-quantisation", what, _ALIKE_OR_NOT)
-    if quantised.unknown:
-        _refuse_unknown(pair, quantised.unknown, alphas, refused, casts=casts)
+            return refused.add(str(pair.pretrained), "different-quantization", what, _ALIKE_OR_NOT)
+    if quantized.unknown:
+        _refuse_unknown(pair, quantized.unknown, alphas, refused, casts=casts)
     return None
 
 
 def refuse_split_modules(
-    pair: ModelPair, quantised: QuantisedPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool
+    pair: ModelPair, quantized: QuantizedPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool
 ) -> None:
     """Refuse to take apart what is one value in several tensors: a module, or a layer; and to cast it."""
-    _, modules = quantised.modules
+    _, modules = quantized.modules
     by_module: dict[str, set[float]] = defaultdict(set)
     for name, module in modules.items():
         if name in alphas:
@@ -75,38 +75,38 @@ def refuse_split_modules(
     for module, found in by_module.items():
         if len(found) > 1:
             what = "is quantized, and its tensors would come from different sides"
-            refused.add(module, "quantised-module-split", what, "give the whole module one alpha")
-    if quantised.posttrained and quantised.posttrained.shares_scales and pair.stack:
-        _refuse_split_layers(pair.stack, quantised.posttrained, alphas, refused)
+            refused.add(module, "quantized-module-split", what, "give the whole module one alpha")
+    if quantized.posttrained and quantized.posttrained.shares_scales and pair.stack:
+        _refuse_split_layers(pair.stack, quantized.posttrained, alphas, refused)
     if casts and modules:
         what = "is quantized and cannot be cast to another dtype"
-        refused.add(next(iter(modules)), "quantised-cast", what, "leave out `dtype`")
+        refused.add(next(iter(modules)), "quantized-cast", what, "leave out `dtype`")
 
 
 def _refuse_split_layers(
-    stack: LayerStack, quantisation: Quantisation, alphas: Mapping[str, float], refused: Refusals
+    stack: LayerStack, quantization: Quantization, alphas: Mapping[str, float], refused: Refusals
 ) -> None:
     """Where the tensors of a layer share factors, such as one moved from weights to the norm before them."""
     by_layer: dict[int, set[float]] = defaultdict(set)
-    quantised: set[int] = set()
+    quantized: set[int] = set()
     for name, alpha in alphas.items():
         if place := stack.locate(name):
             by_layer[place[0]].add(alpha)
-            quantised |= {place[0]} if name in quantisation.modules else set()
-    split = sorted(layer for layer in quantised if by_layer[layer] not in ({0}, {1}))
+            quantized |= {place[0]} if name in quantization.modules else set()
+    split = sorted(layer for layer in quantized if by_layer[layer] not in ({0}, {1}))
     if split:
-        what = f"is quantized{quantisation.name} by a method with factors that the tensors of a layer share"
+        what = f"is quantized{quantization.name} by a method with factors that the tensors of a layer share"
         more = f" and {len(split) - 1} more layers" if len(split) > 1 else ""
-        refused.add(f"{stack.prefix}.{split[0]}{more}", "quantised-layer-split", what, _WHOLE_LAYERS)
+        refused.add(f"{stack.prefix}.{split[0]}{more}", "quantized-layer-split", what, _WHOLE_LAYERS)
 
 
-def _touches(checkpoint: Checkpoint, quantisation: Quantisation | None, post: Checkpoint, touched: set[str]) -> bool:
+def _touches(checkpoint: Checkpoint, quantization: Quantization | None, post: Checkpoint, touched: set[str]) -> bool:
     """Whether any of the post-trained tensors `touched` belongs to a quantized module of `checkpoint`."""
-    if quantisation is None:
+    if quantization is None:
         return False
-    if quantisation.unknown:
+    if quantization.unknown:
         return bool(touched)
-    modules = {_place(checkpoint, module) for module in set(quantisation.modules.values())}
+    modules = {_place(checkpoint, module) for module in set(quantization.modules.values())}
     for name in touched:
         parts = _place(post, name).split(".")
         if any(".".join(parts[:end]) in modules for end in range(len(parts), 1, -1)):
@@ -122,7 +122,7 @@ def _place(checkpoint: Checkpoint, name: str) -> str:
 
 def _refuse_unknown(pair: ModelPair, why: str, alphas: Mapping[str, float], refused: Refusals, *, casts: bool) -> None:
     """Refuse everything but whole layers: packed values and their scales may be in any tensors of a layer."""
-    code, is_in = "unknown-quantisation", f"is in a model quantized in an unknown format ({why})"
+    code, is_in = "unknown-quantization", f"is in a model quantized in an unknown format ({why})"
     if casts:
         what = f"is quantized in an unknown format ({why})"
         refused.add(str(pair.posttrained), code, what, "leave out `dtype`")
@@ -145,4 +145,4 @@ def _refuse_unknown(pair: ModelPair, why: str, alphas: Mapping[str, float], refu
                 refused.add(name, code, f"{is_in}; only part of its layer would be restored", _WHOLE_LAYERS)
             elif pre is not None and pre.dtype != post.dtype:
                 what = f"{is_in}; it is {pre.dtype} pre-trained and {post.dtype} post-trained"
-                refused.add(name, "different-quantisation", what, _ALIKE_OR_NOT)
+                refused.add(name, "different-quantization", what, _ALIKE_OR_NOT)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.checkpoint.quantised import Quantisation, quantisation_config
+from slrmerge.checkpoint.quantized import Quantization, quantization_config
 from slrmerge.errors import Problem
 
 DENSE_ON_LOAD = ("fp8", "mxfp4")
@@ -13,21 +13,21 @@ DENSE_ON_LOAD = ("fp8", "mxfp4")
 _REMEDY = "search the unquantized pair, and restore the selected layers here"
 
 
-def quantisation_problems(checkpoint: Checkpoint, config: Any) -> Iterator[Problem]:
+def quantization_problems(checkpoint: Checkpoint, config: Any) -> Iterator[Problem]:
     """Why no dense weights can be made of a quantized checkpoint; nothing for others. `config` is transformers'."""
     section = _section(config)
     if section is not None:
         method = section.get("quant_method")
         if method not in DENSE_ON_LOAD:
             what = f"is quantized ({method}), and a search makes dense weights of {' and '.join(DENSE_ON_LOAD)} only"
-            yield Problem("quantised-model", str(checkpoint), what, _REMEDY)
-    elif (found := Quantisation.of(checkpoint)) or quantisation_config(checkpoint.config) is not None:
+            yield Problem("quantized-model", str(checkpoint), what, _REMEDY)
+    elif (found := Quantization.of(checkpoint)) or quantization_config(checkpoint.config) is not None:
         name = found.name if found else ""
         what = f"is quantized{name}, and its config.json does not say so as transformers reads it"
-        yield Problem("quantised-model", str(checkpoint), what, _REMEDY)
+        yield Problem("quantized-model", str(checkpoint), what, _REMEDY)
 
 
-def dequantiser(config: Any) -> Any | None:
+def dequantizer(config: Any) -> Any | None:
     """transformers' quantizer for a model with this config, which makes dense weights; None for a plain model."""
     from transformers.quantizers.auto import AutoHfQuantizer
 

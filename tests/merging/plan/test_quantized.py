@@ -1,4 +1,4 @@
-"""Quantised pairs: what may be restored where the format is known, and where it is not."""
+"""Quantized pairs: what may be restored where the format is known, and where it is not."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slrmerge.checkpoint.quantised import Quantisation
+from slrmerge.checkpoint.quantized import Quantization
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
 from tests.merging.plan import plan_of
 from tests.merging.plan.test_tensors import by_name, refusals
@@ -25,7 +25,7 @@ UNKNOWN: dict[str, Parts] = {
 }
 
 
-def quantised(parts: Parts, seed: str) -> dict[str, Tensor]:
+def quantized(parts: Parts, seed: str) -> dict[str, Tensor]:
     """A Llama-like model whose projections have `parts` instead of a weight."""
     made: dict[str, Tensor] = {}
     for name, tensor in llama_tensors(seed).items():
@@ -39,10 +39,10 @@ def quantised(parts: Parts, seed: str) -> dict[str, Tensor]:
 
 
 def write(folder: Path, name: str, *configs: dict[str, Any] | None, side_files: dict[str, str] | None = None) -> None:
-    """A pair in a format, with the quantisation section of each side's config."""
+    """A pair in a format, with the quantization section of each side's config."""
     for side, section in zip(("pre", "post"), configs, strict=True):
         config = llama_config(quantization_config=section) if section is not None else llama_config()
-        write_checkpoint(folder / side, quantised(UNKNOWN[name], side), config, side_files=side_files)
+        write_checkpoint(folder / side, quantized(UNKNOWN[name], side), config, side_files=side_files)
 
 
 @pytest.mark.parametrize("says", [True, False], ids=["method", "layout alone"])
@@ -51,21 +51,21 @@ def test_an_unknown_format_allows_whole_layers_and_nothing_else(tmp_path: Path, 
     config = {"quant_method": name} if says else None
     write(tmp_path, name, config, config)
     plan = plan_of(tmp_path, restore=[1, 2])
-    pre, post = (quantised(UNKNOWN[name], side) for side in ("pre", "post"))
+    pre, post = (quantized(UNKNOWN[name], side) for side in ("pre", "post"))
     assert {tensor.kind for tensor in plan.tensors()} == {"copy"}
     assert tensor_bytes(plan) == {
         name: (pre if name.startswith(("model.layers.1.", "model.layers.2.")) else post)[name].data for name in post
     }
-    assert len(refusals(tmp_path, "unknown-quantisation", alpha=0.5)) > 3
+    assert len(refusals(tmp_path, "unknown-quantization", alpha=0.5)) > 3
     norms = [{"match": "*.input_layernorm.weight", "alpha": 0.5}]
     layer = "model.layers.*.input_layernorm.weight (6 tensors)"
-    assert refusals(tmp_path, "unknown-quantisation", tensors=norms) == [layer]
-    assert refusals(tmp_path, "unknown-quantisation", tensors=[{"match": "lm_head.*", "alpha": 1}]) == [
+    assert refusals(tmp_path, "unknown-quantization", tensors=norms) == [layer]
+    assert refusals(tmp_path, "unknown-quantization", tensors=[{"match": "lm_head.*", "alpha": 1}]) == [
         "lm_head.weight"
     ]
     attention = [{"range": [1, 2], "alpha": 1, "modules": ["self_attn"]}]
-    assert all("self_attn" in place for place in refusals(tmp_path, "unknown-quantisation", layers=attention))
-    assert refusals(tmp_path, "unknown-quantisation", restore=[1, 2], dtype="float32") == [str(tmp_path / "post")]
+    assert all("self_attn" in place for place in refusals(tmp_path, "unknown-quantization", layers=attention))
+    assert refusals(tmp_path, "unknown-quantization", restore=[1, 2], dtype="float32") == [str(tmp_path / "post")]
     assert plan_of(tmp_path, alpha=0).kinds == {"copy": len(post)}
 
 
@@ -84,7 +84,7 @@ def test_an_unknown_format_allows_whole_layers_and_nothing_else(tmp_path: Path, 
 def test_bookkeeping_is_no_difference(tmp_path: Path, own: dict[str, Any], other: dict[str, Any]) -> None:
     method = {"quant_method": "hqq", "bits": 8}
     write(tmp_path, "hqq", {**method, **own}, {**method, **other})
-    assert plan_of(tmp_path, restore=[1, 2]).kinds == {"copy": len(quantised(UNKNOWN["hqq"], "post"))}
+    assert plan_of(tmp_path, restore=[1, 2]).kinds == {"copy": len(quantized(UNKNOWN["hqq"], "post"))}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_difference_that_affects_the_numbers_is_refused_by_its_key(
     write(tmp_path, "hqq", {**method, **own}, {**method, **other})
     with pytest.raises(Exception, match=f"differently: .*{key} is") as caught:
         plan_of(tmp_path, restore=[1, 2])
-    assert [problem.code for problem in caught.value.problems] == ["different-quantisation"]  # type: ignore[attr-defined]
+    assert [problem.code for problem in caught.value.problems] == ["different-quantization"]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_difference_that_affects_the_numbers_is_refused_by_its_key(
 def test_a_key_that_a_release_does_not_write_means_the_default_of_its_method(
     method: str, own: dict[str, Any], other: dict[str, Any], same: bool
 ) -> None:
-    sides = (Quantisation(method, config, {}, "") for config in (own, other))
+    sides = (Quantization(method, config, {}, "") for config in (own, other))
     assert (next(sides).difference(next(sides)) == "") == same
 
 
@@ -133,30 +133,30 @@ def test_a_key_that_a_release_does_not_write_means_the_default_of_its_method(
 def test_a_file_beside_the_config_is_read_where_the_config_says_nothing(tmp_path: Path, file: str) -> None:
     for side, bits in (("pre", 4), ("post", 8)):
         beside = {file: json.dumps({"quantization": {"quant_algo": "X", "bits": bits}})}
-        write_checkpoint(tmp_path / side, quantised(UNKNOWN["hqq"], side), llama_config(), side_files=beside)
-    assert refusals(tmp_path, "different-quantisation", restore=[1, 2]) == [str(tmp_path / "pre")]
+        write_checkpoint(tmp_path / side, quantized(UNKNOWN["hqq"], side), llama_config(), side_files=beside)
+    assert refusals(tmp_path, "different-quantization", restore=[1, 2]) == [str(tmp_path / "pre")]
 
 
 def test_a_dtype_of_a_layer_that_differs_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "hqq", {"quant_method": "hqq"}, {"quant_method": "hqq"})
-    pre = quantised(UNKNOWN["hqq"] | {"scale": ("BF16", (8, 1))}, "pre")
+    pre = quantized(UNKNOWN["hqq"] | {"scale": ("BF16", (8, 1))}, "pre")
     (tmp_path / "pre").rename(tmp_path / "old")
     write_checkpoint(tmp_path / "pre", pre, llama_config(quantization_config={"quant_method": "hqq"}))
-    assert all(".scale" in place for place in refusals(tmp_path, "different-quantisation", restore=[1, 2]))
+    assert all(".scale" in place for place in refusals(tmp_path, "different-quantization", restore=[1, 2]))
 
 
 @pytest.mark.parametrize("side", ["pre", "post"])
 def test_a_format_that_only_one_side_has_is_refused_by_name(tmp_path: Path, side: str) -> None:
     for each in ("pre", "post"):
-        tensors = quantised(UNKNOWN["hqq"], each) if each == side else llama_tensors(each)
+        tensors = quantized(UNKNOWN["hqq"], each) if each == side else llama_tensors(each)
         config = llama_config(**({"quantization_config": {"quant_method": "hqq"}} if each == side else {}))
         write_checkpoint(tmp_path / each, tensors, config)
-    assert refusals(tmp_path, "quantised-one-side", restore=[1, 2]) == [str(tmp_path / side)]
+    assert refusals(tmp_path, "quantized-one-side", restore=[1, 2]) == [str(tmp_path / side)]
     assert plan_of(tmp_path, alpha=0).kinds.keys() == {"copy"}
 
 
 def bitsandbytes(seed: str, state_bytes: int) -> dict[str, Tensor]:
-    return quantised(
+    return quantized(
         {
             "weight": ("U8", (32, 1)),
             "weight.absmax": ("U8", (4,)),
@@ -167,7 +167,7 @@ def bitsandbytes(seed: str, state_bytes: int) -> dict[str, Tensor]:
     )
 
 
-def test_lists_in_a_quantised_module_that_is_copied_whole_may_have_any_length(tmp_path: Path) -> None:
+def test_lists_in_a_quantized_module_that_is_copied_whole_may_have_any_length(tmp_path: Path) -> None:
     config = llama_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     pre, post = bitsandbytes("pre", 81), bitsandbytes("post", 80)
     write_checkpoint(tmp_path / "pre", pre, config)
@@ -187,7 +187,7 @@ def test_lists_in_a_quantised_module_that_is_copied_whole_may_have_any_length(tm
     "name",
     ["model.embeddings.position_ids", "model.layers.0.self_attn.bias", "model.layers.0.relative_position_index", "ids"],
 )
-def test_whole_numbers_that_are_no_weights_do_not_make_a_model_quantised(tmp_path: Path, name: str) -> None:
+def test_whole_numbers_that_are_no_weights_do_not_make_a_model_quantized(tmp_path: Path, name: str) -> None:
     for side in ("pre", "post"):
         write_checkpoint(tmp_path / side, llama_tensors(side) | {name: random_tensor("I64", (2, 3), side)})
     assert by_name(plan_of(tmp_path, alpha=0.5))["lm_head.weight"].alpha == 0.5
@@ -222,10 +222,10 @@ def test_layers_whose_tensors_share_factors_are_taken_whole(
     tmp_path: Path, parts: Parts, config: dict[str, Any], shares_scales: bool, content: dict[str, Any]
 ) -> None:
     for side in ("pre", "post"):
-        write_checkpoint(tmp_path / side, quantised(parts, side), llama_config(quantization_config=config))
+        write_checkpoint(tmp_path / side, quantized(parts, side), llama_config(quantization_config=config))
     plan_of(tmp_path, restore=[1, 2])
     plan_of(tmp_path, tensors=[{"match": "model.norm.weight", "alpha": 0.5}])
     if shares_scales:
-        assert refusals(tmp_path, "quantised-layer-split", **content)[0].startswith("model.layers.")
+        assert refusals(tmp_path, "quantized-layer-split", **content)[0].startswith("model.layers.")
     else:
         plan_of(tmp_path, **content)

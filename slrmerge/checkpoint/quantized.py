@@ -39,7 +39,7 @@ KNOWN_METHODS = frozenset({
 })  # fmt: skip
 """Values of `quant_method` whose tensors `COMPANION_SUFFIXES` and `LOW_BIT_DTYPES` recognize completely."""
 
-QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
 """Files beside a config that says nothing of quantization itself: old GPTQ and AWQ, ModelOpt, EXL3."""
 
 _MAX_BYTES = 50_000_000
@@ -77,7 +77,7 @@ _BUFFER_SUFFIXES = ("_ids", "_index", "_mask")
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Quantization:
     """How a checkpoint is quantized.
 
     `modules` maps the tensors of recognized modules to those modules. `unknown` says why the format is not known, or
@@ -90,14 +90,14 @@ class Quantisation:
     unknown: str
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Quantisation | None":
+    def of(cls, checkpoint: Checkpoint) -> "Quantization | None":
         """What the config, the files beside it, and the tensors' names and dtypes say; None for a plain model.
 
         Raises CheckpointError where a file beside the config is not JSON, and HubError.
         """
-        modules = quantised_groups(checkpoint)
+        modules = quantized_groups(checkpoint)
         packed = _packed_tensor(checkpoint, modules)
-        config = quantisation_config(checkpoint.config)
+        config = quantization_config(checkpoint.config)
         if config is None and (modules or packed):
             config = _config_beside(checkpoint)
         method = _method(config or {}) or ("mlx" if isinstance(checkpoint.config.get("quantization"), dict) else "")
@@ -125,7 +125,7 @@ class Quantisation:
         """The format in parentheses where the config names it, as in ` (mxfp4)`."""
         return f" ({self.method})" if self.method else ""
 
-    def difference(self, other: "Quantisation") -> str:
+    def difference(self, other: "Quantization") -> str:
         """The first setting that differs from `other`'s and affects the numbers, with both values; or empty."""
         own, others = self._all_settings(), other._all_settings()
         for key in sorted(own.keys() | others.keys()):
@@ -139,7 +139,7 @@ class Quantisation:
         return dict(_settings({"quant_method": self.method, **_DEFAULTS.get(self.method, {}), **given}))
 
 
-def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The quantization section of a config, or None."""
     for key in _CONFIG_KEYS:
         if isinstance(config.get(key), dict):
@@ -147,7 +147,7 @@ def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
-def quantised_groups(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+def quantized_groups(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Every tensor of a quantized module, mapped to the name of that module."""
     modules = {module for name, info in tensors.items() if (module := _module(name, info))}
     groups: dict[str, str] = {}
@@ -186,8 +186,8 @@ def _method(config: Mapping[str, Any]) -> str:
 
 
 def _config_beside(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """The first of `QUANTISATION_FILES` that the checkpoint has."""
-    for name in QUANTISATION_FILES:
+    """The first of `QUANTIZATION_FILES` that the checkpoint has."""
+    for name in QUANTIZATION_FILES:
         if file := checkpoint.side_files.get(name):
             path = file.fetch()
             try:
