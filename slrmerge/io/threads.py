@@ -11,7 +11,6 @@ from time import sleep
 from typing import ParamSpec, TypeVar
 
 from slrmerge.errors import LimitError, OptionError, Problem
-from slrmerge.io.sizes import shorten
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,11 +22,11 @@ def available_cores() -> int:
 
 
 def thread_count(threads: int | None, default: int) -> int:
-    """`threads`, or the default where it is None. Raises OptionError for anything but a whole number from 1 on."""
+    """`threads`, or the default where it is None. Raises OptionError for less than one."""
     if threads is None:
         return default
-    if type(threads) is not int or threads < 1:
-        what = f"{shorten(threads)} is not in range"
+    if threads < 1:
+        what = f"{threads} is not in range"
         raise OptionError(Problem("out-of-range", "threads", what, "give a whole number, at least 1"))
     return threads
 
