@@ -84,7 +84,7 @@ def rows_of(table: Table, results: Results, paper: Published) -> Iterator[Row]:
     for model in table.models:
         for name, result in found:
             for metric in result.shown if model in result.models else ():
-                if metric.name != "vendi":  # which the paper does not have
+                if metric.in_table and metric.name != "vendi":  # the paper has neither this nor the other text metrics
                     known = paper.get((table.number, model, paper_metric(metric.name)))
                     yield Row(table.number, name, result.cell(model, metric.name), known)
 
