@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slrmerge.errors import BusyError, OutputError, Problem, raise_all, require_type
+from slrmerge.errors import OutputError, Problem, raise_all, require_type
 from slrmerge.io import files
+from slrmerge.io.lock import OTHERS_WRITE, lock, unsafe, unsafe_problem
 from slrmerge.io.pieces import require_free_bytes, translate_os_errors
 from slrmerge.io.progress import Progress
 
 WhyNotReplaceable = Callable[[Path], str | None]
 """Why `overwrite` should not replace an existing folder, or None where it may."""
-
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class OutputFolder:
@@ -107,7 +106,7 @@ class OutputFolder:
 
     def _unsafe_folders(self) -> Iterator[Problem]:
         for folder in (self.staging, set_aside_folder(self.path)):
-            yield from _unsafe(folder, "folder", stat.S_ISDIR)
+            yield from unsafe(folder, "folder", stat.S_ISDIR)
 
     def require_space(self, needed_bytes: int, *, what: str = "the output", remedy: str = "") -> None:
         """Raise NoSpaceError unless the disk has `needed_bytes` free."""
@@ -165,15 +164,15 @@ class OutputFolder:
     def publish(self, progress: Progress) -> None:
         """Give the complete staging folder the target's name, and remove what it replaces."""
         if self._staged and not os.path.samestat(self._staged, self.staging.lstat()):
-            raise OutputError(_unsafe_problem(self.staging, "was replaced by another program"))
+            raise OutputError(unsafe_problem(self.staging, "was replaced by another program"))
         mode = _usual_mode(self.staging)
-        self.staging.chmod(mode & ~_OTHERS_WRITE)  # the next run would refuse what a kill leaves if others could write
+        self.staging.chmod(mode & ~OTHERS_WRITE)  # the next run would refuse what a kill leaves if others could write
         if self.durable:
             files.sync_folder(self.staging)
         self._complete = self.staging.stat()
         if self.path.exists():
             with suppress(OSError):
-                self.path.chmod(self.path.stat().st_mode & ~_OTHERS_WRITE)
+                self.path.chmod(self.path.stat().st_mode & ~OTHERS_WRITE)
         leftover = self._replace()
         with suppress(OSError):
             self.path.chmod(mode)
@@ -295,24 +294,6 @@ def _is_too_long(staging: Path, parent: Path) -> bool:
     return 0 < name_max < longest or 0 < path_max <= len(os.fsencode(staging)) + name_max
 
 
-def _unsafe(path: Path, kind: str, is_kind: Callable[[int], bool]) -> Iterator[Problem]:
-    """Why what is at `path`, if anything, may be someone else's: the parent may be a folder that many write to."""
-    try:
-        status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if not is_kind(status.st_mode):
-        yield _unsafe_problem(path, "is a link" if stat.S_ISLNK(status.st_mode) else f"is not a {kind}")
-    elif hasattr(os, "geteuid") and status.st_uid != os.geteuid():
-        yield _unsafe_problem(path, "belongs to another user")
-    elif os.name != "nt" and status.st_mode & _OTHERS_WRITE:
-        yield _unsafe_problem(path, "can be written to by other users")
-
-
-def _unsafe_problem(path: Path, what: str) -> Problem:
-    return Problem("unsafe-staging", str(path), what, "remove it, or choose an output folder elsewhere")
-
-
 def _usual_mode(folder: Path) -> int:
     """The mode that the umask, or an access control list, gives to a new folder in `folder`."""
     probe = folder / ".slrmerge-mode"
@@ -321,36 +302,3 @@ def _usual_mode(folder: Path) -> int:
     mode = stat.S_IMODE(probe.lstat().st_mode)
     probe.rmdir()
     return mode
-
-
-def lock_file(target: Path) -> Path:
-    """The file by which `target` is locked."""
-    return target.parent.joinpath(f".{target.name}.slrmerge-lock")
-
-
-@contextmanager
-def lock(target: Path) -> Iterator[None]:
-    """Hold `target` against other processes; the lock ends with the process, however it ends.
-
-    Raises BusyError when another process holds it, OutputError for a lock file that may be someone else's, and OSError.
-    """
-    from filelock import FileLock, Timeout
-
-    path = lock_file(target)
-    raise_all(_unsafe(path, "file", stat.S_ISREG), OutputError)
-    # A file that cannot be created, as in /proc, would seem to be locked.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | files.NO_FOLLOW, 0o600))
-    held = FileLock(path, mode=0o600, blocking=False)
-    try:
-        held.acquire()
-    except Timeout:
-        what, remedy = "another slrmerge process is writing to it", "wait for it, or choose another output folder"
-        raise BusyError(Problem("output-busy", str(target), what, remedy)) from None
-    try:
-        yield
-    finally:
-        # Unlinked while still held: a process that opened it meanwhile finds its inode gone and tries again. Where an
-        # open file cannot be unlinked (Windows) it stays; once released it may belong to another process.
-        with suppress(OSError):
-            path.unlink()
-        held.release()

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Json
 
 from slrmerge.errors import OutputError, Problem, RecipeError
 from slrmerge.io.files import as_path, read_file, replace_file
-from slrmerge.io.output_folder import lock_file
+from slrmerge.io.lock import lock_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.io.text import from_csv, printable, to_csv, to_json

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slrmerge.errors import require_extra
 from slrmerge.io.files import as_path
-from slrmerge.io.output_folder import lock
+from slrmerge.io.lock import lock
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.merging.finding import SUMMARY_NAME
 from slrmerge.searching.held_out import look_again, reselect

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrmerge.errors import BusyError, MissingExtraError, OptionError, OutputError
-from slrmerge.io.output_folder import lock
+from slrmerge.io.lock import lock
 from slrmerge.merging.executor import merge
 from slrmerge.recipe.load import AnyRecipe, load_recipe
 from slrmerge.recipe.model import Recipe

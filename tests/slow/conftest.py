@@ -14,7 +14,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 
 WITH_SMOLLM2 = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("smollm2"),  # one process makes the pair, and nobody waits for it
+    pytest.mark.xdist_group("smollm2"),  # one process makes the pair, so that no other waits for it
     pytest.mark.timeout(1800),  # the first test makes the pair
     pytest.mark.filterwarnings("default"),  # those of other libraries
 ]
