@@ -8,10 +8,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from slrmerge.cli.output import echo, open_streams, print_json, quieten_hub_client
 from slrmerge.errors import (
@@ -25,6 +24,9 @@ from slrmerge.errors import (
     without_credentials,
 )
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 _AS_JSON = "slrmerge.as_json"
 
 INTERRUPTED = 130
@@ -37,7 +39,9 @@ class TextType(click.types.StringParamType):
     def __init__(self, *choices: str) -> None:
         self.choices = choices
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list["CompletionItem"]:  # noqa: ARG002
+        from click.shell_completion import CompletionItem
+
         choices = [CompletionItem(each) for each in self.choices if each.startswith(incomplete)]
         return choices or [CompletionItem(incomplete, type="file")]
 
@@ -67,7 +71,9 @@ class DefaultGroup(click.Group):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list["CompletionItem"]:
+        from click.shell_completion import CompletionItem
+
         return super().shell_complete(ctx, incomplete) or [CompletionItem(incomplete, type="file")]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

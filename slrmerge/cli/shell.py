@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import get_completion_class
 
 from slrmerge._version import __version__
 from slrmerge.cli.group import Command
@@ -88,6 +87,8 @@ def completion(ctx: click.Context, shell: str | None, *, install: bool) -> None:
     if shell not in _COMPLETIONS:
         raise click.UsageError(f"name a shell: {', '.join(sorted(_COMPLETIONS))}", ctx)
     root = ctx.find_root().command
+    from click.shell_completion import get_completion_class
+
     kind = get_completion_class(shell)
     assert kind is not None
     script = kind(root, {}, "slrmerge", "_SLRMERGE_COMPLETE").source()
