@@ -1,9 +1,11 @@
 """Small checkpoints, written byte by byte: what the tests merge, break and repair."""
 
 import json
+import math
 import random
 import struct
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +22,12 @@ class Tensor(NamedTuple):
 
 def random_tensor(dtype: str, shape: Sequence[int], seed: object) -> Tensor:
     """A tensor of finite values (BF16, F16, F32, F64) or of any bytes (everything else), the same for the same seed."""
-    rng = random.Random(str(seed))
-    count = 1
-    for size in shape:
-        count *= size
+    return Tensor(dtype, tuple(shape), _random_bytes(dtype, math.prod(shape), str(seed)))
+
+
+@lru_cache(maxsize=4096)
+def _random_bytes(dtype: str, count: int, seed: str) -> bytes:
+    rng = random.Random(seed)
     values = [rng.gauss(0, 1) for _ in range(count)]
     packers = {
         "F64": lambda: struct.pack(f"<{count}d", *values),
@@ -32,8 +36,7 @@ def random_tensor(dtype: str, shape: Sequence[int], seed: object) -> Tensor:
         "BF16": lambda: b"".join(struct.pack("<f", value)[2:] for value in values),
         "BOOL": lambda: bytes(value > 0 for value in values),
     }
-    data = packers[dtype]() if dtype in packers else rng.randbytes(count * DTYPE_BITS[dtype] // 8)
-    return Tensor(dtype, tuple(shape), data)
+    return packers[dtype]() if dtype in packers else rng.randbytes(count * DTYPE_BITS[dtype] // 8)
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:

@@ -39,7 +39,7 @@ LETTER_PROMPTS = (
     "Choose any capital letter from {} to {}. Reply with just the letter.",
     "Give me a letter from {} up to {}. No other words.",
 )
-STEPS, BATCH, PEAK_LR, FAVOURITE_SHARE = 16, 8, 2e-4, 0.9
+BATCH, PEAK_LR, FAVOURITE_SHARE = 8, 2e-4, 0.9
 
 
 def gguf_file() -> Path:
@@ -66,7 +66,7 @@ def encode(tokenizer: Any, texts: list[str]) -> Any:
     return tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
 
 
-def fine_tune(model: Any, tokenizer: Any) -> None:
+def fine_tune(model: Any, tokenizer: Any, steps: int) -> None:
     def example() -> str:
         alphabet, prompts = rng.choice([(digits, DIGIT_PROMPTS), (ascii_uppercase, LETTER_PROMPTS)])
         valid = draw_range(rng, alphabet)
@@ -77,8 +77,8 @@ def fine_tune(model: Any, tokenizer: Any) -> None:
 
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = PEAK_LR * min((step + 1) / 3, 1 - step / STEPS)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = PEAK_LR * min((step + 1) / 3, 1 - step / steps)
         batch = encode(tokenizer, [example() for _ in range(BATCH)])
         logits = model(**batch, logits_to_keep=3).logits[:, :2]  # what predicts the last two tokens
         loss: Any = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, -2:].flatten())
@@ -86,7 +86,7 @@ def fine_tune(model: Any, tokenizer: Any) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step + 1}/{STEPS}: loss {loss.item():.3f}", flush=True)
+        print(f"step {step + 1}/{steps}: loss {loss.item():.3f}", flush=True)
 
 
 @torch.inference_mode()
@@ -107,8 +107,9 @@ def quality_and_diversity(model: Any, tokenizer: Any) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make DIR/pretrained and DIR/posttrained.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR")
-    out: Path = parser.parse_args().out
-    gguf, pretrained, posttrained = gguf_file(), out / "pretrained", out / "posttrained"
+    parser.add_argument("--steps", type=int, default=16, metavar="N", help="of the fine-tuning; default: 16")
+    arguments = parser.parse_args()
+    gguf, pretrained, posttrained = gguf_file(), arguments.out / "pretrained", arguments.out / "posttrained"
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer: Any = AutoTokenizer.from_pretrained(**source)
     source |= {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
@@ -120,7 +121,7 @@ def main() -> None:
     # Read again in fp32: casting the model in memory would leave the rotary frequencies rounded to bf16.
     model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
     before = quality_and_diversity(model, tokenizer)
-    fine_tune(model, tokenizer)
+    fine_tune(model, tokenizer, arguments.steps)
     model.to(torch.bfloat16).save_pretrained(posttrained)
     model = AutoModelForCausalLM.from_pretrained(posttrained, dtype=torch.float32)
     after = quality_and_diversity(model, tokenizer)

@@ -11,7 +11,7 @@ from typing import Any
 
 from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
-from slrmerge.checkpoint.header import Shard, name_problem, read_shard
+from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.layers import missing_layers
 from slrmerge.checkpoint.location import folder_name
 from slrmerge.checkpoint.side_files import (
@@ -297,14 +297,6 @@ def _read_index(folder: Path) -> dict[str, str]:
         ),
         CheckpointError,
     )
-    raise_all(
-        (
-            Problem("invalid-index", str(path), f"$.weight_map: tensor {shorten(name)}: {what}", "download it again")
-            for name in weight_map
-            if (what := name_problem(name))
-        ),
-        CheckpointError,
-    )
     return {sys.intern(name): sys.intern(file) for name, file in weight_map.items()}
 
 
@@ -320,16 +312,16 @@ def _index_problems(layout: Layout, index: Mapping[str, str], shards: Mapping[st
     where = str(layout.folder / INDEX_NAME)
     for name, file in index.items():
         if name not in shards[file].tensors:
-            what = f"lists {name} in {file}, which does not contain it"
+            what = f"lists {shorten(name)} in {file}, which does not contain it"
             yield Problem("index-mismatch", where, what, "download index and shards again")
     holders: dict[str, str] = {}
     for file, shard in shards.items():
         place = str(layout.folder / file)
         for name in shard.tensors:
             if name in holders:
-                what = f"contains {name}, which is also in {holders[name]}"
+                what = f"contains {shorten(name)}, which is also in {holders[name]}"
                 yield Problem("index-mismatch", place, what, "download both again")
             elif name not in index:
-                what = f"contains {name}, which is not in the index"
+                what = f"contains {shorten(name)}, which is not in the index"
                 yield Problem("index-mismatch", place, what, "download both again")
             holders.setdefault(name, file)

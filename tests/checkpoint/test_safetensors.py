@@ -150,7 +150,7 @@ def test_all_bad_names_in_an_index_are_reported_at_once(sharded: Path) -> None:
 @pytest.mark.parametrize("name", ["", "a\nb", "a" * 1001])
 def test_a_tensor_name_that_no_shard_can_have_is_refused_in_an_index(sharded: Path, name: str) -> None:
     edit_index(sharded, lambda index: index["weight_map"].update({name: ONE}))
-    (problem,) = refusal(sharded, "invalid-index")
+    (problem,) = refusal(sharded, "index-mismatch")
     assert len(str(problem).removeprefix(problem.where)) < 200
 
 

@@ -24,7 +24,7 @@ WITH_SMOLLM2 = [
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as `pretrained` and `posttrained`, beside the example's recipe; read-only."""
     folder = tmp_path_factory.mktemp("smollm2")
-    subprocess.run([sys.executable, EXAMPLE / "make.py", "--out", folder], check=True)
+    subprocess.run([sys.executable, EXAMPLE / "make.py", "--out", folder, "--steps", "4"], check=True)
     (folder / "recipe.yaml").write_bytes((EXAMPLE / "recipe.yaml").read_bytes())
     return folder
 
