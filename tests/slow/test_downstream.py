@@ -11,7 +11,7 @@ from tests.slow.llama_cpp import convert, serve
 
 pytestmark = WITH_SMOLLM2
 
-QUESTION = "Tell me a short story about a dog."
+QUESTION = "What is 2+2?"
 OPENINGS = ("The capital of France is", "Once upon a time there was a small")
 NEW_TOKENS = 12
 
@@ -30,7 +30,7 @@ def tokenizer(hybrid: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Any) -> list[str]:
-    """Two openings, and a question as chat; some continuations end by themselves, some at the limit."""
+    """Two openings, and a question as chat; the answer ends by itself, the others at the limit."""
     chat = [{"role": "user", "content": QUESTION}]
     return [*OPENINGS, tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)]
 
