@@ -25,7 +25,7 @@ def model_notes(pair: ModelPair, alphas: Mapping[str, float], differences: Itera
     yield from _head_notes(pair)
     yield from _shared_block_notes(pair, alphas)
     yield from _list_notes(pair, alphas)
-    yield from _idle_notes(alphas)
+    yield from _idle_notes(pair, alphas)
 
 
 def _config_notes(differences: Iterable[Difference]) -> Iterator[str]:
@@ -85,10 +85,14 @@ def _list_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[str]:
             )
 
 
-def _idle_notes(alphas: Mapping[str, float]) -> Iterator[str]:
+def _idle_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[str]:
+    """Rules without an effect, and weights that no rule reaches: those of sentence-transformers' other modules."""
+    modules = [name for name in pair.posttrained.side_files if name.endswith((".safetensors", ".bin"))]
     if alphas and not any(alphas.values()):
         yield "nothing is taken from the pre-trained side: the output has the post-trained model's weights"
-    elif alphas and all(alpha == 1 for alpha in alphas.values()):
+    elif modules:
+        yield f"not in the model's own files, kept from the post-trained side whatever the rules: {', '.join(modules)}"
+    elif alphas and all(alpha == 1 for alpha in alphas.values()) and alphas.keys() <= pair.correspondence.twins.keys():
         yield "everything is taken from the pre-trained side: the output has the pre-trained model's weights"
 
 

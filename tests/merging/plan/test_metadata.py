@@ -7,7 +7,7 @@ import pytest
 
 from slrmerge import merge, verify
 from slrmerge.errors import PlanError
-from tests.checkpoints import llama_tensors, safetensors_bytes, write_checkpoint
+from tests.checkpoints import llama_tensors, random_tensor, safetensors_bytes, write_checkpoint
 from tests.merging.plan import plan_of
 from tests.problems import refused
 from tests.streams import shard_bytes
@@ -15,10 +15,12 @@ from tests.streams import shard_bytes
 UP = "model.layers.{}.mlp.up_proj"
 
 
-def write(folder: Path, pre: dict[str, str], post: dict[str, str]) -> None:
+def write(folder: Path, pre: dict[str, str], post: dict[str, str], *, quantized: bool = False) -> None:
     for side, metadata in (("pre", pre), ("post", post)):
-        path = write_checkpoint(folder / side, llama_tensors(side)) / "model.safetensors"
-        path.write_bytes(safetensors_bytes(llama_tensors(side), {"format": "pt", **metadata}))
+        scales = {f"{UP.format(0)}.weight_scale": random_tensor("F32", (1,), side)} if quantized else {}
+        tensors = llama_tensors(side) | scales
+        path = write_checkpoint(folder / side, tensors) / "model.safetensors"
+        path.write_bytes(safetensors_bytes(tensors, {"format": "pt", **metadata}))
 
 
 def planned(folder: Path, **rules: object) -> dict[str, str]:
@@ -69,22 +71,29 @@ def test_a_list_of_names_has_those_of_both_sides_that_are_in_the_output(tmp_path
         ({"format": "mlx"}, {"format": "pt"}, {}),
     ],
 )
-def test_keys_that_are_about_no_tensor_are_kept_where_both_agree(
+def test_keys_that_are_about_no_tensor_of_quantized_models_are_kept_where_both_agree(
     tmp_path: Path, pre: dict[str, str], post: dict[str, str], kept: dict[str, str]
 ) -> None:
-    write(tmp_path, pre, post)
+    write(tmp_path, pre, post, quantized=True)
     assert planned(tmp_path, restore=[1, 2]) == kept
 
 
-@pytest.mark.parametrize("rules", [{"restore": [1, 2]}, {"alpha": 0.5}])
-def test_metadata_of_both_sides_that_contradict_each_other_are_refused_by_key(
-    tmp_path: Path, rules: dict[str, object]
-) -> None:
-    write(tmp_path, {"layout": "row"}, {"layout": "column"})
+def test_metadata_of_quantized_models_that_contradict_each_other_are_refused_by_key(tmp_path: Path) -> None:
+    write(tmp_path, {"layout": "row"}, {"layout": "column"}, quantized=True)
     with refused(PlanError, "different-metadata") as caught:
-        plan_of(tmp_path, **rules)
+        plan_of(tmp_path, restore=[1, 2])
     assert caught.value.problems[0].where == "layout"
     assert planned(tmp_path, alpha=0) == {"layout": "column"}
+
+
+@pytest.mark.parametrize("rules", [{"restore": [1, 2]}, {"alpha": 0.5}, {"alpha": 1}])
+def test_texts_in_the_metadata_of_other_models_are_the_posttrained_sides(
+    tmp_path: Path, rules: dict[str, object]
+) -> None:
+    post = {"training_args": '{"lr": 1e-5}', "tags": '["chat"]'}
+    write(tmp_path, {"training_args": "{}", "tags": '["base"]', "title": "a base"}, post)
+    assert planned(tmp_path, **rules) == post
+    assert not plan_of(tmp_path, **rules).resharded
 
 
 def test_a_blended_tensor_whose_metadata_differ_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,6 +122,17 @@ def test_the_folders_that_modules_json_names_go_along_and_may_be_replaced(tmp_pa
     assert why_not_a_checkpoint(tmp_path / "out") is None
     (tmp_path / "out" / "mine").mkdir()
     assert "mine/" in (why_not_a_checkpoint(tmp_path / "out") or "")
+
+
+@pytest.mark.parametrize("rules", [{"restore": [1, 2]}, {"alpha": 0.5}, {"alpha": 1}])
+def test_weights_of_modules_beside_the_model_are_noted_where_something_is_merged(
+    tmp_path: Path, rules: dict[str, Any]
+) -> None:
+    with_modules(tmp_path)
+    [note, *others] = (note for note in plan_of(tmp_path, **rules).notes if not note.startswith("left out"))
+    assert "2_Dense/model.safetensors" in note
+    assert not others  # that everything is pre-trained would be wrong
+    assert "2_Dense" not in "".join(plan_of(tmp_path, alpha=0).notes)
 
 
 @pytest.mark.parametrize("path", ["../pre", "/etc", "1_Pooling/../..", "a\\b", ".git", "c:x"])
