@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from slrmerge.checkpoint.files import LocalFile, OpenFile, unreadable
 from slrmerge.checkpoint.location import Repository
@@ -22,7 +21,6 @@ from slrmerge.errors import (
 )
 from slrmerge.io.files import as_path
 from slrmerge.io.options import checks_types
-from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.merging.hub_commit import PushResult, commit_files
 from slrmerge.merging.manifest import read_manifest
@@ -127,14 +125,12 @@ def _own_file(folder: Path, name: str) -> LocalFile:
 def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[tuple[dict[str, Path | bytes], list[OpenFile]]]:
     """What to upload: the bytes of small files, the paths of others, and those open. Raises SourceChangedError.
 
-    The client opens a path again: where the system can, it is a link to what is open here, with the file's own name for
-    progress bars. So nothing can take the place of a file.
+    The client opens a path again: where the system can, it is that of what is open here. So nothing can take the place
+    of a file.
     """
-    with translate_os_errors(folder):
-        links = TemporaryDirectory(prefix="slrmerge-")
     uploads: dict[str, Path | bytes] = {}
     large: list[OpenFile] = []
-    with links, ExitStack() as kept:
+    with ExitStack() as kept:
         for name, file in files.items():
             opened = kept.enter_context(closing(file.open()))
             if file.file_bytes <= _SMALL_BYTES:
@@ -144,12 +140,8 @@ def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[tuple[dic
                 uploads[name] = bytes(content)
                 continue
             large.append(opened)
-            path, descriptor = folder / name, Path(f"/proc/self/fd/{opened.fd}")
-            if descriptor.exists():
-                path = Path(links.name, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.symlink_to(descriptor)
-            uploads[name] = path
+            descriptor = Path(f"/proc/self/fd/{opened.fd}")
+            uploads[name] = descriptor if descriptor.exists() else folder / name
         yield uploads, large
 
 
