@@ -17,6 +17,7 @@ from slrmerge.errors import (
     VerificationError,
     collect,
     raise_all,
+    require_hub_settings,
     require_type,
 )
 from slrmerge.io.files import as_path
@@ -76,6 +77,7 @@ def push(
 
 def parse_target(repository: str | Repository, revision: str | None = None) -> Repository:
     """The repository and branch to push to. Raises OptionError where `repository` is not organisation/name."""
+    require_hub_settings()
     require_type("repository", repository, (str, Repository), "write organisation/name")
     found = repository if isinstance(repository, Repository) else Repository.parse(repository)
     if found is None or (found.revision and revision):
