@@ -89,7 +89,8 @@ class DefaultGroup(click.Group):
         except SlrmergeError as error:
             fail(error, as_json=ctx.meta[_AS_JSON])
         except (MemoryError, ImportError, OSError) as error:
-            fail(_system_error(error), as_json=ctx.meta[_AS_JSON])
+            refused = error.with_traceback(None)
+        fail(_system_error(refused), as_json=ctx.meta[_AS_JSON])  # here, what the failed calls held is free again
 
     def _refuse_typo(self, ctx: click.Context, word: str) -> None:
         is_file_like = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110 (a name too long is no error)
