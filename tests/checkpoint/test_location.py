@@ -117,6 +117,30 @@ def test_so_does_a_file_which_is_then_refused_by_its_name(tmp_path: Path) -> Non
     assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
 
 
+@pytest.mark.parametrize("link", ["org", "org/model"])
+def test_so_does_a_broken_link(tmp_path: Path, link: str) -> None:
+    """A disk that is not mounted must not give way to somebody's repository."""
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "unmounted")
+    assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
+    with refused(CheckpointError, "broken-link"):
+        open_checkpoint(tmp_path / "org/model")
+
+
+def test_so_does_a_loop_of_links(tmp_path: Path) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org/model").symlink_to("model")
+    assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
+
+
+def test_so_does_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
+
+
 def test_a_folder_counts_from_the_base_and_from_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
