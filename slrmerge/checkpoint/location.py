@@ -3,12 +3,15 @@
 import os
 import re
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from slrmerge.errors import OptionError, Problem
 from slrmerge.io.files import read_file
 
 _MAX_REF_BYTES = 1000
+_MAX_PARENTS = 1000
+"""No system has deeper paths, and to list the parents of a text with many slashes takes quadratic time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,8 @@ def _is_taken(path: Path) -> bool:
 
 def is_broken_link(path: Path) -> bool:
     """Whether a path is, or leads through, a link to nothing, such as to a disk that is not mounted."""
-    return any(os.path.islink(place) and not os.path.exists(place) for place in (path, *path.parents))  # noqa: PTH110, PTH114 (False for a name that is too long)
+    places = islice(chain([path], path.parents), _MAX_PARENTS)
+    return any(os.path.islink(place) and not os.path.exists(place) for place in places)  # noqa: PTH110, PTH114 (False for a name that is too long)
 
 
 def _shortened(path: Path) -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slrmerge.checkpoint.location import Repository, parse_source
+from slrmerge.checkpoint.location import Repository, is_broken_link, parse_source
 from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.errors import CheckpointError, OptionError
 from tests.checkpoints import llama_tensors, write_checkpoint
@@ -125,6 +125,12 @@ def test_so_does_a_broken_link(tmp_path: Path, link: str) -> None:
     assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
     with refused(CheckpointError, "broken-link"):
         open_checkpoint(tmp_path / "org/model")
+
+
+@pytest.mark.parametrize("end", ["", "\0"])
+def test_a_text_of_many_slashes_is_no_link(tmp_path: Path, end: str) -> None:
+    """In quadratic time, its parents would take 30 GB."""
+    assert not is_broken_link(tmp_path / f"{'a/' * 125_000}{end}")
 
 
 def test_so_does_a_loop_of_links(tmp_path: Path) -> None:
