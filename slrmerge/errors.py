@@ -192,11 +192,35 @@ def collect(problems: list[Problem], call: Callable[[], T], otherwise: D) -> T |
 
 
 def require_extra(extra: str, *packages: str) -> None:
-    """Raise MissingExtraError unless all `packages`, which the optional dependency `extra` installs, are there."""
+    """Raise MissingExtraError unless all `packages`, which the optional dependency `extra` installs, are there.
+
+    Raises HubError where they cannot be imported; see `require_hub_settings`.
+    """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         what, remedy = f"requires {' and '.join(missing)}", f"pip install {' '.join(missing)}"
         raise MissingExtraError(Problem("missing-extra", f"slrmerge[{extra}]", what, remedy))
+    if not _HUB_USERS.isdisjoint(packages):
+        require_hub_settings()
+
+
+_HUB_USERS = {"transformers", "datasets", "sentence_transformers"}
+
+
+def require_hub_settings() -> None:
+    """Raise HubError where the Hub's client, which some packages import, cannot use its environment variables."""
+    from urllib.parse import urlsplit
+
+    try:
+        from huggingface_hub.constants import ENDPOINT
+
+        address = urlsplit(ENDPOINT)
+        is_valid, why = address.scheme in ("http", "https") and bool(address.hostname), "not an address on the web"
+    except ValueError as error:
+        is_valid, why = False, first_line(error)
+    if not is_valid:
+        where = "HF_ENDPOINT, HF_HUB_ETAG_TIMEOUT or HF_HUB_DOWNLOAD_TIMEOUT"
+        raise HubError(Problem("invalid-setting", where, f"cannot be used ({why})", "correct or unset it"))
 
 
 def require_type(name: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:

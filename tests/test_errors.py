@@ -1,8 +1,23 @@
-"""The credentials of URLs in messages, and how many problems an error has."""
+"""The credentials of URLs in messages, how many problems an error has, and settings of the Hub's client."""
 
+import subprocess
+import sys
+
+import huggingface_hub.constants
 import pytest
 
-from slrmerge.errors import MAX_PROBLEMS, CheckpointError, Problem, raise_all, without_credentials
+from slrmerge.errors import (
+    MAX_PROBLEMS,
+    CheckpointError,
+    HubError,
+    Problem,
+    raise_all,
+    require_extra,
+    without_credentials,
+)
+from slrmerge.merging.push import parse_target
+from tests.cli import ROOT
+from tests.problems import refused
 
 
 @pytest.mark.parametrize(
@@ -76,3 +91,29 @@ def test_an_error_has_a_limited_number_of_problems(count: int) -> None:
     assert codes == ["x"] * MAX_PROBLEMS + ["more-problems"] * (count > MAX_PROBLEMS)
     again = CheckpointError(*caught.value.problems)
     assert again.problems == caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_ENDPOINT", "http://[::1"),
+        ("HF_ENDPOINT", ""),
+        ("HF_ENDPOINT", "file:///tmp"),
+        ("HF_HUB_ETAG_TIMEOUT", "ten"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "1e9"),
+    ],
+)
+def test_a_setting_that_the_hubs_client_cannot_use_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(huggingface_hub, "constants", huggingface_hub.constants)  # which an import replaces
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants")
+    with refused(HubError, "invalid-setting"):
+        require_extra("search", "transformers")
+    with refused(HubError, "invalid-setting"):
+        parse_target("me/x")
+    command = [sys.executable, "-m", "slrmerge", "inspect", "org/name"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 14
+    assert done.stderr.startswith("error: HF_ENDPOINT, ")

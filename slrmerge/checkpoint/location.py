@@ -3,12 +3,15 @@
 import os
 import re
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from slrmerge.errors import OptionError, Problem
 from slrmerge.io.files import read_file
 
 _MAX_REF_BYTES = 1000
+_MAX_PARENTS = 1000
+"""No system has deeper paths, and to list the parents of a text with many slashes takes quadratic time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +71,29 @@ def parse_place(text: str | os.PathLike[str], *, base: Path = Path()) -> Place:
     if not text:  # what a shell makes of an unset variable is not the current folder
         raise OptionError(Problem("empty", "''", "names nothing", "write . for the current folder"))
     folder = base / os.path.expanduser(text)  # noqa: PTH111 (an unknown user is not an error here)
-    exists = os.path.exists(folder)  # noqa: PTH110 (nor is a name that is too long)
-    if exists:
+    if _is_taken(folder):
         return _shortened(folder)
     return folder if text.endswith(".gguf") else Repository.parse(text) or folder
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether a name stands for something on this disk, also where it cannot be reached now.
+
+    A repository on the Hub that happens to have that name is another model.
+    """
+    try:
+        path.stat()
+    except PermissionError:
+        return True
+    except (OSError, ValueError):  # a ValueError: a name that no file can have
+        return is_broken_link(path)
+    return True
+
+
+def is_broken_link(path: Path) -> bool:
+    """Whether a path is, or leads through, a link to nothing, such as to a disk that is not mounted."""
+    places = islice(chain([path], path.parents), _MAX_PARENTS)
+    return any(os.path.islink(place) and not os.path.exists(place) for place in places)  # noqa: PTH110, PTH114 (False for a name that is too long)
 
 
 def _shortened(path: Path) -> Path:

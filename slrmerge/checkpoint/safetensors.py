@@ -13,7 +13,7 @@ from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
 from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.layers import missing_layers
-from slrmerge.checkpoint.location import folder_name
+from slrmerge.checkpoint.location import folder_name, is_broken_link
 from slrmerge.checkpoint.side_files import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_PICKLE_NAME,
@@ -139,6 +139,9 @@ def open_folder(folder: Path) -> SafetensorsFolder:
     """
     try:
         if not exists(folder) or not folder.is_dir():
+            if is_broken_link(folder):
+                what, remedy = "is a broken link", "mount the disk that it leads to, or name the folder itself"
+                raise CheckpointError(Problem("broken-link", str(folder), what, remedy))
             what = "is a file, not a checkpoint folder" if folder.exists() else "no such folder"
             raise CheckpointError(Problem("no-checkpoint", str(folder), what, _NAME_A_FOLDER))
         names = {path.name for path in folder.iterdir()}

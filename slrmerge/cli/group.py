@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -89,7 +89,8 @@ class DefaultGroup(click.Group):
         except SlrmergeError as error:
             fail(error, as_json=ctx.meta[_AS_JSON])
         except (MemoryError, ImportError, OSError) as error:
-            fail(_system_error(error), as_json=ctx.meta[_AS_JSON])
+            refused = error.with_traceback(None)
+        return fail(_system_error(refused), as_json=ctx.meta[_AS_JSON])  # what the failed calls held is free by now
 
     def _refuse_typo(self, ctx: click.Context, word: str) -> None:
         is_file_like = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110 (a name too long is no error)
@@ -212,7 +213,7 @@ def as_typed(message: str) -> str:
     return re.sub(r'\b(?P<name>\w+)=(?:(?P<flag>True|False)\b|"(?P<text>\w+)")', flag, message)
 
 
-def fail(error: SlrmergeError, *, as_json: bool) -> None:
+def fail(error: SlrmergeError, *, as_json: bool) -> NoReturn:
     """Print an error, in words on stderr and with --json as a value on stdout, and exit with its code."""
     notes = [without_credentials(note) for note in getattr(error, "__notes__", [])]
     for problem in error.problems:

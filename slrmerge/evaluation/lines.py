@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from slrmerge.errors import DataError, Problem
+from slrmerge.checkpoint.files import open_regular
+from slrmerge.errors import CheckpointError, DataError, Problem
 
 MAX_LINE_BYTES = 1 << 28
 
@@ -28,10 +29,17 @@ def lines_of(file: BinaryIO) -> Iterator[Line]:
 
 @contextmanager
 def open_data(path: Path) -> Iterator[BinaryIO]:
-    """A file that is open for the block. Raises DataError where it cannot be opened, or read in the block."""
+    """A regular file that is open for the block. Raises DataError where it cannot be opened, or read in the block."""
     try:
-        with open(path, "rb") as file:
+        with _open(path) as file:
             yield file
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise DataError(Problem("data-unreadable", str(path), what, "check the path")) from error
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except CheckpointError as error:
+        raise DataError(*error.problems) from None

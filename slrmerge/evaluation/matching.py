@@ -15,6 +15,9 @@ END = 1000
 
 _WORD = re.compile(r"\b\w++(?:['’.-]++\w++)*+")
 
+_LETTERS = re.compile(r"[^\W_]+")
+"""What `str.isalnum` accepts."""
+
 _SUFFIX = re.compile(r"\([^()]*+\)\W*+\Z")
 """What may follow an answer: another name in brackets, and punctuation."""
 
@@ -29,7 +32,7 @@ def normalise(text: str) -> str:
     # Character by character: sorting thousands of accents on one letter takes quadratic time.
     decomposed = (c for char in text for c in unicodedata.normalize("NFKD", char))
     plain = text if text.isascii() else "".join(c for c in decomposed if not unicodedata.combining(c))
-    words = "".join(c if c.isalnum() else " " for c in plain).split()
+    words = _LETTERS.findall(plain)
     if len(words) > 1 and words[0].casefold() in ("the", "a", "an") and len("".join(words[1:])) > 1:
         words = words[1:]
     joined = " ".join(words)

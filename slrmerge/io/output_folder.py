@@ -103,6 +103,9 @@ class OutputFolder:
             elif why := self._why_not_replaceable(target):
                 what = f"{why}, so overwrite does not replace it"
                 yield Problem("output-not-replaceable", str(target), what, "choose another output folder")
+        if target.is_dir() and _is_kept_by_others(target):
+            what = "belongs to another user, whom its parent's sticky bit protects"
+            yield Problem("output-not-replaceable", str(target), what, "choose another output folder")
 
     def _unsafe_folders(self) -> Iterator[Problem]:
         for folder in (self.staging, set_aside_folder(self.path)):
@@ -292,6 +295,12 @@ def _is_too_long(staging: Path, parent: Path) -> bool:
     longest = max(len(os.fsencode(part)) for part in staging.relative_to(parent).parts)
     name_max, path_max = (os.pathconf(parent, name) for name in ("PC_NAME_MAX", "PC_PATH_MAX"))
     return 0 < name_max < longest or 0 < path_max <= len(os.fsencode(staging)) + name_max
+
+
+def _is_kept_by_others(path: Path) -> bool:
+    """Whether the folder that `path` is in lets only others rename it, as /tmp does with each user's files."""
+    parent = path.parent.stat()
+    return bool(parent.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, parent.st_uid, path.stat().st_uid)
 
 
 def _usual_mode(folder: Path) -> int:

@@ -4,6 +4,8 @@ import re
 import reprlib
 from fractions import Fraction
 
+from slrmerge.errors import without_credentials
+
 
 class InvalidSizeError(ValueError):
     """A value that is not a number of bytes: what is wrong with it, and what to write."""
@@ -43,7 +45,10 @@ def format_duration(seconds: float) -> str:
 
 
 def shorten(value: object) -> str:
-    """The repr of a value for a message, cut where it is long or deeply nested."""
+    """The repr of a value for a message, cut where it is long or deeply nested; without the credentials of URLs.
+
+    Cut, a URL would not be recognised as one.
+    """
     shortener = _Shortener()
     shortener.maxlevel, shortener.maxlist, shortener.maxdict, shortener.maxstring, shortener.maxother = 2, 4, 4, 60, 60
     text = shortener.repr(value)
@@ -51,7 +56,10 @@ def shorten(value: object) -> str:
 
 
 class _Shortener(reprlib.Repr):
-    """reprlib's, but an int too long for Python to print is no error."""
+    """reprlib's, but an int too long for Python to print is no error, and credentials are hidden."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(without_credentials(x), level)
 
     def repr_int(self, x: int, level: int) -> str:
         return super().repr_int(x, level) if x.bit_length() <= 1024 else f"<int of {x.bit_length()} bits>"

@@ -6,20 +6,22 @@ PyYAML follows YAML 1.1, where 1:30 is 90, 010 is 8, `no` is false and 1e-3 is a
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
+from yaml.composer import Composer
 
 from slrmerge.errors import DataError, Problem, RecipeError, SlrmergeError, first_line
 from slrmerge.io.sizes import shorten
 
 MAX_BYTES = 250_000
-"""Many times any recipe; PyYAML takes seconds for it."""
+"""Many times any recipe; reading it takes seconds."""
 
 MAX_VALUES = 250_000
 """More than any file of that size contains by itself: only aliases lead there."""
 
 MAX_DEPTH = 128
+_BYTE_ORDER_MARK = "\ufeff"
 _TOO_DEEP = "nested too deeply"
 
 _SCALARS = {
@@ -81,14 +83,31 @@ def write_yaml(content: Any) -> str:
 
 def _parse(path: Path, raw: bytes, failure: type[SlrmergeError]) -> Any:
     try:
-        return yaml.load(raw.decode("utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        text = raw.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise failure(Problem("not-utf8", str(path), f"is not UTF-8 text (byte {error.start})")) from None
+    try:
+        if (place := text.find(_BYTE_ORDER_MARK)) >= 0:  # libyaml skips it at the start of a line
+            line = 1 + text.count("\n", 0, place)
+            raise yaml.YAMLError(f"line {line}: a byte order mark, which does not print, is not at the start")
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise failure(Problem("invalid-yaml", str(path), f"invalid YAML: {_one_line(error)}")) from None
 
 
-class _Loader(yaml.SafeLoader):
+if TYPE_CHECKING or not yaml.__with_libyaml__:
+    _SafeLoader = yaml.SafeLoader
+else:
+
+    class _SafeLoader(Composer, yaml.CSafeLoader):
+        """PyYAML's safe loader with the parser of libyaml, which is several times faster, and a composer in Python."""
+
+        def __init__(self, stream: str) -> None:
+            Composer.__init__(self)
+            yaml.CSafeLoader.__init__(self, stream)
+
+
+class _Loader(_SafeLoader):
     """PyYAML's safe loader, but with YAML 1.2's scalars; duplicate keys, depth and aliases without end are errors."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML copies it before it adds to it)

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 from typing import Any
 
@@ -18,9 +18,7 @@ def printable(text: str, *, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(
-        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
-    )
+    return text.translate(_Escapes(keep, lambda char: char.encode("unicode_escape").decode()))
 
 
 def to_json(value: Any, *, indent: int | None = None, keep: str = IN_PROSE) -> str:
@@ -28,7 +26,19 @@ def to_json(value: Any, *, indent: int | None = None, keep: str = IN_PROSE) -> s
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     if text.replace("\n", "").isprintable():
         return text
-    return "".join(char if char.isprintable() or char in f"\n{keep}" else json.dumps(char)[1:-1] for char in text)
+    return text.translate(_Escapes(f"\n{keep}", lambda char: json.dumps(char)[1:-1]))
+
+
+class _Escapes(dict[int, str]):
+    """For `str.translate`: each character where it prints or is in `keep`, else what `escape` makes of it."""
+
+    def __init__(self, keep: str, escape: Callable[[str], str]) -> None:
+        self._keep, self._escape = keep, escape
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        self[code] = found = char if char.isprintable() or char in self._keep else self._escape(char)
+        return found
 
 
 def markdown(text: str) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from slrmerge.checkpoint.files import LocalFile, OpenFile, unreadable
 from slrmerge.checkpoint.location import Repository
@@ -18,11 +17,11 @@ from slrmerge.errors import (
     VerificationError,
     collect,
     raise_all,
+    require_hub_settings,
     require_type,
 )
 from slrmerge.io.files import as_path
 from slrmerge.io.options import checks_types
-from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.progress import Progress
 from slrmerge.merging.hub_commit import PushResult, commit_files
 from slrmerge.merging.manifest import read_manifest
@@ -78,6 +77,7 @@ def push(
 
 def parse_target(repository: str | Repository, revision: str | None = None) -> Repository:
     """The repository and branch to push to. Raises OptionError where `repository` is not organisation/name."""
+    require_hub_settings()
     require_type("repository", repository, (str, Repository), "write organisation/name")
     found = repository if isinstance(repository, Repository) else Repository.parse(repository)
     if found is None or (found.revision and revision):
@@ -127,14 +127,12 @@ def _own_file(folder: Path, name: str) -> LocalFile:
 def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[tuple[dict[str, Path | bytes], list[OpenFile]]]:
     """What to upload: the bytes of small files, the paths of others, and those open. Raises SourceChangedError.
 
-    The client opens a path again: where the system can, it is a link to what is open here, with the file's own name for
-    progress bars. So nothing can take the place of a file.
+    The client opens a path again: where the system can, it is that of what is open here. So nothing can take the place
+    of a file.
     """
-    with translate_os_errors(folder):
-        links = TemporaryDirectory(prefix="slrmerge-")
     uploads: dict[str, Path | bytes] = {}
     large: list[OpenFile] = []
-    with links, ExitStack() as kept:
+    with ExitStack() as kept:
         for name, file in files.items():
             opened = kept.enter_context(closing(file.open()))
             if file.file_bytes <= _SMALL_BYTES:
@@ -144,12 +142,8 @@ def _uploads(folder: Path, files: Mapping[str, LocalFile]) -> Iterator[tuple[dic
                 uploads[name] = bytes(content)
                 continue
             large.append(opened)
-            path, descriptor = folder / name, Path(f"/proc/self/fd/{opened.fd}")
-            if descriptor.exists():
-                path = Path(links.name, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.symlink_to(descriptor)
-            uploads[name] = path
+            descriptor = Path(f"/proc/self/fd/{opened.fd}")
+            uploads[name] = descriptor if descriptor.exists() else folder / name
         yield uploads, large
 
 

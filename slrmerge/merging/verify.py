@@ -100,7 +100,7 @@ def _verify(
     progress: Progress,
 ) -> VerifyResult:
     expected = {name: FileDigest(entry.bytes, entry.digest) for name, entry in manifest.files.items()}
-    missing = [name for name in expected if not (folder / name).is_file()]
+    missing = dict.fromkeys(name for name in expected if not (folder / name).is_file())
     present = [name for name in expected if name not in missing]
     progress.start("checking digests", sum(expected[name].file_bytes for name in present))
     with ThreadPool(threads) as pool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slrmerge.checkpoint.location import Repository, parse_source
+from slrmerge.checkpoint.location import Repository, is_broken_link, parse_source
 from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.errors import CheckpointError, OptionError
 from tests.checkpoints import llama_tensors, write_checkpoint
@@ -114,6 +114,36 @@ def test_a_folder_that_is_there_wins_over_a_repository(tmp_path: Path, written: 
 def test_so_does_a_file_which_is_then_refused_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / "org/model").touch()
+    assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
+
+
+@pytest.mark.parametrize("link", ["org", "org/model"])
+def test_so_does_a_broken_link(tmp_path: Path, link: str) -> None:
+    """A disk that is not mounted must not give way to somebody's repository."""
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "unmounted")
+    assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
+    with refused(CheckpointError, "broken-link"):
+        open_checkpoint(tmp_path / "org/model")
+
+
+@pytest.mark.parametrize("end", ["", "\0"])
+def test_a_text_of_many_slashes_is_no_link(tmp_path: Path, end: str) -> None:
+    """In quadratic time, its parents would take 30 GB."""
+    assert not is_broken_link(tmp_path / f"{'a/' * 125_000}{end}")
+
+
+def test_so_does_a_loop_of_links(tmp_path: Path) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org/model").symlink_to("model")
+    assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
+
+
+def test_so_does_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
     assert parse_source("org/model", base=tmp_path) == tmp_path / "org/model"
 
 

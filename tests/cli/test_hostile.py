@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 
+from slrmerge.cli import group
 from slrmerge.cli.options import PATH
 from slrmerge.cli.progress import TerminalProgress
+from slrmerge.errors import SlrmergeError
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.cli import ROOT, at_a_terminal, refusal, run
 from tests.conftest import Pair
@@ -316,3 +319,23 @@ def test_what_the_system_refuses_to_a_library_is_an_error(
 
     monkeypatch.setattr("slrmerge.merging.plan.planner.plan", fail)
     assert refusal("plan", pair.recipe_file(restore=[2, 3])) == expected
+
+
+def test_memory_that_ran_out_is_free_again_when_the_error_is_printed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[ReferenceType[Thread]] = []
+
+    def fail(*_: object, **__: object) -> Any:
+        large = Thread()
+        held.append(ref(large))
+        raise MemoryError
+
+    def describe(error: Any) -> SlrmergeError:
+        assert [each() for each in held] == [None]
+        return system_error(error)
+
+    system_error = group._system_error
+    monkeypatch.setattr(group, "_system_error", describe)
+    monkeypatch.setattr("slrmerge.merging.plan.planner.plan", fail)
+    assert refusal("plan", pair.recipe_file(restore=[2, 3])) == (18, ["no-more-memory"])

@@ -1,6 +1,7 @@
 """Answers from a file, and answers for other tools: what is exported can be read again."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ def test_a_file_of_another_form_or_with_too_few_answers_is_refused(
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     with refused(DataError, "data-unreadable"):
         GenerationsFile(tmp_path / "nothing.jsonl")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_what_is_not_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "endless.jsonl").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "endless.jsonl"):
+        with refused(DataError, "not-a-file"):
+            GenerationsFile(tmp_path / name)
 
 
 def test_a_file_has_no_greedy_answers(tmp_path: Path) -> None:

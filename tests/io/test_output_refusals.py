@@ -289,3 +289,17 @@ def test_space_that_the_disk_has_not_freed_yet_counts(tmp_path: Path, monkeypatc
     OutputFolder(tmp_path / "out").require_space(2000)
     with refused(NoSpaceError, "no-space"):
         OutputFolder(tmp_path / "out").require_space(2001)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs users")
+@pytest.mark.parametrize("content", [{}, OLD])
+@pytest.mark.parametrize(("mode", "user", "is_refused"), [(0o1777, 1, True), (0o777, 1, False), (0o1777, 0, False)])
+def test_a_folder_that_only_its_owner_may_rename_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, bytes], mode: int, user: int, is_refused: bool
+) -> None:
+    owner = tmp_path.stat().st_uid
+    write_files(tmp_path / "out", content).mkdir(exist_ok=True)
+    tmp_path.chmod(mode)
+    monkeypatch.setattr(os, "geteuid", lambda: owner + user)
+    output = OutputFolder(tmp_path / "out", overwrite=True)
+    assert [problem.code for problem in output.problems()] == ["output-not-replaceable"] * is_refused

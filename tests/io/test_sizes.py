@@ -56,3 +56,11 @@ def test_short_values_are_shown_as_they_are() -> None:
 )
 def test_durations_are_rounded_to_what_matters(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize("start", range(40, 80))
+def test_no_part_of_a_password_is_left_where_an_address_is_cut(start: int) -> None:
+    text = "x" * start + " http://user:sekret@host/?key=sekret " + "y" * 60
+    shown = shorten(text) + shorten([text])
+    assert "sek" not in shown
+    assert "ret" not in shown

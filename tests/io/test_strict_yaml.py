@@ -67,6 +67,7 @@ def test_a_file_of_the_maximum_size_is_read(tmp_path: Path) -> None:
         ("a: 1\n---\na: 0\n", "invalid-yaml"),
         ("a: !!python/object:os.system {}\n", "invalid-yaml"),
         ("a: \x01\n", "invalid-yaml"),
+        ("a: 1\n\ufeffb: 2\n", "invalid-yaml"),
         ("a: &a [*a]\n", "invalid-yaml"),
         ("a: &a {b: {c: *a}}\n", "invalid-yaml"),
         ("a: &a {<<: *a}\n", "invalid-yaml"),
@@ -142,6 +143,12 @@ def test_a_pipe_is_read_whole_or_refused(tmp_path: Path) -> None:
 def _write_to_pipe(pipe: Path, text: bytes) -> None:
     with suppress(BrokenPipeError):  # the reader may have seen enough
         pipe.write_bytes(text)
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="needs libyaml")
+def test_a_file_is_parsed_by_libyaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yaml.scanner.Scanner.fetch_more_tokens", None)  # in Python: seconds for a file of that size
+    assert read_mapping(written(tmp_path, "a: [&x 1, *x, 'b']\n")) == {"a": [1, 1, "b"]}
 
 
 @pytest.mark.parametrize("text", ["<<: [{a: 1}, {a: 2}]\n", "<<: {a: 1}\n<<: {a: 2}\n"])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from slrmerge.io.text import from_csv, markdown, markdown_block, markdown_code, printable, to_csv, to_json
+from slrmerge.io.text import _Escapes, from_csv, markdown, markdown_block, markdown_code, printable, to_csv, to_json
 
 ANY = st.text(st.characters(exclude_categories=()))
 """Every character, lone surrogates too."""
@@ -72,6 +72,13 @@ def test_markdown_blocks_end_at_their_end(text: str) -> None:
     text = text.replace("\n", "\n" + "```\n")
     tokens = MarkdownIt().parse(markdown_block("yaml", text) + "\n\nafter\n")
     assert [token.type for token in tokens] == ["fence", "paragraph_open", "inline", "paragraph_close"]
+
+
+def test_an_escape_is_made_once_however_often_it_occurs() -> None:
+    made: list[str] = []
+    escapes = _Escapes("\n", lambda char: made.append(char) or "x")  # type: ignore[func-returns-value]
+    assert ("a\x07\n\u202eb" * 1000).translate(escapes) == "ax\nxb" * 1000
+    assert made == ["\x07", "\u202e"]
 
 
 FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "'=1", "＝1", '=HYPERLINK("http://x";"y")']

@@ -50,7 +50,7 @@ def session() -> httpx2.Client:
     """The session. Raises HubError where the proxy settings cannot be used."""
     try:
         http = get_session()
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, httpx2.InvalidURL) as error:
         where = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
         raise HubError(Problem("invalid-proxy", where, f"cannot be used ({first_line(error)})")) from error
     hooks = http.event_hooks

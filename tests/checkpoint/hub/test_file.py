@@ -386,8 +386,9 @@ def test_a_malformed_token_is_refused(hub: HubServer, tmp_path: Path, monkeypatc
         client()
 
 
-def test_a_malformed_proxy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("proxy", ["nonsense://127.0.0.1", "http://[::1"])
+def test_a_malformed_proxy_is_refused(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
     close_session()
-    monkeypatch.setenv("ALL_PROXY", "nonsense://127.0.0.1")
+    monkeypatch.setenv("ALL_PROXY", proxy)
     with refused(HubError, "invalid-proxy"):
         client()

@@ -218,6 +218,14 @@ def test_a_large_file_that_is_rewritten_while_it_is_uploaded_is_not_committed(
     assert there(pair) == {}
 
 
+def test_a_push_needs_no_temporary_folder(pair: HubPair, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a kill would leave behind."""
+    monkeypatch.setattr(push_module, "_SMALL_BYTES", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(pair.folder / "missing"))
+    push(merged, MINE)
+    assert there(pair) == snapshot(merged)
+
+
 def test_a_repository_that_ignores_files_gets_all_files_of_a_merge(pair: HubPair, merged: Path) -> None:
     pair.hub.commit(MINE, {".gitignore": b"*.json\n*.safetensors\n"})
     push(merged, MINE)
