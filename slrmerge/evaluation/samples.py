@@ -80,8 +80,8 @@ class SampleFile:
     """A JSONL file of samples, which continues where an earlier run stopped. Use it in a `with`.
 
     Each line holds model, prompt id, sample index, seed, settings, text and finish reason; a refusal also its error.
-    Drops an incomplete last line, which a kill leaves, and in the end a file without samples. Raises OutputError with the lines that are not samples, at most
-    10.
+    Drops an incomplete last line, which a kill leaves, and in the end a file without samples. Raises OutputError with
+    the lines that are not samples, at most 10.
     """
 
     def __init__(self, path: Path) -> None:
