@@ -61,6 +61,8 @@ def here(pair: Pair, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         monkeypatch.chdir(searched)
         monkeypatch.setattr("slrmerge.searching.estimate.measured_rate", lambda width, dtype, device: 1e11)
         monkeypatch.setattr("slrmerge.searching.scorer.LocalScorer.state_s", lambda self, request: 0.0)
+        monkeypatch.setattr("slrmerge.searching.estimate.peak_memory_bytes", lambda: 400_000_000)
+        monkeypatch.setattr("slrmerge.searching.options.memory_bytes", lambda: 64 << 30)
         monkeypatch.setattr("slrmerge.searching.plots.draw_result", no_pictures)
         monkeypatch.setattr(Search, "run", lambda self, out, **_: read_result(out))  # it takes half a minute
         return searched
