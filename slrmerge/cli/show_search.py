@@ -47,7 +47,7 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     ranked.print()
     if result.held_out:
         _print_held_out(result.held_out)
-    on_others = " in %; on held-out prompts as a difference, with its 95% interval" if result.held_out else ""
+    on_others = "; held-out: difference [95% interval]" if result.held_out else ""
     echo(f"ΔQ, ΔD: change from the post-trained model{on_others}")
     if result.reselected:
         echo(f"resampled prompts select {_shares(result.reselected)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slrmerge.cli import main
-from slrmerge.cli.output import wrap
+from slrmerge.cli.output import Table, wrap
 from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search
 from tests.checkpoint.hub.conftest import hub as hub
@@ -147,3 +147,12 @@ def test_colour_marks_errors_and_can_be_switched_off(monkeypatch: pytest.MonkeyP
     assert "\x1b" not in run(*command).stderr
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in on_a_terminal(*command, columns=80)
+
+
+def test_lines_of_a_table_end_with_their_last_word(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("", "name", ">Q")
+    table.add_row("post", "a longer name", "")
+    table.add_row("slr", "", "0.9")
+    table.print()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in lines] == lines
