@@ -366,6 +366,19 @@ def test_what_takes_minutes_is_printed_without_a_terminal(
     assert capsys.readouterr().err == "scoring, layer 3 of 10 (70 s)\nscoring, layer 3 of 10 (2 min)\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["select", "x", "--min-quality", "90%"], "'90%' is not a valid number."),
+        (["diff", "x", "--threads", "two"], "'two' is not a valid whole number."),
+        (["search", "x", "--threads", "two"], "'two' is not a valid whole number."),
+        (["eval", "open-qa", "--batch", "two"], "'two' is not a valid whole number."),
+    ],
+)
+def test_what_is_no_number_is_called_so(words: list[str], expected: str) -> None:
+    assert expected.removesuffix(".") in run(*words).stderr
+
+
 def test_the_help_of_a_command_with_many_options_lists_them_under_headings() -> None:
     text = run("search", "--help").stdout
     headings = re.findall(r"^(\w+):$", text, re.MULTILINE)
