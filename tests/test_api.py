@@ -123,6 +123,7 @@ def test_a_checkpoint_is_a_mapping_of_tensors(pair: Pair) -> None:
 
 def test_diff_gives_a_table(pair: Pair) -> None:
     found = slr.diff(pair.open())
+    assert slr.diff(pair.recipe_file()).to_rows() == found.to_rows()
     table = found.to_pandas()
     assert list(table.columns) == ["layer", "module", "parameters", "relative_change", "cosine"]
     assert len(table) == len(found.by_module)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slrmerge.errors import OptionError, Problem
 from slrmerge.io.files import read_file
+from slrmerge.io.sizes import shorten
 
 _MAX_REF_BYTES = 1000
 _MAX_PARENTS = 1000
@@ -16,10 +17,18 @@ _MAX_PARENTS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A model repository on the Hub; `revision` is a branch, a tag or a commit, None for the default branch."""
+    """A model repository on the Hub; `revision` is a branch, a tag or a commit, None for the default branch.
+
+    Raises OptionError for a name other than `organisation/name`.
+    """
 
     name: str
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(_NAME, self.name, re.ASCII):
+            what, remedy = f"{shorten(self.name)} is not the name of a repository", "write organisation/name"
+            raise OptionError(Problem("invalid-repository", "repository", what, remedy))
 
     @classmethod
     def parse(cls, text: str) -> "Repository | None":

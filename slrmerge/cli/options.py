@@ -51,7 +51,15 @@ class DtypeType(click.Choice[str]):
         return super().convert(self._SHORT.get(value, value), param, ctx)
 
 
-class NumberOrAuto(click.IntRange):
+class Number(click.FloatRange):
+    name = "number"  # in errors
+
+
+class WholeNumber(click.IntRange):
+    name = "whole number"
+
+
+class NumberOrAuto(WholeNumber):
     """A whole number in a range, or the word auto."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -98,12 +106,12 @@ def _click_option(name: str, known: Option, hint: Any, default: Any) -> Decorato
     elif float in kinds:
         lowest = known.above if known.above is not None else known.minimum
         more |= {
-            "type": click.FloatRange(lowest, known.maximum, min_open=known.above is not None),
+            "type": Number(lowest, known.maximum, min_open=known.above is not None),
             "metavar": known.metavar or "NUMBER",
         }
     elif int in kinds and not known.is_size:
         lower, upper = (None if bound is None else int(bound) for bound in (known.minimum, known.maximum))
-        kind = NumberOrAuto if known.or_auto else click.IntRange
+        kind = NumberOrAuto if known.or_auto else WholeNumber
         more |= {"type": kind(lower, upper), "metavar": known.metavar or ("N|auto" if known.or_auto else "N")}
     return grouped_option(flag, name, **more)
 
@@ -122,7 +130,7 @@ branch_option = grouped_option(
     help="Branch to push to; created if it does not exist.",
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", show_default="one per core", help="Number of threads."
+    "--threads", type=WholeNumber(min=1), metavar="N", show_default="one per core", help="Number of threads."
 )
 recipe_argument = click.argument("recipe", type=PATH)
 folder_argument = click.argument("folder", type=FOLDER)

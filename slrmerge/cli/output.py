@@ -99,7 +99,7 @@ class Table:
         for number, row in enumerate([names, *rows[1:]]):
             for cells in zip_longest(*(cell.split("\n") for cell in row), fillvalue=""):
                 line = "  ".join(map(_pad, cells, widths, self._columns))
-                yield line if number else _bold(line)
+                yield line.rstrip() if number else _bold(line.rstrip())
 
     def _block_lines(self, names: Sequence[str], row: Sequence[str], room: int) -> Iterator[str]:
         """A row as its first cell and, below it, the others, each with its column's name."""

@@ -150,7 +150,7 @@ def diff(
         from slrmerge.merging.diff import diff as diff_pair
         from slrmerge.recipe.load import load_recipe
 
-        pair = open_pair(*sources) if len(sources) == 2 else load_recipe(sources[0]).open_pair()
+        pair = open_pair(*sources) if len(sources) == 2 else load_recipe(sources[0])
         result = diff_pair(pair, threads=threads, progress=progress)
     if out is not None:
         result.save(out)

@@ -29,8 +29,14 @@ _COMPLETIONS = {
 """Where shells look for the completions of a user's commands; zsh only with that folder in its fpath."""
 
 
+def _command_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001 (click's)
+    group = ctx.find_root().command
+    assert isinstance(group, click.Group)
+    return [name for name in group.list_commands(ctx) if name.startswith(incomplete)]
+
+
 @click.command("help", cls=Command)
-@click.argument("command", required=False)
+@click.argument("command", required=False, shell_complete=_command_names)
 @click.pass_context
 def help_command(ctx: click.Context, command: str | None) -> None:
     """Show the help of COMMAND, or of slrmerge.
@@ -46,7 +52,7 @@ def help_command(ctx: click.Context, command: str | None) -> None:
         return
     found = parent.command.get_command(parent, command)
     if found is None:
-        raise click.UsageError(f"no command {command!r}; {did_you_mean(command, parent.command.commands)}", ctx)
+        raise click.UsageError(f"no command {command!r}; {did_you_mean(command, sorted(parent.command.commands))}", ctx)
     echo_text(found.get_help(click.Context(found, info_name=command, parent=parent)) + "\n")
 
 

@@ -47,7 +47,7 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     ranked.print()
     if result.held_out:
         _print_held_out(result.held_out)
-    on_others = " in %; on held-out prompts as a difference, with its 95% interval" if result.held_out else ""
+    on_others = "; held-out: difference [95% interval]" if result.held_out else ""
     echo(f"ΔQ, ΔD: change from the post-trained model{on_others}")
     if result.reselected:
         echo(f"resampled prompts select {_shares(result.reselected)}")
@@ -81,15 +81,18 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
         echo(f"downloads {format_bytes(estimate.download_bytes)} from the Hub{each_worker}")
     if each_worker:
         echo(f"for each of {estimate.workers} workers; the time is at the rate of this machine")
-    rows = Table("search of", ">candidates", ">arithmetic", ">states", "dtype", ">rate here", ">time here")
+    rows = Table("search of", ">candidates", "dtype", ">rate here", ">time here", ">memory", ">states")
     for row in estimate.rows:
-        cost = (f"{float(f'{row.cost.flop / 1e12:.3g}'):,g} TFLOP", format_bytes(row.cost.states_bytes))
-        rate = f"{row.flop_per_s / 1e9:,.0f} GFLOP/s"
-        rows.add_row(row.name, f"{row.candidates:,}", *cost, row.dtype, rate, format_duration(row.seconds))
+        speed = f"{row.flop_per_s / 1e9:,.0f} GFLOP/s", format_duration(row.seconds)
+        taken = format_bytes(row.memory_bytes), format_bytes(row.cost.states_bytes)
+        rows.add_row(row.name, f"{row.candidates:,}", row.dtype, *speed, *taken)
     rows.print()
-    echo("states: the most that hidden states take, in memory and, to resume, on disk")
-    echo("time: the matrix products of each pass at the rate measured here, without start-up and reading weights;")
-    echo("after a pass in bfloat16 or a quick one, finalists are re-scored in float32: few, or all where scores tie")
+    echo("time: the matrix products of each pass at the rate measured here,")
+    echo("without start-up and reading weights")
+    echo("memory: about the peak, with at most --max-memory of hidden states")
+    echo("states: what all hidden states take, and on disk, to resume")
+    echo("after a pass in bfloat16 or a quick one, finalists are re-scored in float32:")
+    echo("few, or all where scores tie")
 
 
 def _print_held_out(held_out: HeldOut) -> None:

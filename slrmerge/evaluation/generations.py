@@ -71,9 +71,11 @@ class GenerationsFile:
             wanted[request.prompt] = max(wanted.get(request.prompt, 0), request.key.sample + 1)
         for prompt, count in wanted.items():
             known = self._counts[prompt]
+            what, remedy = f"has {known} of {count} generations for the prompt", "add them, or ask for fewer samples"
+            if not known:
+                what, remedy = "has no line for the prompt", "write the questions as the data has them, to the letter"
             if known < count:
-                what = f"has {known} of {count} generations for the prompt {shorten(prompt)}"
-                yield Problem("generations-missing", str(self._path), what, "add them, or ask for fewer samples")
+                yield Problem("generations-missing", str(self._path), f"{what} {shorten(prompt)}", remedy)
 
     def _read(self, digest: xxhash.xxh3_64) -> None:
         """Read which prompts the file has, where, and with how many generations."""

@@ -109,6 +109,7 @@ MOST_REFUSED = 20
 """So many refused prompts, and none accepted, are an error: the model, or a setting, is the wrong one."""
 
 _LABELLED = re.compile(r"(?P<label>\w[\w.+-]*)=(?P<rest>.*)", re.DOTALL)
+_NO_SCHEME = re.compile(r"([^:]+@)?[\w.-]+:\d+(/.*)?", re.ASCII)
 _SERVED = re.compile(r"(?:(?P<model>.+?)@)?(?P<url>https?://\S+)")
 
 
@@ -122,7 +123,11 @@ def parse_location(text: str | os.PathLike[str]) -> Place | ServerAddress:
         return Path(text)
     match = _SERVED.fullmatch(text)
     if match is None:
-        return parse_place(text)
+        place = parse_place(text)
+        if isinstance(place, Path) and _NO_SCHEME.fullmatch(text) and not os.path.lexists(place):
+            what, remedy = "is a server's address without http:// or https://", "write it like http://localhost:8000/v1"
+            raise OptionError(Problem("invalid-url", text, what, remedy))
+        return place
     try:
         address = urlsplit(match["url"])
         is_valid = bool(address.hostname) and address.port != 0

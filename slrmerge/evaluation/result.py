@@ -68,7 +68,7 @@ class EvaluationResult:
             f"{model}: {' '.join(f'{m.name} {self.cell(model, m.name).mean:.3f}' for m in self.shown)}"
             for model in self.models
         )
-        return f"<EvaluationResult {self.task}, {self.prompts:,} prompts; {means}>"
+        return f"<EvaluationResult {self.task}, {self._asked}; {means}>"
 
     def _repr_html_(self) -> str:
         header, *rows = self.table_rows()
@@ -109,7 +109,11 @@ class EvaluationResult:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
         columns = f"mean (sd) over prompts, [{CONFIDENCE:.0%} bootstrap interval]"
         columns += f", change from {first}" if others else ""
-        return f"{self.task}, {self.prompts:,} prompts, {settings}: {columns}"
+        return f"{self.task}, {self._asked}, {settings}: {columns}"
+
+    @property
+    def _asked(self) -> str:
+        return f"{self.prompts:,} prompt{'s' if self.prompts != 1 else ''}"
 
     def table_rows(self) -> list[list[str]]:
         """A header and a row for each model; cells have lines for mean (sd) and change, each above its interval."""

@@ -5,6 +5,7 @@ import stat
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -79,8 +80,8 @@ class SampleFile:
     """A JSONL file of samples, which continues where an earlier run stopped. Use it in a `with`.
 
     Each line holds model, prompt id, sample index, seed, settings, text and finish reason; a refusal also its error.
-    Drops an incomplete last line, which a kill leaves. Raises OutputError with the lines that are not samples, at most
-    10.
+    Drops an incomplete last line, which a kill leaves, and in the end a file without samples. Raises OutputError with
+    the lines that are not samples, at most 10.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,6 +109,9 @@ class SampleFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        if not self._bytes:
+            with suppress(OSError):
+                self.path.unlink()
 
     def __len__(self) -> int:
         return len(self._numbers)

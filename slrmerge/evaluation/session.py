@@ -186,7 +186,7 @@ class Session:
         if read := [label for label, model in self.models.by_label.items() if isinstance(model, GenerationsFile)]:
             settings = "temperature, min_p and max_tokens"
             yield f"{', '.join(read)}: answers from a file, to which {settings} do not apply"
-        if len(chosen.questions) < FEW_PROMPTS:
+        if 1 < len(chosen.questions) < FEW_PROMPTS:
             yield f"confidence intervals over only {len(chosen.questions)} prompts are too narrow"
 
     def _sample_notes(self, responses: Sequence[ModelResponses[Question]]) -> Iterator[str]:

@@ -75,9 +75,9 @@ def place_labels(
     """Write labels beside their points so that none covers another label, a labelled point or one of `lines`.
 
     Needed labels are placed first; where it is crowded they are farther away, with a stroke to the point, and may cross
-    a line. Call this last, on a figure with DPI dots per inch: it draws the figure to learn where everything is, and
-    keeps that layout. At 80 layers, adjustText 1.3 writes most labels over each other, and textalloc 1.2 leaves out
-    needed ones.
+    a line, or in the end a stroke. Call this last, on a figure with DPI dots per inch: it draws the figure to learn
+    where everything is, and keeps that layout. At 80 layers, adjustText 1.3 writes most labels over each other, and
+    textalloc 1.2 leaves out needed ones.
     """
     import numpy as np
 
@@ -91,6 +91,8 @@ def place_labels(
     on_lines = np.concatenate([np.empty((0, 2)), *dense])
     points = [axes.transData.transform((each.x, each.y)) for each in labels]
     taken = [_Box.around(x, y, 8 * scale, 8 * scale) for x, y in points]
+    written_in: list[_Box] = []
+    on_strokes = np.empty((0, 2))
     room = _Box(*axes.get_window_extent().extents)
     for label, (x, y) in sorted(zip(labels, points, strict=True), key=lambda pair: not pair[0].needed):
         written = axes.annotate(
@@ -104,13 +106,19 @@ def place_labels(
             for distance in (_DISTANCES if label.needed else _DISTANCES[:2])
             for right, up in _SIDES
         )
-        free = [each for each in places if each.box.is_inside(room) and not any(map(each.box.overlaps, taken))]
-        clear = [each for each in free if not each.box.covers(on_lines)]
-        if not (clear or (free and label.needed)):
+        ranked = [
+            (each.box.covers(on_strokes) or each.strikes(written_in, (x, y)), each.box.covers(on_lines), number, each)
+            for number, each in enumerate(places)
+            if each.box.is_inside(room) and not any(map(each.box.overlaps, taken))
+        ]
+        crosses_stroke, crosses_line, _, place = min(ranked, default=(True, True, 0, None))
+        if place is None or ((crosses_stroke or crosses_line) and not label.needed):
             written.remove()
             continue
-        distance, right, up, box = (clear or free)[0]
+        distance, right, up, box = place
         taken.append(box)
+        written_in.append(box)
+        on_strokes = np.concatenate([on_strokes, place.stroke((x, y))])
         written.set(
             position=(right * distance, up * distance),
             ha={1: "left", 0: "center", -1: "right"}[right],
@@ -162,6 +170,17 @@ class _Place(NamedTuple):
     right: int
     up: int
     box: _Box
+
+    def stroke(self, point: tuple[float, float]) -> "NDArray[np.float64]":
+        """Places on the stroke from the label to its point, close together; none for a label that is near."""
+        import numpy as np
+
+        middle = (self.box.left + self.box.right) / 2, (self.box.bottom + self.box.top) / 2
+        return np.linspace(middle, point, 64 if self.distance > _NEAR else 0)
+
+    def strikes(self, boxes: Sequence[_Box], point: tuple[float, float]) -> bool:
+        """Whether the stroke to the point goes through one of the boxes."""
+        return any(box.covers(self.stroke(point)) for box in boxes)
 
 
 def save_figure(figure: "Figure", path: Path) -> bytes:

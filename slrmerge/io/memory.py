@@ -1,6 +1,7 @@
 """The memory that this process may use."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,16 @@ def available_memory_bytes() -> int:
         return memory_bytes() // 2
     available = int(kilobytes.split()[0]) << 10
     return max(min([available, *(limit - used for limit, used in _control_groups())]), 0)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had so far; a usual amount where the system does not report it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 1 << 29
+    unit = 1 if sys.platform == "darwin" else 1 << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _control_groups() -> Iterator[tuple[int, int]]:

@@ -100,7 +100,10 @@ def _described(details: ErrorDetails) -> tuple[str, str, str]:
     if code == "literal_error":
         return "invalid-choice", f"expected {context['expected']}, got {value}", ""
     if code in ("too_short", "string_too_short"):
-        return "empty", "must not be empty", "give at least one" if code == "too_short" else ""
+        return "empty", "must not be empty", "" if isinstance(details["input"], str) else "give at least one"
+    if code in _BOUNDS:
+        word, bound = _BOUNDS[code]
+        return "out-of-range", f"{value} is not in range", f"give a number {word} {context[bound]:g}"
     return "invalid-value", f"{value} is not valid", details["msg"][:1].lower() + details["msg"][1:]
 
 
@@ -116,6 +119,15 @@ _EXPECTED = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
+
+
+_BOUNDS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+"""pydantic's codes of bounds: a word for each, and where it puts the bound."""
 
 
 def _keys_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

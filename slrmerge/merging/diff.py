@@ -9,7 +9,7 @@ from slrmerge.checkpoint.fused import is_regrouped
 from slrmerge.checkpoint.gguf_header import QUANTIZED
 from slrmerge.checkpoint.header import FLOATING
 from slrmerge.checkpoint.layers import group_names
-from slrmerge.checkpoint.pair import ModelPair, PairReader, require_pair, require_same_depth
+from slrmerge.checkpoint.pair import ModelPair, PairReader, require_same_depth
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.io.options import checks_types
 from slrmerge.io.progress import Progress
@@ -17,17 +17,20 @@ from slrmerge.io.threads import cancellable_pool, thread_count
 from slrmerge.merging.blend import CHUNK_ELEMENTS, MAX_ELEMENT_BYTES, as_tensor, one_core_per_chunk
 from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance
 from slrmerge.merging.executor import default_threads
+from slrmerge.recipe.load import RecipeLike, as_recipe
 
 
 @checks_types
-def diff(pair: ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:
+def diff(pair: RecipeLike | ModelPair, *, threads: int | None = None, progress: Progress | None = None) -> DiffResult:
     """Compare every floating tensor that both sides of a pair have in the same shape.
 
-    Quantized tensors of GGUF files are compared as bytes, and a note names those that differ.
+    `pair` is an open pair, or a recipe that names one. Quantized tensors of GGUF files are compared as bytes, and a
+    note names those that differ.
 
-    Raises PlanError for models of different depth, SourceChangedError where a file changes meanwhile.
+    Raises PlanError for models of different depth, SourceChangedError where a file changes meanwhile; for a recipe also
+    OptionError, RecipeError, CheckpointError and HubError.
     """
-    require_pair(pair)
+    pair = pair if isinstance(pair, ModelPair) else as_recipe(pair).open_pair()
     threads = thread_count(threads, default_threads(pair))
     raise_all(require_same_depth(pair), PlanError)
     names, blocks, notes = _comparable(pair)

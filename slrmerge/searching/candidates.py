@@ -121,7 +121,8 @@ def make_candidates(
             _add(made, names.with_alphas(resolved.values()), info)
     for label, recipe in recipes:
         if recipe.blend != "linear":
-            what, remedy = f"blends by {recipe.blend}; a search scores linear blends only", "leave it out"
+            what = f"blends by {recipe.blend}, and a search scores linear blends only"
+            remedy = "leave its rules out, or name the two checkpoints in its place"
             raise PlanError(Problem("unsupported-blend", label, what, remedy))
         resolved, problems = recipe.resolve(pair)
         raise_all(problems, PlanError)

@@ -171,7 +171,8 @@ def _held_out_doubts(slr: ScoredCandidate, held_out: HeldOut, min_quality: float
     """Why the selection may be worse on other prompts than on those that it was selected by."""
     label, own, post = slr.info.label, held_out.scores.get("slr"), held_out.scores["post"]
     if own is None:
-        yield f"the held-out prompts were not asked of {label}; search again with this minimum quality"
+        again = "search again with this minimum quality, into another folder"
+        yield f"the held-out prompts were not asked of {label}; {again}"
         return
     if own.quality < min_quality * post.quality:
         share = own.quality / post.quality

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from slrmerge.checkpoint.header import TORCH_DTYPES
 from slrmerge.checkpoint.pair import ModelPair, require_layers
 from slrmerge.io.files import replace_file
 from slrmerge.io.progress import Progress
@@ -21,9 +22,9 @@ from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.searching.device import require_device
 from slrmerge.searching.sweep.check import require_agreement
 from slrmerge.searching.sweep.contexts import Context
-from slrmerge.searching.sweep.cost import LAST_LAYER_SHARE, Cost, Shape, cost_of
+from slrmerge.searching.sweep.cost import LAST_LAYER_SHARE, Cost, Shape, cost_of, memory_bytes
 from slrmerge.searching.sweep.engine import Sweep
-from slrmerge.searching.sweep.layouts import measured_state_s, staged_model, token_count
+from slrmerge.searching.sweep.layouts import chunk_size, measured_state_s, staged_model, token_count
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import SweepPlan
 from slrmerge.searching.sweep.states import StateStore
@@ -130,6 +131,29 @@ class LocalScorer:
             tokens=tokens,
             last_layer_share=LAST_LAYER_SHARE if model.why_rows is None else 1.0,
         )
+
+    def memory_bytes(self, request: ScoreRequest) -> int:
+        """About the most memory that scoring takes, besides that of the program."""
+        model = self.model(request.dtype)
+        return memory_bytes(
+            self.shape(request),
+            self.cost(request),
+            layer_bytes=max(self._layer_bytes(model, number) for number in range(len(model.layers))),
+            chunk_tokens=chunk_size(model.width),
+            max_states_bytes=self.options.max_memory_bytes,
+            itemsize=request.dtype.itemsize,
+        )
+
+    def _layer_bytes(self, model: StagedModel, number: int) -> int:
+        """A layer's weights, and those of its tensors that are not weights as they are stored."""
+        stored = {name: self.pair.posttrained[name] for name in model.stages[number + 1]}
+        dtypes = {name: self.options.output_dtype or TORCH_DTYPES.get(info.dtype) for name, info in stored.items()}
+        others = [
+            info.nbytes
+            for name, info in stored.items()
+            if dtypes[name] != str(model.dtype).removeprefix("torch.") or model.tensors.placements[name].is_converted
+        ]
+        return sum(each.nbytes for each in model.layers[number].parameters()) + sum(others)
 
     def state_s(self, request: ScoreRequest) -> float:
         """Seconds that a layer takes for one state, measured with random weights."""

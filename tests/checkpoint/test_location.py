@@ -1,6 +1,7 @@
 """What a recipe's two sides may name: folders, and repositories on the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,12 @@ NO_REPOSITORIES = [
     "model\0",
     "x" * 300,
 ]
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "model", "", "org/model@main", "hf://org/model", 5, None])
+def test_a_repository_has_an_organisation_and_a_name(name: Any) -> None:
+    with refused(OptionError, "invalid-repository"):
+        Repository(name)
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,54 @@ def test_a_slow_count_has_a_rate_per_second(monkeypatch: pytest.MonkeyPatch) -> 
     assert re.search(r"0\.0\d samples/s\]", screen.getvalue())
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that progress sees, in seconds; it stands still."""
+    now = [0.0]
+    monkeypatch.setattr("slrmerge.cli.progress.monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    return now
+
+
+def test_what_takes_long_ticks_at_a_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    progress = TerminalProgress(quiet=False)
+    progress.status("loading torch")
+    clock[0] = 12
+    progress.tick()
+    assert screen.getvalue().endswith("\rloading torch ... [00:12]")
+    progress.start("merging", 10)
+    clock[0] = 15
+    progress.tick()
+    assert "| 0.00/10.0 [00:03<?" in screen.getvalue()
+
+
+def test_what_takes_minutes_is_printed_without_a_terminal(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TerminalProgress(quiet=False) as progress:
+        progress.start("scoring", 10, "")
+        progress.stage("layer 3 of 10")
+        for clock[0] in range(0, 200, 10):
+            progress.tick()
+    assert capsys.readouterr().err == "scoring, layer 3 of 10 (70 s)\nscoring, layer 3 of 10 (2 min)\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["select", "x", "--min-quality", "90%"], "'90%' is not a valid number."),
+        (["diff", "x", "--threads", "two"], "'two' is not a valid whole number."),
+        (["search", "x", "--threads", "two"], "'two' is not a valid whole number."),
+        (["eval", "open-qa", "--batch", "two"], "'two' is not a valid whole number."),
+    ],
+)
+def test_what_is_no_number_is_called_so(words: list[str], expected: str) -> None:
+    assert expected.removesuffix(".") in run(*words).stderr
+
+
 def test_the_help_of_a_command_with_many_options_lists_them_under_headings() -> None:
     text = run("search", "--help").stdout
     headings = re.findall(r"^(\w+):$", text, re.MULTILINE)

@@ -102,8 +102,8 @@ def test_output_of_reasoning(models: dict[str, Seeded], tmp_path: Path) -> None:
 def test_the_folder_contains_table_chart_page_and_every_sample(models: dict[str, Seeded]) -> None:
     assert evaluate("open-qa", STATES, post="poor", slr="rich").exit_code == 0
     assert sorted(path.name for path in Path("eval").iterdir()) == [
-        "evaluation.json", "greedy.jsonl", "judge.jsonl", "metrics.png", "metrics.svg", "prompts.csv", "results.csv",
-        "results.md", "samples.html", "samples.jsonl",
+        "evaluation.json", "metrics.png", "metrics.svg", "prompts.csv", "results.csv", "results.md", "samples.html",
+        "samples.jsonl",
     ]  # fmt: skip
     assert len(Path("eval/samples.jsonl").read_text().splitlines()) == 2 * len(STATES) * SAMPLES
     said = json.loads(Path("eval/evaluation.json").read_text())

@@ -164,6 +164,8 @@ def test_the_output_after_a_search_is_that_of_the_golden_file(
     monkeypatch.setattr("slrmerge.searching.plots.draw_result", no_pictures)
     monkeypatch.setattr("slrmerge.searching.estimate.measured_rate", lambda width, dtype, device: 1e11)
     monkeypatch.setattr("slrmerge.searching.scorer.LocalScorer.state_s", lambda self, request: 0.0)
+    monkeypatch.setattr("slrmerge.searching.estimate.peak_memory_bytes", lambda: 400_000_000)
+    monkeypatch.setattr("slrmerge.searching.options.memory_bytes", lambda: 64 << 30)
     check(name, AFTER_A_SEARCH[name], here)
 
 

@@ -77,6 +77,7 @@ def test_a_shell_without_completions_has_to_be_named(monkeypatch: pytest.MonkeyP
     (["search", "--task", "mon"], "months"),
     (["eval", "open-qa", "--model", "pos"], "file"),
     (["eval", "open-qa", "--extract", "str"], "strict-match"),
+    (["help", "sea"], "search"),
 ])  # fmt: skip
 def test_names_and_files_are_completed(words: list[str], offered: str) -> None:
     (item,) = ShellComplete(main, {}, "slrmerge", "_SLRMERGE_COMPLETE").get_completions(words[:-1], words[-1])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slrmerge.cli import main
-from slrmerge.cli.output import wrap
+from slrmerge.cli.output import Table, wrap
 from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search
 from tests.checkpoint.hub.conftest import hub as hub
@@ -61,6 +61,8 @@ def here(pair: Pair, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         monkeypatch.chdir(searched)
         monkeypatch.setattr("slrmerge.searching.estimate.measured_rate", lambda width, dtype, device: 1e11)
         monkeypatch.setattr("slrmerge.searching.scorer.LocalScorer.state_s", lambda self, request: 0.0)
+        monkeypatch.setattr("slrmerge.searching.estimate.peak_memory_bytes", lambda: 400_000_000)
+        monkeypatch.setattr("slrmerge.searching.options.memory_bytes", lambda: 64 << 30)
         monkeypatch.setattr("slrmerge.searching.plots.draw_result", no_pictures)
         monkeypatch.setattr(Search, "run", lambda self, out, **_: read_result(out))  # it takes half a minute
         return searched
@@ -145,3 +147,12 @@ def test_colour_marks_errors_and_can_be_switched_off(monkeypatch: pytest.MonkeyP
     assert "\x1b" not in run(*command).stderr
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in on_a_terminal(*command, columns=80)
+
+
+def test_lines_of_a_table_end_with_their_last_word(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("", "name", ">Q")
+    table.add_row("post", "a longer name", "")
+    table.add_row("slr", "", "0.9")
+    table.print()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in lines] == lines

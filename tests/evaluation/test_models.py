@@ -91,6 +91,18 @@ def test_an_invalid_url_is_refused(url: str) -> None:
     assert caught.value.problems[0].where == url
 
 
+@pytest.mark.parametrize("model", ["localhost:8000", "m@localhost:8000/v1", "org/m@10.0.0.1:80", "host.org:8000/v1/"])
+def test_an_address_without_its_scheme_is_refused(model: str) -> None:
+    with refused(OptionError, "invalid-url"):
+        parse_model(model)
+
+
+def test_a_folder_may_be_named_like_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a@b:1").mkdir()
+    assert parse_model("post=a@b:1").at == Path("a@b:1")
+
+
 @pytest.mark.parametrize(
     ("written", "label", "shown"),
     [

@@ -128,7 +128,7 @@ def test_a_model_without_values_has_a_dash() -> None:
 
 def test_the_caption_names_settings_and_reference() -> None:
     alone, both = result(post=[1.0]).caption, result(post=[1.0], slr=[1.0]).caption
-    assert alone.startswith("creative, 1 prompts, samples 2: ")
+    assert alone.startswith("creative, 1 prompt, samples 2: ")
     assert "post" not in alone
     assert both.startswith(alone)
     assert both.endswith("from post")

@@ -57,6 +57,14 @@ def test_a_line_holds_everything_that_a_sample_depends_on(path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("content", [b"", b'{"model": "po'])
+def test_a_file_without_samples_is_removed_in_the_end(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with SampleFile(path) as file:
+        assert len(file) == 0
+    assert not path.exists()
+
+
 def test_a_refusal_keeps_its_error(path: Path) -> None:
     refusal = Answer("", REFUSED, "rejected the request (too long)")
     with SampleFile(path) as file:

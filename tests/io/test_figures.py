@@ -1,14 +1,18 @@
 """Colours that everyone can tell apart, one for each model, also in the style of pages."""
 
+import random
 import re
 from importlib.resources import files
 from itertools import combinations
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from numpy.typing import NDArray
 
-from slrmerge.io.figures import MODEL_COLOURS, model_colours
+from slrmerge.io.figures import DPI, MODEL_COLOURS, Label, model_colours, place_labels
 
 Colour = NDArray[np.float64]
 
@@ -89,3 +93,26 @@ def test_a_model_has_the_colour_of_its_name_or_one_of_its_own() -> None:
         assert colours.get("post") in (None, MODEL_COLOURS["post"])
     assert len(model_colours([f"model {n}" for n in range(20)])) == 20
     assert len(model_colours([*MODEL_COLOURS, "x", "y"])) == 10
+
+
+@pytest.mark.parametrize("seed", [3, 5, 7])
+def test_no_stroke_goes_through_a_label(seed: int) -> None:
+    figure, rng = Figure(figsize=(8, 6), dpi=DPI), random.Random(seed)
+    figure.canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    names = [f"a control: layers {n}–{n + 9}" for n in range(6)] + ["0.5"] * 40
+    labels = [Label(rng.gauss(0.5, 0.03), rng.gauss(0.5, 0.03), n, "#000000", n != "0.5") for n in names]
+    place_labels(axes, labels)
+    figure.canvas.draw()
+    written = [text for text in axes.texts if isinstance(text, Annotation)]
+    assert {text.get_text() for text in written} == set(names)
+    boxes = [Text.get_window_extent(text) for text in written]
+    strokes = [
+        np.linspace(((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), axes.transData.transform(text.xy), 200)
+        for text, box in zip(written, boxes, strict=True)
+        if text.arrow_patch is not None and text.arrow_patch.get_visible()
+    ]
+    crossed = [stroke for box in boxes for stroke in strokes if any(box.contains(x, y) for x, y in stroke)]
+    assert len(strokes) > 1
+    assert len(crossed) == len(strokes)  # each begins in its own label

@@ -33,7 +33,8 @@ class Outer(Model):
     mode: Literal["fast", "exact"] = "fast"
     flag: bool = False
     number: float = 0.0
-    count: int = 0
+    count: Annotated[int, Field(ge=0, le=9)] = 0
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     name: Annotated[str, Field(min_length=1)] = "name"
     mapping: dict[str, Any] = Field(default={})
 
@@ -55,6 +56,8 @@ BAD: list[tuple[dict[Any, Any], list[tuple[str, str]]]] = [
     ({"flag": []}, [("wrong-type", "$.flag")]),
     ({"number": None}, [("wrong-type", "$.number")]),
     ({"count": {}}, [("wrong-type", "$.count")]),
+    ({"count": -1, "share": 0}, [("out-of-range", "$.count"), ("out-of-range", "$.share")]),
+    ({"count": 10, "share": 1}, [("out-of-range", "$.count"), ("out-of-range", "$.share")]),
     ({"name": ""}, [("empty", "$.name")]),
     ({"name": "\ud800"}, [("invalid-value", "$.name")]),
     ({"mapping": []}, [("wrong-type", "$.mapping")]),

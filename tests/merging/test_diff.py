@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from slrmerge.checkpoint import files
 from slrmerge.checkpoint.opening import open_pair
-from slrmerge.errors import MissingExtraError, OptionError, OutputError, PlanError, SourceChangedError
+from slrmerge.errors import MissingExtraError, OptionError, OutputError, PlanError, RecipeError, SourceChangedError
 from slrmerge.merging.diff import diff
 from slrmerge.merging.diff_result import OUTSIDE, DiffResult, Distance
 from tests.checkpoints import Tensor, llama_config, llama_tensors, random_tensor, write_checkpoint
@@ -219,10 +219,12 @@ def test_an_invalid_number_of_threads_is_refused(pair: Pair, threads: Any, code:
         diff(pair.open(), threads=threads)
 
 
-def test_a_value_that_is_not_a_pair_is_refused() -> None:
-    path: Any = "pre"
+def test_a_value_that_is_neither_a_pair_nor_a_recipe_is_refused(pair: Pair) -> None:
+    number: Any = 5
     with refused(OptionError, "wrong-type"):
-        diff(path)
+        diff(number)
+    with refused(RecipeError, "recipe-unreadable"):
+        diff(pair.folder / "pre")
 
 
 def test_progress_counts_the_bytes_of_both_sides(pair: Pair) -> None:

@@ -9,7 +9,7 @@ import torch
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.searching import estimate
 from slrmerge.searching.scorer import LocalScorer
-from slrmerge.searching.sweep.cost import PAPER_MODELS, all_intervals_cost
+from slrmerge.searching.sweep.cost import KERNEL_BYTES, PAPER_MODELS, Cost, all_intervals_cost, memory_bytes
 from tests.merging.faults import tree
 from tests.searching.pairs import SmallPair, Watcher, hurried
 from tests.searching.sweep.models import INTERVALS, POST, contexts, local_scorer, request, write_models
@@ -39,6 +39,39 @@ def test_small_layers_take_what_was_measured_for_every_state(
     assert besides > 0
     assert row.overhead_s == pytest.approx(expected)
     assert row.seconds == pytest.approx(cost.flop / rate + expected)
+
+
+def test_memory_holds_states_a_layer_and_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "peak_memory_bytes", lambda: 1000)
+    write_models(tmp_path, "llama", dtypes=(torch.bfloat16, torch.bfloat16))
+    with local_scorer(tmp_path) as scorer:
+        exact, rough = (
+            request(scorer, [POST, *INTERVALS], contexts(), dtype) for dtype in (torch.float32, torch.bfloat16)
+        )
+        made = estimate._own_estimate(scorer, [exact, rough])
+        layer = [
+            sum(each.nbytes for each in scorer.model(dtype).layers[0].parameters())
+            for dtype in (exact.dtype, rough.dtype)
+        ]
+        loaded = [scorer._layer_bytes(scorer.model(dtype), 0) for dtype in (exact.dtype, rough.dtype)]
+    assert loaded == [layer[0] + layer[1], layer[1]]  # as stored, and as computed where that is another dtype
+    for row in made.rows:
+        assert row.memory_bytes > 1000 + KERNEL_BYTES + row.cost.states_bytes
+
+
+@pytest.mark.parametrize(("max_states_bytes", "held"), [(1 << 40, 8 << 30), (4 << 30, 4 << 30)])
+def test_memory_for_states_has_a_limit(max_states_bytes: int, held: int) -> None:
+    shape = PAPER_MODELS[0]
+    found = memory_bytes(
+        shape,
+        Cost(1.0, 8 << 30, 1),
+        layer_bytes=100 << 20,
+        chunk_tokens=2048,
+        max_states_bytes=max_states_bytes,
+        itemsize=2,
+    )
+    chunk = 2048 * (shape.layer_parameters // 4096 + 8 * 4096) * 2
+    assert found == KERNEL_BYTES + held + (100 << 20) + chunk
 
 
 @pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])

@@ -216,7 +216,7 @@ def is_whole_in_place(trial: Trial) -> bool:
     """Whether each file is complete, or as the command writes it first; one that grows may end in the middle."""
     for name, data in (snapshot(trial.job.out) or {}).items():
         wanted = trial.expected.get(name.removesuffix(".new"))
-        is_grown = name in trial.job.grows and wanted is not None and wanted.startswith(data)
+        is_grown = name in trial.job.grows and (wanted or b"").startswith(data)
         is_mark = name.startswith("evaluation.json") and (name.endswith(".new") or b'"task"' in data)
         if not (data == wanted or is_grown or is_mark or name.endswith(".new")):
             return False

@@ -15,6 +15,7 @@ import xxhash
 from slrmerge._version import __version__
 from slrmerge.io.progress import Progress
 from slrmerge.searching.sweep.contexts import Context
+from slrmerge.searching.sweep.cost import HEAD_BYTES
 from slrmerge.searching.sweep.embedding_rows import rows_in_use
 from slrmerge.searching.sweep.layouts import chunk_size, lay_out
 from slrmerge.searching.sweep.log_softmax import StreamingLogSoftmax
@@ -22,9 +23,6 @@ from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import Step, SweepPlan, Transition, plan_step
 from slrmerge.searching.sweep.states import StateStore
 from slrmerge.searching.sweep.weights import HybridWeights
-
-HEAD_BYTES = 1 << 26
-"""Memory for a step of the head: rows of its weights, and the logits that they give in float64."""
 
 
 class _Chunk(NamedTuple):
@@ -54,7 +52,7 @@ class Sweep:
         self._weights = weights
         self._plan = plan
         self._contexts = contexts
-        self._chunk_tokens = chunk_tokens or chunk_size(model)
+        self._chunk_tokens = chunk_tokens or chunk_size(model.width)
         self._head_bytes = head_bytes
         self._layout = lay_out(model, contexts, chunk_tokens=self._chunk_tokens)
         self._head_stage = len(plan.stages) - 1

@@ -60,9 +60,9 @@ def staged_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.de
     return model
 
 
-def chunk_size(model: StagedModel) -> int:
-    """The tokens that go through a layer at a time."""
-    return max(CHUNK_TOKENS, CHUNK_NUMBERS // model.width)
+def chunk_size(width: int) -> int:
+    """The tokens of a model of this width that go through a layer at a time."""
+    return max(CHUNK_TOKENS, CHUNK_NUMBERS // width)
 
 
 def lay_out(model: StagedModel, contexts: Sequence[Context], *, chunk_tokens: int) -> Layout:
@@ -82,10 +82,10 @@ def token_count(model: StagedModel, contexts: Sequence[Context]) -> int:
 
 def measured_state_s(model: StagedModel, contexts: Sequence[Context], *, layer: int) -> float:
     """Seconds that a layer takes for one state in a full chunk, with random weights: the best of two."""
-    layout = lay_out(model, contexts, chunk_tokens=chunk_size(model))
+    layout = lay_out(model, contexts, chunk_tokens=chunk_size(model.width))
     count = len(rows_in_use(layout.token_ids))
     rows = {name: fake.expand(count, *fake.shape[1:]) for name, fake in model.embedding_fakes.items()}
-    states = layout.embed(0, rows).expand(max(1, chunk_size(model) // layout.tokens), -1, -1).contiguous()
+    states = layout.embed(0, rows).expand(max(1, chunk_size(model.width) // layout.tokens), -1, -1).contiguous()
     weights = {name: weight.contiguous() for name, weight in model.fake_layer(layer, seed=0).items()}
     times = []
     for _ in range(2):
