@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from slrmerge.io.files import replace_file
 from slrmerge.io.text import printable
@@ -88,80 +88,51 @@ def place_labels(
     scale = figure.dpi / 72
     drawn = [axes.transData.transform(line) for line in lines if len(line)]
     dense = [np.linspace(a, b, 2 + int(np.abs(b - a).max() / 3)) for each in drawn for a, b in pairwise(each)]
-    on_lines = np.concatenate([np.empty((0, 2)), *dense])
-    points = [axes.transData.transform((each.x, each.y)) for each in labels]
-    taken = [_Box.around(x, y, 8 * scale, 8 * scale) for x, y in points]
-    room = _Box(*axes.get_window_extent().extents)
-    for label, (x, y) in sorted(zip(labels, points, strict=True), key=lambda pair: not pair[0].needed):
+    on_lines = np.tile(np.concatenate([np.empty((0, 2)), *dense]), 2)
+    points = axes.transData.transform([(each.x, each.y) for each in labels]) if labels else np.empty((0, 2))
+    taken = _boxes(points, 8 * scale, 8 * scale)
+    left, bottom, right, top = axes.get_window_extent().extents
+    for label, point in sorted(zip(labels, points, strict=True), key=lambda pair: not pair[0].needed):
         written = axes.annotate(
             label.text, (label.x, label.y), xytext=(0, 0), textcoords="offset points", fontsize=fontsize,
             color=label.colour, zorder=6, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
-        size = written.get_window_extent()
-        places = (
-            _Place(distance, right, up, _Box.beside(x, y, size.width, size.height, right, up, distance * scale))
-            for distance in (_DISTANCES if label.needed else _DISTANCES[:2])
-            for right, up in _SIDES
-        )
-        free = [each for each in places if each.box.is_inside(room) and not any(map(each.box.overlaps, taken))]
-        clear = [each for each in free if not each.box.covers(on_lines)]
-        if not (clear or (free and label.needed)):
+        width, height = written.get_window_extent().size
+        distances = _DISTANCES if label.needed else _DISTANCES[:2]
+        places = [(distance, side) for distance in distances for side in _SIDES]
+        offsets = [(x * (width / 2 + far * scale), y * (height / 2 + far * scale)) for far, (x, y) in places]
+        boxes = _boxes(point + np.array(offsets), width, height)
+        is_inside = ((boxes[:, :2] >= (left, bottom)) & (boxes[:, 2:] <= (right, top))).all(axis=1)
+        free = np.flatnonzero(is_inside & ~_overlap(boxes, taken))
+        fitting = [*free[~_overlap(boxes[free], on_lines)], *(free if label.needed else ())]
+        if not fitting:
             written.remove()
             continue
-        distance, right, up, box = (clear or free)[0]
-        taken.append(box)
+        distance, (x, y) = places[fitting[0]]
+        taken = np.vstack([taken, boxes[fitting[0]]])
         written.set(
-            position=(right * distance, up * distance),
-            ha={1: "left", 0: "center", -1: "right"}[right],
-            va={1: "bottom", 0: "center", -1: "top"}[up],
+            position=(x * distance, y * distance),
+            ha={1: "left", 0: "center", -1: "right"}[x],
+            va={1: "bottom", 0: "center", -1: "top"}[y],
         )
         assert written.arrow_patch is not None
         written.arrow_patch.set_visible(distance > _NEAR)
 
 
-@dataclass(frozen=True)
-class _Box:
-    """A rectangle in pixels."""
+def _boxes(centres: "NDArray[np.float64]", width: float, height: float) -> "NDArray[np.float64]":
+    """Boxes around points, in pixels: left, bottom, right, top, shape (points, 4)."""
+    import numpy as np
 
-    left: float
-    bottom: float
-    right: float
-    top: float
-
-    @classmethod
-    def around(cls, x: float, y: float, width: float, height: float) -> "_Box":
-        return cls(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-
-    @classmethod
-    def beside(cls, x: float, y: float, width: float, height: float, right: int, up: int, distance: float) -> "_Box":
-        """A box so far from a point, on its right (1), its left (-1) or neither (0), and likewise above or below."""
-        return cls.around(x + right * (width / 2 + distance), y + up * (height / 2 + distance), width, height)
-
-    def overlaps(self, other: "_Box") -> bool:
-        return (
-            self.left < other.right and other.left < self.right and self.bottom < other.top and other.bottom < self.top
-        )
-
-    def is_inside(self, other: "_Box") -> bool:
-        return (
-            other.left <= self.left and self.right <= other.right
-            and other.bottom <= self.bottom and self.top <= other.top
-        )  # fmt: skip
-
-    def covers(self, points: "NDArray[np.float64]") -> bool:
-        """Whether one of the points, an array of shape (points, 2), is inside."""
-        x, y = points.T
-        return bool(((self.left < x) & (x < self.right) & (self.bottom < y) & (y < self.top)).any())
+    half = width / 2, height / 2
+    return np.hstack([centres - half, centres + half])
 
 
-class _Place(NamedTuple):
-    """Where a label may be: so far to the right (1) or left (-1) of its point, above (1) or below (-1) it."""
-
-    distance: float
-    right: int
-    up: int
-    box: _Box
+def _overlap(boxes: "NDArray[np.float64]", others: "NDArray[np.float64]") -> "NDArray[np.bool_]":
+    """Whether each box overlaps any of the others, shape (boxes,); a point is a box without size."""
+    left, bottom, right, top = boxes.T[:, :, None]
+    overlaps = (left < others[:, 2]) & (others[:, 0] < right) & (bottom < others[:, 3]) & (others[:, 1] < top)
+    return overlaps.any(axis=1)
 
 
 def save_figure(figure: "Figure", path: Path) -> bytes:
