@@ -117,7 +117,7 @@ def merge(choice: Selection, name: str, pair: slr.ModelPair, run: Run) -> Path:
         is_same_pair = all(manifest.sources[side].matches(source) for side, source in pair.items())
         if is_same_pair and to_json(manifest.tensors) == to_json(dict(planned.origins())):
             return folder
-    run.progress.message(f"merging {name}: {candidate.info.label}")
+    run.progress.message(f"merging {name}: {candidate.label}")
     slr.merge(recipe, folder, pair=pair.download(run.progress), overwrite=True, progress=run.progress)
     return folder
 
@@ -196,9 +196,9 @@ def free_port() -> int:
 
 def report(recipe: AnyRecipe, found: slr.SearchResult, results: tables.Results, paper: tables.Published) -> str:
     """The search's selection, the tables, and what limits them, as Markdown."""
-    own = [(f"recipe {row.info.full_label}", row) for row in found.rows if row.info.space == "recipe"]
+    own = [(f"recipe {row.full_label}", row) for row in found.rows if row.space == "recipe"]
     selected = [
-        f"| {name} | {row.info.full_label} | {row.quality:.4f} | {row.diversity:.4f} |"
+        f"| {name} | {row.full_label} | {row.quality:.4f} | {row.diversity:.4f} |"
         for name, row in chain(found.choice.named().items(), own)
     ]
     notes = [f"- {name}: {note}" for name, result in results.items() for note in result.notes if "\n" not in note]

@@ -33,17 +33,17 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
     compared = Table("", "hybrid", ">layers", ">Q", ">D", ">ΔQ", ">ΔD")
     for names, row in _compared(result):
         changes = (_change(choice.post, row, "quality"), _change(choice.post, row, "diversity"))
-        layers = str(row.info.layers_restored or "")
+        layers = str(row.layers_restored or "")
         is_doubtful = (row is choice.post and row.quality < LOW_QUALITY) or (
             row is choice.pre and row.quality > choice.post.quality
         )
         named = names + (" (!)" if is_doubtful else "")
-        compared.add_row(named, row.info.full_label, layers, *_scores(row), *changes)
+        compared.add_row(named, row.full_label, layers, *_scores(row), *changes)
     compared.print()
     ranked = Table(">rank", "hybrid", ">layers", ">Q", ">D")
     for rank, row in enumerate(best, 1):
-        label = row.info.full_label + ("" if row.exact else " (roughly)")
-        ranked.add_row(str(rank), label, str(row.info.layers_restored), *_scores(row))
+        label = row.full_label + ("" if row.exact else " (roughly)")
+        ranked.add_row(str(rank), label, str(row.layers_restored), *_scores(row))
     ranked.print()
     if result.held_out:
         _print_held_out(result.held_out)
@@ -59,7 +59,7 @@ def print_result(result: SearchResult, folder: Path, *, as_json: bool) -> None:
             again = f"slrmerge select {_quoted(folder)} --min-quality …"
             echo(f"no interval has {kept}; select again with a lower minimum: {again}")
         return
-    label, count = choice.slr.info.label, len(result.rows)
+    label, count = choice.slr.label, len(result.rows)
     echo(f"selected {label}: the highest diversity of {count:,} candidates with {kept}")
     echo(f"merge it: slrmerge {_quoted(folder / RECIPES['slr'])} --out ./hybrid")
 
@@ -127,10 +127,10 @@ def _compared(result: SearchResult) -> list[tuple[str, ScoredCandidate]]:
     """The rows of the first table: each hybrid once, with all its names; recipes that were scored come last."""
     groups: dict[str, tuple[list[str], ScoredCandidate]] = {}
     for name, row in result.choice.named().items():
-        groups.setdefault(row.info.label, ([], row))[0].append(NAMES[name])
+        groups.setdefault(row.label, ([], row))[0].append(NAMES[name])
     for row in result.rows:
-        if row.info.space == "recipe" or row.info.also_named:
-            groups.setdefault(row.info.label, (["recipe"], row))
+        if row.space == "recipe" or row.also_named:
+            groups.setdefault(row.label, (["recipe"], row))
     return [(", ".join(names), row) for names, row in groups.values()]
 
 
@@ -142,7 +142,7 @@ def _change(post: ScoredCandidate, row: ScoredCandidate, score: Literal["quality
 
 
 def _plain(row: ScoredCandidate) -> dict[str, Any]:
-    return {"label": row.info.label, "quality": row.quality, "diversity": row.diversity, "exact": row.exact}
+    return {"label": row.label, "quality": row.quality, "diversity": row.diversity, "exact": row.exact}
 
 
 def _quoted(path: Path) -> str:

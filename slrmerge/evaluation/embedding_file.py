@@ -24,7 +24,7 @@ _MAX_HEADER_BYTES = 1 << 16
 _MAX_WIDTH = 1 << 20
 
 
-class KeptEmbeddings:
+class KeptEmbeddings(Embedder):
     """An Embedder that keeps embeddings in the evaluation's folder, in one file for each model.
 
     A file has a line of JSON with the model and the width, and a record for each text: its digest, whether the model

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -13,33 +13,32 @@ from slrmerge.checkpoint.location import Place, Repository
 from slrmerge.errors import Problem, UnsupportedModelError, first_line, require_extra
 
 
-class Embedder(Protocol):
+class Embedder:
     """A model that embeds texts."""
 
     @property
     def model_id(self) -> str:
         """See `ChatModel`."""
-        ...
+        raise NotImplementedError
 
     @property
     def identity(self) -> str:
         """Identifies the model, one behind a server by its name: embeddings are only reused for the same identity."""
-        ...
+        return self.model_id
 
     def check(self) -> None:
         """Raise ServerError if the model cannot be used now, as far as is cheap to find out."""
-        ...
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.floating]:
         """Embeddings, shape (texts, width); NaN for a text that the model refuses."""
-        ...
+        raise NotImplementedError
 
     def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """Which texts are longer than the model reads, as far as is known."""
-        ...
+        """Which texts are longer than the model reads, as far as is known: a server rejects one, or is silent."""
+        return np.zeros(len(texts), bool)
 
 
-class LocalEmbeddings:
+class LocalEmbeddings(Embedder):
     """A sentence-transformers model, loaded at the first use.
 
     Raises UnsupportedModelError and HubError for a model that does not exist; `embed` raises UnsupportedModelError for
@@ -71,9 +70,6 @@ class LocalEmbeddings:
         described = [(path.relative_to(self._at).as_posix(), path.stat()) for path in files]
         listed = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in described)
         return f"{self._at.resolve()} {xxhash.xxh3_64_hexdigest(os.fsencode(listed))}"
-
-    def check(self) -> None:
-        pass
 
     @cached_property
     def _model(self) -> Any:

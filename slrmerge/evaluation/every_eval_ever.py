@@ -16,9 +16,9 @@ import xxhash
 
 from slrmerge._version import __version__
 from slrmerge.evaluation.generations import GenerationsFile
+from slrmerge.evaluation.metrics import Metric
 from slrmerge.evaluation.models import ChatModel
 from slrmerge.evaluation.result import CONFIDENCE, RESAMPLES, Cell, EvaluationResult
-from slrmerge.evaluation.tasks.base import Metric
 from slrmerge.io.files import create_folder, replace_file
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.text import to_json

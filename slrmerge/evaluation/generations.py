@@ -14,7 +14,7 @@ import xxhash
 
 from slrmerge.errors import DataError, Problem, raise_all
 from slrmerge.evaluation.lines import MAX_LINE_BYTES, lines_of, open_data
-from slrmerge.evaluation.models import AnswerSink, SampleRequest
+from slrmerge.evaluation.models import AnswerSink, ChatModel, SampleRequest
 from slrmerge.evaluation.questions import PROBLEMS_SHOWN, raise_shown
 from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.evaluation.tasks.base import ModelResponses
@@ -27,33 +27,25 @@ from slrmerge.io.text import printable, to_json
 SUFFIX = ".jsonl"
 
 
-class GenerationsFile:
+class GenerationsFile(ChatModel):
     """A ChatModel that gives the answers in a file: sample n of a prompt is its generation n. They stay in the file.
 
     Other keys than `prompt` and `generations` are ignored. Raises DataError for a file that cannot be read, for lines
     of another form, and in `answer` for answers that it does not have.
     """
 
-    dtype = None
-
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lines: dict[str, list[int]] = {}  # where the lines of each prompt start
         self._counts: Counter[str] = Counter()
-        digest = xxhash.xxh3_64()
-        self._read(digest)
+        self._digest = xxhash.xxh3_64()
+        self._read()
         self._generations = lru_cache(1)(self._read_generations)  # a prompt's samples follow each other
-        self.model_id = f"{printable(path.name)} {digest.hexdigest()}"
+
+    @property
+    def model_id(self) -> str:
         """The file's name and a digest of its content."""
-
-    def check(self) -> None:
-        """See `ChatModel`."""
-
-    def load(self) -> None:
-        """See `ChatModel`."""
-
-    def close(self) -> None:
-        """See `ChatModel`."""
+        return f"{printable(self._path.name)} {self._digest.hexdigest()}"
 
     def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
         """See `ChatModel`. Whether answers are truncated is not known."""
@@ -77,12 +69,12 @@ class GenerationsFile:
             if known < count:
                 yield Problem("generations-missing", str(self._path), f"{what} {shorten(prompt)}", remedy)
 
-    def _read(self, digest: xxhash.xxh3_64) -> None:
+    def _read(self) -> None:
         """Read which prompts the file has, where, and with how many generations."""
         problems: list[Problem] = []
         with open_data(self._path) as file:
             for line in lines_of(file):
-                digest.update(line.data)
+                self._digest.update(line.data)
                 if line.data.strip() and len(problems) < PROBLEMS_SHOWN:
                     try:
                         prompt, generations = _line(parse_json(line.data))
@@ -118,6 +110,11 @@ def _line(value: Any) -> tuple[str, list[str]]:
     if not all(isinstance(text, str) for text in generations):
         raise TypeError("a generation is not text")
     return prompt, generations
+
+
+def is_generations(at: object) -> bool:
+    """Whether the place of a model is a file of generations."""
+    return isinstance(at, Path) and at.suffix == SUFFIX and not at.is_dir()
 
 
 def noveltybench_folder(folder: Path, label: str) -> Path:

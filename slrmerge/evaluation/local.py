@@ -17,7 +17,7 @@ from slrmerge.checkpoint.location import Place, Repository
 from slrmerge.checkpoint.opening import open_checkpoint
 from slrmerge.checkpoint.side_files import MANIFEST_NAME, fetch_side_files
 from slrmerge.errors import Problem, UnsupportedModelError, first_line
-from slrmerge.evaluation.models import AnswerSink, SampleRequest
+from slrmerge.evaluation.models import AnswerSink, ChatModel, SampleRequest
 from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.io.memory import available_memory_bytes
 from slrmerge.io.pieces import CHUNK_BYTES
@@ -34,7 +34,7 @@ _LOGIT_COPIES = 8
 """Of the logits in float32, while a token is drawn of them: scaled, cut by min-p, with noise."""
 
 
-class LocalModel:
+class LocalModel(ChatModel):
     """A ChatModel from a folder or a repository on the Hub.
 
     `batch` is the most requests to answer at once, None for as many as memory holds; fewer where the device then lacks

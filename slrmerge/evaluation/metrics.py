@@ -3,10 +3,38 @@
 import gzip
 from collections import Counter
 from collections.abc import Sequence
-from math import comb, nan
+from math import comb, inf, nan
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Metric(NamedTuple):
+    """A number for each prompt and model, at least 0 and at most `most`, where more is better unless `less_is_better`.
+
+    Those not `in_table` are in the files of a result only.
+    """
+
+    name: str
+    meaning: str
+    in_table: bool = True
+    most: float = 1
+    less_is_better: bool = False
+
+
+LEXICAL = (
+    Metric("distinct-1", "share of the words of all samples that are different", in_table=False),
+    Metric("distinct-2", "share of the pairs of neighbouring words that are different", in_table=False),
+    Metric(
+        "compression-ratio",
+        "size of all samples by their size after gzip; less is more diverse",
+        in_table=False,
+        most=inf,
+        less_is_better=True,
+    ),
+)
+"""Diversity of a prompt's samples as texts, for every task."""
 
 
 def precision(mapped: Sequence[int | None]) -> float:
@@ -84,6 +112,13 @@ def compression_ratio(texts: Sequence[str]) -> float:
     """
     data = "\n".join(texts).encode("utf-8", "replace")
     return len(data) / len(gzip.compress(data, 6, mtime=0)) if data else nan
+
+
+def lexical_metrics(texts: Sequence[str | None]) -> dict[str, float]:
+    """The values of `LEXICAL`, without missing and empty samples; NaN where undefined."""
+    known = [text for text in texts if text and text.strip()]
+    values = (distinct(known, 1), distinct(known, 2), compression_ratio(known))
+    return dict(zip((metric.name for metric in LEXICAL), values, strict=True))
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -75,34 +75,31 @@ class AnswerSink(Protocol):
         ...
 
 
-class ChatModel(Protocol):
+class ChatModel:
     """A model that answers prompts."""
 
     @property
     def model_id(self) -> str:
         """Identifies the model exactly: samples are only reused for the same id."""
-        ...
+        raise NotImplementedError
 
     @property
     def dtype(self) -> str | None:
         """The dtype of the arithmetic of a model in this process."""
-        ...
+        return None
 
     def check(self) -> None:
         """Raise ServerError or UnsupportedModelError if the model cannot answer, as far as is cheap to find out."""
-        ...
 
     def load(self) -> None:
         """Load the weights, unless they are there; also done by the first request."""
-        ...
 
-    def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: "AnswerSink") -> None:
+    def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
         """Answer all `requests`, in any order; calls `sink` with each answer, or refusal, when it is there."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """Free memory; the model can be used again afterwards."""
-        ...
 
 
 MOST_REFUSED = 20

@@ -15,8 +15,9 @@ import xxhash
 
 from slrmerge.errors import DataError, Problem
 from slrmerge.evaluation.lines import lines_of, open_data
+from slrmerge.evaluation.metrics import Metric
 from slrmerge.evaluation.questions import raise_shown
-from slrmerge.evaluation.tasks.base import Metric, ModelResponses
+from slrmerge.evaluation.tasks.base import ModelResponses
 from slrmerge.io.strict_json import parse_json
 
 DISTINCT = Metric("novelty-distinct", "NoveltyBench's distinct: the number of different generations", most=inf)

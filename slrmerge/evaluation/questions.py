@@ -53,15 +53,15 @@ class QuestionData:
 
 
 class Question(Model):
-    """A row as a task reads it; other columns are ignored. A column with several names is a field with AliasChoices."""
+    """A row as a task reads it; other columns are ignored. A column with several names is a field with AliasChoices.
+
+    `text` is the prompt for a model.
+    """
 
     model_config = ConfigDict(extra="ignore")
     error = DataError
 
-    @property
-    def text(self) -> str:
-        """The prompt for a model."""
-        raise NotImplementedError
+    text: Text
 
     @property
     def reference(self) -> list[str]:

@@ -1,12 +1,17 @@
-"""Requesting the samples that are missing from a file."""
+"""Requesting the samples that are missing from a file; a judge, whose replies are samples too."""
 
-from collections.abc import Mapping, Sequence
-from typing import overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, overload
 
 from slrmerge.errors import SlrmergeError
 from slrmerge.evaluation.models import MOST_REFUSED, ChatModel, SampleRequest
 from slrmerge.evaluation.samples import REFUSED, Answer, SampleFile, SampleKey, Settings, sample_keys, seed_of
 from slrmerge.io.progress import Progress
+
+V = TypeVar("V")
+
+JUDGE_TOKENS = 8192
+"""Includes the tokens of a judge that reasons before it replies."""
 
 
 def settings_of(
@@ -105,3 +110,22 @@ class _Recorder:
     def _write(self, request: SampleRequest, answer: Answer) -> None:
         self._file.append(request.key, answer, self._settings)
         self._progress.advance(1)
+
+
+class Judge:
+    """A model that grades texts by greedy decoding; its replies are kept in a sample file under the model's id."""
+
+    def __init__(self, model: ChatModel, file: SampleFile, progress: Progress) -> None:
+        self._model, self._file, self._progress = model, file, progress
+        self._settings = settings_of(model, temperature=0.0, min_p=0.0, max_tokens=JUDGE_TOKENS)
+
+    @property
+    def model_id(self) -> str:
+        return self._model.model_id
+
+    def grades(self, prompts: Mapping[str, str], read: Callable[[str, str], V]) -> dict[str, V]:
+        """What `read` makes of the id of each prompt and the reply to it, by id; `prompts` are texts by id."""
+        label = self.model_id
+        request_missing(self._model, label, prompts, self._file, self._settings, samples=1, progress=self._progress)
+        answers = self._file.answers(SampleKey(label, prompt, 0) for prompt in prompts)
+        return {prompt: read(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)}

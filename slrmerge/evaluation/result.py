@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slrmerge.errors import require_extra
-from slrmerge.evaluation.tasks.base import Metric, ModelResponses, Plot, Score
+from slrmerge.evaluation.metrics import Metric
+from slrmerge.evaluation.tasks.base import ModelResponses, Plot, Score
 from slrmerge.io.text import IN_PROSE, printable
 
 if TYPE_CHECKING:

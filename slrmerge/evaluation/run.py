@@ -2,19 +2,23 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from slrmerge.errors import OptionError, Problem, did_you_mean, require_extra, require_type
+from slrmerge.checkpoint.location import Place
+from slrmerge.errors import OptionError, Problem, SlrmergeError, did_you_mean, open_all, require_extra, require_type
 from slrmerge.evaluation.embedding_file import KeptEmbeddings
+from slrmerge.evaluation.embeddings import Embedder, LocalEmbeddings
 from slrmerge.evaluation.every_eval_ever import write_every_eval_ever
+from slrmerge.evaluation.generations import GenerationsFile, is_generations
 from slrmerge.evaluation.inspect_log import write_inspect
-from slrmerge.evaluation.models import ModelNames, ServerAddress, parse_location, parse_models
-from slrmerge.evaluation.opening import Opener, is_generations
+from slrmerge.evaluation.models import ChatModel, ModelNames, ServerAddress, parse_location, parse_models
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.output import claim, require_no_links, write_noveltybench, write_results
 from slrmerge.evaluation.questions import parse_questions, read_data
 from slrmerge.evaluation.result import EvaluationResult
-from slrmerge.evaluation.session import Session, sample_files
+from slrmerge.evaluation.server import ServerModel
+from slrmerge.evaluation.session import OpenModels, Session, sample_files
 from slrmerge.evaluation.tasks import TASKS
 from slrmerge.evaluation.tasks.base import Task
 from slrmerge.io.options import checks_types, make_options, takes_options
@@ -80,7 +84,7 @@ class Evaluation:
         folder.check()
         data = read_data(self.data, subset=self.options.subset, split=self.options.split)
         questions = parse_questions(self.task.question, data.rows)
-        opened = Opener(self.options, self.progress).open(self.models, self._judge, self._embeddings)
+        opened = self._open_models()
         with folder.locked(self.progress):
             claim(folder.path, self.task.name)
             if self.options.export:
@@ -101,6 +105,33 @@ class Evaluation:
                 elif self.options.export == "every-eval-ever":
                     write_every_eval_ever(folder.path, result, opened.by_label, sampled_s=sampled_s)
         return result
+
+    def _open_models(self) -> OpenModels:
+        """Open all models. Raises the errors of all models and the judge together."""
+        places = [*(model.at for model in self.models), *([self._judge] if self._judge else [])]
+        opened = open_all(self._open_model, places, SlrmergeError)
+        by_label = dict(zip((model.label for model in self.models), opened, strict=False))
+        embedder = self._open_embedder(self._embeddings) if self._embeddings else None
+        return OpenModels(by_label, opened[-1] if self._judge else None, embedder)
+
+    def _open_model(self, at: Place | ServerAddress) -> ChatModel:
+        if isinstance(at, ServerAddress):
+            return self._server(at)
+        if isinstance(at, Path) and is_generations(at):
+            return GenerationsFile(at)
+        require_extra("eval", "transformers")
+        from slrmerge.evaluation.local import LocalModel
+
+        options = self.options
+        batch = options.batch if isinstance(options.batch, int) else None
+        return LocalModel(at, device=options.device, batch=batch, dtype=options.dtype, progress=self.progress)
+
+    def _open_embedder(self, at: Place | ServerAddress) -> Embedder:
+        return self._server(at) if isinstance(at, ServerAddress) else LocalEmbeddings(at, device=self.options.device)
+
+    def _server(self, at: ServerAddress) -> ServerModel:
+        options = self.options
+        return ServerModel(at, concurrency=options.concurrency, timeout_s=options.timeout_s, progress=self.progress)
 
     def _check_options(self) -> None:
         """Raise OptionError for options that do not fit together, or this machine, and MissingExtraError."""

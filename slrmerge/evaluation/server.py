@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slrmerge.errors import OptionError, Problem, ServerError
-from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, SampleRequest, ServerAddress
+from slrmerge.evaluation.embeddings import Embedder
+from slrmerge.evaluation.models import MOST_REFUSED, AnswerSink, ChatModel, SampleRequest, ServerAddress
 from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.evaluation.server_dialects import DIALECTS, Dialect
 from slrmerge.evaluation.server_errors import (
@@ -44,14 +45,12 @@ NO_KEY = "none"
 """The API key for servers that need none; OPENAI_API_KEY takes precedence."""
 
 
-class ServerModel:
+class ServerModel(ChatModel, Embedder):
     """A ChatModel and Embedder behind a server, with at most `concurrency` requests at a time, each for one sample.
 
     The client retries connection errors, timeouts, 408, 409, 429 and 5xx, and honours Retry-After. Each attempt has
     `timeout_s`. An invalid response is requested again, and an error the third time.
     """
-
-    dtype = None
 
     def __init__(
         self,
@@ -82,12 +81,6 @@ class ServerModel:
     def check(self) -> None:
         """See `ChatModel`; waits for a server that is loading its model."""
         self._served()
-
-    def load(self) -> None:
-        """See `ChatModel`; the server has done so."""
-
-    def close(self) -> None:
-        """See `ChatModel`; no connection outlives a call."""
 
     def answer(self, requests: Sequence[SampleRequest], settings: Settings, sink: AnswerSink) -> None:
         """See `ChatModel`. Raises ServerError when the server rejects the key, or retries do not help.
@@ -146,15 +139,6 @@ class ServerModel:
         for number, vector in found.items():
             vectors[number] = vector
         return vectors
-
-    def truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """See `Embedder`; unknown: a server rejects a long text, or is silent."""
-        return np.zeros(len(texts), bool)
-
-    @property
-    def identity(self) -> str:
-        """See `Embedder`."""
-        return self.model_id
 
     def _run_all(self, jobs: Sequence[T], one: "Callable[[AsyncOpenAI, T], Awaitable[None]]") -> None:
         """Run all jobs, `concurrency` at a time; the first error cancels the rest."""

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -10,24 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from slrmerge.errors import NoSpaceError, OutputError
+from slrmerge.evaluation.embeddings import Embedder
 from slrmerge.evaluation.generations import GenerationsFile, noveltybench_folder
-from slrmerge.evaluation.judge import Judge
-from slrmerge.evaluation.lexical import LEXICAL, lexical_metrics
+from slrmerge.evaluation.metrics import LEXICAL, lexical_metrics
 from slrmerge.evaluation.models import ChatModel
 from slrmerge.evaluation.novelty import Novelty
-from slrmerge.evaluation.opening import OpenModels
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.questions import Question
-from slrmerge.evaluation.requesting import request_missing, settings_of
+from slrmerge.evaluation.requesting import Judge, request_missing, settings_of
 from slrmerge.evaluation.result import EvaluationResult, summarise, values_of
 from slrmerge.evaluation.samples import REFUSED, SampleFile, SampleKey, Settings, sample_keys
 from slrmerge.evaluation.tasks.base import ChosenQuestions, Helpers, ModelResponses, Task
-from slrmerge.evaluation.texts import StoredTexts, texts_of
-from slrmerge.evaluation.verbalized import VERBALIZED_TOKENS, verbalize
+from slrmerge.evaluation.texts import VERBALIZED_TOKENS, StoredTexts, texts_of, verbalize
 from slrmerge.io.progress import Progress
 
 FEW_PROMPTS = 10
 """Bootstrap intervals over fewer prompts are too narrow."""
+
+
+@dataclass(frozen=True)
+class OpenModels:
+    """The models of an evaluation: those evaluated, by label, and those that score."""
+
+    by_label: Mapping[str, ChatModel]
+    judge: ChatModel | None
+    embedder: Embedder | None
 
 
 @dataclass(frozen=True)

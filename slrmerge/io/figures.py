@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from slrmerge.io.files import replace_file
 from slrmerge.io.text import printable
@@ -87,100 +87,64 @@ def place_labels(
     figure.set_layout_engine("none")
     scale = figure.dpi / 72
     drawn = [axes.transData.transform(line) for line in lines if len(line)]
-    dense = [np.linspace(a, b, 2 + int(np.abs(b - a).max() / 3)) for each in drawn for a, b in pairwise(each)]
-    on_lines = np.concatenate([np.empty((0, 2)), *dense])
-    points = [axes.transData.transform((each.x, each.y)) for each in labels]
-    taken = [_Box.around(x, y, 8 * scale, 8 * scale) for x, y in points]
-    written_in: list[_Box] = []
-    on_strokes = np.empty((0, 2))
-    room = _Box(*axes.get_window_extent().extents)
-    for label, (x, y) in sorted(zip(labels, points, strict=True), key=lambda pair: not pair[0].needed):
+    on_lines = np.concatenate([np.empty((0, 4)), *(_stroke(*ends) for each in drawn for ends in pairwise(each))])
+    points = axes.transData.transform([(each.x, each.y) for each in labels]) if labels else np.empty((0, 2))
+    taken = _boxes(points, 8 * scale, 8 * scale)
+    written_in = on_strokes = np.empty((0, 4))
+    left, bottom, right, top = axes.get_window_extent().extents
+    for label, point in sorted(zip(labels, points, strict=True), key=lambda pair: not pair[0].needed):
         written = axes.annotate(
             label.text, (label.x, label.y), xytext=(0, 0), textcoords="offset points", fontsize=fontsize,
             color=label.colour, zorder=6, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
-        size = written.get_window_extent()
-        places = (
-            _Place(distance, right, up, _Box.beside(x, y, size.width, size.height, right, up, distance * scale))
-            for distance in (_DISTANCES if label.needed else _DISTANCES[:2])
-            for right, up in _SIDES
-        )
-        ranked = [
-            (each.box.covers(on_strokes) or each.strikes(written_in, (x, y)), each.box.covers(on_lines), number, each)
-            for number, each in enumerate(places)
-            if each.box.is_inside(room) and not any(map(each.box.overlaps, taken))
-        ]
-        crosses_stroke, crosses_line, _, place = min(ranked, default=(True, True, 0, None))
-        if place is None or ((crosses_stroke or crosses_line) and not label.needed):
+        size = np.array(written.get_window_extent().size)
+        distances = np.repeat(_DISTANCES if label.needed else _DISTANCES[:2], len(_SIDES))
+        sides = np.resize(_SIDES, (len(distances), 2))
+        centres = point + sides * (size / 2 + distances[:, None] * scale)
+        boxes = _boxes(centres, *size)
+        is_inside = ((boxes[:, :2] >= (left, bottom)) & (boxes[:, 2:] <= (right, top))).all(axis=1)
+        strokes = [_stroke(point, end) for end in np.where(distances[:, None] > _NEAR, centres, point)]
+        is_struck = _overlap(boxes, on_strokes) | [_overlap(stroke, written_in).any() for stroke in strokes]
+        crossings = 2 * is_struck + _overlap(boxes, on_lines)
+        free = np.flatnonzero(is_inside & ~_overlap(boxes, taken) & (label.needed | (crossings == 0)))
+        if not len(free):
             written.remove()
             continue
-        distance, right, up, box = place
-        taken.append(box)
-        written_in.append(box)
-        on_strokes = np.concatenate([on_strokes, place.stroke((x, y))])
+        best = free[crossings[free].argmin()]
+        distance, (x, y) = int(distances[best]), sides[best].tolist()
+        taken, written_in = np.vstack([taken, boxes[best]]), np.vstack([written_in, boxes[best]])
+        on_strokes = np.vstack([on_strokes, strokes[best]])
         written.set(
-            position=(right * distance, up * distance),
-            ha={1: "left", 0: "center", -1: "right"}[right],
-            va={1: "bottom", 0: "center", -1: "top"}[up],
+            position=(x * distance, y * distance),
+            ha={1: "left", 0: "center", -1: "right"}[x],
+            va={1: "bottom", 0: "center", -1: "top"}[y],
         )
         assert written.arrow_patch is not None
         written.arrow_patch.set_visible(distance > _NEAR)
 
 
-@dataclass(frozen=True)
-class _Box:
-    """A rectangle in pixels."""
+def _boxes(centres: "NDArray[np.float64]", width: float, height: float) -> "NDArray[np.float64]":
+    """Boxes around points, in pixels: left, bottom, right, top, shape (points, 4)."""
+    import numpy as np
 
-    left: float
-    bottom: float
-    right: float
-    top: float
-
-    @classmethod
-    def around(cls, x: float, y: float, width: float, height: float) -> "_Box":
-        return cls(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-
-    @classmethod
-    def beside(cls, x: float, y: float, width: float, height: float, right: int, up: int, distance: float) -> "_Box":
-        """A box so far from a point, on its right (1), its left (-1) or neither (0), and likewise above or below."""
-        return cls.around(x + right * (width / 2 + distance), y + up * (height / 2 + distance), width, height)
-
-    def overlaps(self, other: "_Box") -> bool:
-        return (
-            self.left < other.right and other.left < self.right and self.bottom < other.top and other.bottom < self.top
-        )
-
-    def is_inside(self, other: "_Box") -> bool:
-        return (
-            other.left <= self.left and self.right <= other.right
-            and other.bottom <= self.bottom and self.top <= other.top
-        )  # fmt: skip
-
-    def covers(self, points: "NDArray[np.float64]") -> bool:
-        """Whether one of the points, an array of shape (points, 2), is inside."""
-        x, y = points.T
-        return bool(((self.left < x) & (x < self.right) & (self.bottom < y) & (y < self.top)).any())
+    half = width / 2, height / 2
+    return np.hstack([centres - half, centres + half])
 
 
-class _Place(NamedTuple):
-    """Where a label may be: so far to the right (1) or left (-1) of its point, above (1) or below (-1) it."""
+def _overlap(boxes: "NDArray[np.float64]", others: "NDArray[np.float64]") -> "NDArray[np.bool_]":
+    """Whether each box overlaps any of the others, shape (boxes,); a point is a box without size."""
+    left, bottom, right, top = boxes.T[:, :, None]
+    overlaps = (left < others[:, 2]) & (others[:, 0] < right) & (bottom < others[:, 3]) & (others[:, 1] < top)
+    found: NDArray[np.bool_] = overlaps.any(axis=1)
+    return found
 
-    distance: float
-    right: int
-    up: int
-    box: _Box
 
-    def stroke(self, point: tuple[float, float]) -> "NDArray[np.float64]":
-        """Places on the stroke from the label to its point, close together; none for a label that is near."""
-        import numpy as np
+def _stroke(start: "NDArray[np.float64]", end: "NDArray[np.float64]") -> "NDArray[np.float64]":
+    """Points on a line, at most three pixels apart, as boxes without size: shape (points, 4)."""
+    import numpy as np
 
-        middle = (self.box.left + self.box.right) / 2, (self.box.bottom + self.box.top) / 2
-        return np.linspace(middle, point, 64 if self.distance > _NEAR else 0)
-
-    def strikes(self, boxes: Sequence[_Box], point: tuple[float, float]) -> bool:
-        """Whether the stroke to the point goes through one of the boxes."""
-        return any(box.covers(self.stroke(point)) for box in boxes)
+    return np.tile(np.linspace(start, end, 2 + int(np.abs(end - start).max() / 3)), 2)
 
 
 def save_figure(figure: "Figure", path: Path) -> bytes:

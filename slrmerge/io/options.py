@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import date
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 from math import inf
 from types import NoneType, UnionType
@@ -51,6 +51,11 @@ class Option:
 def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 (the word that click and argparse use)
     """A dataclass field that is an option; `more` are fields of `Option`."""
     return field(default=default, metadata={"option": Option(help, **more)})
+
+
+def options_in(group: str) -> Callable[..., Any]:
+    """`option`, for options under one heading of the command line's help."""
+    return partial(option, group=group)
 
 
 def options_of(kind: type[Any]) -> dict[str, Option]:

@@ -42,15 +42,15 @@ def look_again(choice: Selection, answered: PromptScores | None) -> HeldOut | No
     Without the candidates that were not asked: a later selection may name others. None where the post-trained model
     was not asked.
     """
-    if answered is None or choice.post.info.label not in answered.candidates:
+    if answered is None or choice.post.label not in answered.candidates:
         return None
-    post = answered.of(choice.post.info.label)
+    post = answered.of(choice.post.label)
     scores = {}
     for name, row in candidates_to_ask(choice).items():
-        if row.info.label in answered.candidates:
-            own, is_post = answered.of(row.info.label), row is choice.post
+        if row.label in answered.candidates:
+            own, is_post = answered.of(row.label), row is choice.post
             scores[name] = HeldOutScores(
-                label=row.info.label,
+                label=row.label,
                 quality=float(own.quality.mean()),
                 diversity=float(own.diversity.mean()),
                 quality_change=None if is_post else _change(own.quality, post.quality),
@@ -66,12 +66,12 @@ def reselect(rows: Sequence[ScoredCandidate], asked: PromptScores, *, min_qualit
     enough quality. Empty where there is nothing to draw from.
     """
     space = interval_space(rows)
-    tried = sorted((row for row in rows if row.exact and row.info.space == space), key=tie_order)
-    post = next(row for row in rows if row.exact and row.info.space == "post")
+    tried = sorted((row for row in rows if row.exact and row.space == space), key=tie_order)
+    post = next(row for row in rows if row.exact and row.space == "post")
     count = len(asked.questions)
     if not tried or count < 2:
         return {}
-    places = [asked.candidates.index(row.info.label) for row in (*tried, post)]
+    places = [asked.candidates.index(row.label) for row in (*tried, post)]
     weights = _weights(count, DRAWS)
     # not a matrix product, whose rounding depends on the number of threads
     quality, diversity = (np.einsum("dp,cp->dc", weights, values[places]) for values in asked.scores)
@@ -79,7 +79,7 @@ def reselect(rows: Sequence[ScoredCandidate], asked: PromptScores, *, min_qualit
     best = np.where(is_feasible, diversity[:, :-1], -np.inf).argmax(axis=1)  # among equals the first
     times = np.bincount(best[is_feasible.any(axis=1)], minlength=len(tried))
     order = sorted(np.flatnonzero(times).tolist(), key=lambda number: -times[number])
-    return {tried[number].info.label: float(times[number] / DRAWS) for number in order}
+    return {tried[number].label: float(times[number] / DRAWS) for number in order}
 
 
 def _weights(prompts: int, draws: int) -> NDArray[np.float64]:

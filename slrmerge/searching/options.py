@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slrmerge.io.memory import memory_bytes
-from slrmerge.io.options import Options, option
+from slrmerge.io.options import Options, options_in
 from slrmerge.searching.spaces import SPACES
 
 MIN_QUALITY = 0.9
@@ -17,75 +17,55 @@ TASK_NAMES = ("crc", "colors", "countries", "dice", "months", "names", "yes-no")
 """The proxy tasks that slrmerge contains."""
 
 
+_candidates, _prompts, _resources = map(options_in, ("Candidates", "Prompts", "Resources"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(Options):
     """How to search. `spaces` and `also` accept one value, a list or a tuple."""
 
-    min_quality: float = option(
-        MIN_QUALITY,
-        "Minimum quality, as a share of the post-trained model's.",
-        minimum=0,
-        maximum=1,
-        group="Candidates",
+    min_quality: float = _candidates(
+        MIN_QUALITY, "Minimum quality, as a share of the post-trained model's.", minimum=0, maximum=1
     )
-    spaces: tuple[str, ...] = option(
-        ("intervals", "soups"),
-        "Candidates to try; repeat for several.",
-        flag="--space",
-        choices=tuple(SPACES),
-        group="Candidates",
+    spaces: tuple[str, ...] = _candidates(
+        ("intervals", "soups"), "Candidates to try; repeat for several.", flag="--space", choices=tuple(SPACES)
     )
-    also: tuple[Any, ...] = option(
-        (), "Another recipe to score; repeat for several.", metavar="RECIPE", group="Candidates"
-    )
-    task: str = option(
+    also: tuple[Any, ...] = _candidates((), "Another recipe to score; repeat for several.", metavar="RECIPE")
+    task: str = _prompts(
         "crc",
         f"Proxy task: {', '.join(TASK_NAMES)}, or a YAML file.",
         choices=TASK_NAMES,
         or_file=(".yaml", ".yml"),
         metavar="NAME | FILE",
-        group="Prompts",
     )
-    date: str | None = option(
+    date: str | None = _prompts(
         None,
         "Date for chat templates that ask for it, such as 2025-03-07.",
         metavar="DATE",
         is_date=True,
         default_help="today",
-        group="Prompts",
     )
-    quick: bool = option(
-        False, "Score all candidates on 8 prompts first, then the finalists on all prompts.", group="Prompts"
+    quick: bool = _prompts(False, "Score all candidates on 8 prompts first, then the finalists on all prompts.")
+    held_out: bool = _prompts(
+        True, "Ask the selection other prompts, which were not used to select.", flag="--held-out/--no-held-out"
     )
-    held_out: bool = option(
-        True,
-        "Ask the selection other prompts, which were not used to select.",
-        flag="--held-out/--no-held-out",
-        group="Prompts",
-    )
-    dtype: str | None = option(
+    dtype: str | None = _resources(
         None,
         "Dtype of the first pass; finalists are re-scored in float32.",
         choices=("float32", "bfloat16"),
         default_help="bfloat16 from 1e9 parameters, where it is faster",
-        group="Resources",
     )
-    device: str = option("cpu", "Torch device, such as cuda:0; CUDA is not tested yet.", group="Resources")
-    max_memory: int | str | None = option(
+    device: str = _resources("cpu", "Torch device, such as cuda:0; CUDA is not tested yet.")
+    max_memory: int | str | None = _resources(
         None,
         "Memory for hidden states; the rest is kept on disk.",
         metavar="SIZE",
         is_size=True,
         default_help="half of the memory",
-        group="Resources",
     )
-    resume: bool = option(
-        True, "Keep hidden states so that a killed search resumes.", flag="--resume/--no-resume", group="Resources"
-    )
-    ray: str | None = option(
-        None, "Run on a Ray cluster: auto, local, or HOST:PORT.", metavar="ADDRESS", group="Resources"
-    )
-    threads: int | None = option(None, "Number of threads.", minimum=1, default_help="one per core", group="Resources")
+    resume: bool = _resources(True, "Keep hidden states so that a killed search resumes.", flag="--resume/--no-resume")
+    ray: str | None = _resources(None, "Run on a Ray cluster: auto, local, or HOST:PORT.", metavar="ADDRESS")
+    threads: int | None = _resources(None, "Number of threads.", minimum=1, default_help="one per core")
 
     def __post_init__(self) -> None:
         for name in ("spaces", "also"):

@@ -56,7 +56,14 @@ class PassResult:
         """The result of a pass over some of the task's prompts."""
         exact = wanted.is_exact(prompts)
         rows = [
-            ScoredCandidate(each.info, float(q), float(d), len(wanted.prompts), wanted.request.dtype_name, exact)
+            ScoredCandidate(
+                **vars(each.info),
+                quality=float(q),
+                diversity=float(d),
+                exact=exact,
+                prompts=len(wanted.prompts),
+                dtype=wanted.request.dtype_name,
+            )
             for each, q, d in zip(wanted.candidates, scores.quality.mean(1), scores.diversity.mean(1), strict=True)
         ]
         every = np.full((2, len(rows), len(prompts)), np.nan)
@@ -65,10 +72,10 @@ class PassResult:
 
     def replaced_by(self, exact: "PassResult") -> "PassResult":
         """These candidates; those that were scored exactly have their exact scores."""
-        places = {row.info.label: number for number, row in enumerate(self.rows)}
+        places = {row.label: number for number, row in enumerate(self.rows)}
         rows, scores = list(self.rows), Scores(*(values.copy() for values in self.scores))
         for number, row in enumerate(exact.rows):
-            place = places[row.info.label]
+            place = places[row.label]
             rows[place] = row
             scores.quality[place] = exact.scores.quality[number]
             scores.diversity[place] = exact.scores.diversity[number]

@@ -41,17 +41,17 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
     axes = figure.add_subplot()
     axes.margins(0.06)
     for space, look in INTERVAL_SPACES.items():
-        own = [row for row in rows if row.info.space == space]
+        own = [row for row in rows if row.space == space]
         if own:
             size, alpha = (12, 0.45) if len(own) < 1000 else (6, 0.25)
             axes.scatter(
                 *_points(own), color=MODEL_COLOURS[look.colour], s=size, alpha=alpha, linewidths=0, label=look.name
             )
     front = sorted((row for row in intervals_of(rows) if row.pareto), key=lambda row: row.quality)
-    curve = [row for row in rows if row.info.space in ("post", "soup", "pre")]
-    curve.sort(key=lambda row: row.info.alpha or 0)
-    soups = [row for row in curve if row.info.space == "soup"]
-    recipes = [row for row in rows if row.info.space == "recipe"]
+    curve = [row for row in rows if row.space in ("post", "soup", "pre")]
+    curve.sort(key=lambda row: row.alpha or 0)
+    soups = [row for row in curve if row.space == "soup"]
+    recipes = [row for row in rows if row.space == "recipe"]
     labels, lines = [], []
     if front:
         name = "their front, with the layers restored"
@@ -62,10 +62,10 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
         name = "soups, with alpha"
         axes.plot(*_points(curve), "s--", color=MODEL_COLOURS["soup"], markersize=3.5, linewidth=1, label=name)
         lines.append(list(zip(*_points(curve), strict=True)))
-        labels += [_label(row, f"{row.info.alpha:g}", "soup", needed=False) for row in soups]
+        labels += [_label(row, f"{row.alpha:g}", "soup", needed=False) for row in soups]
     if recipes:
         axes.scatter(*_points(recipes), marker="^", s=45, color=MODEL_COLOURS["recipe"], label="recipes")
-        labels += [_label(row, figure_text(row.info.label), "recipe") for row in recipes]
+        labels += [_label(row, figure_text(row.label), "recipe") for row in recipes]
     labels += _draw_models(axes, choice)
     floor = choice.min_quality * choice.post.quality
     axes.axvline(floor, color="#59626d", linewidth=0.9, linestyle=":", label=f"{choice.min_quality:g} · Q(post)")
@@ -82,7 +82,7 @@ def _draw_models(axes: "Axes", choice: Selection) -> Iterator[Label]:
     for name, (text, marker, size) in _MODELS.items():
         row = getattr(choice, name)
         if row is not None:
-            label = _label(row, figure_text(text.format(row.info.label)), name)
+            label = _label(row, figure_text(text.format(row.label)), name)
             axes.scatter(
                 row.quality, row.diversity,
                 marker=marker, s=size, color=label.colour, edgecolors="white", zorder=4, label=label.text,
@@ -100,16 +100,16 @@ def heatmaps_figure(rows: Sequence[ScoredCandidate], choice: Selection, layers: 
     figure = Figure(figsize=(11, 5.4), layout="compressed")
     quality, diversity, faded = np.full((3, layers, layers), np.nan)
     for row in intervals_of(rows):
-        if row.info.start is not None and row.info.end is not None:
-            place = row.info.start, row.info.end
+        if row.start is not None and row.end is not None:
+            place = row.start, row.end
             quality[place], diversity[place] = row.quality, row.diversity
             faded[place] = np.nan if row.feasible else 1
     slr = choice.slr
     half = max(0.5, layers / 40)  # around the cell where cells are small
     for number, (title, grid) in enumerate((("quality Q", quality), ("diversity D (nats)", diversity)), 1):
         axes = figure.add_subplot(1, 2, number)
-        if slr is not None and slr.info.start is not None and slr.info.end is not None:
-            corner = slr.info.end - half, slr.info.start - half
+        if slr is not None and slr.start is not None and slr.end is not None:
+            corner = slr.end - half, slr.start - half
             colour = MODEL_COLOURS["slr"]
             axes.add_patch(Rectangle(corner, 2 * half, 2 * half, fill=False, edgecolor=colour, lw=2, zorder=3))
         image = axes.imshow(grid, origin="lower", cmap="viridis")
@@ -119,7 +119,7 @@ def heatmaps_figure(rows: Sequence[ScoredCandidate], choice: Selection, layers: 
         axes.spines[["top", "left"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    selected = f"{slr.info.label} framed; " if slr else ""
+    selected = f"{slr.label} framed; " if slr else ""
     figure.supxlabel(figure_text(f"{selected}faded: less than {choice.min_quality:g} · Q(post)"), fontsize=9)
     return figure
 
@@ -134,4 +134,4 @@ def _label(row: ScoredCandidate, text: str, name: str, *, needed: bool = True) -
 
 def _layers(row: ScoredCandidate) -> str:
     """`12–17`, or `12` for one layer."""
-    return str(row.info.start) if row.info.start == row.info.end else f"{row.info.start}–{row.info.end}"
+    return str(row.start) if row.start == row.end else f"{row.start}–{row.end}"

@@ -62,19 +62,19 @@ def report_data(rows: Sequence[ScoredCandidate], choice: Selection, summary: Sea
         "recipe_head": head,
         "rows": [
             {
-                "label": printable(row.info.full_label),
-                "first_label": printable(row.info.label),
-                "space": row.info.space,
-                "start": row.info.start,
-                "end": row.info.end,
-                "alpha": row.info.alpha,
-                "restored": row.info.layers_restored,
+                "label": printable(row.full_label),
+                "first_label": printable(row.label),
+                "space": row.space,
+                "start": row.start,
+                "end": row.end,
+                "alpha": row.alpha,
+                "restored": row.layers_restored,
                 "quality": row.quality,
                 "diversity": row.diversity,
                 "pareto": row.pareto,
                 "exact": row.exact,
                 "conditions": printable(row.conditions),
-                "keeps": kept[row.info.label],
+                "keeps": kept[row.label],
                 "recipe_rest": recipe.removeprefix(head) if recipe else None,
             }
             for row, recipe in zip(rows, recipes, strict=True)
@@ -96,7 +96,7 @@ def kept_quality(rows: Sequence[ScoredCandidate], post_quality: Mapping[str, flo
         middle = (low + high) // 2
         is_feasible = quality >= middle.view(np.float64) * post
         low, high = np.where(is_feasible, middle, low), np.where(is_feasible, high, middle)
-    return dict(zip((row.info.label for row in rows), low.view(np.float64).tolist(), strict=True))
+    return dict(zip((row.label for row in rows), low.view(np.float64).tolist(), strict=True))
 
 
 def selections(
@@ -108,8 +108,8 @@ def selections(
     `kept_quality` of these; then the next step starts.
     """
     kept = kept_quality(rows, post_quality)
-    places = {row.info.label: place for place, row in enumerate(rows)}
-    either = [(kept[row.info.label], replace(row, feasible=True), replace(row, feasible=False)) for row in rows]
+    places = {row.label: place for place, row in enumerate(rows)}
+    either = [(kept[row.label], replace(row, feasible=True), replace(row, feasible=False)) for row in rows]
     steps: list[dict[str, Any]] = []
     up_to = nextafter(0, -1)
     while up_to < 1:
@@ -118,13 +118,13 @@ def selections(
         found = select_from(marked, base=choice.base, min_quality=share)
         near, rough = found.near_ties[:_NAMED], possibly_better(marked, found)[:_NAMED]
         decisive = [row for row in (found.slr, found.soup, *near, *rough) if row is not None]
-        up_to = min((kept[row.info.label] for row in decisive), default=1.0)
+        up_to = min((kept[row.label] for row in decisive), default=1.0)
         steps.append(
             {
                 "up_to": up_to,
-                **{name: places[row.info.label] for name, row in found.named().items()},
-                "near_ties": [places[row.info.label] for row in near],
-                "rough": [places[row.info.label] for row in rough],
+                **{name: places[row.label] for name, row in found.named().items()},
+                "near_ties": [places[row.label] for row in near],
+                "rough": [places[row.label] for row in rough],
             }
         )
     return steps
@@ -132,4 +132,4 @@ def selections(
 
 def _recipe(choice: Selection, row: ScoredCandidate) -> str | None:
     """The recipe of a candidate as YAML; None for a mergekit config."""
-    return write_yaml(choice.recipe_for(row).to_dict()) if row.info.rules.has_rules else None
+    return write_yaml(choice.recipe_for(row).to_dict()) if row.rules.has_rules else None

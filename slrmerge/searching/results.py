@@ -75,14 +75,13 @@ class SearchResult:
         """Why another candidate could be the better one: near-ties, candidates scored only roughly, other prompts."""
         slr = self.choice.slr
         doubts = [
-            f"near-tie: {row.info.label} has only {slr.diversity - row.diversity:.1e} nats less diversity than "
-            f"{slr.info.label}"
+            f"near-tie: {row.label} has only {slr.diversity - row.diversity:.1e} nats less diversity than {slr.label}"
             for row in self.choice.near_ties
             if slr is not None
         ]
         rough = possibly_better(self.rows, self.choice)
         if rough:
-            named = ", ".join(row.info.label for row in rough[:3]) + (", …" if len(rough) > 3 else "")
+            named = ", ".join(row.label for row in rough[:3]) + (", …" if len(rough) > 3 else "")
             remedy = 'search all prompts with dtype="float32" to be sure'
             doubts.append(f"scored only roughly, and possibly better: {named}; {remedy}")
         if slr is not None and self.held_out is not None:
@@ -112,27 +111,12 @@ class SearchResult:
 
         `also_named` and `rules` are JSON.
         """
-        return [
-            {
-                "space": row.info.space,
-                "label": row.info.label,
-                "also_named": to_json(row.info.also_named) if row.info.also_named else None,
-                "start": row.info.start,
-                "end": row.info.end,
-                "alpha": row.info.alpha,
-                "modules": row.info.modules,
-                "layers_restored": row.info.layers_restored,
-                "quality": row.quality,
-                "diversity": row.diversity,
-                "feasible": row.feasible,
-                "pareto": row.pareto,
-                "exact": row.exact,
-                "prompts": row.prompts,
-                "dtype": row.dtype,
-                "rules": to_json(row.info.rules.rules()),
-            }
-            for row in self.rows
-        ]
+        rows = []
+        for row in self.rows:
+            cells = {**vars(row), "also_named": to_json(row.also_named) if row.also_named else None}
+            del cells["rules"]  # the last column
+            rows.append({**cells, "rules": to_json(row.rules.rules())})
+        return rows
 
     def to_pandas(self) -> "DataFrame":
         """`to_rows` as a DataFrame. Raises MissingExtraError without pandas."""
@@ -154,7 +138,7 @@ class SearchResult:
     def _repr_html_(self) -> str:
         ranked = [(f"#{rank}", row) for rank, row in enumerate(ten_best(self.rows), 1)]
         lines = "".join(
-            f"<tr><th>{name}</th><td>{escape(printable(row.info.full_label))}</td>"
+            f"<tr><th>{name}</th><td>{escape(printable(row.full_label))}</td>"
             f"<td>{row.quality:.4f}</td><td>{row.diversity:.4f}</td></tr>"
             for name, row in [*self.choice.named().items(), *ranked]
         )
@@ -169,7 +153,7 @@ def kept_in_summary(found: SearchResult | SearchSummary) -> dict[str, Any]:
 
 def _held_out_doubts(slr: ScoredCandidate, held_out: HeldOut, min_quality: float) -> Iterator[str]:
     """Why the selection may be worse on other prompts than on those that it was selected by."""
-    label, own, post = slr.info.label, held_out.scores.get("slr"), held_out.scores["post"]
+    label, own, post = slr.label, held_out.scores.get("slr"), held_out.scores["post"]
     if own is None:
         again = "search again with this minimum quality, into another folder"
         yield f"the held-out prompts were not asked of {label}; {again}"
@@ -182,5 +166,5 @@ def _held_out_doubts(slr: ScoredCandidate, held_out: HeldOut, min_quality: float
 
 
 def _selected(row: ScoredCandidate) -> SelectedCandidate:
-    scores = {"label": row.info.label, "quality": row.quality, "diversity": row.diversity, "exact": row.exact}
-    return SelectedCandidate(**row.info.rules.rules(), **scores)
+    scores = {"label": row.label, "quality": row.quality, "diversity": row.diversity, "exact": row.exact}
+    return SelectedCandidate(**row.rules.rules(), **scores)

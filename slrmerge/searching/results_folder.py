@@ -2,11 +2,13 @@
 
 import csv
 import os
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Json
+from pydantic import TypeAdapter
+from pydantic_core import from_json
 
 from slrmerge.errors import OutputError, Problem, RecipeError
 from slrmerge.io.files import as_path, read_file, replace_file
@@ -16,8 +18,6 @@ from slrmerge.io.strict_yaml import write_yaml
 from slrmerge.io.text import from_csv, printable, to_csv, to_json
 from slrmerge.merging.finding import SUMMARY_NAME, SearchSummary
 from slrmerge.recipe.model import Recipe
-from slrmerge.recipe.rules import Rules
-from slrmerge.searching.candidates import CandidateInfo
 from slrmerge.searching.prompt_scores import PROMPTS
 from slrmerge.searching.results import SearchResult, kept_in_summary
 from slrmerge.searching.selection import ScoredCandidate, select_from
@@ -65,12 +65,12 @@ def read_result(folder: str | os.PathLike[str]) -> SearchResult:
     try:
         summary = SearchSummary.from_json(raw)
         lines = csv.DictReader(StringIO(table.decode(), newline=""))
-        rows = tuple(_Line.model_validate(line).to_candidate() for line in lines)
+        rows = tuple(map(_candidate, lines))
         sides = {"pretrained": summary.pretrained, "posttrained": summary.posttrained}
         base = Recipe(**sides, dtype=summary.dtype, vocabulary=summary.vocabulary)
     except (ValueError, csv.Error, RecipeError) as error:
         raise damaged from error
-    parents = [row.info.space for row in rows if row.exact and row.info.space in ("post", "pre")]
+    parents = [row.space for row in rows if row.exact and row.space in ("post", "pre")]
     conditions = {row.conditions for row in rows}
     if parents != [name for name in ("post", "pre") if name in summary.selected]:
         raise damaged
@@ -98,51 +98,16 @@ def _table(result: SearchResult) -> str:
     return to_csv(list(rows[0]), values)
 
 
-def _none_if_empty(cell: object) -> object:
-    return None if cell == "" else cell
+_CANDIDATE = TypeAdapter(ScoredCandidate)
 
 
-_Cell = BeforeValidator(_none_if_empty)
-_Text = Annotated[str, BeforeValidator(lambda cell: from_csv(cell) if isinstance(cell, str) else cell)]
-
-
-class _Line(BaseModel):
-    """A line of the table."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    space: _Text
-    label: _Text
-    also_named: Annotated[Json[tuple[str, ...]] | None, _Cell]
-    start: Annotated[int | None, _Cell]
-    end: Annotated[int | None, _Cell]
-    alpha: Annotated[float | None, _Cell]
-    modules: Annotated[_Text | None, _Cell]
-    layers_restored: int
-    quality: float
-    diversity: float
-    feasible: bool
-    pareto: bool
-    exact: bool
-    prompts: int
-    dtype: _Text
-    rules: Json[Rules]
-
-    def to_candidate(self) -> ScoredCandidate:
-        info = CandidateInfo(
-            space=self.space,
-            label=self.label,
-            also_named=self.also_named or (),
-            rules=self.rules,
-            start=self.start,
-            end=self.end,
-            alpha=self.alpha,
-            modules=self.modules,
-            layers_restored=self.layers_restored,
-        )
-        return ScoredCandidate(
-            info, self.quality, self.diversity, self.prompts, self.dtype, self.exact, self.feasible, self.pareto
-        )
+def _candidate(line: dict[str, str]) -> ScoredCandidate:
+    """A line of the table. Raises ValueError."""
+    if line.keys() != {field.name for field in fields(ScoredCandidate)}:
+        raise ValueError("other columns")
+    cells: dict[str, Any] = {name: from_csv(cell) for name, cell in line.items() if cell}
+    cells |= {name: from_json(cells[name]) for name in ("also_named", "rules") if name in cells}
+    return _CANDIDATE.validate_python(cells)
 
 
 _WHY = {
@@ -156,7 +121,7 @@ _WHY = {
 def _recipe(result: SearchResult, name: str, row: ScoredCandidate) -> str:
     post, how = result.choice.post, printable(f"{result.task}, {row.conditions}")
     return (
-        f"# {printable(row.info.label)}: {_WHY[name].format(ratio=result.choice.min_quality)}.\n"
+        f"# {printable(row.label)}: {_WHY[name].format(ratio=result.choice.min_quality)}.\n"
         f"# Selected by `slrmerge search` ({how}) from {len(result.rows)} candidates:\n"
         f"# Q {row.quality:.4f}, D {row.diversity:.4f} nats; the post-trained model: Q {post.quality:.4f}, "
         f"D {post.diversity:.4f}.\n" + write_yaml(result.choice.recipe_for(row).to_dict())

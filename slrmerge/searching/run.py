@@ -155,7 +155,7 @@ class Search:
                     held_out = self._ask_held_out(result.choice, scorer, output, progress)
                     require_not_replaced(pair)
                 progress.status("writing the results")
-                asked = _prompt_scores([row.info.label for row in result.rows], self.questions, scored.scores)
+                asked = _prompt_scores([row.label for row in result.rows], self.questions, scored.scores)
                 result = replace(
                     result,
                     held_out=look_again(result.choice, held_out),
@@ -203,15 +203,16 @@ class Search:
         return _prompt_scores([each.info.label for each in wanted.candidates], self.held_out, scores)
 
     def _held_out_pass(self, choice: Selection) -> Pass:
-        labels = {row.info.label for row in candidates_to_ask(choice).values()}
+        labels = {row.label for row in candidates_to_ask(choice).values()}
         candidates = [each for each in self.prepared.candidates if each.info.label in labels]
         return Pass("held-out", candidates, self.prepared.held_out, torch.float32)
 
     def _likely_choice(self) -> Selection:
         """A selection such as the search may make: an interval of half of the layers."""
         half = require_layers(self.prepared.pair).count // 2
+        scored: dict[str, Any] = {"quality": 1.0, "feasible": True, "exact": True, "prompts": 1, "dtype": "float32"}
         rows = [
-            ScoredCandidate(each.info, 1.0, -abs(each.info.layers_restored - half), 1, "float32", True, feasible=True)
+            ScoredCandidate(**vars(each.info), **scored, diversity=-abs(each.info.layers_restored - half))
             for each in self.prepared.candidates
         ]
         return select_from(rows, base=recipe_of(self.prepared.pair), min_quality=0)
@@ -231,8 +232,8 @@ class Search:
             QUICK_MARGIN if self.options.quick else 0.0,
             ROUNDING_MARGIN if self.prepared.first.dtype != torch.float32 else 0.0,
         )
-        infos = finalists(rows, min_quality=self.options.min_quality, margin=margin, at_least=RESCORED_AT_LEAST)
-        labels = {info.label for info in infos}
+        chosen = finalists(rows, min_quality=self.options.min_quality, margin=margin, at_least=RESCORED_AT_LEAST)
+        labels = {row.label for row in chosen}
         return [each for each in self.prepared.candidates if each.info.label in labels]
 
     def _select(self, scored: PassResult, base: Recipe) -> SearchResult:

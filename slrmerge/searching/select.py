@@ -36,7 +36,7 @@ def _select(folder: Path, min_quality: float) -> SearchResult:
     result = read_result(folder)
     rows = tuple(mark_feasible(result.rows, post_quality=result.post_quality, min_quality=min_quality))
     choice = select_from(rows, base=result.choice.base, min_quality=min_quality)
-    kept = read_prompts(folder, [row.info.label for row in rows])
+    kept = read_prompts(folder, [row.label for row in rows])
     selected = replace(
         result,
         rows=rows,

@@ -49,12 +49,12 @@ def test_changes_are_those_of_each_row_from_the_post_trained_model(capsys: pytes
 
 def test_recipes_have_rows_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     rows = made_rows({(0, 0): (0.95, 1.4), (1, 1): (0.9, 1.7)})
-    info = replace(rows[2].info, space="recipe", label="mine.yaml", alpha=None)
-    shown = shown_rows(capsys, [*rows, replace(rows[2], info=info, diversity=1.2)])
+    mine = replace(rows[2], space="recipe", label="mine.yaml", alpha=None, diversity=1.2)
+    shown = shown_rows(capsys, [*rows, mine])
     assert [cells[:2] for cells in shown if "mine.yaml" in cells] == [["recipe", "mine.yaml"]]
 
 
 def test_a_recipe_that_is_the_selected_interval_shares_its_row(capsys: pytest.CaptureFixture[str]) -> None:
     rows = made_rows({(0, 0): (0.95, 1.4), (1, 1): (0.9, 1.7)})
-    rows[-1] = replace(rows[-1], info=replace(rows[-1].info, also_named=("mine.yaml",)))
+    rows[-1] = replace(rows[-1], also_named=("mine.yaml",))
     assert [cells[0] for cells in shown_rows(capsys, rows) if "mine.yaml" in cells[1]] == ["selected, late control"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slrmerge.evaluation.numbers import final_number
+from slrmerge.evaluation.answers import final_number
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 
 from slrmerge.evaluation import charts
+from slrmerge.evaluation.metrics import Metric
 from slrmerge.evaluation.output import as_markdown
 from slrmerge.evaluation.page import PROMPTS_SHOWN, TEXTS_SHOWN, page
 from slrmerge.evaluation.result import EvaluationResult, summarise
-from slrmerge.evaluation.tasks.base import Metric, ModelResponses, Score
+from slrmerge.evaluation.tasks.base import ModelResponses, Score
 from slrmerge.evaluation.tasks.reasoning import KS
 from slrmerge.io.figures import model_colours, save_figure
 from tests.evaluation.test_result import result

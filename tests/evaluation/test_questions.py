@@ -10,8 +10,8 @@ import pytest
 
 from slrmerge.errors import DataError, OptionError
 from slrmerge.evaluation import questions
+from slrmerge.evaluation.answers import final_number
 from slrmerge.evaluation.matching import match_stated, match_whole, names_of, normalise
-from slrmerge.evaluation.numbers import final_number
 from slrmerge.evaluation.questions import Question, QuestionRow, parse_questions, prompt_id, read_data
 from slrmerge.evaluation.tasks import TASKS
 from slrmerge.evaluation.tasks.creative import WritingPrompt

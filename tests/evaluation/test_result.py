@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
+from slrmerge.evaluation.metrics import Metric
 from slrmerge.evaluation.output import as_csv, as_markdown, prompts_as_csv
 from slrmerge.evaluation.result import Cell, EvaluationResult, summarise
-from slrmerge.evaluation.tasks.base import Metric, ModelResponses, Score
+from slrmerge.evaluation.tasks.base import ModelResponses, Score
 from slrmerge.evaluation.tasks.creative import WritingPrompt
 
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from slrmerge.errors import DataError
-from slrmerge.evaluation.judge import Judge
 from slrmerge.evaluation.models import AnswerSink, SampleRequest
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.questions import QuestionRow, parse_questions
+from slrmerge.evaluation.requesting import Judge
 from slrmerge.evaluation.samples import Answer, SampleFile, Settings
 from slrmerge.evaluation.tasks import TASKS
 from slrmerge.evaluation.tasks.base import Helpers, ModelResponses, Task

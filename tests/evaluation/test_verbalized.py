@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slrmerge.evaluation.verbalized import parse_verbalized, verbalize
+from slrmerge.evaluation.texts import parse_verbalized, verbalize
 
 SOUND = '{"answers": [{"text": "Ohio", "probability": 0.5}, {"text": "Utah", "probability": 0.25}]}'
 

@@ -179,7 +179,8 @@ def interval(start: int, end: int) -> CandidateInfo:
 
 
 def row(info: CandidateInfo, quality: float, diversity: float, **more: Any) -> ScoredCandidate:
-    return ScoredCandidate(info, quality, diversity, **{"prompts": 40, "dtype": "float32", "exact": True, **more})
+    conditions = {"prompts": 40, "dtype": "float32", "exact": True}
+    return ScoredCandidate(**vars(info), quality=quality, diversity=diversity, **{**conditions, **more})
 
 
 POST = CandidateInfo(space="post", label="post-trained", rules=Rules(alpha=0.0), alpha=0.0)
@@ -200,7 +201,7 @@ def made_result(
     post_quality = {rows[0].conditions: rows[0].quality}
     marked = mark_feasible(rows, post_quality=post_quality, min_quality=min_quality)
     base = base or Recipe(pretrained="../pre", posttrained="../post")
-    ends = [row.info.end for row in rows if row.info.end is not None]
+    ends = [row.end for row in rows if row.end is not None]
     values: dict[str, Any] = {
         "rows": tuple(marked), "choice": select_from(marked, base=base, min_quality=min_quality),
         "post_quality": post_quality, "layers": max(ends, default=0) + 1, "task": "crc", "notes": (), "elapsed_s": 1.5,

@@ -34,7 +34,7 @@ def assert_scored_as_merged(pair: SmallPair, *labels: str) -> None:
     """The scores of these candidates are those of the merged checkpoints in transformers."""
     search = pair.search()
     result = search.run(pair.out)
-    rows = {row.info.label: row for row in result.rows}
+    rows = {row.label: row for row in result.rows}
     found = []
     for number, label in enumerate(labels):
         folder = merge(result.choice.recipe_for(rows[label]), pair.folder / f"hybrid-{number}", fsync=False).folder

@@ -52,7 +52,7 @@ def test_the_runner_up_is_selected_without_the_selection() -> None:
     rows = made_rows(INTERVALS)
     choice = made_result(rows).choice
     assert (choice.slr, choice.runner_up) == (made_result(rows).rows[4], made_result(rows).rows[5])
-    without = made_result([row for row in rows if row.info != choice.slr.info]).choice  # type: ignore[union-attr]
+    without = made_result([row for row in rows if row.label != choice.slr.label]).choice  # type: ignore[union-attr]
     assert without.slr == choice.runner_up
 
 
@@ -60,7 +60,7 @@ def test_the_named_candidates_and_the_runner_up_are_asked() -> None:
     choice = made_result(made_rows(INTERVALS)).choice
     asked = candidates_to_ask(choice)
     assert list(asked) == ["post", "slr", "runner_up", "soup", "early", "late", "pre"]
-    assert asked["runner_up"].info.label == "layers 2–2"
+    assert asked["runner_up"].label == "layers 2–2"
     only = made_result(made_rows({(0, 0): (0.1, 1.4)})).choice
     assert list(candidates_to_ask(only)) == ["post", "soup", "pre"]
 
@@ -128,7 +128,7 @@ def test_shares_are_those_of_all_resamples() -> None:
         post_quality = {again[0].conditions: again[0].quality}
         marked = mark_feasible(again, post_quality=post_quality, min_quality=0.9)
         slr = select_from(marked, base=base, min_quality=0.9).slr
-        times[slr.info.label if slr else "nothing"] += 1
+        times[slr.label if slr else "nothing"] += 1
     expected = {label: count / 256 for label, count in times.items()}
     assert len(expected) > 3
     assert expected["nothing"] > 0.01
@@ -175,13 +175,13 @@ def test_held_out_scores_are_those_of_a_search_with_these_questions(small: Small
     listed = [{"text": question.text, "answers": list(question.answers)} for question in held_out]
     task.write_text(yaml.safe_dump({"questions": listed}), encoding="utf-8")
     there = small.run(small.folder / "there", task=str(task))
-    expected = {row.info.label: row for row in there.rows}
+    expected = {row.label: row for row in there.rows}
     assert result.held_out is not None
     assert result.held_out.prompts == len(held_out) == 6
     assert result.held_out.scores.keys() == candidates_to_ask(result.choice).keys()
     for name, row_ in candidates_to_ask(result.choice).items():
-        found, wanted = result.held_out.scores[name], expected[row_.info.label]
-        assert found.label == wanted.info.label
+        found, wanted = result.held_out.scores[name], expected[row_.label]
+        assert found.label == wanted.label
         assert found.quality == pytest.approx(wanted.quality, abs=1e-6)
         assert found.diversity == pytest.approx(wanted.diversity, abs=1e-6)
     kept = prompts_of(small.out)
@@ -255,13 +255,13 @@ def test_another_selection_says_where_it_was_not_asked(tiny_search: Path, tmp_pa
     assert after.held_out is not None
     assert before.held_out is not None
     asked = {found.label for found in before.held_out.scores.values()}
-    assert after.choice.slr.info.label not in asked
+    assert after.choice.slr.label not in asked
     assert {name: found.label for name, found in after.held_out.scores.items()} == {
         "post": "post-trained", "pre": "pre-trained"
     }  # fmt: skip
     assert after.held_out.scores["post"] == before.held_out.scores["post"]
     assert after.reselected != before.reselected
-    assert any(after.choice.slr.info.label in doubt and "held-out" in doubt for doubt in after.doubts)
+    assert any(after.choice.slr.label in doubt and "held-out" in doubt for doubt in after.doubts)
     again = select(folder, min_quality=before.choice.min_quality)
     assert (again.held_out, again.reselected, again.doubts) == (before.held_out, before.reselected, before.doubts)
 

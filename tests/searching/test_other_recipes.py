@@ -31,7 +31,7 @@ def test_a_recipe_may_name_the_same_folders_otherwise(small: SmallPair) -> None:
     (small.folder / "link").symlink_to(small.folder / "pre")
     sides = {"pretrained": "../link", "posttrained": str(small.folder / "post")}
     other = small.recipe_file("deep/other.yaml", **sides, alpha=0.3)
-    assert small.run(also=other).rows[-1].info.label == "other.yaml"
+    assert small.run(also=other).rows[-1].label == "other.yaml"
 
 
 @hurried
@@ -40,10 +40,10 @@ def test_the_recipes_own_rules_and_other_recipes_are_scored(small: SmallPair) ->
     soup, other = small.recipe_file("soup.yaml", alpha=0.3), {"alpha": 0.35}
     sides = {side: str(small.folder / side.removesuffix("trained")) for side in ("pretrained", "posttrained")}
     result = small.search(own, also=[soup, {**sides, **other}]).run(small.out)
-    assert [each.info.label for each in result.rows[-3:]] == ["the recipe's own", "soup.yaml", "recipe 2"]
-    assert [each.info.space for each in result.rows[-3:]] == ["recipe"] * 3
+    assert [each.label for each in result.rows[-3:]] == ["the recipe's own", "soup.yaml", "recipe 2"]
+    assert [each.space for each in result.rows[-3:]] == ["recipe"] * 3
     assert result.choice.slr is not None
-    assert result.choice.slr.info.space == "interval"
+    assert result.choice.slr.space == "interval"
 
 
 @hurried
@@ -53,14 +53,14 @@ def test_recipes_with_equal_alphas_are_one_candidate_and_a_finalist(
 ) -> None:
     monkeypatch.setattr("slrmerge.searching.run.RESCORED_AT_LEAST", 0)
     monkeypatch.setattr("slrmerge.searching.run.ROUNDING_MARGIN", 0.0)
-    plain = {row.info.label: row for row in small.run(small.folder / "plain", dtype=dtype).rows}
-    rough = next(row.info for row in plain.values() if not row.exact) if dtype == "bfloat16" else plain["layer 1"].info
+    plain = {row.label: row for row in small.run(small.folder / "plain", dtype=dtype).rows}
+    rough = next(row for row in plain.values() if not row.exact) if dtype == "bfloat16" else plain["layer 1"]
     same = small.recipe(**rough.rules.rules())
     also = small.recipe_file("a = b.yaml", **rough.rules.rules())
     result = small.search(same, also=also, dtype=dtype).run(small.out)
-    rows = {row.info.label: row for row in result.rows}
+    rows = {row.label: row for row in result.rows}
     assert rows.keys() == plain.keys()
-    assert rows[rough.label].info.also_named == ("the recipe's own", "a = b.yaml")
+    assert rows[rough.label].also_named == ("the recipe's own", "a = b.yaml")
     assert rows[rough.label].exact
     assert read_result(small.out).rows == result.rows
 
@@ -71,11 +71,11 @@ def test_recipes_with_the_same_file_name_keep_their_own_scores(small: SmallPair)
     files = [small.recipe_file(f"{number}/r.yaml", pretrained="../pre", posttrained="../post", alpha=alpha)
              for number, alpha in enumerate(alphas)]  # fmt: skip
     result = small.run(also=files, dtype="bfloat16")
-    assert [each.info.label for each in result.rows[-3:]] == ["r.yaml", "r.yaml (2)", "r.yaml (3)"]
+    assert [each.label for each in result.rows[-3:]] == ["r.yaml", "r.yaml (2)", "r.yaml (3)"]
     for alpha, both in zip(alphas, result.rows[-3:], strict=True):
         out = small.folder / f"alone-{alpha}"
         alone = small.search(small.recipe(alpha=alpha), spaces=()).run(out).rows[-1]
-        assert (both.exact, both.info.alpha) == (True, alpha)
+        assert (both.exact, both.alpha) == (True, alpha)
         assert both.quality == pytest.approx(alone.quality, abs=1e-6)
         assert both.diversity == pytest.approx(alone.diversity, abs=1e-6)
 
@@ -86,6 +86,6 @@ def test_a_mergekit_config_is_scored(small: SmallPair) -> None:
     models = [f"- model: {small.folder / side}\n  parameters: {{weight: {w}}}" for side, w in (("post", 7), ("pre", 3))]
     config.write_text("merge_method: linear\nmodels:\n" + "\n".join(models) + "\n")
     result = small.run(also=[config, small.recipe_file("soup.yaml", alpha=0.3)])
-    assert result.rows[-1].info.label == "mergekit.yml"
-    assert result.rows[-1].info.also_named == ("soup.yaml",)
+    assert result.rows[-1].label == "mergekit.yml"
+    assert result.rows[-1].also_named == ("soup.yaml",)
     assert read_result(small.out).rows == result.rows

@@ -44,14 +44,14 @@ def test_two_passes_select_as_an_exact_search(
     for figure in (str(len(result.rows)), str(len(again)), first, "40 prompts, float32"):
         assert figure in note
     assert list(result.post_quality) == [first, "40 prompts, float32"]
-    by_label = {each.info.label: each for each in exact.rows}
+    by_label = {each.label: each for each in exact.rows}
     for each in again:
         assert (each.prompts, each.dtype) == (40, "float32")
-        assert each.quality == pytest.approx(by_label[each.info.label].quality, abs=1e-6)
-        assert each.diversity == pytest.approx(by_label[each.info.label].diversity, abs=1e-6)
+        assert each.quality == pytest.approx(by_label[each.label].quality, abs=1e-6)
+        assert each.diversity == pytest.approx(by_label[each.label].diversity, abs=1e-6)
     assert {each.conditions for each in result.rows if not each.exact} == {first}
     selected, wanted = result.choice.named(), exact.choice.named()
-    assert {name: each.info for name, each in selected.items()} == {name: each.info for name, each in wanted.items()}
+    assert {name: each.label for name, each in selected.items()} == {name: each.label for name, each in wanted.items()}
     kept = prompts_of(tmp_path / "search")
     assert kept["quality"].shape == (len(result.rows), 40)
     asked = (~np.isnan(kept["quality"])).sum(1)
@@ -73,7 +73,7 @@ def test_the_selection_in_the_example_pair_is_that_of_its_readme(exact: SearchRe
     text = (TINY / "README.md").read_text()
     for name, (label, quality, diversity) in shown.items():
         found = named[name]
-        assert (found.info.label, round(found.quality, 3), round(found.diversity, 3)) == (label, quality, diversity)
+        assert (found.label, round(found.quality, 3), round(found.diversity, 3)) == (label, quality, diversity)
         assert f"| {quality:.3f} | {diversity:.3f} |" in text.replace("**", "")
 
 
@@ -82,6 +82,6 @@ def test_the_example_pair_has_no_near_ties(exact: SearchResult) -> None:
     assert exact.choice.near_ties == ()
     runner_up = max(
         each.diversity for each in exact.rows
-        if each.info.space == "interval" and each.feasible and each is not exact.choice.slr
+        if each.space == "interval" and each.feasible and each is not exact.choice.slr
     )  # fmt: skip
     assert NEAR_TIE < exact.choice.slr.diversity - runner_up < 0.01

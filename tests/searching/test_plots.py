@@ -63,16 +63,16 @@ def test_the_tradeoff_names_its_axes_its_marks_and_the_selection(drawn: dict[str
     expected = {
         "quality Q: probability of a valid answer", "diversity D: entropy of the valid answers (nats)", "intervals",
         "attention only", "MLPs only", "their front, with the layers restored", "soups, with alpha", "recipes",
-        "post-trained", f"selected: {FILLED.choice.slr.info.label}", "0.9 · Q(post)",
+        "post-trained", f"selected: {FILLED.choice.slr.label}", "0.9 · Q(post)",
     }  # fmt: skip
     assert expected <= set(words(drawn["tradeoff.svg"]))
 
 
 def test_the_front_is_labelled_with_its_restored_layers(drawn: dict[str, bytes]) -> None:
-    front = [each for each in FILLED.rows if each.info.space == "interval" and each.pareto]
+    front = [each for each in FILLED.rows if each.space == "interval" and each.pareto]
     assert len(front) > 1
     spans = {str(i) if i == j else f"{i}–{j}" for i, j in SPANS}
-    others = [each.info for each in front if each is not FILLED.choice.slr]
+    others = [each for each in front if each is not FILLED.choice.slr]
     named = {str(each.start) if each.start == each.end else f"{each.start}–{each.end}" for each in others}
     assert set(words(drawn["tradeoff.svg"])) & spans == named
 
@@ -106,8 +106,8 @@ def test_labels_of_eighty_layers_do_not_overlap_and_are_inside_the_axes() -> Non
     assert slr is not None
     assert early is not None
     assert late is not None
-    controls = {f"early control: {early.info.label}", f"late control: {late.info.label}"}
-    needed = {"post-trained", "pre-trained", "mine", f"selected: {slr.info.label}", *controls}
+    controls = {f"early control: {early.label}", f"late control: {late.label}"}
+    needed = {"post-trained", "pre-trained", "mine", f"selected: {slr.label}", *controls}
     assert needed <= labels.keys()
     assert sum("–" in name for name in labels.keys() - needed) > 5
     assert len({"0.1", "0.5", "0.9"} & labels.keys()) >= 2
@@ -141,7 +141,7 @@ def test_the_heatmaps_name_both_scores_and_both_ends(drawn: dict[str, bytes]) ->
 
 def test_the_heatmaps_have_every_interval_in_its_place_and_the_selection_framed() -> None:
     assert FILLED.choice.slr is not None
-    choice = FILLED.choice.slr.info
+    choice = FILLED.choice.slr
     assert choice.start is not None
     assert choice.end is not None
     for number, axes in enumerate(
@@ -171,7 +171,7 @@ def test_the_settings_of_matplotlib_are_not_changed(tmp_path: Path) -> None:
 
 PLAIN: dict[str, tuple[Sequence[ScoredCandidate], float]] = {
     "nothing is feasible": ([row(POST, 1, 1), *made_rows(SCORES)[1:]], 1),
-    "no soups": ([each for each in made_rows(SCORES) if each.info.space != "soup"], 0.9),
+    "no soups": ([each for each in made_rows(SCORES) if each.space != "soup"], 0.9),
     "no intervals": (made_rows({}), 0.9),
     "only the parents": ([row(POST, 0.9, 1), row(PRE, 0.5, 2)], 0.9),
     "attention only": ([row(POST, 0.9, 1), row(PRE, 0.5, 2), OTHERS[0]], 0.9),
@@ -195,10 +195,10 @@ def test_any_candidates_can_be_drawn(case: str) -> None:
     (legend,) = figures[0].legends
     names = [text.get_text() for text in legend.get_texts()]
     assert "post-trained" in names
-    assert ("soups, with alpha" in names) == any(each.info.space == "soup" for each in rows)
+    assert ("soups, with alpha" in names) == any(each.space == "soup" for each in rows)
     assert any(word.startswith("selected: ") for word in names) == (result.choice.slr is not None)
     assert ("their front, with the layers restored" in names) == any(
-        each.info.space in ("interval", "attention") for each in rows
+        each.space in ("interval", "attention") for each in rows
     )
     frames = [patch for axes in figures[1].axes if axes.get_images() for patch in axes.patches]
     assert bool(frames) == (result.choice.slr is not None)

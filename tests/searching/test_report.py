@@ -64,7 +64,7 @@ any_share = st.floats(0, 1) | st.sampled_from([step / 200 for step in range(201)
 def some_rough(rows: list[ScoredCandidate], rough: set[int]) -> list[ScoredCandidate]:
     """The rows, some of them (but no parent) scored roughly."""
     return [
-        replace(row, exact=False, prompts=8) if place in rough and row.info.space not in ("post", "pre") else row
+        replace(row, exact=False, prompts=8) if place in rough and row.space not in ("post", "pre") else row
         for place, row in enumerate(rows)
     ]
 
@@ -85,13 +85,11 @@ def test_the_step_of_a_minimum_quality_is_what_select_from_selects(
         expected = select_from(marked, base=BASE, min_quality=share)
         step = next(step for step in steps if share <= step["up_to"])
         found = {
-            name: rows[step[name]].info.label
-            for name in ("slr", "soup", "early", "late", "post", "pre")
-            if name in step
+            name: rows[step[name]].label for name in ("slr", "soup", "early", "late", "post", "pre") if name in step
         }
-        assert found == {name: row.info.label for name, row in expected.named().items()}
+        assert found == {name: row.label for name, row in expected.named().items()}
         for name, doubtful in (("near_ties", expected.near_ties), ("rough", possibly_better(marked, expected))):
-            assert [rows[place].info.label for place in step[name]] == [row.info.label for row in doubtful[:4]]
+            assert [rows[place].label for place in step[name]] == [row.label for row in doubtful[:4]]
 
 
 @given(any_rows, any_share)
@@ -113,7 +111,7 @@ def test_the_page_has_every_candidate_with_its_scores_and_recipe() -> None:
     result = made_result([*made_rows(SCORES), mergekit], base=base)
     data = page(result).data
     for each, shown in zip(result.rows, data["rows"], strict=True):
-        assert (shown["label"], shown["quality"], shown["diversity"]) == (each.info.label, each.quality, each.diversity)
+        assert (shown["label"], shown["quality"], shown["diversity"]) == (each.label, each.quality, each.diversity)
         if each is result.rows[-1]:
             assert shown["recipe_rest"] is None
         else:

@@ -149,7 +149,7 @@ def test_a_low_quality_and_swapped_sides_are_warnings(tmp_path: Path, post: floa
 
 
 def test_a_result_without_the_pre_trained_model_is_read_back_as_it_was(tmp_path: Path) -> None:
-    result = write(tmp_path, made_result([row for row in made_rows(SCORES) if row.info.space != "pre"]))
+    result = write(tmp_path, made_result([row for row in made_rows(SCORES) if row.space != "pre"]))
     assert result.choice.pre is None
     assert read_result(tmp_path) == result
 
@@ -162,7 +162,7 @@ def test_the_table_has_a_line_per_candidate_in_the_order_of_scoring(tmp_path: Pa
     write_result(tmp_path, result)
     lines = table(tmp_path)
     assert list(lines[0]) == COLUMNS
-    assert [line["label"] for line in lines] == [each.info.label for each in result.rows]
+    assert [line["label"] for line in lines] == [each.label for each in result.rows]
     assert [float(line["quality"]) for line in lines] == [each.quality for each in result.rows]
 
 
@@ -198,7 +198,7 @@ def test_to_pandas_has_the_columns_and_rows_of_the_table(tmp_path: Path) -> None
     assert list(frame["label"]) == [line["label"] for line in table(tmp_path)]
     assert list(frame["quality"]) == [each.quality for each in result.rows]
     assert frame["feasible"].dtype == bool
-    assert [None if pandas.isna(end) else end for end in frame["end"]] == [each.info.end for each in result.rows]
+    assert [None if pandas.isna(end) else end for end in frame["end"]] == [each.end for each in result.rows]
 
 
 @pytest.mark.parametrize(("method", "package"), [("to_pandas", "pandas"), ("plot", "matplotlib")])
@@ -227,7 +227,7 @@ def test_the_summary_names_the_selected_candidates_and_the_conditions(tmp_path: 
 
 def test_the_same_result_gives_the_same_bytes(tmp_path: Path) -> None:
     result = made_result(sample())
-    asked = prompt_scores([row.info.label for row in result.rows], 2, seed=0)
+    asked = prompt_scores([row.label for row in result.rows], 2, seed=0)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write_result(tmp_path / name, result)
@@ -333,7 +333,7 @@ def test_every_recipe_merges_from_the_results_folder(made_pair: Path, tmp_path: 
         loaded = load_recipe(out / f"{name}.yaml")
         assert Path(loaded.pretrained).is_absolute() == (written == "absolute")
         assert folders(loaded) == [folder / "pre", folder / "post"]
-        assert loaded.rules() == result.choice.named()[name].info.rules.rules()
+        assert loaded.rules() == result.choice.named()[name].rules.rules()
         hybrid = merge(out / f"{name}.yaml", tmp_path / "hybrids" / name, fsync=False).folder
         assert (hybrid / "model.safetensors").is_file()
 
@@ -405,13 +405,13 @@ def test_of_two_that_select_at_once_one_is_refused(tmp_path: Path) -> None:
 def test_rough_candidates_that_could_be_better_are_doubts(tmp_path: Path) -> None:
     rows = made_rows(SCORES)
     rough = replace(rows[-2], exact=False, prompts=8)
-    assert rough.info.label == "layers 1–2"
+    assert rough.label == "layers 1–2"
     result = made_result([*rows[:-2], rows[-1]])
     post_quality = {**result.post_quality, "8 prompts, float32": 0.96}
     write_result(tmp_path, replace(result, rows=(*result.rows, rough), post_quality=post_quality))
     again = select(tmp_path, min_quality=0.3)
     assert again.choice.slr is not None
-    assert again.choice.slr.info.label == "layers 1–1"
+    assert again.choice.slr.label == "layers 1–1"
     (doubt,) = again.doubts
     assert "layers 1–2" in doubt
     assert json.loads((tmp_path / "summary.json").read_text())["doubts"] == [doubt]

@@ -53,7 +53,7 @@ def test_the_folder_has_the_returned_result(small: SmallPair) -> None:
 def test_the_values_of_prompts_have_the_means_of_the_table(small: SmallPair) -> None:
     result, kept = small.run(), prompts_of(small.out)
     assert kept["quality"].shape == kept["diversity"].shape == (len(result.rows), 6)
-    assert list(kept["candidates"]) == [each.info.label for each in result.rows]
+    assert list(kept["candidates"]) == [each.label for each in result.rows]
     assert [each.quality for each in result.rows] == list(kept["quality"].mean(1))
     assert [each.diversity for each in result.rows] == list(kept["diversity"].mean(1))
     assert kept["questions"][0].startswith("Generate a random integer in the range [")
@@ -78,10 +78,10 @@ def test_a_search_of_an_open_pair_gives_the_same_scores(small: SmallPair, plain:
 @hurried
 def test_the_spaces_decide_what_is_scored_and_selected(small: SmallPair) -> None:
     result = small.run(spaces=["attention", "mlp"])
-    assert [each.info.space for each in result.rows] == ["post", "pre", *["attention"] * 10, *["mlp"] * 10]
+    assert [each.space for each in result.rows] == ["post", "pre", *["attention"] * 10, *["mlp"] * 10]
     assert list(result.choice.named()) == ["post", "slr", "early", "late", "pre"]
     named = result.choice.named().items()
-    assert {row.info.space for name, row in named if name not in ("post", "pre")} == {"attention"}
+    assert {row.space for name, row in named if name not in ("post", "pre")} == {"attention"}
     assert {path.name for path in small.out.glob("*.yaml")} == {"slr.yaml", "early.yaml", "late.yaml"}
 
 
@@ -102,7 +102,7 @@ def test_the_choice_of_a_search_merges_and_its_card_shows_the_search(small: Smal
     card = (small.folder / "chosen" / "README.md").read_text()
     for row in result.choice.named().values():
         assert f"| {row.quality:.4f} | {row.diversity:.4f} |" in card
-    assert f"**{result.choice.slr.info.label}**" in card
+    assert f"**{result.choice.slr.label}**" in card
     assert (small.folder / "chosen" / "tradeoff.png").read_bytes() == (small.out / "tradeoff.png").read_bytes()
     chosen, from_file = ((small.folder / name / "model.safetensors").read_bytes() for name in ("chosen", "from-file"))
     assert chosen == from_file

@@ -67,7 +67,7 @@ def scores_by_transformers(folder: Path, prompts: Sequence[Prompt]) -> tuple[flo
 
 
 def row_named(result: SearchResult, label: str) -> ScoredCandidate:
-    return next(row for row in result.rows if row.info.label == label)
+    return next(row for row in result.rows if row.label == label)
 
 
 def merged(pair: SmallPair, recipe: Recipe) -> Path:
@@ -317,7 +317,7 @@ def test_another_scorer_is_one_class(small: SmallPair, dtype: str) -> None:
     assert names == ["first", *(["finalists"] if dtype == "bfloat16" else []), "held-out"]
     assert watcher.advanced == sum(watcher.totals)
     assert result.choice.slr is not None
-    assert result.choice.slr.info.label == "layers 0–3"
+    assert result.choice.slr.label == "layers 0–3"
     assert read_result(small.out).rows == result.rows
 
 

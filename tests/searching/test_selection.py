@@ -62,7 +62,7 @@ def selected(rows: Sequence[ScoredCandidate], min_quality: float = 0.9) -> Selec
 
 
 def label(found: ScoredCandidate | None) -> str | None:
-    return None if found is None else found.info.label
+    return None if found is None else found.label
 
 
 # the selection
@@ -74,13 +74,13 @@ def test_the_selection_has_the_highest_diversity_of_the_intervals_with_enough_qu
 ) -> None:
     choice = selected(rows, ratio)
     for space, found in (("interval", choice.slr), ("soup", choice.soup)):
-        enough = [each for each in rows if each.info.space == space and each.quality >= ratio * rows[0].quality]
+        enough = [each for each in rows if each.space == space and each.quality >= ratio * rows[0].quality]
         assert (found is None) == (not enough)
         if found is not None:
             best = max(each.diversity for each in enough)
-            equal = [each.info for each in enough if each.diversity == best]
-            first = min(equal, key=lambda info: (info.layers_restored, info.start or 0))
-            assert (found.info, found.diversity, found.feasible) == (first, best, True)
+            equal = [each for each in enough if each.diversity == best]
+            first = min(equal, key=lambda each: (each.layers_restored, each.start or 0))
+            assert (found.label, found.diversity, found.feasible) == (first.label, best, True)
 
 
 @given(any_rows, any_ratio)
@@ -167,10 +167,10 @@ def test_intervals_of_almost_the_same_diversity_are_near_ties() -> None:
 def test_the_ten_best_are_in_the_order_of_selection(rows: list[ScoredCandidate], ratio: float) -> None:
     found = marked(rows, ratio)
     best = ten_best(found)
-    assert all(each.feasible and each.info.space in ("interval", "recipe") for each in best)
+    assert all(each.feasible and each.space in ("interval", "recipe") for each in best)
     assert [each.diversity for each in best] == sorted((each.diversity for each in best), reverse=True)
-    assert len(best) == sum(each.feasible for each in found if each.info.space in ("interval", "recipe"))
-    intervals = [each for each in best if each.info.space == "interval"]
+    assert len(best) == sum(each.feasible for each in found if each.space in ("interval", "recipe"))
+    intervals = [each for each in best if each.space == "interval"]
     assert (intervals[0] if intervals else None) is select_from(found, base=BASE, min_quality=ratio).slr
     assert ten_best(found, 2) == best[:2]
 
@@ -181,15 +181,15 @@ def test_the_ten_best_are_in_the_order_of_selection(rows: list[ScoredCandidate],
 @given(any_rows)
 def test_the_pareto_front_is_what_no_candidate_of_its_space_exceeds(rows: list[ScoredCandidate]) -> None:
     for each in marked(rows, 0.9):
-        space = each.info.space
-        rivals = [other for other in rows if space in ("post", "pre") or other.info.space == space]
+        space = each.space
+        rivals = [other for other in rows if space in ("post", "pre") or other.space == space]
         beaten = any(
             other.quality >= each.quality
             and other.diversity >= each.diversity
             and (other.quality, other.diversity) != (each.quality, each.diversity)
             for other in rivals
         )
-        assert each.pareto == (not beaten), each.info.label
+        assert each.pareto == (not beaten), each.label
 
 
 # finalists
@@ -211,14 +211,14 @@ def test_every_candidate_that_may_be_selected_within_the_margin_is_a_finalist_wi
 ) -> None:
     again = finalists(rows, min_quality=ratio, margin=margin, at_least=0)
     for best in rows:
-        space = best.info.space
+        space = best.space
         if space not in ("interval", "soup"):
             continue
         moved = [shifted(each, margin if each is best else -margin) for each in rows]
         choice = selected(moved, ratio)
         winner = choice.slr if space == "interval" else choice.soup
-        if winner is not None and winner.info == best.info:
-            needed: set[str | None] = {winner.info.label}
+        if winner is not None and winner.label == best.label:
+            needed: set[str | None] = {winner.label}
             needed |= {label(choice.early), label(choice.late)} if space == "interval" else set()
             assert needed <= {info.label for info in again}
 
@@ -227,7 +227,7 @@ def test_every_candidate_that_may_be_selected_within_the_margin_is_a_finalist_wi
 def test_each_space_has_a_minimum_number_of_finalists(rows: list[ScoredCandidate], ratio: float, at_least: int) -> None:
     again = finalists(rows, min_quality=ratio, margin=0.01, at_least=at_least)
     for space in ("interval", "soup"):
-        hopeful = [each for each in rows if each.info.space == space and each.quality >= ratio * rows[0].quality]
+        hopeful = [each for each in rows if each.space == space and each.quality >= ratio * rows[0].quality]
         asked = [each for each in again if each.space == space]
         assert len(asked) >= min(at_least, len(hopeful))
 
@@ -252,14 +252,14 @@ def test_candidates_that_cannot_be_selected_are_no_finalists() -> None:
 
 def test_candidates_with_other_labels_and_their_controls_are_finalists() -> None:
     rows = made_rows({(0, 0): (0.1, 0.1), (1, 1): (0.1, 0.2), (2, 2): (0.1, 0.1), (0, 2): (0.95, 1.9)})
-    rows[4] = replace(rows[4], info=replace(rows[4].info, also_named=("mine",)))
+    rows[4] = replace(rows[4], also_named=("mine",))
     again = finalists(rows, min_quality=0.9, margin=0.01, at_least=0)
     assert {"layers 0–0", "layers 1–1", "layers 2–2"} <= {info.label for info in again}
 
 
 def test_rough_candidates_with_more_diversity_are_possibly_better() -> None:
     rows = made_rows({(0, 0): (0.95, 1.5), (1, 1): (0.95, 1.6), (2, 2): (0.95, 1.4), (0, 1): (0.2, 1.9)})
-    rough = [replace(each, exact=False) if label(each) != "layers 0–0" and each.info.start is not None else each
+    rough = [replace(each, exact=False) if label(each) != "layers 0–0" and each.start is not None else each
              for each in rows]  # fmt: skip
     found = marked(rough, 0.9)
     assert [label(each) for each in possibly_better(found, selected(rough))] == ["layers 1–1"]

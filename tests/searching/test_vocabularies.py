@@ -28,7 +28,7 @@ def unlike(made_pair: Path, tmp_path: Path) -> SmallPair:
 @hurried
 def test_vocabularies_of_different_sizes_leave_out_what_cannot_be_asked(unlike: SmallPair) -> None:
     result = unlike.run()
-    assert {row.info.space for row in result.rows} == {"post", "interval"}
+    assert {row.space for row in result.rows} == {"post", "interval"}
     assert len(result.rows) == 1 + LAYERS * (LAYERS + 1) // 2
     (note,) = result.notes
     assert "lm_head.weight" in note
@@ -69,4 +69,4 @@ def test_a_recipe_that_needs_another_vocabulary_is_refused_and_its_remedy_helps(
     assert caught.value.problems[0].where == "soup.yaml"
     kept = [{"match": name, "alpha": 0} for name in ("lm_head.weight", "model.embed_tokens.weight")]
     better = unlike.recipe_file("soup.yaml", alpha=0.3, tensors=kept)
-    assert unlike.run(spaces=(), also=better).rows[-1].info.label == "soup.yaml"
+    assert unlike.run(spaces=(), also=better).rows[-1].label == "soup.yaml"

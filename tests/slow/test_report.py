@@ -114,17 +114,17 @@ def test_the_slider_selects_as_the_command_does(opened: "sync_api.Page", written
             assert opened.inner_text("#recipe-note") == ""
             assert not opened.is_visible("#copy")
             continue
-        seen.add(slr.info.label)
-        assert opened.inner_text("#selected b") == slr.info.label
-        assert opened.locator("#stack .restored").count() == slr.info.layers_restored
+        seen.add(slr.label)
+        assert opened.inner_text("#selected b") == slr.label
+        assert opened.locator("#stack .restored").count() == slr.layers_restored
         assert opened.text_content("#recipe") == recipe.read_text(encoding="utf-8")
-        assert slr.info.label in opened.inner_text("#compared .is-selected")
+        assert slr.label in opened.inner_text("#compared .is-selected")
         star = opened.evaluate(
             "document.getElementById('tradeoff').layout.annotations.find((each) => each.text === '★')"
         )
         assert (star["x"], star["y"]) == (slr.quality, slr.diversity)
         frame = opened.evaluate("document.getElementById('diversity').layout.shapes[0]")
-        assert (frame["x0"], frame["y0"]) == ((slr.info.end or 0) - 0.5, (slr.info.start or 0) - 0.5)
+        assert (frame["x0"], frame["y0"]) == ((slr.end or 0) - 0.5, (slr.start or 0) - 0.5)
         faded = opened.evaluate(
             "document.getElementById('quality').data[1].z.flat().filter((each) => each === 1).length"
         )

@@ -4,28 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import ClassVar, Generic, Literal, NamedTuple
+from typing import ClassVar, Generic, Literal
 
 from slrmerge.evaluation.embeddings import Embedder
-from slrmerge.evaluation.judge import Judge
+from slrmerge.evaluation.metrics import Metric
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.questions import Q
+from slrmerge.evaluation.requesting import Judge
 
 Plot = Literal["bars", "curves"]
 """How a task's metrics are drawn: bars for each, or one curve over k."""
-
-
-class Metric(NamedTuple):
-    """A number for each prompt and model, at least 0 and at most `most`, where more is better unless `less_is_better`.
-
-    Those not `in_table` are in the files of a result only.
-    """
-
-    name: str
-    meaning: str
-    in_table: bool = True
-    most: float = 1
-    less_is_better: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Creative writing: how different are a model's poems, stories or jokes from each other, and how good?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from math import inf, nan
 from typing import ClassVar, NamedTuple
@@ -8,11 +8,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from pydantic import AliasChoices, Field
 
-from slrmerge.evaluation.metrics import dissimilarity, vendi_score
+from slrmerge.evaluation.metrics import Metric, dissimilarity, vendi_score
 from slrmerge.evaluation.questions import Question, Text, prompt_id
 from slrmerge.evaluation.replies import json_values
-from slrmerge.evaluation.tasks.base import Helpers, Metric, ModelResponses, Score, Task, TaskScores
-from slrmerge.evaluation.tasks.judging import JudgePrompts
+from slrmerge.evaluation.tasks.base import Helpers, ModelResponses, Score, Task, TaskScores
+from slrmerge.evaluation.tasks.judging import Judgements, judge_texts
 
 CRITERIA = ("request", "language", "craft", "invention", "effect")
 TOP = 10
@@ -48,18 +48,7 @@ Reply with JSON and nothing else: {{"request": 0, "language": 0, "craft": 0, "in
 class WritingPrompt(Question):
     """What to write."""
 
-    prompt: Text = Field(validation_alias=AliasChoices("prompt", "question"))
-
-    @property
-    def text(self) -> str:
-        return self.prompt
-
-
-class Judgements(NamedTuple):
-    """The share of all points by the judge's prompt, None where its reply was invalid; and notes."""
-
-    shares: Mapping[str, float | None]
-    notes: list[str]
+    text: Text = Field(validation_alias=AliasChoices("prompt", "question"))
 
 
 class Diversity(NamedTuple):
@@ -92,22 +81,22 @@ class Creative(Task[WritingPrompt]):
         )
 
     def score(self, responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> TaskScores:
-        judged = _judge(responses, helpers)
-        diversities, notes = _diversities(responses, helpers)
+        judge, notes = helpers.judge, ["quality was not measured; pass --judge"]
+        judged = None
+        if judge:
+            judged = judge_texts(judge, responses, key=_key, prompt=_prompt, read=_share)
+            rubric = RUBRIC.format(request="…", response="…")
+            notes = [*judged.notes("texts", "have no quality"), f"{judge.model_id} used this rubric:\n{rubric}"]
+        diversities, more_notes = _diversities(responses, helpers)
         scores = []
         for each, diversity in zip(responses, diversities, strict=True):
-            shares: list[float | None] = [
-                judged.shares.get(prompt_id(_prompt(each.question, text))) if text and text.strip() else 0.0
-                for text in each.texts
-            ]
-            if helpers.judge is None:
-                shares = [None] * len(each.texts)
+            shares = [None if judged is None else _share_of(judged, each.question, text) for text in each.texts]
             known = [share for share in shares if share is not None]
             quality = sum(known) / len(known) if known else nan
             marks = ["" if share is None else f"{share:.2f}" for share in shares]
             values = {"quality": quality, "diversity": diversity.dissimilarity, "vendi": diversity.vendi}
             scores.append(Score(values, marks))
-        return TaskScores(scores, [*judged.notes, *notes])
+        return TaskScores(scores, [*notes, *more_notes])
 
 
 def _diversities(
@@ -139,30 +128,20 @@ def _diversities(
     return found, [f"{embedder.model_id} {what}" for what, count in counts.items() if count]
 
 
-def _judge(responses: Sequence[ModelResponses[WritingPrompt]], helpers: Helpers) -> Judgements:
-    if helpers.judge is None:
-        return Judgements({}, ["quality was not measured; pass --judge"])
-    prompts = JudgePrompts(_prompt)
-    for each in responses:
-        for number, text in enumerate(each.texts):
-            if text and text.strip():
-                prompts.add(each, number, text)
-    shares = helpers.judge.grades(prompts, lambda _, reply: _share(reply))
-    notes = []
-    if invalid := sum(share is None for share in shares.values()):
-        notes.append(
-            f"{helpers.judge.model_id} judged {len(shares):,} texts; {invalid:,} of its replies were invalid, and "
-            "those texts have no quality"
-        )
-    notes.append(f"{helpers.judge.model_id} used this rubric:\n{RUBRIC.format(request='…', response='…')}")
-    return Judgements(shares, notes)
+def _key(question: WritingPrompt, text: str) -> str | None:
+    """The id of the prompt about a text; None for a blank one."""
+    return prompt_id(_prompt(question, text)) if text.strip() else None
 
 
 def _prompt(question: WritingPrompt, response: str) -> str:
-    return RUBRIC.format(request=question.prompt, response=response)
+    return RUBRIC.format(request=question.text, response=response)
 
 
-def _share(reply: str) -> float | None:
+def _share_of(judged: Judgements[WritingPrompt, float], question: WritingPrompt, text: str | None) -> float | None:
+    return judged.grade(question, text) if text and text.strip() else 0.0
+
+
+def _share(_: WritingPrompt, reply: str) -> float | None:
     """The mean over all criteria, 0 to 1; None unless a reply has points for each."""
     found = [value for value in json_values(reply) if isinstance(value, dict) and value.keys() >= set(CRITERIA)]
     points = [found[-1][criterion] for criterion in CRITERIA] if found else []

@@ -1,19 +1,19 @@
 """Open-ended questions with many correct answers: how many of them does a model give? (the form of CoverageQA)"""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from math import inf
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
 
 from slrmerge.evaluation.matching import match_stated, match_whole, names_of, normalise
-from slrmerge.evaluation.metrics import coverage, entropy, precision
+from slrmerge.evaluation.metrics import Metric, coverage, entropy, precision
 from slrmerge.evaluation.questions import Question, Text, prompt_id
 from slrmerge.evaluation.replies import whole_number
-from slrmerge.evaluation.tasks.base import Helpers, Metric, ModelResponses, Score, Task, TaskScores
-from slrmerge.evaluation.tasks.judging import JudgePrompts
+from slrmerge.evaluation.tasks.base import Helpers, ModelResponses, Score, Task, TaskScores
+from slrmerge.evaluation.tasks.judging import judge_texts
 from slrmerge.io.model import InvalidValue
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 
@@ -68,12 +68,8 @@ class OpenQuestion(Question):
     Repeated answers are dropped.
     """
 
-    question: Text = Field(validation_alias=AliasChoices("question", "prompt"))
+    text: Text = Field(validation_alias=AliasChoices("question", "prompt"))
     answers: Answers
-
-    @property
-    def text(self) -> str:
-        return self.question
 
     @property
     def reference(self) -> list[str]:
@@ -84,13 +80,6 @@ class OpenQuestion(Question):
     def names(self) -> dict[str, int]:
         """See `names_of`."""
         return names_of(self.answers)
-
-
-class Judgements(NamedTuple):
-    """The answer that the judge matched, or None, by the response's `_key`; and notes."""
-
-    answers: Mapping[str, int | None]
-    notes: list[str]
 
 
 class OpenQA(Task[OpenQuestion]):
@@ -113,7 +102,8 @@ class OpenQA(Task[OpenQuestion]):
         )
 
     def score(self, responses: Sequence[ModelResponses[OpenQuestion]], helpers: Helpers) -> TaskScores:
-        judged = _judge(responses, helpers)
+        judge = helpers.judge
+        judged = judge_texts(judge, responses, key=_key, prompt=_prompt, read=_number) if judge else None
         names_of_metrics = [metric.name for metric in self.metrics(helpers.samples)]
         stated: Counter[str] = Counter()
         scores = []
@@ -122,8 +112,9 @@ class OpenQA(Task[OpenQuestion]):
             matched: list[int | None] = []
             for text in each.texts:
                 answer = None if text is None else match_whole(text, names)
-                if text is not None and answer is None and helpers.judge:
-                    answer = judged.answers.get(_key(question, normalise(text)))
+                if text is not None and answer is None and judged:
+                    number = judged.grade(question, text)
+                    answer = number - 1 if number else None
                 elif text is not None and answer is None:
                     answer = match_stated(text, names)
                     stated[each.model] += answer is not None
@@ -132,46 +123,24 @@ class OpenQA(Task[OpenQuestion]):
             marks = ["" if answer is None else question.answers[answer][0] for answer in matched]
             right = [answer is not None for answer in matched]
             scores.append(Score(dict(zip(names_of_metrics, values, strict=True)), marks, right))
-        notes = list(judged.notes)
+        notes = judged.notes("responses", "count as wrong") if judged else []
         if stated.total():
             counts = ", ".join(f"{model} {count:,}" for model, count in stated.items() if count)
             notes.append(f"without a judge, sentences that end in an accepted answer count as that answer: {counts}")
         return TaskScores(scores, notes)
 
 
-def _judge(responses: Sequence[ModelResponses[OpenQuestion]], helpers: Helpers) -> Judgements:
-    """Ask the judge about every response that is not an accepted name."""
-    if helpers.judge is None:
-        return Judgements({}, [])
-    prompts = JudgePrompts(_prompt)
-    judged: dict[str, str] = {}
-    for each in responses:
-        question = each.question
-        for number, text in enumerate(each.texts):
-            normalised = normalise(text or "")
-            key = _key(question, normalised)
-            if text is not None and normalised and match_whole(text, question.names) is None and key not in judged:
-                judged[key] = prompts.add(each, number, text)
-
-    def read(prompt: str, reply: str) -> int | None:
-        return whole_number(reply, "answer", top=len(prompts.question(prompt).answers))
-
-    numbers = helpers.judge.grades(prompts, read)
-    notes = []
-    if invalid := sum(number is None for number in numbers.values()):
-        notes.append(
-            f"{helpers.judge.model_id} judged {len(numbers):,} responses; {invalid:,} of its replies were invalid, and "
-            "those responses count as wrong"
-        )
-    places = {prompt: number - 1 if number else None for prompt, number in numbers.items()}
-    return Judgements({key: places[prompt] for key, prompt in judged.items()}, notes)
+def _key(question: OpenQuestion, text: str) -> str | None:
+    """Identifies the responses to a question that are judged alike; None for what is an accepted name, or blank."""
+    normalised = normalise(text)
+    is_clear = not normalised or normalised in question.names
+    return None if is_clear else prompt_id(f"{question.id} {normalised}")
 
 
-def _key(question: OpenQuestion, normalised: str) -> str:
-    """Identifies the responses to a question that are judged alike."""
-    return prompt_id(f"{question.id} {normalised}")
+def _number(question: OpenQuestion, reply: str) -> int | None:
+    return whole_number(reply, "answer", top=len(question.answers))
 
 
 def _prompt(question: OpenQuestion, response: str) -> str:
     lines = [f"{number}. {' / '.join(names)}" for number, names in enumerate(question.answers, 1)]
-    return JUDGED.format(question=question.question, answers="\n".join(lines), response=response)
+    return JUDGED.format(question=question.text, answers="\n".join(lines), response=response)

@@ -7,12 +7,19 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AliasChoices, Field, PlainSerializer, PlainValidator
 
 from slrmerge.errors import DataError, Problem, require_extra
-from slrmerge.evaluation.answers import MATH_VERIFY, READERS, Reading, as_math, parse_expression
-from slrmerge.evaluation.metrics import pass_at_k
-from slrmerge.evaluation.numbers import MOST_DIGITS, final_number
+from slrmerge.evaluation.answers import (
+    MATH_VERIFY,
+    MOST_DIGITS,
+    READERS,
+    Reading,
+    as_math,
+    final_number,
+    parse_expression,
+)
+from slrmerge.evaluation.metrics import Metric, pass_at_k
 from slrmerge.evaluation.options import EvaluationOptions
 from slrmerge.evaluation.questions import Question, Text
-from slrmerge.evaluation.tasks.base import ChosenQuestions, Helpers, Metric, ModelResponses, Score, Task, TaskScores
+from slrmerge.evaluation.tasks.base import ChosenQuestions, Helpers, ModelResponses, Score, Task, TaskScores
 from slrmerge.io.model import InvalidValue
 
 KS = (1, 4, 8, 16, 32, 64)
@@ -44,12 +51,8 @@ def _expression(value: Any) -> str:
 class SolvedQuestion(Question):
     """A question and its correct answer; a worked solution, ended by `####`, may precede it."""
 
-    question: Text = Field(validation_alias=AliasChoices("question", "problem", "prompt"))
+    text: Text = Field(validation_alias=AliasChoices("question", "problem", "prompt"))
     answer: Any
-
-    @property
-    def text(self) -> str:
-        return self.question
 
     @property
     def reference(self) -> list[str]:
