@@ -171,12 +171,10 @@ def test_a_second_column_of_text_is_wrapped_where_the_first_is_not_enough(
         "layer 0: input_layernorm, post_attention_layernorm", "slerp, 0.25 of the way from post to pre", "256 B"
     )
     table.print()
-    assert (
-        capsys.readouterr().out
-        == """\
-part                      from                          size
-layer 0:                  slerp, 0.25 of the way       256 B
-input_layernorm,          from post to pre
-post_attention_layernorm
-"""
-    )
+    assert capsys.readouterr().out.splitlines() == [
+        "part                      from                          size",
+        "layer 0:                  slerp, 0.25 of the way from  256 B",
+        "input_layernorm,          post to pre",
+        "post_attention_layernorm",
+        "",
+    ]
