@@ -59,8 +59,8 @@ def print_json(value: Mapping[str, Any]) -> None:
 class Table:
     """A table; columns that start with > are aligned right, cells may have several lines.
 
-    On a terminal that is too narrow, headers and the first column are wrapped between words; where that is not enough,
-    each row becomes a block of lines. So nothing is cut.
+    On a terminal that is too narrow, headers are wrapped between words, then the first column, then other columns of
+    text; where that is not enough, each row becomes a block of lines. So nothing is cut.
     """
 
     def __init__(self, *columns: str) -> None:
@@ -87,9 +87,12 @@ class Table:
         header, *others = rows
         narrow = _widths(others or rows)
         rows = [[wrap(name, width, _SHORT_WORD) for name, width in zip(header, narrow, strict=True)], *others]
-        if (excess := _excess(rows, room)) > 0:
-            width = _widths(rows)[0] - excess
-            rows = [[wrap(first, width), *rest] for first, *rest in rows]
+        for place, name in enumerate(self._columns):
+            is_text = not (name.startswith(">") or any("\n" in row[place] for row in others))
+            if (excess := _excess(rows, room)) > 0 and (is_text or not place):
+                width = max(_widths(rows)[place] - excess, _NARROW if place else 0)
+                width = max(width, *_widths([[wrap(row[place], width)] for row in rows]))  # of its longest word
+                rows = [[*row[:place], wrap(row[place], width), *row[place + 1 :]] for row in rows]
         return rows if _excess(rows, room) <= 0 else None
 
     def _table_lines(self, rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -135,6 +138,9 @@ def _excess(rows: Sequence[Sequence[str]], room: int) -> int:
     """How many columns too wide the rows are, with two between cells."""
     return sum(_widths(rows)) + 2 * (len(rows[0]) - 1) - room
 
+
+_NARROW = 16
+"""No column but the first is wrapped to less."""
 
 _WORD = r"\S+?(?:\s+|(?<=[./])(?=[^\W\d]|\*)|$)"
 """A word with the spaces after it, or a part of a name that ends with a dot or a slash."""

@@ -83,7 +83,8 @@ def print_estimate(prepared: "Prepared", estimate: "Estimate", *, as_json: bool)
         echo(f"for each of {estimate.workers} workers; the time is at the rate of this machine")
     rows = Table("search of", ">candidates", "dtype", ">rate here", ">time here", ">memory", ">states")
     for row in estimate.rows:
-        speed = f"{row.flop_per_s / 1e9:,.0f} GFLOP/s", format_duration(row.seconds)
+        rate = row.flop_per_s / 1e9
+        speed = f"{rate:,.{0 if rate >= 10 else 1}f} GFLOP/s", format_duration(row.seconds)
         taken = format_bytes(row.memory_bytes), format_bytes(row.cost.states_bytes)
         rows.add_row(row.name, f"{row.candidates:,}", row.dtype, *speed, *taken)
     rows.print()

@@ -158,7 +158,9 @@ class LocalModel(ChatModel):
         model, tokenizer, _ = self._ready()
         texts = [self._prompt(request.prompt)[0] for request in requests]
         with tokenizing(tokenizer):
-            inputs = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+            inputs = tokenizer(
+                texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt", verbose=False
+            )
         inputs = inputs.to(self._device)
         length = inputs["input_ids"].shape[1]
         room = _most_tokens(model) - length

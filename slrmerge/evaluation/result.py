@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slrmerge.errors import require_extra
+from slrmerge.errors import OptionError, Problem, did_you_mean, require_extra
 from slrmerge.evaluation.metrics import Metric
 from slrmerge.evaluation.tasks.base import ModelResponses, Plot, Score
+from slrmerge.io.sizes import shorten
 from slrmerge.io.text import IN_PROSE, printable
 
 if TYPE_CHECKING:
@@ -94,7 +95,18 @@ class EvaluationResult:
                 yield responses, score
 
     def cell(self, model: str, metric: str) -> Cell:
-        return next(cell for cell in self.cells if (cell.model, cell.metric) == (model, metric))
+        """Raises OptionError for a model or a metric that is not there."""
+        by_name = {(cell.model, cell.metric): cell for cell in self.cells}
+        if (model, metric) in by_name:
+            return by_name[model, metric]
+        known = {"model": (model, list(self.models)), "metric": (metric, [each.name for each in self.metrics])}
+        raise OptionError(
+            *(
+                Problem("invalid-choice", name, f"there is no {shorten(given)}", did_you_mean(str(given), names))
+                for name, (given, names) in known.items()
+                if given not in names
+            )
+        )
 
     @property
     def shown(self) -> list[Metric]:

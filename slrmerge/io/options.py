@@ -93,9 +93,11 @@ def make_options(kind: type[C], values: dict[str, Any]) -> C:
 
 
 def takes_options(kind: type[Any]) -> Callable[[F], F]:
-    """Show the fields of an option class in the signature of a function that takes them as `**options`."""
+    """Show the fields of an option class in the signature and the docstring of a function that takes `**options`."""
 
     def decorate(function: F) -> F:
+        listed = "\n".join(f"    {name}: {known.help}" for name, known in options_of(kind).items())
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{listed}\n"
         signature = inspect.signature(function)
         own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
         more = [

@@ -77,7 +77,7 @@ def tokenizing(tokenizer: Any) -> Iterator[None]:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text. Raises UnsupportedModelError where the tokenizer fails."""
     with tokenizing(tokenizer):
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 

@@ -171,12 +171,13 @@ def test_a_dry_run_estimates_this_search_and_those_of_the_paper_and_writes_nothi
 def test_a_dry_run_prints_json(small: SmallPair) -> None:
     value = strict_json(run("search", small.recipe_file(), "--dry-run", "--threads", 1, "--json").stdout)
     about_prompts = {"prompts", "prompt_tokens", "packed_tokens", "prompt", "date"}
-    assert value.keys() == {*about_prompts, "rows", "workers", "download_bytes", "notes"}
+    assert value.keys() == {*about_prompts, "rows", "workers", "download_bytes", "program_bytes", "notes"}
     assert [row["name"] for row in value["rows"]] == [
         "post", "post, held-out", "Llama-3.1-8B", "Qwen2.5-7B", "Gemma-2-9B"
     ]  # fmt: skip
     for row in value["rows"]:
         assert row["seconds"] == row["cost"]["flop"] / row["flop_per_s"] + row["overhead_s"]
+        assert row["memory_bytes"] > value["program_bytes"] > 0
 
 
 @in_a_hurry

@@ -4,8 +4,10 @@ After an intended change: `UPDATE_GOLDEN=1 pytest tests/cli/test_tables.py`, the
 """
 
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,23 @@ def test_lines_of_a_table_end_with_their_last_word(capsys: pytest.CaptureFixture
     table.print()
     lines = capsys.readouterr().out.splitlines()
     assert [line.rstrip() for line in lines] == lines
+
+
+def test_a_second_column_of_text_is_wrapped_where_the_first_is_not_enough(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slrmerge.cli.output.get_terminal_size", lambda: os.terminal_size((60, 24)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    table = Table("part", "from", ">size")
+    table.add_row(
+        "layer 0: input_layernorm, post_attention_layernorm", "slerp, 0.25 of the way from post to pre", "256 B"
+    )
+    table.print()
+    assert capsys.readouterr().out.splitlines() == [
+        "part                      from                          size",
+        "layer 0:                  slerp, 0.25 of the way from  256 B",
+        "input_layernorm,          post to pre",
+        "post_attention_layernorm",
+        "",
+    ]

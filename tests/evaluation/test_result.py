@@ -4,6 +4,7 @@ import csv
 from dataclasses import replace
 from io import StringIO
 from math import isnan, nan
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
+from slrmerge.errors import OptionError
 from slrmerge.evaluation.metrics import Metric
 from slrmerge.evaluation.output import as_csv, as_markdown, prompts_as_csv
 from slrmerge.evaluation.result import Cell, EvaluationResult, summarise
 from slrmerge.evaluation.tasks.base import ModelResponses, Score
 from slrmerge.evaluation.tasks.creative import WritingPrompt
+from tests.problems import refused
 
 
 def cells(**values: list[float]) -> dict[str, Cell]:
@@ -166,6 +169,12 @@ def test_the_repr_is_one_line_with_the_means() -> None:
     assert repr(result(post=[1.0, 2.0], slr=[3.0, 4.0])) == (
         "<EvaluationResult creative, 2 prompts; post: m 1.500, slr: m 3.500>"
     )
+
+
+@pytest.mark.parametrize(("model", "metric"), [("slr", "m"), ("post", "n"), (None, 3)])
+def test_a_cell_that_is_not_there_is_an_error(model: Any, metric: Any) -> None:
+    with refused(OptionError, "invalid-choice"):
+        result(post=[1.0]).cell(model, metric)
 
 
 def test_the_html_table_escapes_labels() -> None:

@@ -111,7 +111,7 @@ def test_options_are_known_by_field() -> None:
     assert known["overwrite"] == Option("Overwrite.", flag="--overwrite/--keep")
 
 
-def test_a_function_that_takes_options_shows_them_in_its_signature() -> None:
+def test_a_function_that_takes_options_shows_them_in_its_signature_and_its_docstring() -> None:
     @takes_options(Example)
     def work(first: str, *, progress: object = None, **options: Any) -> Example:
         del first, progress
@@ -123,3 +123,5 @@ def test_a_function_that_takes_options_shows_them_in_its_signature() -> None:
     assert parameters["threads"].kind is inspect.Parameter.KEYWORD_ONLY
     assert parameters["share"].default == 0.5
     assert work("x", threads=3).threads == 3
+    for name, known in options_of(Example).items():
+        assert f"    {name}: {known.help}" in (work.__doc__ or "").splitlines()

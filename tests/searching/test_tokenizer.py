@@ -1,6 +1,7 @@
 """Tokenizers that cannot be used are refused with their reason."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers.models.auto import tokenization_auto
 
 from slrmerge.errors import UnsupportedModelError
 from slrmerge.searching import tokenizer
-from slrmerge.searching.tokenizer import load_tokenizer
+from slrmerge.searching.tokenizer import encode, load_tokenizer
 from tests.conftest import TINY
 from tests.problems import refused
 from tests.searching.chat_models import PLAIN, ask, refusal_code, refusals, save
@@ -110,3 +111,15 @@ def test_a_folder_without_a_valid_tokenizer_is_refused(tmp_path: Path, content: 
     assert problem.code == "no-tokenizer"
     assert "()" not in problem.what  # it has a reason, on one line
     assert "\n" not in problem.what
+
+
+def test_a_text_that_is_longer_than_a_model_reads_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """It is an error, or a note of a refused prompt, in our own words."""
+    loaded = load_tokenizer(TINY / "posttrained")
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(encode(loaded, "Name a colour. " * 60)) > loaded.model_max_length
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.records == []
