@@ -32,6 +32,7 @@ def init(pretrained: str, posttrained: str, *, out: Path, overwrite: bool) -> No
         progress.status("reading headers")
         from slrmerge.checkpoint.pair import require_layers, require_same_depth
         from slrmerge.errors import OutputError, PlanError, Problem, raise_all
+        from slrmerge.io.files import write_text
         from slrmerge.io.pieces import translate_os_errors
         from slrmerge.recipe.model import Recipe
         from slrmerge.recipe.starter import starter_recipe
@@ -43,6 +44,6 @@ def init(pretrained: str, posttrained: str, *, out: Path, overwrite: bool) -> No
     if out.exists() and not overwrite:
         raise OutputError(Problem("output-exists", str(out), "already exists", "pass overwrite=True to replace it"))
     with translate_os_errors(out):
-        out.write_text(text, encoding="utf-8")
+        write_text(out, text)
     echo(f"{out}: a recipe for {pair.pretrained} and {pair.posttrained}")
     echo(f"find the layers to restore: slrmerge search {shlex.quote(str(out))} --out ./search")

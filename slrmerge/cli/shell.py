@@ -101,12 +101,13 @@ def completion(ctx: click.Context, shell: str | None, *, install: bool) -> None:
     if not install:
         echo_text(script)
         return
+    from slrmerge.io.files import write_text
     from slrmerge.io.pieces import translate_os_errors
 
     path = Path(_COMPLETIONS[shell]).expanduser()
     with translate_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(script, encoding="utf-8")
+        write_text(path, script)
     echo(f"wrote {path}; start a new shell")
     if shell == "zsh":
         echo(f"zsh finds it where ~/.zshrc has, before compinit: fpath+=({path.parent})")

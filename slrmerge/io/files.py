@@ -8,6 +8,7 @@ import stat
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,30 @@ def write_file(path: Path, data: bytes, *, durable: bool) -> None:
             sync_file(file.fileno())
 
 
-def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Replace a file atomically, by `data` or its lines: its name refers to the old content or to the new."""
-    beside = path.with_name(f"{path.name}.new")
+def replace_file(path: Path, data: bytes | Iterable[bytes], *, beside: Path | None = None) -> None:
+    """Replace a file atomically, by `data` or its lines: its name refers to the old content or to the new.
+
+    They are written to `beside` first, or to `path` with `.new` after its name.
+    """
+    beside = beside or path.with_name(f"{path.name}.new")
     beside.unlink(missing_ok=True)  # left by a killed run; or a hard link, through which another file would change
-    with open(beside, "xb", opener=open_no_link) as file:
-        file.writelines([data] if isinstance(data, bytes) else data)
-    os.replace(beside, path)
+    try:
+        with open(beside, "xb", opener=open_no_link) as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+        os.replace(beside, path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that a user names, whole or not at all: a full disk leaves what was there. Links are followed."""
+    if path.exists() and not path.is_file():  # a terminal or a pipe
+        path.write_text(text, encoding="utf-8")
+    else:
+        target = Path(os.path.realpath(path))
+        replace_file(target, text.encode(), beside=target.with_name(f".slrmerge-{os.getpid()}.new"))
 
 
 def sync_file(fd: int) -> None:

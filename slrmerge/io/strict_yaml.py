@@ -90,25 +90,20 @@ def _parse(path: Path, raw: bytes, failure: type[SlrmergeError]) -> Any:
         if (place := text.find(_BYTE_ORDER_MARK)) >= 0:  # libyaml skips it at the start of a line
             line = 1 + text.count("\n", 0, place)
             raise yaml.YAMLError(f"line {line}: a byte order mark, which does not print, is not at the start")
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        loader = _Loader if _SURROGATE.search(text) else _FastLoader
+        return yaml.load(text, Loader=loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise failure(Problem("invalid-yaml", str(path), f"invalid YAML: {_one_line(error)}")) from None
 
 
-if TYPE_CHECKING or not yaml.__with_libyaml__:
-    _SafeLoader = yaml.SafeLoader
+if TYPE_CHECKING:
+    _Base = yaml.SafeLoader
 else:
-
-    class _SafeLoader(Composer, yaml.CSafeLoader):
-        """PyYAML's safe loader with the parser of libyaml, which is several times faster, and a composer in Python."""
-
-        def __init__(self, stream: str) -> None:
-            Composer.__init__(self)
-            yaml.CSafeLoader.__init__(self, stream)
+    _Base = object
 
 
-class _Loader(_SafeLoader):
-    """PyYAML's safe loader, but with YAML 1.2's scalars; duplicate keys, depth and aliases without end are errors."""
+class _Strict(_Base):
+    """YAML 1.2's scalars for a safe loader of PyYAML; duplicate keys, depth and aliases without end are errors."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML copies it before it adds to it)
         "<": [("tag:yaml.org,2002:merge", re.compile("<<"))]
@@ -166,6 +161,25 @@ class _Loader(_SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Loader(_Strict, yaml.SafeLoader):
+    """Parses in Python."""
+
+
+if TYPE_CHECKING or not yaml.__with_libyaml__:
+    _FastLoader = _Loader
+else:
+
+    class _FastLoader(_Strict, Composer, yaml.CSafeLoader):
+        """Parses with libyaml, several times faster; it refuses the escapes of names that are not UTF-8."""
+
+        def __init__(self, stream: str) -> None:
+            Composer.__init__(self)
+            yaml.CSafeLoader.__init__(self, stream)
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
 class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, but strings are quoted where YAML 1.1 or 1.2 reads something else.
 
@@ -181,11 +195,12 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _tag, (_first, _pattern) in _SCALARS.items():
-    for _class in (_Loader, _Dumper):
+    for _class in (_Loader, _FastLoader, _Dumper):
         _starts = [*_first.split(), *([""] if _tag == "null" else [])]
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _starts)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
+for _loader in (_Loader, _FastLoader):
+    _loader.add_constructor("tag:yaml.org,2002:int", _loader.construct_int)
+    _loader.add_constructor("tag:yaml.org,2002:float", _loader.construct_float)
 
 
 class _Extent(NamedTuple):

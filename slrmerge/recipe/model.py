@@ -23,7 +23,7 @@ from slrmerge.checkpoint.opening import open_pair
 from slrmerge.checkpoint.pair import ModelPair, Side
 from slrmerge.checkpoint.side_files import RECIPE_NAME
 from slrmerge.errors import Problem, RecipeError
-from slrmerge.io.files import as_path
+from slrmerge.io.files import as_path, write_text
 from slrmerge.io.model import InvalidValue, plain
 from slrmerge.io.pieces import translate_os_errors
 from slrmerge.io.sizes import InvalidSizeError, parse_bytes, shorten
@@ -226,7 +226,7 @@ class Recipe(Rules):
         target = as_path("path", path)
         text = write_yaml(self.relative_to(target.parent))
         with translate_os_errors(target):
-            target.write_text(text, encoding="utf-8")
+            write_text(target, text)
 
     def __repr_args__(self) -> Iterable[tuple[str, Any]]:
         return self.to_dict().items()

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from slrmerge.errors import OutputError
 from slrmerge.recipe.load import load_recipe
 from slrmerge.recipe.model import Recipe
 from tests.cli import refusal, run
 from tests.conftest import Pair
+from tests.problems import refused
 
 
 def test_the_recipe_names_the_pair_and_has_the_schema_line(pair: Pair, tmp_path: Path) -> None:
@@ -44,6 +46,25 @@ def test_an_existing_file_is_kept(pair: Pair, tmp_path: Path) -> None:
     assert run("init", pair.folder / "pre", pair.folder / "post", "--out", file).exit_code == 6
     assert file.read_text() == "mine"
     assert run("init", pair.folder / "pre", pair.folder / "post", "--out", file, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("write", ["init", "save"])
+def test_a_full_disk_leaves_the_file_that_was_there(pair: Pair, tmp_path: Path, write: str) -> None:
+    resource = pytest.importorskip("resource")
+    file, recipe = tmp_path / "mine.yaml", load_recipe(pair.recipe_file(restore=[2, 3]))
+    file.write_text("mine")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # bytes of a file
+    try:
+        if write == "init":
+            assert run("init", pair.folder / "pre", pair.folder / "post", "-o", file, "--overwrite").exit_code == 6
+        else:
+            with refused(OutputError, "io-error"):
+                recipe.save(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.read_text() == "mine"
+    assert not [*tmp_path.glob(".slrmerge*")]
 
 
 def test_two_checkpoints_that_are_no_pair_are_refused(pair: Pair) -> None:

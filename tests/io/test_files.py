@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,24 @@ def test_syncing_a_folder_closes_it_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_free_bytes_are_those_of_the_nearest_existing_folder(tmp_path: Path) -> None:
     assert files.free_bytes(tmp_path / "a" / "b" / "c") > 0
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
+    def lines() -> Iterator[bytes]:
+        yield b"half"
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space"):
+        files.replace_file(tmp_path / "file", lines())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_text_is_written_through_a_link_and_to_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("file")
+    files.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new", "link": b"new"}
+    files.write_text(Path(os.devnull), "new")
+    assert not Path(os.devnull).is_file()

@@ -39,6 +39,7 @@ def written(folder: Path, text: str | bytes) -> Path:
         ("a: [yes, No, on, OFF, y, true, FALSE]\n", {"a": ["yes", "No", "on", "OFF", "y", True, False]}),
         ("a: [2020-13-45, 2020-01-01, =, ~, Null, '', ]\n", {"a": ["2020-13-45", "2020-01-01", "=", None, None, ""]}),
         ("a:\n", {"a": None}),
+        ('a: "\\uDCE9"\nb: 010.5', {"a": "\udce9", "b": 10.5}),
         ("a: " + ":".join("9" * 100_000) + "\n", {"a": ":".join("9" * 100_000)}),
     ],
 )
