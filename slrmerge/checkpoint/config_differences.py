@@ -55,6 +55,9 @@ _INCIDENTAL = re.compile(
 )
 """Keys that do not change what a layer computes, are compared by their shapes or in another place."""
 
+_LAYER_SECTIONS = ("attn_config", "ffn_config")
+"""Sections about parts of a layer, of MPT and DBRX."""
+
 _HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
@@ -92,7 +95,17 @@ def compare_configs(pretrained: Mapping[str, Any], posttrained: Mapping[str, Any
     own_types, other_types = _layer_types(pre), _layer_types(post)
     if own_types and other_types and own_types != other_types:
         found.append(Difference("layer_types", own_types, other_types))
-    return found
+    return [*found, *_section_differences(pre, post)]
+
+
+def _section_differences(pre: Mapping[str, Any], post: Mapping[str, Any]) -> Iterator[Difference]:
+    """What sections about parts of a layer say in both configs, and not the same."""
+    for name in _LAYER_SECTIONS:
+        own, other = pre.get(name), post.get(name)
+        if isinstance(own, dict) and isinstance(other, dict):
+            for key in sorted(own.keys() & other.keys()):
+                if not (_INCIDENTAL.fullmatch(key) or _same(own[key], other[key])):
+                    yield Difference(f"{name}.{key}", own[key], other[key])
 
 
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,13 @@ def test_the_part_of_an_omni_model_that_writes_is_compared() -> None:
     assert "num_attention_heads" in {difference.setting for difference in compare_configs(*sides)}
 
 
+def test_sections_about_parts_of_a_layer_are_compared_where_both_have_the_key() -> None:
+    pre = {"attn_config": {"clip_qkv": None, "attn_pdrop": 0.1, "alibi": True}, "ffn_config": {"moe_top_k": 4}}
+    post = {"attn_config": {"clip_qkv": 6.0, "attn_pdrop": 0.0}, "ffn_config": {"moe_top_k": 2, "x": 1}}
+    expected = [("attn_config.clip_qkv", None, 6.0), ("ffn_config.moe_top_k", 4, 2)]
+    assert compare_configs({"model_type": "dbrx", **pre}, {"model_type": "dbrx", **post}) == expected
+
+
 def test_an_absent_key_means_what_its_architecture_takes_it_for() -> None:
     assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": 4096}) == []
     assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": None}) == [("sliding_window", 4096, None)]
