@@ -55,6 +55,9 @@ _INCIDENTAL = re.compile(
 )
 """Keys that do not change what a layer computes, are compared by their shapes or in another place."""
 
+_LAYER_SECTIONS = ("attn_config", "ffn_config")
+"""Sections about parts of a layer, of MPT and DBRX."""
+
 _HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
@@ -92,7 +95,17 @@ def compare_configs(pretrained: Mapping[str, Any], posttrained: Mapping[str, Any
     own_types, other_types = _layer_types(pre), _layer_types(post)
     if own_types and other_types and own_types != other_types:
         found.append(Difference("layer_types", own_types, other_types))
-    return found
+    return [*found, *_section_differences(pre, post)]
+
+
+def _section_differences(pre: Mapping[str, Any], post: Mapping[str, Any]) -> Iterator[Difference]:
+    """What sections about parts of a layer say in both configs, and not the same."""
+    for name in _LAYER_SECTIONS:
+        own, other = pre.get(name), post.get(name)
+        if isinstance(own, dict) and isinstance(other, dict):
+            for key in sorted(own.keys() & other.keys()):
+                if not (_INCIDENTAL.fullmatch(key) or _same(own[key], other[key])):
+                    yield Difference(f"{name}.{key}", own[key], other[key])
 
 
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +137,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in [*defaults.items(), *config.items()]:
         name = _SYNONYMS.get(key, key)
         is_derived = value is None and (name in _HEAD_KEYS or key not in config)  # any other null turns a setting off
+        is_derived = is_derived or (value is None and _has_synonym(config, key, name))
         if not (is_derived or key in _ROPE_KEYS or _INCIDENTAL.fullmatch(key)):
             found[name] = value
     if isinstance(config.get("hidden_activation"), str):  # Gemma's own; its hidden_act is ignored
@@ -145,6 +159,11 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if hidden and "qk_rope_head_dim" not in config:
             found.setdefault("head_dim", hidden // heads)
     return {key: value for key, value in found.items() if value is not None and value is not False}
+
+
+def _has_synonym(config: Mapping[str, Any], key: str, name: str) -> bool:
+    """Whether a config has the setting under another key: Cohere's mixtures of experts have one of two norms."""
+    return any(value is not None and other != key and _SYNONYMS.get(other) == name for other, value in config.items())
 
 
 def _same(own: Any, other: Any) -> bool:
@@ -189,10 +208,14 @@ def _rope(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     parameters = config.get("rope_parameters")
     if _is_by_kind(parameters):
         return {
-            kind: _rope_of(each, config, default.get(kind, {}) if _is_by_kind(default) else default)
+            kind: _rope_of(each, config, (default.get(kind) or {}) if _is_by_kind(default) else default)
             for kind, each in parameters.items()
+            if isinstance(each, dict)
         }
-    full, sliding = (default["full_attention"], default["sliding_attention"]) if _is_by_kind(default) else (default, {})
+    full: Mapping[str, Any] = default
+    sliding: Mapping[str, Any] = {}
+    if _is_by_kind(default):
+        full, sliding = (default.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
     scaling = parameters if isinstance(parameters, dict) else config.get("rope_scaling")
     if scaling is None and "rope_scaling" not in config:  # with the default's scaling, but not with its base
         scaling = {key: value for key, value in full.items() if key not in ("rope_theta", "partial_rotary_factor")}
@@ -205,9 +228,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _is_by_kind(parameters: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether rope parameters are those of full and of sliding attention, each by itself."""
-    kinds = ("full_attention", "sliding_attention")
-    return isinstance(parameters, dict) and all(isinstance(parameters.get(kind), dict) for kind in kinds)
+    """Whether rope parameters are those of full, sliding or other attention, each by itself; None where it has none."""
+    kinds = [key for key in parameters if key.endswith("_attention")] if isinstance(parameters, dict) else []
+    return len(kinds) > 1 and all(isinstance(parameters[kind] or {}, dict) for kind in kinds)
 
 
 def _rope_of(parameters: Mapping[str, Any], config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

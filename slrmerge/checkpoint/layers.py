@@ -27,14 +27,18 @@ STACK_PREFIXES = (
     "transformer.h",
     "gpt_neox.layers",
     "model.decoder.layers",
+    "text_decoder.layers",
+    "thinker.model.layers",
+    "thinker.model.language_model.layers",
     "blk",  # GGUF
 )
 """Prefixes of decoder layers. Only needed where a model has two stacks of the right length: the first here wins."""
 
 TOWER = re.compile(
-    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|multi_?modal|mm|perceiver|q_?former|resampler|connector)(?:[._]|$)"
+    r"(?:^|[._])(?:vision|visual|vit|image|video|audio|speech|codec|vq_?model|multi_?modal|mm|perceiver|q_?former"
+    r"|resampler|connector)(?:[._]|$)"
 )
-"""Modules of vision and audio towers, and what connects them to the decoder."""
+"""Modules of vision and audio towers, codecs included, and what connects them to the decoder."""
 
 _LAYER = re.compile(r"\.(\d{1,9})\.", re.ASCII)
 
@@ -76,8 +80,11 @@ def text_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def layer_count(config: Mapping[str, Any], keys: tuple[str, ...] = LAYER_COUNT_KEYS) -> int | None:
-    """The number of decoder layers in a config, or None where there is none."""
-    for section in text_sections(config):
+    """The number of decoder layers in a config, or None where there is none; a section's rather than the whole's.
+
+    CLAP's whole config adds the layers of text and audio.
+    """
+    for section in reversed(text_sections(config)):
         for key in keys:
             if type(section.get(key)) is int:
                 return int(section[key])
@@ -102,7 +109,7 @@ def find_stack(stacks: Mapping[str, int], config: Mapping[str, Any]) -> LayerSta
     open_ended = {prefix: run for prefix, run in found.items() if counts[prefix] is None}
     found = exact or longer or open_ended
     found = {prefix: run for prefix, run in found.items() if not TOWER.search(prefix)} or found
-    if not found or (len(found) > 1 and found.keys().isdisjoint(STACK_PREFIXES)):
+    if not found or _are_ambiguous(found):
         return None
     chosen = next(iter(found))
     return LayerStack(chosen, found[chosen]) if found[chosen] > 0 else None
@@ -111,6 +118,8 @@ def find_stack(stacks: Mapping[str, int], config: Mapping[str, Any]) -> LayerSta
 def missing_layers(stacks: Mapping[str, int], config: Mapping[str, Any]) -> tuple[int, int] | None:
     """The number of layers that the config says and the weights have, where these have fewer; otherwise None."""
     found = _decoder_like(stacks)
+    if _are_ambiguous(found):
+        return None
     short = [(count, run) for prefix, run in found.items() if (count := _count_of(prefix, stacks, config) or 0) > run]
     if found and len(short) == len(found):
         return max(short, key=lambda pair: pair[1])
@@ -133,17 +142,28 @@ def _decoder_like(stacks: Mapping[str, int]) -> dict[str, int]:
     return known or {prefix: run for prefix, run in stacks.items() if run}
 
 
+def _are_ambiguous(stacks: Mapping[str, int]) -> bool:
+    return len(stacks) > 1 and stacks.keys().isdisjoint(STACK_PREFIXES)
+
+
 def _encoder_of(prefix: str, stacks: Mapping[str, int]) -> str | None:
-    """The encoder stack of an encoder-decoder, given its decoder stack; otherwise None."""
-    before, found, _ = f".{prefix}.".partition(".decoder.")
-    encoder = f"{before}.encoder.".removeprefix(".")
-    return next((other for other, run in stacks.items() if found and run and f"{other}.".startswith(encoder)), None)
+    """The encoder stack of an encoder-decoder, given its decoder stack; otherwise None.
+
+    The longest, where convolutions before the layers are numbered too.
+    """
+    dotted = f".{prefix}."
+    decoder = re.search(r"\.(?:text_)?decoder\.", dotted)
+    if not decoder:
+        return None
+    encoder = (dotted[: decoder.start()] + decoder[0].replace("decoder", "encoder")).removeprefix(".")
+    halves = (other for other, run in stacks.items() if run and f"{other}.".startswith(encoder))
+    return max(halves, key=lambda other: stacks[other], default=None)
 
 
 def _count_of(prefix: str, stacks: Mapping[str, int], config: Mapping[str, Any]) -> int | None:
     """The number of layers that the config says a stack has, or None where it does not say."""
     for half, keys in (("decoder", DECODER_COUNT_KEYS), ("encoder", ENCODER_COUNT_KEYS)):
-        if half in prefix.split(".") and (count := layer_count(config, keys)) is not None:
+        if half in re.split(r"[._]", prefix) and (count := layer_count(config, keys)) is not None:
             return count
     count = layer_count(config)
     encoder = _encoder_of(prefix, stacks)

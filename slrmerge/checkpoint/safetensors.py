@@ -1,5 +1,6 @@
 """Checkpoints in safetensors files with Hugging Face's layout: read as one model, or refused with every problem."""
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,22 @@ _MAX_OPEN = 8
 """Files of a checkpoint that a reader holds open, besides those that are being read: systems limit their number."""
 _MAX_JSON_BYTES = 50_000_000
 """More than the index of any model: DeepSeek-V3's has 9 MB."""
+
+_OTHER_FORMATS = {
+    r"(.*/)?(model_index\.json|diffusion_pytorch_model.*)": (
+        "is a pipeline of diffusers, or a part of one",
+        "only models of transformers are supported: of a pipeline, name a folder such as text_encoder",
+    ),
+    r"consolidated.*\.safetensors": (
+        "has its weights in Mistral's own format only (consolidated*.safetensors)",
+        "name a folder or repository that has the same model in transformers' format, as model*.safetensors",
+    ),
+    r"model\.(?!safetensors).+\.safetensors": (
+        "has only a variant of the weights (model.VARIANT.safetensors)",
+        "load it with from_pretrained(FOLDER, variant=VARIANT), and save it with save_pretrained",
+    ),
+}
+"""Patterns of names that say what a folder without the usual names is, and what to do about it."""
 
 _NAME_A_FOLDER = (
     "name a folder with config.json and safetensors files, a .gguf file, or a repository as organisation/name"
@@ -249,6 +266,10 @@ def exists(path: Path) -> bool:
 def _no_model(names: set[str], where: str) -> Problem:
     """What a folder is that has no safetensors model under the usual names."""
     suffixes = {Path(name).suffix for name in names}
+    is_sharded = any(name.startswith("model-") for name in names)
+    for pattern, (what, remedy) in _OTHER_FORMATS.items():
+        if not is_sharded and any(re.fullmatch(pattern, name, re.DOTALL) for name in names):
+            return Problem("no-index", where, what, remedy)
     if ".safetensors" in suffixes:
         what = f"has safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}"
         return Problem("no-index", where, what, "name the folder that save_pretrained wrote, or restore its index")

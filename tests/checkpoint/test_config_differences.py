@@ -95,6 +95,25 @@ def test_the_part_of_an_omni_model_that_writes_is_compared() -> None:
     assert "num_attention_heads" in {difference.setting for difference in compare_configs(*sides)}
 
 
+def test_sections_about_parts_of_a_layer_are_compared_where_both_have_the_key() -> None:
+    pre = {"attn_config": {"clip_qkv": None, "attn_pdrop": 0.1, "alibi": True}, "ffn_config": {"moe_top_k": 4}}
+    post = {"attn_config": {"clip_qkv": 6.0, "attn_pdrop": 0.0}, "ffn_config": {"moe_top_k": 2, "x": 1}}
+    expected = [("attn_config.clip_qkv", None, 6.0), ("ffn_config.moe_top_k", 4, 2)]
+    assert compare_configs({"model_type": "dbrx", **pre}, {"model_type": "dbrx", **post}) == expected
+
+
+@pytest.mark.parametrize("other", [None, {"rope_theta": 8e7}])
+def test_the_rope_of_each_kind_of_attention_is_compared(other: dict[str, float] | None) -> None:
+    pre, post = ({"indexed_attention": other, "sliding_attention": {"rope_theta": theta}} for theta in (1e4, 2e4))
+    expected = [("rope_theta of sliding_attention", 1e4, 2e4)]
+    assert compare_configs({**LLAMA, "rope_parameters": pre}, {**LLAMA, "rope_parameters": post}) == expected
+
+
+def test_a_null_does_not_hide_the_same_setting_under_another_key() -> None:
+    pre, post = ({"model_type": "cohere2_moe", "layer_norm_eps": eps, "rms_norm_eps": None} for eps in (1e-5, 1e-6))
+    assert compare_configs(pre, post) == [("norm_epsilon", 1e-5, 1e-6)]
+
+
 def test_an_absent_key_means_what_its_architecture_takes_it_for() -> None:
     assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": 4096}) == []
     assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": None}) == [("sliding_window", 4096, None)]

@@ -47,6 +47,54 @@ def test_a_codec_is_no_encoder_decoder() -> None:
     assert find_stack(stacks, config) == LayerStack("decoder.model.decoder.layers", 6)
 
 
+@pytest.mark.parametrize(
+    ("stacks", "config", "expected"),
+    [
+        pytest.param(
+            {"backbone_model.layers": 16, "depth_decoder.model.layers": 4, "codec_model.encoder.transformer.layers": 8,
+             "codec_model.decoder.transformer.layers": 8},
+            {"num_hidden_layers": 16}, "backbone_model.layers", id="csm",
+        ),
+        pytest.param(
+            {"model.vision_model.encoder.layers": 24, "model.vqmodel.encoder.down": 5, "model.vqmodel.decoder.up": 5,
+             "model.language_model.layers": 32},
+            {"text_config": {"num_hidden_layers": 32}}, "model.language_model.layers", id="janus",
+        ),
+        pytest.param(
+            {"semantic.layers": 12, "coarse_acoustics.layers": 12, "codec_model.encoder.layers": 2,
+             "codec_model.decoder.layers": 2},
+            {}, None, id="bark",
+        ),
+        pytest.param(
+            {"model.encoder.conv.conv_layers": 2, "model.encoder.layers": 12, "model.decoder.layers": 6},
+            {"encoder_layers": 12, "decoder_layers": 6}, "model.decoder.layers", id="speech_to_text",
+        ),
+        pytest.param(
+            {"text_encoder.layers": 24, "speech_encoder.encoder.layers": 24, "text_decoder.layers": 24,
+             "t2u_model.model.encoder.layers": 6, "t2u_model.model.decoder.layers": 6},
+            {"encoder_layers": 24, "decoder_layers": 24}, "text_decoder.layers", id="seamless_m4t",
+        ),
+        pytest.param(
+            {"speech_encoder.encoder.layers": 24, "text_decoder.layers": 24},
+            {"encoder_layers": 24, "decoder_layers": 24}, "text_decoder.layers", id="seamless_m4t-speech",
+        ),
+        pytest.param(
+            {"talker.model.layers": 28, "thinker.model.layers": 28},
+            {"thinker_config": {"text_config": {"num_hidden_layers": 28}}}, "thinker.model.layers", id="omni",
+        ),
+        pytest.param(
+            {"model.L_module.layers": 16, "model.H_module.layers": 16}, {"num_hidden_layers": 128}, None, id="hrm",
+        ),
+    ],
+)  # fmt: skip
+def test_of_several_stacks_the_layers_are_those_that_write_text(
+    stacks: dict[str, int], config: dict[str, Any], expected: str | None
+) -> None:
+    found = find_stack(stacks, config)
+    assert (found and found.prefix) == expected
+    assert missing_layers(stacks, config) is None
+
+
 def test_the_layers_of_albert_are_its_groups() -> None:
     names = layers("albert.encoder.albert_layer_groups", 2, "albert_layers.0.ffn.weight")
     stacks, config = numbered_stacks(names), {"num_hidden_layers": 12, "num_hidden_groups": 2}
@@ -234,7 +282,7 @@ def test_every_key_for_the_count_is_read_at_the_top_and_in_the_text_section(key:
         ({"text_config": None}, None),
         ({"text_config": ["num_hidden_layers"]}, None),
         ({"num_hidden_layers": None, "n_layer": 6}, 6),
-        ({"num_hidden_layers": 6, "text_config": {"num_hidden_layers": 7}}, 6),
+        ({"num_hidden_layers": 16, "text_config": {"num_hidden_layers": 12}}, 12),  # CLAP adds those of audio
         ({"num_hidden_layers": 6, "num_layers": 7}, 6),
     ],
 )

@@ -305,6 +305,24 @@ def test_a_folder_without_a_readable_model_is_refused_by_what_it_has(
     assert problem.where == str(folder)
 
 
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [
+        (["consolidated.safetensors", "params.json"], "transformers' format"),
+        (["model.fp16.safetensors"], "variant="),
+        (["model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"], "variant="),
+        (["diffusion_pytorch_model.safetensors"], "text_encoder"),
+        (["model_index.json"], "text_encoder"),
+        ([ONE, TWO, "consolidated.safetensors"], "restore its index"),
+    ],
+)
+def test_a_folder_without_a_readable_model_has_a_remedy_that_works(tmp_path: Path, files: list[str], word: str) -> None:
+    for file in [CONFIG, *files]:
+        (tmp_path / file).write_text("{}")
+    (problem,) = refusal(tmp_path, "no-index")
+    assert word in problem.remedy
+
+
 def test_pickles_and_gguf_beside_safetensors_do_not_matter(single: Path) -> None:
     for file in ("pytorch_model.bin", "model.gguf", "consolidated.safetensors", "adapter_config.json"):
         (single / file).write_text("{}")
