@@ -131,8 +131,9 @@ def _boxes(centres: "NDArray[np.float64]", width: float, height: float) -> "NDAr
 def _overlap(boxes: "NDArray[np.float64]", others: "NDArray[np.float64]") -> "NDArray[np.bool_]":
     """Whether each box overlaps any of the others, shape (boxes,); a point is a box without size."""
     left, bottom, right, top = boxes.T[:, :, None]
-    overlaps = (left < others[:, 2]) & (others[:, 0] < right) & (bottom < others[:, 3]) & (others[:, 1] < top)
-    return overlaps.any(axis=1)
+    pairs = (left < others[:, 2]) & (others[:, 0] < right) & (bottom < others[:, 3]) & (others[:, 1] < top)
+    overlaps: NDArray[np.bool_] = pairs.any(axis=1)
+    return overlaps
 
 
 def save_figure(figure: "Figure", path: Path) -> bytes:
