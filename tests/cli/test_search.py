@@ -31,7 +31,7 @@ def test_search_reports_on_stderr_and_prints_its_result_on_stdout(small: SmallPa
     found = read_result(small.out)
     assert len(found.rows) == 15
     assert found.choice.slr is not None
-    assert found.choice.slr.info.label in result.stdout
+    assert found.choice.slr.label in result.stdout
     assert result.stdout.splitlines()[-1].endswith(f": slrmerge {small.out}/slr.yaml --out ./hybrid")
 
 
@@ -88,7 +88,7 @@ def test_other_recipes_are_scored_under_their_file_names(small: SmallPair) -> No
     arguments = ["search", small.recipe_file(), "--out", small.out, "--threads", 1, "--space", "intervals", "--json"]
     result = run(*arguments, "--also", also[0], "--also", also[1])
     assert result.exit_code == 0
-    assert [row.info.label for row in read_result(small.out).rows[-2:]] == ["a soup.yaml", "edges.yaml"]
+    assert [row.label for row in read_result(small.out).rows[-2:]] == ["a soup.yaml", "edges.yaml"]
 
 
 @in_a_hurry
@@ -100,8 +100,8 @@ def test_only_the_named_spaces_are_tried(small: SmallPair, spaces: list[str], tr
     result = run("search", small.recipe_file(), "--out", small.out, "--threads", 1, *options)
     assert result.exit_code == 0
     rows = read_result(small.out).rows
-    assert {row.info.space for row in rows} == {"post", "pre", *tried}
-    assert len({row.info.label for row in rows}) == len(rows)
+    assert {row.space for row in rows} == {"post", "pre", *tried}
+    assert len({row.label for row in rows}) == len(rows)
 
 
 @in_a_hurry
@@ -146,7 +146,7 @@ def test_near_ties_are_reported(small: SmallPair) -> None:
     found = read_result(small.out)
     (tie,) = found.choice.near_ties
     assert found.choice.slr is not None
-    assert {tie.info.label, found.choice.slr.info.label} == {"layers 0–2", "layers 1–2"}
+    assert {tie.label, found.choice.slr.label} == {"layers 0–2", "layers 1–2"}
     assert f"\nnote: {found.doubts[0]}\n" in result.stdout
 
 

@@ -32,8 +32,8 @@ def test_select_selects_again(tiny_search: Path, tmp_path: Path, monkeypatch: py
     found = read_result(folder)
     assert found.choice.min_quality == 0.95
     assert found.choice.slr is not None
-    assert (found.choice.slr.info.start, found.choice.slr.info.end) != (2, 8)
-    assert found.choice.slr.info.label in result.stdout
+    assert (found.choice.slr.start, found.choice.slr.end) != (2, 8)
+    assert found.choice.slr.label in result.stdout
     value = strict_json(run("select", folder, "--json").stdout)
     assert value["min_quality"] == 0.9
     assert value["selected"]["slr"]["restore"] in ([2, 8], [[2, 8]])
