@@ -27,9 +27,8 @@ import transformers
 import slrmerge
 from slrmerge.searching.candidates import Candidate, make_candidates
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest, ScorerOptions
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import PAPER_MODELS, all_intervals_cost, measured_rate
-from slrmerge.searching.sweep.trie import pack
+from slrmerge.searching.sweep.trie import Context, pack
 
 VOCABULARY = 4096
 FAMILIES = {"llama": {}, "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64}}

@@ -1,13 +1,17 @@
 """The command that compares models: eval."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slrmerge.cli.group import Command
 from slrmerge.cli.options import grouped_option, json_option, options_from, out_option, quiet_option
+from slrmerge.cli.output import Table, echo, print_json
 from slrmerge.evaluation.options import EvaluationOptions
+
+if TYPE_CHECKING:
+    from slrmerge.evaluation.result import EvaluationResult
 
 _TASKS = ("open-qa", "creative", "reasoning")  # evaluation.tasks.TASKS, without importing it
 
@@ -57,9 +61,29 @@ def evaluate(
     require_thread()
     with TerminalProgress(quiet=quiet or as_json) as progress:
         progress.status("loading the questions")
-        from slrmerge.cli import show_evaluation
         from slrmerge.evaluation.run import Evaluation
 
         result = Evaluation(task, data, models, chosen, progress=progress).run(out)
     if as_json or not quiet:
-        show_evaluation.print_result(result, out, as_json=as_json)
+        _print_result(result, out, as_json=as_json)
+
+
+def _print_result(result: "EvaluationResult", out: Path, *, as_json: bool) -> None:
+    """The table as in the paper, its notes, and the page of samples."""
+    from slrmerge.evaluation.output import MARKDOWN, PAGE, summary
+
+    if as_json:
+        return print_json({"out": str(out), **summary(result)})
+    header, *rows = result.table_rows()
+    shown = Table(*header)
+    for row in rows:
+        shown.add_row(*row)
+    shown.print()
+    echo(result.caption)
+    for metric in result.shown:
+        echo(f"{metric.name}: {metric.meaning}")
+    for note in result.notes:
+        first, _, more = note.partition("\n")
+        echo(f"note: {first}" + (f" see {out / MARKDOWN}" if more else ""))
+    echo(f"samples: {out / PAGE}")
+    return None

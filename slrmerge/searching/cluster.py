@@ -18,8 +18,8 @@ from slrmerge.io.cluster import Cluster, Workers, require_shared
 from slrmerge.io.progress import Progress
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest, ScorerOptions, torch_threads
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import Cost
+from slrmerge.searching.sweep.trie import Context
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from slrmerge.errors import Problem, UnsupportedModelError, raise_all
 from slrmerge.searching.chat_template import CompleteTurn, Turn, is_thinking, pin_date
 from slrmerge.searching.proxy_tasks import Question
-from slrmerge.searching.sweep.contexts import Context
+from slrmerge.searching.sweep.trie import Context
 from slrmerge.searching.tokenizer import decode, encode, load_tokenizer
 
 

@@ -97,24 +97,23 @@ class ConstrainedRandomCharacter:
     prompts_per_kind = 20
 
     def questions(self) -> tuple[Question, ...]:
-        questions: list[Question] = []
         rng = random.Random(0)
-        for text, alphabet in ((DIGIT_TEXT, DIGITS), (LETTER_TEXT, LETTERS)):
-            for first, last in _ranges(len(alphabet), SHORTEST_RANGE, self.prompts_per_kind, rng):
-                answers = _cut(alphabet, (first, last))
-                questions.append(Question(text.format(answers[0], answers[-1]), answers))
-        return tuple(questions)
+        return tuple(question for kind in self._kinds() for question in kind.questions(rng))
 
     def held_out_questions(self) -> tuple[Question, ...]:
         """As many questions of each kind, about other ranges in other words; digits have eight other ranges."""
-        questions: list[Question] = []
-        asked = {question.answers for question in self.questions()}
-        for texts, alphabet in ((HELD_OUT_DIGIT_TEXTS, DIGITS), (HELD_OUT_LETTER_TEXTS, LETTERS)):
-            ends = [pair for pair in _all_ranges(len(alphabet), SHORTEST_RANGE) if _cut(alphabet, pair) not in asked]
-            for pair, text in _in_turn(ends, texts, self.prompts_per_kind):
-                answers = _cut(alphabet, pair)
-                questions.append(Question(text.format(answers[0], answers[-1]), answers))
-        return tuple(questions)
+        rng = random.Random(0)
+        return tuple(question for kind in self._kinds() for question in kind.held_out_questions(rng))
+
+    def _kinds(self) -> Iterator["RangeQuestions"]:
+        for values, *texts in (
+            (DIGITS, DIGIT_TEXT, *HELD_OUT_DIGIT_TEXTS),
+            (LETTERS, LETTER_TEXT, *HELD_OUT_LETTER_TEXTS),
+        ):
+            text, *others = (each.format("{first}", "{last}") for each in texts)
+            yield RangeQuestions(
+                text=text, values=tuple(values), count=self.prompts_per_kind, held_out_texts=tuple(others)
+            )
 
     def score(self, log_probs: NDArray[np.float64]) -> Scores:
         return score(log_probs)
@@ -185,12 +184,13 @@ class RangeQuestions(Model):
             what = f"no range of {len(self.values)} values has {self.shortest}"
             raise InvalidValue("out-of-range", what, "give a smaller number as shortest")
 
-    def questions(self) -> Iterator[Question]:
-        for pair in _ranges(len(self.values), self.shortest, self.count, random.Random(0)):
+    def questions(self, rng: random.Random) -> Iterator[Question]:
+        for pair in _ranges(len(self.values), self.shortest, self.count, rng):
             yield self._question(self.text, pair)
 
-    def held_out_questions(self) -> Iterator[Question]:
-        asked = set(_ranges(len(self.values), self.shortest, self.count, random.Random(0)))
+    def held_out_questions(self, rng: random.Random) -> Iterator[Question]:
+        """Questions about other ranges than those of `questions` with an equal generator."""
+        asked = set(_ranges(len(self.values), self.shortest, self.count, rng))
         others = [pair for pair in _all_ranges(len(self.values), self.shortest) if pair not in asked]
         for pair, text in _in_turn(others, self.held_out_texts or (self.text,), self.count):
             yield self._question(text, pair)
@@ -222,8 +222,8 @@ class TaskFile(Model):
             [Question(each.text, each.answers) for each in questions] for questions in (self.questions, self.held_out)
         )
         return ListedTask(
-            (*listed, *(question for each in self.ranges for question in each.questions())),
-            (*held_out, *(question for each in self.ranges for question in each.held_out_questions())),
+            (*listed, *(question for each in self.ranges for question in each.questions(random.Random(0)))),
+            (*held_out, *(question for each in self.ranges for question in each.held_out_questions(random.Random(0)))),
         )
 
 
@@ -256,10 +256,6 @@ def _in_turn(
     for number in range(min(count, len(chosen) * len(texts))):
         turn, place = divmod(number, len(chosen))
         yield chosen[place], texts[(place + turn) % len(texts)]
-
-
-def _cut(alphabet: str, ends: tuple[int, int]) -> tuple[str, ...]:
-    return tuple(alphabet[ends[0] : ends[1] + 1])
 
 
 def _check_distinct_texts(texts: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from slrmerge.checkpoint.header import TORCH_DTYPES
 from slrmerge.checkpoint.pair import ModelPair, require_layers
+from slrmerge.errors import Problem, UnsupportedModelError
 from slrmerge.io.files import replace_file
 from slrmerge.io.progress import Progress
 from slrmerge.merging.plan.model import PlannedTensor
@@ -20,17 +21,19 @@ from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.merging.stream import HybridReader
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.searching.device import require_device
-from slrmerge.searching.sweep.check import require_agreement
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import LAST_LAYER_SHARE, Cost, Shape, cost_of, memory_bytes
 from slrmerge.searching.sweep.engine import Sweep
 from slrmerge.searching.sweep.layouts import chunk_size, measured_state_s, staged_model, token_count
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import SweepPlan
 from slrmerge.searching.sweep.states import StateStore
+from slrmerge.searching.sweep.trie import Context
 from slrmerge.searching.sweep.weights import HybridWeights
 
 _RESULT = "log_probs.npz"
+
+TOLERANCE = 1e-4
+"""The largest difference of a probability in float32; the error of a correct sweep is a hundredth of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,3 +236,16 @@ def _read_result(path: Path, fingerprint: str) -> NDArray[np.float64] | None:
     except Exception:  # noqa: BLE001 (zipfile and numpy raise anything for a damaged file)
         return None
     return log_probs if is_same else None
+
+
+def require_agreement(reference: torch.Tensor, swept: torch.Tensor, *, where: str, model: str) -> None:
+    """Raise UnsupportedModelError where a probability differs by more than the tolerance.
+
+    Both are log-probabilities of one hybrid, float64, shape (1, contexts, targets), NaN past a context's own targets.
+    """
+    gap = (reference.exp().nan_to_num(nan=-1) - swept.exp().nan_to_num(nan=-1)).abs().max().item()
+    if not gap <= TOLERANCE:  # a NaN does not pass either
+        what = f"the sweep does not reproduce {model}: a probability differs by {gap:.2g}, {TOLERANCE:g} is allowed"
+        raise UnsupportedModelError(
+            Problem("sweep-disagrees", where, what, "please report this model; it cannot be searched yet")
+        )

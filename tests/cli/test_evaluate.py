@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from slrmerge.evaluation import opening
 from tests.cli import refusal, run, strict_json
 from tests.cli.test_golden import compare
 from tests.evaluation.helpers import Answering, Embeddings
@@ -36,7 +35,7 @@ def pick(*choices: str) -> Callable[[str, int], str]:
 def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Seeded]:
     """Models by the names that stand before @http://models; the command finds them there, in a folder of its own."""
     made: dict[str, Seeded] = {}
-    monkeypatch.setattr(opening, "ServerModel", lambda at, **_: made[at.model])
+    monkeypatch.setattr("slrmerge.evaluation.run.ServerModel", lambda at, **_: made[at.model])
     monkeypatch.chdir(tmp_path)
 
     def named(name: str, reply: Callable[[str, int], str]) -> None:

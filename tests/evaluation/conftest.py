@@ -1,11 +1,14 @@
-"""A model server for a test, independent of this machine's settings."""
+"""A model server for a test, independent of this machine's settings, and an evaluation by it."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 
 from tests.evaluation.openai_server import OpenAIServer
+from tests.evaluation.work import QUESTIONS, Work
 
 
 @pytest.fixture
@@ -41,3 +44,17 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr("anyio.sleep", sleep)
     return made
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Draws real charts."""
+
+
+@pytest.fixture
+def work(server: OpenAIServer, tmp_path: Path, request: pytest.FixtureRequest) -> Work:
+    if "drawn" not in request.fixturenames:
+        request.getfixturevalue("sketched")
+    data = tmp_path / "questions.json"
+    data.write_text(json.dumps(QUESTIONS))
+    return Work(server, data, tmp_path / "out")

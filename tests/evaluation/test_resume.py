@@ -1,134 +1,20 @@
 """An interrupted evaluation continues when it is run again, and requests no sample twice."""
 
 import json
-import os
-import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slrmerge.errors import BusyError, NoSpaceError, OutputError, ServerError
+from slrmerge.errors import OutputError, ServerError
 from slrmerge.evaluation import charts
 from slrmerge.evaluation.questions import prompt_id
-from slrmerge.evaluation.result import EvaluationResult
-from slrmerge.evaluation.run import evaluate
-from slrmerge.evaluation.samples import SampleKey, seed_of
-from slrmerge.io.output_folder import OutputFolder
-from slrmerge.io.progress import Progress
-from tests.evaluation.openai_server import MODELS, PATIENCE_S, OpenAIServer, repeat
-from tests.merging.faults import Recorder
+from slrmerge.evaluation.samples import SampleKey
+from tests.evaluation.openai_server import PATIENCE_S, OpenAIServer, repeat
+from tests.evaluation.work import ALL, QUESTIONS, RESULTS, SAMPLES, Work, held, keys, lines, seeds, sent
 from tests.problems import refused
-
-ROOT = Path(__file__).parents[2]
-QUESTIONS = {
-    "Name a colour.": ["red", "blue"],
-    "Name a planet.": ["Mars", ["Earth", "Terra"]],
-    "Name a river.": ["Nile"],
-    "Name a tree.": ["oak"],
-}
-ASKED = {prompt_id(question): question for question in QUESTIONS}
-RESULTS = ("results.csv", "results.md", "prompts.csv", "samples.html", "metrics.png", "metrics.svg", "evaluation.json")
-SAMPLES = 3
-ALL = len(QUESTIONS) * SAMPLES
-
-
-def keys(*labels: str, samples: int = SAMPLES) -> set[SampleKey]:
-    """The samples of a complete evaluation."""
-    return {SampleKey(label, prompt, sample) for label in labels for prompt in ASKED for sample in range(samples)}
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    """The samples in a file, every line of it complete."""
-    data = file.read_bytes()
-    assert data[-1:] in (b"", b"\n")
-    return [json.loads(line) for line in data.splitlines()]
-
-
-def held(out: Path, name: str = "samples.jsonl") -> set[SampleKey]:
-    """The samples in a folder; none twice."""
-    found = [SampleKey(line["model"], line["prompt"], line["sample"]) for line in lines(out / name)]
-    assert len(set(found)) == len(found)
-    return set(found)
-
-
-@dataclass
-class Work:
-    """A server, a file of four questions, and the folder of an evaluation."""
-
-    server: OpenAIServer
-    data: Path
-    out: Path
-    progress: Recorder = field(default_factory=Recorder)
-
-    def at(self, name: str) -> str:
-        return f"{name}@{self.server.url}"
-
-    def evaluate(
-        self,
-        out: Path | None = None,
-        *,
-        task: str = "open-qa",
-        models: Mapping[str, str] | None = None,
-        **options: Any,
-    ) -> EvaluationResult:
-        """Evaluate the model `m`, one request at a time, unless told otherwise."""
-        options = {"samples": SAMPLES, "concurrency": 1, **options}
-        models = models or {"post": self.at("m")}
-        return evaluate(task, self.data, models, out or self.out, progress=self.progress, **options)
-
-    def stop_after(self, count: int, **options: Any) -> None:
-        """An evaluation that the server ends after so many answers; afterwards the server works again."""
-        self.server.misbehave(404, times=None, skip=count)
-        with refused(ServerError, "server-not-found"):
-            self.evaluate(**options)
-        self.server.behave()
-
-    def asked(self, **options: Any) -> list[dict[str, Any]]:
-        """The requests of an evaluation."""
-        before = len(self.server.asked)
-        self.evaluate(**options)
-        return self.server.asked[before:]
-
-    def child(self, **options: Any) -> "subprocess.Popen[str]":
-        """An evaluation in a process of its own."""
-        arguments = ["open-qa", str(self.data), {"post": self.at("m")}, str(self.out)]
-        # SIGINT is ignored where the suite itself runs in the background.
-        code = (
-            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            "from slrmerge.evaluation.run import evaluate\n"
-            f"evaluate(*{arguments!r}, **{options!r})"
-        )
-        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def drawn() -> None:
-    """Draws real charts."""
-
-
-@pytest.fixture
-def work(server: OpenAIServer, tmp_path: Path, request: pytest.FixtureRequest) -> Work:
-    if "drawn" not in request.fixturenames:
-        request.getfixturevalue("sketched")
-    data = tmp_path / "questions.json"
-    data.write_text(json.dumps(QUESTIONS))
-    return Work(server, data, tmp_path / "out")
-
-
-def seeds(*held: SampleKey) -> Counter[int]:
-    """The seeds of these samples, by which the server knows them."""
-    return Counter(seed_of(0, prompt, sample) for _, prompt, sample in held)
-
-
-def sent(bodies: list[dict[str, Any]]) -> Counter[int]:
-    return Counter(body["seed"] for body in bodies)
 
 
 @pytest.mark.usefixtures("hurried")
@@ -218,57 +104,6 @@ def test_an_incomplete_line_is_dropped_and_its_sample_requested_again(work: Work
     assert {line["text"] for line in lines(file)} == {f"{line['seed']} é" for line in lines(file)}
 
 
-CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "temperature": ({"temperature": 0.5}, "temperature 1.0, now 0.5"),
-    "max_tokens": ({"max_tokens": 8}, "max_tokens 64, now 8"),
-    "min_p": ({"min_p": 0.0}, "min_p 0.1, now 0.0"),
-    "verbalized": ({"verbalized": SAMPLES}, f"max_tokens 64, now 1024, verbalized None, now {SAMPLES}"),
-    "two": ({"temperature": 0.0, "min_p": 0.0}, "temperature 1.0, now 0.0, min_p 0.1, now 0.0"),
-    "seed": ({"seed": 1}, "seed 0, now 1"),
-}
-
-
-def refuses_settings(work: Work, change: str, **options: Any) -> None:
-    """The evaluation is refused because of this change, without a note that running again continues."""
-    with refused(OutputError, "settings-changed") as caught:
-        work.evaluate(**options)
-    (problem,) = caught.value.problems
-    assert problem.where == str(work.out / "samples.jsonl")
-    assert f"({change})" in problem.what
-    assert not hasattr(caught.value, "__notes__")
-
-
-@pytest.mark.parametrize("changed", CHANGES)
-def test_samples_with_other_settings_are_refused(work: Work, changed: str) -> None:
-    options, change = CHANGES[changed]
-    work.evaluate()
-    requests, file = len(work.server.requests), (work.out / "samples.jsonl").read_bytes()
-    refuses_settings(work, change, **options)
-    assert len(work.server.requests) == requests
-    assert (work.out / "samples.jsonl").read_bytes() == file
-    assert work.asked() == []  # the earlier settings still work
-
-
-@pytest.mark.parametrize("changed", CHANGES)
-def test_nothing_is_requested_with_other_settings_where_some_is_missing(work: Work, changed: str) -> None:
-    options, change = CHANGES[changed]
-    work.stop_after(ALL - 1)
-    before = len(work.server.asked)
-    refuses_settings(work, change, **options)
-    assert len(work.server.asked) == before
-    assert len(held(work.out)) == ALL - 1
-
-
-def test_samples_of_another_model_with_the_same_label_are_refused(work: Work) -> None:
-    work.evaluate()
-    requests = len(work.server.requests)
-    refuses_settings(work, "model_id m, now n", models={"post": work.at("n")})
-    assert len(work.server.requests) == requests
-    work.server.models = ["n"]  # another model, started at the same address
-    refuses_settings(work, "model_id m, now n", models={"post": work.server.url})
-    assert [request.path for request in work.server.requests[requests:]] == [MODELS]
-
-
 def test_the_same_model_at_another_address_continues(work: Work) -> None:
     work.stop_after(4)
     there = held(work.out)
@@ -356,67 +191,6 @@ def test_the_choice_of_questions_continues(work: Work) -> None:
     assert held(work.out) == keys("post")
 
 
-def refuses_folder(work: Work, where: Path, code: str) -> None:
-    """The folder is refused because of what is at `where`, and nothing is requested."""
-    with refused(OutputError, code) as caught:
-        work.evaluate()
-    assert caught.value.problems[0].where == str(where)
-    assert work.server.requests == []
-
-
-def test_a_folder_of_another_task_is_refused(work: Work) -> None:
-    work.out.mkdir()
-    (work.out / "evaluation.json").write_text('{"slrmerge": "0.1.0", "task": "creative"}\n')
-    refuses_folder(work, work.out, "other-task")
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", "5", '"task"', "[" * 10_000, '{"task": 1e400}', '{"task": NaN}']
-)
-def test_a_folder_with_an_invalid_summary_is_refused(work: Work, content: str) -> None:
-    work.out.mkdir()
-    (work.out / "evaluation.json").write_text(content)
-    refuses_folder(work, work.out / "evaluation.json", "not-an-evaluation")
-    assert (work.out / "evaluation.json").read_text() == content
-
-
-def test_a_summary_that_is_a_fifo_is_refused(work: Work) -> None:
-    work.out.mkdir()
-    os.mkfifo(work.out / "evaluation.json")
-    with refused(OutputError, "io-error"):
-        work.evaluate()
-
-
-def test_a_folder_with_other_files_is_refused(work: Work) -> None:
-    work.out.mkdir()
-    (work.out / "thesis.tex").write_text("years of work")
-    refuses_folder(work, work.out, "not-an-evaluation")
-    assert [path.name for path in work.out.iterdir()] == ["thesis.tex"]
-
-
-def test_a_file_as_folder_is_refused(work: Work) -> None:
-    work.out.write_text("years of work")
-    refuses_folder(work, work.out, "output-is-a-file")
-    assert work.out.read_text() == "years of work"
-
-
-def test_an_empty_folder_is_used(work: Work) -> None:
-    work.out.mkdir()
-    work.evaluate()
-    assert held(work.out) == keys("post")
-
-
-def test_a_file_of_other_lines_is_refused(work: Work) -> None:
-    work.stop_after(2)
-    file = work.out / "samples.jsonl"
-    file.write_bytes(b"years of work\n" + file.read_bytes())
-    before = file.read_bytes()
-    with refused(OutputError, "not-a-sample") as caught:
-        work.evaluate()
-    assert caught.value.problems[0].where == f"{file}:1"
-    assert file.read_bytes() == before
-
-
 def test_a_deleted_line_is_requested_again(work: Work) -> None:
     work.evaluate()
     file = work.out / "samples.jsonl"
@@ -430,62 +204,6 @@ def test_a_deleted_line_is_requested_again(work: Work) -> None:
     assert sorted(file.read_bytes().splitlines(keepends=True)) == sorted(written)
 
 
-def test_a_second_run_at_the_same_time_is_refused(work: Work) -> None:
-    work.stop_after(2)
-    requests, file = len(work.server.requests), (work.out / "samples.jsonl").read_bytes()
-    with OutputFolder(work.out, overwrite=True).locked(Progress()), refused(BusyError, "output-busy"):
-        work.evaluate()
-    assert (len(work.server.requests), (work.out / "samples.jsonl").read_bytes()) == (requests, file)
-    assert len(work.asked()) == ALL - 2
-
-
-@pytest.mark.parametrize("concurrency", [1, 4])
-def test_a_full_disk_keeps_complete_samples(work: Work, small_disk: Path, concurrency: int) -> None:
-    work.out = small_disk / "out"
-    work.server.say = lambda prompt, seed, body: str(seed % 10) * 20_001
-    with refused(NoSpaceError, "no-space") as caught:
-        work.evaluate(concurrency=concurrency)
-    there = held(work.out)
-    assert caught.value.problems[0].where == str(work.out / "samples.jsonl")
-    assert caught.value.__notes__[0].startswith(f"{len(there)} samples are kept in {work.out}")
-    assert 0 < len(there) < ALL
-    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
-    assert sent(work.asked(concurrency=concurrency)) == seeds(*keys("post") - there)
-    assert held(work.out) == keys("post")
-    assert {len(line["text"]) for line in lines(work.out / "samples.jsonl")} == {20_001}
-
-
-def test_a_disk_that_is_full_for_results_keeps_all_samples(work: Work, drawn: None, small_disk: Path) -> None:
-    work.out = small_disk / "out"
-    work.stop_after(ALL - 1)
-    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
-    with refused(NoSpaceError, "no-space"):
-        work.evaluate()
-    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
-    assert work.asked() == []
-    assert held(work.out) == keys("post")
-    assert all((work.out / name).stat().st_size for name in RESULTS)
-
-
-def test_a_disk_that_is_full_at_the_start_does_not_spoil_the_folder(work: Work, small_disk: Path) -> None:
-    work.out = small_disk / "out"
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
-    with refused(NoSpaceError, "no-space"):
-        work.evaluate()
-    ballast.unlink()
-    work.evaluate()
-    assert held(work.out) == keys("post")
-
-
-def test_nothing_is_requested_where_a_later_model_has_other_settings(work: Work) -> None:
-    work.evaluate()
-    before = len(work.server.asked)
-    models = {"new": work.at("n"), "post": work.at("m")}
-    refuses_settings(work, "temperature 1.0, now 0.5", models=models, temperature=0.5)
-    assert len(work.server.asked) == before
-
-
 def test_an_interrupt_while_results_are_written_notes_what_is_kept(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(result: object) -> None:
         raise KeyboardInterrupt
@@ -494,11 +212,6 @@ def test_an_interrupt_while_results_are_written_notes_what_is_kept(work: Work, m
     with pytest.raises(KeyboardInterrupt) as caught:
         work.evaluate()
     assert caught.value.__notes__[0].startswith(f"{ALL} samples are kept in {work.out}")
-
-
-def test_the_root_is_refused(work: Work) -> None:
-    with refused(OutputError, "mount-point"):
-        work.evaluate(Path("/"))
 
 
 def test_an_answer_with_half_a_letter_can_be_judged(work: Work) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slrmerge.errors import UnsupportedModelError
 from slrmerge.searching.prompts import Prompt, answer_log_probs, contexts_of, tokenize
 from slrmerge.searching.proxy_tasks import TASKS, Question
-from slrmerge.searching.sweep.contexts import Context
+from slrmerge.searching.sweep.trie import Context
 from slrmerge.searching.tokenizer import load_tokenizer
 from tests.problems import refused
 from tests.searching.chat_models import ASK, PLAIN, ask, paths, refusals, refused_answers, save

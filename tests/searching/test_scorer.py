@@ -30,8 +30,8 @@ from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest, ScorerOptions
 from slrmerge.searching.selection import ScoredCandidate
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import Cost
+from slrmerge.searching.sweep.trie import Context
 from tests.merging.faults import age, harm
 from tests.problems import refused
 from tests.searching.pairs import LAYERS, SmallPair, Watcher, hurry, scores_of_paths

@@ -9,10 +9,16 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.quantized import Quantization, quantization_config
 from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_all
-from slrmerge.searching.sweep.quantized import quantization_problems
 
 REMEDY = "search a decoder-only model whose layers transformers runs one after the other"
+
+
+DENSE_ON_LOAD = ("fp8", "mxfp4")
+"""The methods whose weights transformers makes dense where it has no kernels for them, and that are tested here."""
+
+_QUANTIZED_REMEDY = "search the unquantized pair, and restore the selected layers here"
 
 
 def unsupported(code: str, where: str, what: str) -> UnsupportedModelError:
@@ -57,7 +63,7 @@ def model_without_weights(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
 
 def _config_problems(checkpoint: Checkpoint, config: Any) -> Iterator[Problem]:
     where, text = str(checkpoint), config.get_text_config()
-    yield from quantization_problems(checkpoint, config)
+    yield from _quantization_problems(checkpoint, config)
     if getattr(config, "is_encoder_decoder", False):
         yield Problem("encoder-decoder", where, f"is an encoder-decoder model ({config.model_type})", REMEDY)
     # an assistant model has all keys and values from another model, and a property that raises
@@ -86,3 +92,35 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _quantization_problems(checkpoint: Checkpoint, config: Any) -> Iterator[Problem]:
+    """Why no dense weights can be made of a quantized checkpoint; nothing for others. `config` is transformers'."""
+    section = _quantization_section(config)
+    if section is not None:
+        method = section.get("quant_method")
+        if method not in DENSE_ON_LOAD:
+            what = f"is quantized ({method}), and a search makes dense weights of {' and '.join(DENSE_ON_LOAD)} only"
+            yield Problem("quantized-model", str(checkpoint), what, _QUANTIZED_REMEDY)
+    elif (found := Quantization.of(checkpoint)) or quantization_config(checkpoint.config) is not None:
+        name = found.name if found else ""
+        what = f"is quantized{name}, and its config.json does not say so as transformers reads it"
+        yield Problem("quantized-model", str(checkpoint), what, _QUANTIZED_REMEDY)
+
+
+def dequantizer(config: Any) -> Any | None:
+    """transformers' quantizer for a model with this config, which makes dense weights; None for a plain model."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    section = _quantization_section(config)
+    if section is None:
+        return None
+    quantizer = AutoHfQuantizer.from_config(dict(section), pre_quantized=True)
+    quantizer.quantization_config.dequantize = True
+    return quantizer
+
+
+def _quantization_section(config: Any) -> dict[str, Any] | None:
+    """How a checkpoint is quantized, from where transformers looks for it; None for a plain one."""
+    sections = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config(decoder=True)))
+    return next(filter(None, sections), None)

@@ -99,26 +99,35 @@ class AttentionPattern:
         return output
 
 
+class AttentionCall(NamedTuple):
+    """What a layer calls attention with: `query` (states, heads, queries, width), `key` and `value` by groups.
+
+    `mask` is the one that the model made.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+
+
 class LayerAttention(Protocol):
     """What the attention of one layer does; passed to the layer as the keyword argument `trie`."""
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, softcap: float | None
-    ) -> torch.Tensor: ...
+    def attend(self, call: AttentionCall) -> torch.Tensor: ...
 
 
 class TrieAttention:
-    """Attention by a pattern, under the mask of a layer; `calls` counts how often the layer called it."""
+    """Attention by a pattern, under the mask of a layer."""
 
     def __init__(self, pattern: AttentionPattern, mask: torch.Tensor) -> None:
-        self.calls = 0
         self._pattern = pattern
         self._mask = mask
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, softcap: float | None
-    ) -> torch.Tensor:
-        self.calls += 1
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        query, key, value, _, scaling, softcap = call
         return self._pattern.attend(query, key, value, mask=self._mask, scaling=scaling, softcap=softcap)
 
 
@@ -131,40 +140,27 @@ class LeafAttention(TrieAttention):
         super().__init__(pattern, mask)
         self._key, self._value = key, value
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, softcap: float | None
-    ) -> torch.Tensor:
-        del key, value  # those of the leaves alone
-        return super().attend(query, self._key, self._value, scaling=scaling, softcap=softcap)
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        return super().attend(call._replace(key=self._key, value=self._value))  # the call's are of the leaves alone
 
 
 class TokenwiseAttention:
-    """Returns each token's own value in the place of attention.
-
-    `calls` counts how often the layer called it, and `mask` is the mask that it called it with.
-    """
+    """Returns each token's own value in the place of attention; `calls` are those that the layer made."""
 
     def __init__(self) -> None:
-        self.calls = 0
-        self.mask: torch.Tensor | None = None
+        self.calls: list[AttentionCall] = []
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, softcap: float | None
-    ) -> torch.Tensor:
-        del key, scaling, softcap
-        self.calls += 1
-        per_group = query.shape[1] // value.shape[1]
-        return value.repeat_interleave(per_group, dim=1).transpose(1, 2).contiguous()
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        self.calls.append(call)
+        per_group = call.query.shape[1] // call.value.shape[1]
+        return call.value.repeat_interleave(per_group, dim=1).transpose(1, 2).contiguous()
 
 
 class KeyValueCapture:
     """Raises a layer's keys and values, which leaves the layer: the rest of it is needed for the leaves only."""
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, softcap: float | None
-    ) -> NoReturn:
-        del query, scaling, softcap
-        raise CapturedKeyValues(key, value)
+    def attend(self, call: AttentionCall) -> NoReturn:
+        raise CapturedKeyValues(call.key, call.value)
 
 
 class CapturedKeyValues(Exception):  # noqa: N818 (no error: the only way out of a layer before its end)
@@ -199,11 +195,9 @@ def trie_attention(
     if trie is None:
         what = "does not pass the arguments of its layer on to attention"
         raise unsupported("attention-arguments-lost", kind, what)
-    if isinstance(trie, TokenwiseAttention):  # others have the mask of a plain prompt
-        trie.mask = attention_mask
     if scaling is None:
         scaling = float(getattr(module, "head_dim", query.shape[-1])) ** -0.5
-    return trie.attend(query, key, value, scaling=scaling, softcap=softcap), None
+    return trie.attend(AttentionCall(query, key, value, attention_mask, scaling, softcap)), None
 
 
 _IGNORED = frozenset({

@@ -14,7 +14,6 @@ import xxhash
 
 from slrmerge._version import __version__
 from slrmerge.io.progress import Progress
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.cost import HEAD_BYTES
 from slrmerge.searching.sweep.embedding_rows import rows_in_use
 from slrmerge.searching.sweep.layouts import chunk_size, lay_out
@@ -22,6 +21,7 @@ from slrmerge.searching.sweep.log_softmax import StreamingLogSoftmax
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import Step, SweepPlan, Transition, plan_step
 from slrmerge.searching.sweep.states import StateStore
+from slrmerge.searching.sweep.trie import Context
 from slrmerge.searching.sweep.weights import HybridWeights
 
 

@@ -7,12 +7,11 @@ from typing import Protocol
 import torch
 
 from slrmerge.checkpoint.base import Checkpoint
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.embedding_rows import rows_in_use
 from slrmerge.searching.sweep.loading import Weights
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.rows import RowLayout
-from slrmerge.searching.sweep.trie import pack
+from slrmerge.searching.sweep.trie import Context, pack
 from slrmerge.searching.sweep.trie_layout import TrieLayout, why_not_trie
 
 CHUNK_TOKENS, CHUNK_NUMBERS = 2048, 1 << 22

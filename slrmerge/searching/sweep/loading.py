@@ -12,11 +12,32 @@ from typing import Any, NamedTuple
 
 import torch
 
+from slrmerge.checkpoint.header import TensorInfo
 from slrmerge.errors import Problem, UnsupportedModelError, raise_all
-from slrmerge.searching.sweep.quantized import dequantizer
+from slrmerge.searching.sweep.architecture import dequantizer
 
 Weights = Mapping[str, torch.Tensor]
 """Parameters and buffers of a model by their names in the model."""
+
+
+_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16",
+    "I32": "int32", "U32": "uint32", "I64": "int64", "U64": "uint64",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "F16": "float16", "BF16": "bfloat16",
+    "F32": "float32", "F64": "float64", "C64": "complex64",
+}  # fmt: skip
+
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in _NAMES.items() if hasattr(torch, own)}
+"""Those of this torch: 2.6 has no F8_E8M0."""
+
+
+def stored_dtype(name: str, info: TensorInfo) -> torch.dtype:
+    """The dtype of a stored tensor. Raises UnsupportedModelError for one that torch has not."""
+    if info.dtype not in _DTYPES:
+        what, remedy = f"is stored as {info.dtype}, with which torch does not compute", "search the unquantized models"
+        raise UnsupportedModelError(Problem("unknown-dtype", name, what, remedy))
+    return _DTYPES[info.dtype]
 
 
 class Placement(NamedTuple):
@@ -41,21 +62,19 @@ class WeightLoader:
     """
 
     def __init__(self, model: Any, *, where: str, dtype: torch.dtype, device: torch.device) -> None:
-        api = _transformers_api(where)
-        self._convert, self._rename_key = api.convert, api.rename_key
+        self._api, mapping_of, self._make_config = _internal_api(where)
         self._model, self._where = deepcopy(model), where
         self._quantizer = dequantizer(model.config)
-        self._mapping = api.mapping_of(self._model, hf_quantizer=self._quantizer)
+        self._mapping = mapping_of(self._model, hf_quantizer=self._quantizer)
         self._settings = {
             "dtype": dtype,
             "dtype_plan": model._get_dtype_plan(dtype),
             "weight_mapping": self._mapping,
             "hf_quantizer": self._quantizer,
         }
-        self._make_config = api.make_config
         self._device = device
-        self._renamings = [each for each in self._mapping if isinstance(each, api.renaming)]
-        self._converters = [each for each in self._mapping if isinstance(each, api.converter)]
+        self._renamings = [each for each in self._mapping if isinstance(each, self._api.WeightRenaming)]
+        self._converters = [each for each in self._mapping if isinstance(each, self._api.WeightConverter)]
         of_quantizer = self._quantizer.get_weight_conversions() if self._quantizer is not None else ()
         self._dequantized = {pattern for each in of_quantizer for pattern in each.source_patterns}
         self._plain: dict[str, _PlainWeight] = {}
@@ -108,7 +127,7 @@ class WeightLoader:
         shows_progress = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            info, _ = self._convert(self._model, dict(tensors), config)
+            info, _ = self._api.convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
             loaded = {
                 name: self._in_wanted_dtype(name, tensor.detach())
                 for name, tensor in self._model.state_dict(keep_vars=True).items()
@@ -141,7 +160,7 @@ class WeightLoader:
         return dtype
 
     def _rename(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
-        renamed: tuple[str, str | None] = self._rename_key(
+        renamed: tuple[str, str | None] = self._api.rename_source_key(
             name, renamings, converters, self._model.base_model_prefix, self._own
         )
         return renamed
@@ -156,42 +175,25 @@ class WeightLoader:
                 (module._buffers if last in module._buffers else module._parameters)[last] = own
 
 
-class _Api(NamedTuple):
-    convert: Any
-    rename_key: Any
-    mapping_of: Any
-    make_config: Any
-    renaming: type
-    converter: type
+def _internal_api(where: str) -> tuple[Any, Any, Any]:
+    """transformers' module that converts weights, what makes its mapping, and its settings.
 
-
-def _transformers_api(where: str) -> _Api:
-    """What is used of transformers' internal API. Raises UnsupportedModelError where this version has another."""
+    Raises UnsupportedModelError where this version has another.
+    """
     import transformers
 
     try:
+        from transformers import core_model_loading
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            convert_and_load_state_dict_in_model,
-            rename_source_key,
-        )
         from transformers.modeling_utils import LoadStateDictConfig
 
+        _ = core_model_loading.WeightConverter, core_model_loading.WeightRenaming, core_model_loading.rename_source_key
         wanted = ["model", "state_dict", "load_config", "disk_offload_index"]
-        is_known = list(signature(convert_and_load_state_dict_in_model).parameters) == wanted
-    except ImportError:
+        is_known = list(signature(core_model_loading.convert_and_load_state_dict_in_model).parameters) == wanted
+    except (ImportError, AttributeError):
         is_known = False
     if not is_known:
         what = f"transformers {transformers.__version__} loads weights in a way that is not known here"
         remedy = "install transformers 5.20 to 5.23, with which searches are tested"
         raise UnsupportedModelError(Problem("unknown-transformers", where, what, remedy))
-    return _Api(
-        convert_and_load_state_dict_in_model,
-        rename_source_key,
-        get_model_conversion_mapping,
-        LoadStateDictConfig,
-        WeightRenaming,
-        WeightConverter,
-    )
+    return core_model_loading, get_model_conversion_mapping, LoadStateDictConfig

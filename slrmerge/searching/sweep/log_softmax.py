@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slrmerge.searching.sweep.contexts import Context
+from slrmerge.searching.sweep.trie import Context
 
 
 class StreamingLogSoftmax:

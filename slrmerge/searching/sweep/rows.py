@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.embedding_rows import rows_in_use
 from slrmerge.searching.sweep.loading import Weights
 from slrmerge.searching.sweep.model import StagedModel, by_length
 from slrmerge.searching.sweep.slots import Call, same
+from slrmerge.searching.sweep.trie import Context
 
 
 class _Batch(NamedTuple):

@@ -10,8 +10,7 @@ import torch
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.errors import Problem, UnsupportedModelError, raise_all
 from slrmerge.searching.sweep.architecture import unsupported
-from slrmerge.searching.sweep.dtypes import dtype_of
-from slrmerge.searching.sweep.loading import Placement, WeightLoader
+from slrmerge.searching.sweep.loading import Placement, WeightLoader, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def require_tensors(missing: Collection[str], model: Any, where: str) -> None:
 
 def _on_meta(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
     return {
-        name: torch.empty(checkpoint[name].shape, dtype=dtype_of(name, checkpoint[name]), device="meta")
+        name: torch.empty(checkpoint[name].shape, dtype=stored_dtype(name, checkpoint[name]), device="meta")
         for name in names
     }
 

@@ -1,8 +1,20 @@
-"""Contexts packed as a prefix trie: a prefix that several of them share is stored, and computed, once."""
+"""What a sweep computes, and its packing as a prefix trie: a prefix that several contexts share is computed once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Token ids from the start of a prompt, and the next tokens whose log-probabilities are wanted.
+
+    A prompt with single-token answers is one context. An answer of several tokens is a path through several contexts:
+    each of its tokens is a target after the tokens before it.
+    """
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 class Segment(NamedTuple):

@@ -11,21 +11,19 @@ from slrmerge.searching.sweep.attention import (
     AttentionPattern,
     CapturedKeyValues,
     KeyValueCapture,
-    LayerAttention,
     LeafAttention,
     QueryRun,
     TokenwiseAttention,
     TrieAttention,
     trie_attention,
 )
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.embedding_rows import rows_in_use
 from slrmerge.searching.sweep.fakes import kind_of
 from slrmerge.searching.sweep.loading import Weights
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.probing import FAILURES
 from slrmerge.searching.sweep.slots import Call, same
-from slrmerge.searching.sweep.trie import pack
+from slrmerge.searching.sweep.trie import Context, pack
 
 _DEPTHS = (0, 1, 2, 2, 3)
 """Positions of a small trie, by which a model's use of positions is compared with a plain prompt's."""
@@ -69,23 +67,20 @@ class TrieLayout:
         mask = self.masks[number]
         if number < len(self._model.layers) - 1:
             attention = TrieAttention(self._token_pattern, mask)
-            return self._attend(number, weights, self._token_calls[number].with_hidden(states), attention)
-        key, value = self._capture_keys_values(number, weights, self._token_calls[number].with_hidden(states))
-        attention = LeafAttention(self._leaf_pattern, mask, key=key, value=value)
-        call = self._leaf_calls[number].with_hidden(states[:, self._leaves])
-        return self._attend(number, weights, call, attention)
+            call = self._token_calls[number].with_hidden(states)
+        else:
+            key, value = self._capture_keys_values(number, weights, self._token_calls[number].with_hidden(states))
+            attention = LeafAttention(self._leaf_pattern, mask, key=key, value=value)
+            call = self._leaf_calls[number].with_hidden(states[:, self._leaves])
+        return self._model.call_layer(number, weights, call.with_keywords(trie=attention))
 
     def _capture_keys_values(self, number: int, weights: Weights, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and the values of a layer for all tokens, shape (states, groups, tokens, width) each."""
-        capture: LayerAttention = KeyValueCapture()
         try:
-            self._model.call_layer(number, weights, call.with_keywords(trie=capture))
+            self._model.call_layer(number, weights, call.with_keywords(trie=KeyValueCapture()))
         except CapturedKeyValues as captured:
             return captured.key, captured.value
         raise AssertionError("a layer that calls attention once, as `why_not_trie` found")
-
-    def _attend(self, number: int, weights: Weights, call: Call, attention: TrieAttention) -> torch.Tensor:
-        return self._model.call_layer(number, weights, call.with_keywords(trie=attention))
 
 
 def why_not_trie(model: StagedModel) -> str | None:
@@ -134,9 +129,9 @@ def _why_not_by_attention(model: StagedModel, number: int, call: Call) -> str | 
             given[:, changed] = -given[:, changed] + 1
         attention = TokenwiseAttention()
         output = model.call_layer(number, weights, call.with_hidden(given).with_keywords(trie=attention))
-        if attention.calls != 1:
-            return f"layer {number} calls attention {attention.calls} times"
-        if attention.mask is not call.keywords.get("attention_mask"):
+        if len(attention.calls) != 1:
+            return f"layer {number} calls attention {len(attention.calls)} times"
+        if attention.calls[0].mask is not call.keywords.get("attention_mask"):
             return f"layer {number} makes an attention mask of its own"
         if not output.isfinite().all():
             return f"layer {number} cannot be tried with made-up weights"

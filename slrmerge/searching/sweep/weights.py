@@ -13,7 +13,7 @@ from slrmerge.io.threads import ThreadPool
 from slrmerge.merging.blend import as_bytes, one_core_per_chunk
 from slrmerge.merging.plan.model import PlannedTensor
 from slrmerge.merging.stream import HybridReader
-from slrmerge.searching.sweep.dtypes import dtype_of
+from slrmerge.searching.sweep.loading import stored_dtype
 from slrmerge.searching.sweep.paths import TensorAlpha
 
 
@@ -70,7 +70,7 @@ class HybridWeights:
         first, shape = 0, tensor.info.shape
         if rows is not None:
             first, shape = rows.start, (len(rows), *shape[1:])
-        values = torch.empty(shape, dtype=dtype_of(tensor.name, tensor.info))
+        values = torch.empty(shape, dtype=stored_dtype(tensor.name, tensor.info))
         begin = first * prod(shape[1:]) * DTYPE_BITS[tensor.info.dtype] // 8
         self._reader.read_into(tensor, begin, as_bytes(values))
         return values

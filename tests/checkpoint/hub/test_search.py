@@ -119,7 +119,7 @@ def test_a_search_of_what_the_hub_does_not_list_is_an_error(
 
 
 def scores(result: SearchResult) -> dict[str, tuple[float, float]]:
-    return {row.info.label: (row.quality, row.diversity) for row in result.rows}
+    return {row.label: (row.quality, row.diversity) for row in result.rows}
 
 
 def cached_names() -> set[str]:

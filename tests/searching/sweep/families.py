@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from slrmerge.searching.sweep.contexts import Context
+from slrmerge.searching.sweep.trie import Context
 from tests.searching.sweep.models import transformers_log_probs
 
 LAYERS = 4

@@ -24,12 +24,12 @@ from slrmerge.recipe.alphas import TensorAlphas, resolve_rules
 from slrmerge.recipe.rules import Rules
 from slrmerge.searching.proxy_tasks import ConstrainedRandomCharacter, Scores
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest, ScorerOptions
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.engine import Sweep
 from slrmerge.searching.sweep.layouts import staged_model
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import SweepPlan
 from slrmerge.searching.sweep.states import StateStore
+from slrmerge.searching.sweep.trie import Context
 from slrmerge.searching.sweep.weights import HybridWeights
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slrmerge.checkpoint.opening import open_checkpoint
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.engine import Sweep
 from slrmerge.searching.sweep.model import StagedModel
 from slrmerge.searching.sweep.paths import TensorAlpha
+from slrmerge.searching.sweep.trie import Context
 from slrmerge.searching.sweep.weights import HybridWeights
 from tests.searching.sweep.models import (
     INTERVALS,

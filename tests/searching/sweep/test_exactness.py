@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from slrmerge.errors import PlanError
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.model import StagedModel
+from slrmerge.searching.sweep.trie import Context
 from tests.problems import refused
 from tests.searching.sweep.models import (
     ARCHITECTURES,

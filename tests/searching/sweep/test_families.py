@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slrmerge.searching.sweep.contexts import Context
+from slrmerge.searching.sweep.trie import Context
 from tests.searching.sweep.families import log_probs_of, mixed_by_hand, write_family
 from tests.searching.sweep.models import (
     POST,

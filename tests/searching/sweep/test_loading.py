@@ -95,9 +95,11 @@ def test_tensors_that_are_weights_unchanged_are_converted_once(
     expected = made.load(stored)
     made.load({name: tensor.to("meta") for name, tensor in stored.items()})
     given: list[set[str]] = []
-    convert = made._convert
+    convert = core_model_loading.convert_and_load_state_dict_in_model
     monkeypatch.setattr(
-        made, "_convert", lambda model, tensors, config: given.append({*tensors}) or convert(model, tensors, config)
+        core_model_loading,
+        "convert_and_load_state_dict_in_model",
+        lambda model, tensors, config: given.append({*tensors}) or convert(model, tensors, config),
     )
     loaded = made.load(stored)
     assert loaded.keys() == expected.keys()

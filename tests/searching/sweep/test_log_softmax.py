@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slrmerge.searching.sweep.contexts import Context
 from slrmerge.searching.sweep.log_softmax import StreamingLogSoftmax
+from slrmerge.searching.sweep.trie import Context
 
 VOCABULARY = 11
 CONTEXTS = [Context((1,), (3, 0, 10)), Context((2,), (5,)), Context((3,), (7, 7, 7, 2))]

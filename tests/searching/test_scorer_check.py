@@ -7,7 +7,7 @@ import torch
 
 from slrmerge.errors import UnsupportedModelError
 from slrmerge.io.progress import Progress
-from slrmerge.searching.sweep.check import TOLERANCE, require_agreement
+from slrmerge.searching.scorer import TOLERANCE, require_agreement
 from slrmerge.searching.sweep.states import StateStore
 from tests.problems import refused
 from tests.searching.sweep.models import (
