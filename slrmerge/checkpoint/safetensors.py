@@ -156,11 +156,7 @@ def open_folder(folder: Path) -> SafetensorsFolder:
     """
     try:
         if not exists(folder) or not folder.is_dir():
-            if is_broken_link(folder):
-                what, remedy = "is a broken link", "mount the disk that it leads to, or name the folder itself"
-                raise CheckpointError(Problem("broken-link", str(folder), what, remedy))
-            what = "is a file, not a checkpoint folder" if folder.exists() else "no such folder"
-            raise CheckpointError(Problem("no-checkpoint", str(folder), what, _NAME_A_FOLDER))
+            raise CheckpointError(_no_folder(folder))
         names = {path.name for path in folder.iterdir()}
         layout = read_layout(folder, names, where=str(folder))
         problems = list(layout.problems)
@@ -261,6 +257,15 @@ def exists(path: Path) -> bool:
     except (FileNotFoundError, ValueError):  # a ValueError: a name that no file can have
         return False
     return True
+
+
+def _no_folder(path: Path) -> Problem:
+    """What is in place of a folder."""
+    if is_broken_link(path):
+        remedy = "mount the disk that it leads to, or name the folder itself"
+        return Problem("broken-link", str(path), "is a broken link", remedy)
+    what = "is a file, not a checkpoint folder" if path.exists() else "no such folder"
+    return Problem("no-checkpoint", str(path), what, _NAME_A_FOLDER)
 
 
 def _no_model(names: set[str], where: str) -> Problem:

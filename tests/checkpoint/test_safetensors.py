@@ -366,13 +366,20 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
-    [lambda path: None, lambda path: path.write_bytes(b""), lambda path: path.symlink_to("nowhere"), os.mkdir],
+    ("make", "code"),
+    [
+        (lambda path: None, "no-checkpoint"),
+        (lambda path: path.write_bytes(b""), "no-checkpoint"),
+        (lambda path: path.symlink_to("nowhere"), "broken-link"),
+        (os.mkdir, "no-checkpoint"),
+    ],
     ids=["missing", "file", "dangling", "empty"],
 )
-def test_a_path_that_is_not_a_folder_with_a_model_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_a_path_that_is_not_a_folder_with_a_model_is_refused(
+    tmp_path: Path, make: Callable[[Path], None], code: str
+) -> None:
     make(tmp_path / "m")
-    (problem,) = refusal(tmp_path / "m", "no-checkpoint")
+    (problem,) = refusal(tmp_path / "m", code)
     assert problem.where == str(tmp_path / "m")
 
 
