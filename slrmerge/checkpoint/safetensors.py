@@ -1,6 +1,5 @@
 """Checkpoints in safetensors files with Hugging Face's layout: read as one model, or refused with every problem."""
 
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.files import ByteStream, LocalFile, OpenFile, SourceFile, open_regular, open_within, unreadable
 from slrmerge.checkpoint.header import Shard, read_shard
 from slrmerge.checkpoint.layers import missing_layers
-from slrmerge.checkpoint.location import folder_name, is_broken_link
+from slrmerge.checkpoint.location import folder_name
+from slrmerge.checkpoint.no_model import no_folder, no_model
 from slrmerge.checkpoint.side_files import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_PICKLE_NAME,
@@ -32,28 +32,9 @@ from slrmerge.io.strict_json import InvalidJsonError, canonical_json, parse_json
 
 _MAX_OPEN = 8
 """Files of a checkpoint that a reader holds open, besides those that are being read: systems limit their number."""
+
 _MAX_JSON_BYTES = 50_000_000
 """More than the index of any model: DeepSeek-V3's has 9 MB."""
-
-_OTHER_FORMATS = {
-    r"(.*/)?(model_index\.json|diffusion_pytorch_model.*)": (
-        "is a pipeline of diffusers, or a part of one",
-        "only models of transformers are supported: of a pipeline, name a folder such as text_encoder",
-    ),
-    r"consolidated.*\.safetensors": (
-        "has its weights in Mistral's own format only (consolidated*.safetensors)",
-        "name a folder or repository that has the same model in transformers' format, as model*.safetensors",
-    ),
-    r"model\.(?!safetensors).+\.safetensors": (
-        "has only a variant of the weights (model.VARIANT.safetensors)",
-        "load it with from_pretrained(FOLDER, variant=VARIANT), and save it with save_pretrained",
-    ),
-}
-"""Patterns of names that say what a folder without the usual names is, and what to do about it."""
-
-_NAME_A_FOLDER = (
-    "name a folder with config.json and safetensors files, a .gguf file, or a repository as organisation/name"
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,7 +137,7 @@ def open_folder(folder: Path) -> SafetensorsFolder:
     """
     try:
         if not exists(folder) or not folder.is_dir():
-            raise CheckpointError(_no_folder(folder))
+            raise CheckpointError(no_folder(folder))
         names = {path.name for path in folder.iterdir()}
         layout = read_layout(folder, names, where=str(folder))
         problems = list(layout.problems)
@@ -195,7 +176,7 @@ def read_layout(folder: Path, names: set[str], *, where: str) -> Layout:
     Raises CheckpointError where it is not a safetensors checkpoint at all.
     """
     if not names & {SINGLE_NAME, INDEX_NAME}:
-        raise CheckpointError(_no_model(names, where))
+        raise CheckpointError(no_model(names, where))
     problems: list[Problem] = []
     config: Mapping[str, Any] = {}
     if CONFIG_NAME in names:
@@ -257,41 +238,6 @@ def exists(path: Path) -> bool:
     except (FileNotFoundError, ValueError):  # a ValueError: a name that no file can have
         return False
     return True
-
-
-def _no_folder(path: Path) -> Problem:
-    """What is in place of a folder."""
-    if is_broken_link(path):
-        remedy = "mount the disk that it leads to, or name the folder itself"
-        return Problem("broken-link", str(path), "is a broken link", remedy)
-    what = "is a file, not a checkpoint folder" if path.exists() else "no such folder"
-    return Problem("no-checkpoint", str(path), what, _NAME_A_FOLDER)
-
-
-def _no_model(names: set[str], where: str) -> Problem:
-    """What a folder is that has no safetensors model under the usual names."""
-    suffixes = {Path(name).suffix for name in names}
-    is_sharded = any(name.startswith("model-") for name in names)
-    for pattern, (what, remedy) in _OTHER_FORMATS.items():
-        if not is_sharded and any(re.fullmatch(pattern, name, re.DOTALL) for name in names):
-            return Problem("no-index", where, what, remedy)
-    if ".safetensors" in suffixes:
-        what = f"has safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}"
-        return Problem("no-index", where, what, "name the folder that save_pretrained wrote, or restore its index")
-    if suffixes & {".bin", ".pt", ".pth"}:
-        source = where.partition("@")[0]
-        copy = Path(source).name + "-safetensors"
-        remedy = (
-            f"convert it: python -c \"import transformers as t; s, o = '{source}', '{copy}'; "
-            'getattr(t, t.AutoConfig.from_pretrained(s).architectures[0]).from_pretrained(s).save_pretrained(o)"; '
-            "then copy its tokenizer there"
-        )
-        return Problem("pickles-only", where, "has only pickles, no safetensors files", remedy)
-    if ".gguf" in suffixes:
-        what = "has only GGUF files, which are not read from the Hub"
-        remedy = f"download one and name it: hf download {where.partition('@')[0]} FILE.gguf --local-dir ."
-        return Problem("gguf-only", where, what, remedy)
-    return Problem("no-checkpoint", where, "has no safetensors files", _NAME_A_FOLDER)
 
 
 def read_json(path: Path) -> dict[str, Any]:
