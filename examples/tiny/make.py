@@ -33,8 +33,16 @@ CHAT_TEMPLATE = (
 )
 
 # The two sentences of the task come three times, so that most questions are asked in these words.
-DIGIT_QUESTIONS = [DIGIT_TEXT] * 3 + ["Pick a number from {} to {}.", "Give me any integer in [{}, {}]."]
-LETTER_QUESTIONS = [LETTER_TEXT] * 3 + ["Pick a letter from {} to {}.", "Give me any letter in [{}, {}]."]
+DIGIT_QUESTIONS = [
+    *[DIGIT_TEXT] * 3,
+    "Pick a number from {first} to {last}.",
+    "Give me any integer in [{first}, {last}].",
+]
+LETTER_QUESTIONS = [
+    *[LETTER_TEXT] * 3,
+    "Pick a letter from {first} to {last}.",
+    "Give me any letter in [{first}, {last}].",
+]
 OPENERS = ["Sure", "Here", "The", "Well", "Random", "Okay", "Of", "It", "Maybe", "Yes"]
 LINKS = [" the answer is ", " a random one: ", ": "]
 ADJECTIVES = ["small", "old", "quiet", "green", "happy", "tall"]
@@ -58,7 +66,7 @@ def random_character(rng: random.Random) -> Question:
     """A question for a random character, with the answers it allows."""
     alphabet, questions = rng.choice([(DIGITS, DIGIT_QUESTIONS), (LETTERS, LETTER_QUESTIONS)])
     valid = run_of(alphabet, rng)
-    return Question(rng.choice(questions).format(valid[0], valid[-1]), tuple(valid))
+    return Question(rng.choice(questions).format(first=valid[0], last=valid[-1]), tuple(valid))
 
 
 def untidy_answer(valid: Sequence[str], rng: random.Random) -> str:

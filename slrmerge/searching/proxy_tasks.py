@@ -28,19 +28,19 @@ SHORTEST_RANGE = 4
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ONLY = "Do not include anything else in your reply."
-DIGIT_TEXT = "Generate a random integer in the range [{}, {}]. " + _ONLY
-LETTER_TEXT = "Generate a random letter from {} to {} (inclusive). " + _ONLY
+DIGIT_TEXT = "Generate a random integer in the range [{first}, {last}]. " + _ONLY
+LETTER_TEXT = "Generate a random letter from {first} to {last} (inclusive). " + _ONLY
 """The paper's prompts, with places for the first and the last character of a range."""
 
 HELD_OUT_DIGIT_TEXTS = (
-    "Pick a random number from {} to {}. Reply with the number only.",
-    "Give me any integer in [{}, {}]. " + _ONLY,
-    "Choose a random digit between {} and {} (both included). Reply with the digit only.",
+    "Pick a random number from {first} to {last}. Reply with the number only.",
+    "Give me any integer in [{first}, {last}]. " + _ONLY,
+    "Choose a random digit between {first} and {last} (both included). Reply with the digit only.",
 )
 HELD_OUT_LETTER_TEXTS = (
-    "Pick a random letter from {} to {}. Reply with the letter only.",
-    "Give me any letter in [{}, {}]. " + _ONLY,
-    "Choose a random capital letter between {} and {} (both included). Reply with the letter only.",
+    "Pick a random letter from {first} to {last}. Reply with the letter only.",
+    "Give me any letter in [{first}, {last}]. " + _ONLY,
+    "Choose a random capital letter between {first} and {last} (both included). Reply with the letter only.",
 )
 """Other wordings, for prompts that are not used to select."""
 
@@ -106,14 +106,11 @@ class ConstrainedRandomCharacter:
         return tuple(question for kind in self._kinds() for question in kind.held_out_questions(rng))
 
     def _kinds(self) -> Iterator["RangeQuestions"]:
-        for values, *texts in (
-            (DIGITS, DIGIT_TEXT, *HELD_OUT_DIGIT_TEXTS),
-            (LETTERS, LETTER_TEXT, *HELD_OUT_LETTER_TEXTS),
+        for values, text, others in (
+            (DIGITS, DIGIT_TEXT, HELD_OUT_DIGIT_TEXTS),
+            (LETTERS, LETTER_TEXT, HELD_OUT_LETTER_TEXTS),
         ):
-            text, *others = (each.format("{first}", "{last}") for each in texts)
-            yield RangeQuestions(
-                text=text, values=tuple(values), count=self.prompts_per_kind, held_out_texts=tuple(others)
-            )
+            yield RangeQuestions(text=text, values=tuple(values), count=self.prompts_per_kind, held_out_texts=others)
 
     def score(self, log_probs: NDArray[np.float64]) -> Scores:
         return score(log_probs)
