@@ -8,7 +8,7 @@ import torch
 
 from slrmerge.io.memory import peak_memory_bytes
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest
-from slrmerge.searching.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate, memory_bytes
+from slrmerge.searching.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate, sweep_memory_bytes
 from slrmerge.searching.sweep.layouts import chunk_size
 
 SMALL_FLOP = 2e10
@@ -75,7 +75,7 @@ def estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest]) -> Estimate:
     for known in PAPER_MODELS:
         candidates = known.layers * (known.layers + 1) // 2 + 2
         cost = all_intervals_cost(known, itemsize=dtype.itemsize)
-        sweep_bytes = memory_bytes(
+        sweep_bytes = sweep_memory_bytes(
             known,
             cost,
             layer_bytes=known.layer_parameters * (dtype.itemsize if dtype == torch.bfloat16 else 2 + dtype.itemsize),

@@ -21,7 +21,7 @@ from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.merging.stream import HybridReader
 from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.searching.device import require_device
-from slrmerge.searching.sweep.cost import LAST_LAYER_SHARE, Cost, Shape, cost_of, memory_bytes
+from slrmerge.searching.sweep.cost import LAST_LAYER_SHARE, Cost, Shape, cost_of, sweep_memory_bytes
 from slrmerge.searching.sweep.engine import Sweep
 from slrmerge.searching.sweep.layouts import chunk_size, measured_state_s, staged_model, token_count
 from slrmerge.searching.sweep.model import StagedModel
@@ -138,7 +138,7 @@ class LocalScorer:
     def memory_bytes(self, request: ScoreRequest) -> int:
         """About the most memory that scoring takes, besides that of the program."""
         model = self.model(request.dtype)
-        return memory_bytes(
+        return sweep_memory_bytes(
             self.shape(request),
             self.cost(request),
             layer_bytes=max(self._layer_bytes(model, number) for number in range(len(model.layers))),

@@ -9,7 +9,7 @@ import torch
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.searching import estimate
 from slrmerge.searching.scorer import LocalScorer
-from slrmerge.searching.sweep.cost import KERNEL_BYTES, PAPER_MODELS, Cost, all_intervals_cost, memory_bytes
+from slrmerge.searching.sweep.cost import KERNEL_BYTES, PAPER_MODELS, Cost, all_intervals_cost, sweep_memory_bytes
 from tests.merging.faults import tree
 from tests.searching.pairs import SmallPair, Watcher, hurried
 from tests.searching.sweep.models import INTERVALS, POST, contexts, local_scorer, request, write_models
@@ -62,7 +62,7 @@ def test_memory_holds_states_a_layer_and_a_chunk(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(("max_states_bytes", "held"), [(1 << 40, 8 << 30), (4 << 30, 4 << 30)])
 def test_memory_for_states_has_a_limit(max_states_bytes: int, held: int) -> None:
     shape = PAPER_MODELS[0]
-    found = memory_bytes(
+    found = sweep_memory_bytes(
         shape,
         Cost(1.0, 8 << 30, 1),
         layer_bytes=100 << 20,

@@ -105,7 +105,7 @@ def cost_of(shape: Shape, state_counts: Sequence[int], *, contexts: int, itemsiz
     return Cost(layers + head, max(held, default=0) * state_bytes, sum(state_counts[1:-1]))
 
 
-def memory_bytes(
+def sweep_memory_bytes(
     shape: Shape, cost: Cost, *, layer_bytes: int, chunk_tokens: int, max_states_bytes: int, itemsize: int
 ) -> int:
     """About the most memory that a sweep takes: states, the weights of a layer, and what a chunk makes in it.
