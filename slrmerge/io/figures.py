@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
     from numpy.typing import NDArray
 
 MODEL_COLOURS = {
@@ -87,26 +88,22 @@ def place_labels(
     figure.set_layout_engine("none")
     scale = figure.dpi / 72
     drawn = [axes.transData.transform(line) for line in lines if len(line)]
-    on_lines = np.concatenate([np.empty((0, 4)), *(_stroke(*ends) for each in drawn for ends in pairwise(each))])
+    drawn_lines = np.concatenate([np.empty((0, 4)), *(np.hstack([line[:-1], line[1:]]) for line in drawn)])
     points = axes.transData.transform([(each.x, each.y) for each in labels]) if labels else np.empty((0, 2))
     taken = _boxes(points, 8 * scale, 8 * scale)
-    written_in = on_strokes = np.empty((0, 4))
+    written_in = strokes = np.empty((0, 4))
     left, bottom, right, top = axes.get_window_extent().extents
     for label, point in sorted(zip(labels, points, strict=True), key=lambda pair: not pair[0].needed):
-        written = axes.annotate(
-            label.text, (label.x, label.y), xytext=(0, 0), textcoords="offset points", fontsize=fontsize,
-            color=label.colour, zorder=6, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
-        )  # fmt: skip
+        written = _write(axes, label, fontsize)
         size = np.array(written.get_window_extent().size)
         distances = np.repeat(_DISTANCES if label.needed else _DISTANCES[:2], len(_SIDES))
         sides = np.resize(_SIDES, (len(distances), 2))
         centres = point + sides * (size / 2 + distances[:, None] * scale)
         boxes = _boxes(centres, *size)
         is_inside = ((boxes[:, :2] >= (left, bottom)) & (boxes[:, 2:] <= (right, top))).all(axis=1)
-        strokes = [_stroke(point, end) for end in np.where(distances[:, None] > _NEAR, centres, point)]
-        is_struck = _overlap(boxes, on_strokes) | [_overlap(stroke, written_in).any() for stroke in strokes]
-        crossings = 2 * is_struck + _overlap(boxes, on_lines)
+        own = np.hstack([np.tile(point, (len(centres), 1)), np.where(distances[:, None] > _NEAR, centres, point)])
+        crossings = _crossings(boxes, drawn_lines).any(axis=1).astype(int)
+        crossings[_crossings(boxes, strokes).any(axis=1) | _crossings(written_in, own).any(axis=0)] += 2
         free = np.flatnonzero(is_inside & ~_overlap(boxes, taken) & (label.needed | (crossings == 0)))
         if not len(free):
             written.remove()
@@ -114,7 +111,7 @@ def place_labels(
         best = free[crossings[free].argmin()]
         distance, (x, y) = int(distances[best]), sides[best].tolist()
         taken, written_in = np.vstack([taken, boxes[best]]), np.vstack([written_in, boxes[best]])
-        on_strokes = np.vstack([on_strokes, strokes[best]])
+        strokes = np.vstack([strokes, own[best]])
         written.set(
             position=(x * distance, y * distance),
             ha={1: "left", 0: "center", -1: "right"}[x],
@@ -122,6 +119,15 @@ def place_labels(
         )
         assert written.arrow_patch is not None
         written.arrow_patch.set_visible(distance > _NEAR)
+
+
+def _write(axes: "Axes", label: Label, fontsize: float) -> "Annotation":
+    """Write a label on its point, with a stroke for when it is moved away."""
+    return axes.annotate(
+        label.text, (label.x, label.y), xytext=(0, 0), textcoords="offset points", fontsize=fontsize,
+        color=label.colour, zorder=6, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+        arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+    )  # fmt: skip
 
 
 def _boxes(centres: "NDArray[np.float64]", width: float, height: float) -> "NDArray[np.float64]":
@@ -133,18 +139,27 @@ def _boxes(centres: "NDArray[np.float64]", width: float, height: float) -> "NDAr
 
 
 def _overlap(boxes: "NDArray[np.float64]", others: "NDArray[np.float64]") -> "NDArray[np.bool_]":
-    """Whether each box overlaps any of the others, shape (boxes,); a point is a box without size."""
+    """Whether each box overlaps any of the others, shape (boxes,)."""
     left, bottom, right, top = boxes.T[:, :, None]
     overlaps = (left < others[:, 2]) & (others[:, 0] < right) & (bottom < others[:, 3]) & (others[:, 1] < top)
     found: NDArray[np.bool_] = overlaps.any(axis=1)
     return found
 
 
-def _stroke(start: "NDArray[np.float64]", end: "NDArray[np.float64]") -> "NDArray[np.float64]":
-    """Points on a line, at most three pixels apart, as boxes without size: shape (points, 4)."""
+def _crossings(boxes: "NDArray[np.float64]", lines: "NDArray[np.float64]") -> "NDArray[np.bool_]":
+    """Whether each straight line, x and y of both its ends, crosses each box: shape (boxes, lines).
+
+    A line misses a box that lies beside both its ends, or whose corners all lie on one side of it.
+    """
     import numpy as np
 
-    return np.tile(np.linspace(start, end, 2 + int(np.abs(end - start).max() / 3)), 2)
+    left, bottom, right, top = boxes.T[:, :, None]
+    x0, y0, x1, y1 = lines.T
+    corners = [(x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) for x in (left, right) for y in (bottom, top)]
+    is_beside = (np.maximum(x0, x1) <= left) | (right <= np.minimum(x0, x1))
+    is_beside |= (np.maximum(y0, y1) <= bottom) | (top <= np.minimum(y0, y1))
+    crossed: NDArray[np.bool_] = ~is_beside & (np.min(corners, axis=0) <= 0) & (np.max(corners, axis=0) >= 0)
+    return crossed
 
 
 def save_figure(figure: "Figure", path: Path) -> bytes:

@@ -95,8 +95,8 @@ def test_a_model_has_the_colour_of_its_name_or_one_of_its_own() -> None:
     assert len(model_colours([*MODEL_COLOURS, "x", "y"])) == 10
 
 
-@pytest.mark.parametrize("seed", [3, 5, 7])
-def test_no_stroke_goes_through_a_label(seed: int) -> None:
+def strokes_and_crossings(seed: int) -> tuple[int, int]:
+    """How many labels of a crowded plot have strokes, and how many times a stroke goes through the label of another."""
     figure, rng = Figure(figsize=(8, 6), dpi=DPI), random.Random(seed)
     figure.canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -114,5 +114,10 @@ def test_no_stroke_goes_through_a_label(seed: int) -> None:
         if text.arrow_patch is not None and text.arrow_patch.get_visible()
     ]
     crossed = [stroke for box in boxes for stroke in strokes if any(box.contains(x, y) for x, y in stroke)]
-    assert len(strokes) > 1
-    assert len(crossed) == len(strokes)  # each begins in its own label
+    return len(strokes), len(crossed) - len(strokes)  # each begins in its own label
+
+
+def test_no_stroke_goes_through_a_label() -> None:
+    strokes, crossings = zip(*map(strokes_and_crossings, range(10)), strict=True)
+    assert sum(strokes) > 10
+    assert crossings == (0,) * 10
