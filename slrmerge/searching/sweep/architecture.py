@@ -1,8 +1,10 @@
 """Builds the transformers model of a checkpoint without weights, and refuses models that a sweep cannot serve."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,10 +17,13 @@ from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_al
 REMEDY = "search a decoder-only model whose layers transformers runs one after the other"
 
 
-DENSE_ON_LOAD = ("fp8", "mxfp4")
-"""The methods whose weights transformers makes dense where it has no kernels for them, and that are tested here."""
+DENSE_ON_LOAD = ("compressed-tensors", "fp8", "mxfp4")
+"""The methods whose weights transformers can make dense as it loads them, and that are tested here."""
 
-_QUANTIZED_REMEDY = "search the unquantized pair, and restore the selected layers here"
+_DENSE_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+"""Those of compressed-tensors."""
+
+QUANTIZED_REMEDY = "search the unquantized pair, and restore the selected layers here"
 
 
 def unsupported(code: str, where: str, what: str) -> UnsupportedModelError:
@@ -100,12 +105,29 @@ def _quantization_problems(checkpoint: Checkpoint, config: Any) -> Iterator[Prob
     if section is not None:
         method = section.get("quant_method")
         if method not in DENSE_ON_LOAD:
-            what = f"is quantized ({method}), and a search makes dense weights of {' and '.join(DENSE_ON_LOAD)} only"
-            yield Problem("quantized-model", str(checkpoint), what, _QUANTIZED_REMEDY)
+            what = f"is quantized ({method}), and a search makes dense weights of {', '.join(DENSE_ON_LOAD)} only"
+            yield Problem("quantized-model", str(checkpoint), what, QUANTIZED_REMEDY)
+        elif method == "compressed-tensors":
+            yield from _compressed_tensors_problems(section, str(checkpoint))
     elif (found := Quantization.of(checkpoint)) or quantization_config(checkpoint.config) is not None:
         name = found.name if found else ""
         what = f"is quantized{name}, and its config.json does not say so as transformers reads it"
-        yield Problem("quantized-model", str(checkpoint), what, _QUANTIZED_REMEDY)
+        yield Problem("quantized-model", str(checkpoint), what, QUANTIZED_REMEDY)
+
+
+def _compressed_tensors_problems(section: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """What transformers would ignore: it reads all modules as those of one group, and no transforms."""
+    given = section.get("config_groups")
+    groups = [each for each in given.values() if isinstance(each, dict)] if isinstance(given, dict) else []
+    ways = {json.dumps([each.get("format") or section.get("format"), each.get("weights")]) for each in groups}
+    form = json.loads(ways.pop())[0] if len(ways) == 1 else "mixed-precision"
+    if form not in _DENSE_FORMATS or section.get("transform_config"):
+        form = "with transforms" if form in _DENSE_FORMATS else form
+        what = f"is quantized (compressed-tensors, {form}), and a search makes dense weights of other formats only"
+        yield Problem("quantized-model", where, what, QUANTIZED_REMEDY)
+    elif find_spec("compressed_tensors") is None:
+        what = "is quantized with compressed-tensors, which is not installed"
+        yield Problem("missing-extra", where, what, "pip install compressed-tensors")
 
 
 def dequantizer(config: Any) -> Any | None:
@@ -117,6 +139,7 @@ def dequantizer(config: Any) -> Any | None:
         return None
     quantizer = AutoHfQuantizer.from_config(dict(section), pre_quantized=True)
     quantizer.quantization_config.dequantize = True
+    quantizer.validate_environment()
     return quantizer
 
 

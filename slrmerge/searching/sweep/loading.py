@@ -14,7 +14,7 @@ import torch
 
 from slrmerge.checkpoint.header import TensorInfo
 from slrmerge.errors import Problem, UnsupportedModelError, raise_all
-from slrmerge.searching.sweep.architecture import dequantizer
+from slrmerge.searching.sweep.architecture import QUANTIZED_REMEDY, dequantizer
 
 Weights = Mapping[str, torch.Tensor]
 """Parameters and buffers of a model by their names in the model."""
@@ -144,7 +144,7 @@ class WeightLoader:
             f"{type(self._model).__name__} has {name} of shape {list(wanted)}, the checkpoint has {list(shape)}"
             for name, shape, wanted in sorted(info.mismatched_keys)
         ]
-        remedy = "check that config.json belongs to these weights"
+        remedy = QUANTIZED_REMEDY if self._quantizer else "check that config.json belongs to these weights"
         raise_all(
             [Problem("parameter-mismatch", self._where, what, remedy) for what in problems[:3]], UnsupportedModelError
         )

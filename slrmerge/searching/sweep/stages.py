@@ -3,14 +3,19 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from slrmerge.checkpoint.base import Checkpoint
+from slrmerge.checkpoint.quantized import quantized_groups
 from slrmerge.errors import Problem, UnsupportedModelError, raise_all
-from slrmerge.searching.sweep.architecture import unsupported
+from slrmerge.searching.sweep.architecture import QUANTIZED_REMEDY, unsupported
 from slrmerge.searching.sweep.loading import Placement, WeightLoader, stored_dtype
+
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "q_scale", "k_scale", "v_scale", "kv_scale")
+"""Ends of names of tensors with which kernels round activations; dense weights do without."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ def model_tensors(checkpoint: Checkpoint, model: Any, loader: WeightLoader) -> M
     if stack is None:
         raise unsupported("layers-elsewhere", where, "its decoder layers cannot be identified")
     placements = loader.placements(checkpoint)
+    _require_companions(checkpoint, placements)
     of_layer: dict[int | None, list[str]] = defaultdict(list)
     for name in placements:
         place = stack.locate(name)
@@ -70,6 +76,14 @@ def model_tensors(checkpoint: Checkpoint, model: Any, loader: WeightLoader) -> M
     in_layers = {name for name, _ in model.named_parameters() if name.startswith(f"{prefix}.")}
     require_tensors(in_layers - loaded, model, where)
     return tensors
+
+
+def _require_companions(checkpoint: Checkpoint, placements: Mapping[str, Placement]) -> None:
+    """Raise UnsupportedModelError where transformers would make dense weights without, say, their scales."""
+    names = quantized_groups(checkpoint).keys() - placements.keys()
+    if left := sorted(name for name in names if not name.endswith(_OF_ACTIVATIONS)):
+        what = f"transformers {version('transformers')} would not read {left[0]}"
+        raise UnsupportedModelError(Problem("quantized-model", str(checkpoint), what, QUANTIZED_REMEDY))
 
 
 def require_tensors(missing: Collection[str], model: Any, where: str) -> None:

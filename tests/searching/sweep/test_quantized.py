@@ -104,11 +104,19 @@ def test_packed_weights_cost_as_much_as_the_dense_ones(tmp_path: Path) -> None:
     assert shapes[0] == shapes[1]
 
 
+def compressed(form: str, *bits: int) -> dict[str, Any]:
+    groups = {str(number): {"targets": ["Linear"], "weights": {"num_bits": each}} for number, each in enumerate(bits)}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+
+
 REFUSED = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "(gptq)"),
     "awq": ({"quant_method": "awq", "bits": 4}, "(awq)"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "(bitsandbytes)"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors"}, "(compressed-tensors)"),
+    "another format": (compressed("marlin-24", 4), "(compressed-tensors, marlin-24)"),
+    "two groups": (compressed("pack-quantized", 4, 8), "(compressed-tensors, mixed-precision)"),
+    "no groups": (compressed("pack-quantized"), "(compressed-tensors, mixed-precision)"),
+    "transforms": (compressed("pack-quantized", 4) | {"transform_config": {"a": 1}}, "with transforms"),
     "not in the config": (None, "its config.json does not say so"),
 }
 
@@ -120,6 +128,27 @@ def test_a_model_of_which_no_dense_weights_are_made_is_refused(tmp_path: Path, s
     with refused(UnsupportedModelError, "quantized-model") as caught:
         model_without_weights(open_checkpoint(tmp_path / "post"), dtype=torch.float32)
     assert what in caught.value.problems[0].what
+
+
+def test_a_package_that_makes_dense_weights_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fp8(tmp_path)
+    edit_config(tmp_path / "post", quantization_config=compressed("float-quantized", 8))
+    monkeypatch.setattr("slrmerge.searching.sweep.architecture.find_spec", lambda _: None)
+    with refused(UnsupportedModelError, "missing-extra") as caught:
+        model_without_weights(open_checkpoint(tmp_path / "post"), dtype=torch.float32)
+    assert caught.value.problems[0].remedy == "pip install compressed-tensors"
+
+
+def test_what_belongs_to_a_quantized_weight_must_be_read(tmp_path: Path) -> None:
+    write_fp8(tmp_path)
+    for side in (tmp_path / "pre", tmp_path / "post"):
+        tensors = load_file(side / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.input_scale"] = torch.ones(1)  # of activations
+        tensors["model.layers.0.mlp.up_proj.weight_g_idx"] = torch.zeros(4, dtype=torch.int32)
+        save_file(tensors, side / "model.safetensors", {"format": "pt"})
+    with local_scorer(tmp_path) as scorer, refused(UnsupportedModelError, "quantized-model") as caught:
+        scorer.cost(request(scorer, [POST], FEW))
+    assert "would not read model.layers.0.mlp.up_proj.weight_g_idx" in caught.value.problems[0].what
 
 
 def test_soups_of_a_quantized_pair_are_left_out_with_a_note(tmp_path: Path) -> None:
