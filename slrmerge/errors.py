@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Problem:
     """One thing that is wrong: where, what, and what to do. `code` is stable across releases; the words are not.
 
-    The credentials of URLs are hidden.
+    The credentials of URLs are hidden, and long texts cut.
     """
 
     code: str
@@ -30,7 +30,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name in ("where", "what", "remedy"):
-            object.__setattr__(self, name, without_credentials(getattr(self, name)))
+            object.__setattr__(self, name, cut(without_credentials(getattr(self, name))))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" + (f"; {self.remedy}" if self.remedy else "")
@@ -236,13 +236,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
 
 
-_MAX_LINE = 1000
+def cut(text: str, length: int = 1000) -> str:
+    """`text` without its middle where it is longer than anyone reads: a path or a number in a file has any length."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 2 :]}"
 
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message, cut where it is long."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}…"
+    return cut(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
 _URL = re.compile(r"(\w\w:/+)(\S+)")  # one slash where the URL was taken for a path

@@ -83,6 +83,15 @@ def test_hiding_takes_linear_time() -> None:
         without_credentials(text)
 
 
+def test_a_long_text_is_cut_and_a_url_in_it_is_hidden_first() -> None:
+    problem = Problem("x", "/" + "a" * 5000, f"layer {'9' * 4000} of http://me:{'sekret' * 50}@host/", "name another")
+    again = Problem("x", problem.where, problem.what, problem.remedy)
+    assert again == problem
+    assert problem.what.startswith("layer 999")
+    assert problem.what.endswith("99 of http://***@host/")
+    assert len(str(problem)) < 2500
+
+
 @pytest.mark.parametrize("count", [MAX_PROBLEMS, MAX_PROBLEMS + 1, 10**9])
 def test_an_error_has_a_limited_number_of_problems(count: int) -> None:
     with pytest.raises(CheckpointError) as caught:

@@ -11,7 +11,7 @@ from slrmerge.io.files import read_file
 from slrmerge.io.sizes import shorten
 
 _MAX_REF_BYTES = 1000
-_MAX_PARENTS = 1000
+_MAX_PARENTS = 200
 """No system has deeper paths, and to list the parents of a text with many slashes takes quadratic time."""
 
 

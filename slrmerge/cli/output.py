@@ -13,7 +13,7 @@ from typing import Any, Never, TextIO
 
 import click
 
-from slrmerge.errors import OutputError, Problem, without_credentials
+from slrmerge.errors import OutputError, Problem, cut, without_credentials
 from slrmerge.io.text import printable, to_json
 
 _KEPT = re.compile(r"(\x1b\[(?:A|0m|1;3[136]m))")
@@ -37,9 +37,13 @@ def echo(line: str = "", *, err: bool = False) -> None:
     click.echo(text, err=err)
 
 
+_MAX_LINE = 3500
+"""More than the place, the text and the remedy of a Problem have together."""
+
+
 def shown(text: str, *, keep: str = "") -> str:
     """What may be shown of a text; see `printable` for `keep`."""
-    return printable(without_credentials(text), keep=keep)
+    return printable(cut(without_credentials(text), _MAX_LINE), keep=keep)
 
 
 def echo_text(text: str) -> None:
@@ -120,18 +124,23 @@ def _bold(line: str) -> str:
     return line if "NO_COLOR" in os.environ else f"\x1b[1m{line}{_PLAIN}"
 
 
-def _pad(cell: str, width: int, column: str) -> str:
+def _width(text: str) -> int:
+    """The columns of a terminal that `text` takes: some characters take two, or none."""
+    if text.isascii():
+        return len(text)
     from rich.cells import cell_len
 
-    spaces = " " * (width - cell_len(cell))
+    return cell_len(text)
+
+
+def _pad(cell: str, width: int, column: str) -> str:
+    spaces = " " * (width - _width(cell))
     return spaces + cell if column[:1] == ">" else cell + spaces
 
 
 def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
     """The width of each column."""
-    from rich.cells import cell_len
-
-    return [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
+    return [max(_width(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
 
 
 def _excess(rows: Sequence[Sequence[str]], room: int) -> int:
@@ -154,19 +163,17 @@ _PHRASE = r"\([^()]*\)\s*"
 
 def wrap(text: str, width: int, word: str = _WORD) -> str:
     """`text` in lines of at most `width` where its words are that short: numbers are never cut."""
-    from rich.cells import cell_len
-
     lines: list[str] = []
     for pattern in (f"{_PHRASE}|{word}", word):
         lines = []
         for line in text.split("\n"):
             lines.append("")
             for each in re.findall(pattern, line):
-                if lines[-1] and cell_len(lines[-1] + each.rstrip()) > width:
+                if lines[-1] and _width(lines[-1] + each.rstrip()) > width:
                     lines.append("")
                 lines[-1] += each
         lines = [line.rstrip() for line in lines]
-        if max(map(cell_len, lines)) <= width:
+        if max(map(_width, lines)) <= width:
             break
     return "\n".join(lines)
 

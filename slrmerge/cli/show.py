@@ -4,6 +4,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,10 @@ def print_verified(result: "VerifyResult", *, as_json: bool) -> None:
     return None
 
 
+_MAX_ROWS = 2000
+"""More than models have tensors that differ; a hostile one has 100,000."""
+
+
 def print_checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) -> None:
     """A checkpoint's layers, shapes, dtypes and sizes."""
     described = _describe(checkpoint)
@@ -139,15 +144,20 @@ def print_checkpoint(checkpoint: Checkpoint, *, tensors: bool, as_json: bool) ->
     echo(f"layers      {layers}")
     echo(f"parameters  {described['parameters']:,} in {len(checkpoint):,} tensors")
     echo(f"size        {size} in {files} ({dtypes})")
+    more = 0
     if tensors:
         rows = Table("tensor", "dtype", "shape", ">size", "file")
         for name, info in checkpoint.items():
             rows.add_row(name, info.dtype, _shape(info.shape), format_bytes(info.nbytes), checkpoint.weight_map[name])
     else:
         rows = Table("tensor", "layers", "dtype", "shape", ">size")
-        for (name, dtype, shape), (places, nbytes) in _groups(checkpoint).items():
+        groups = _groups(checkpoint)
+        for (name, dtype, shape), (places, nbytes) in islice(groups.items(), _MAX_ROWS):
             rows.add_row(name, places, dtype, shape, format_bytes(nbytes))
+        more = len(groups) - _MAX_ROWS
     rows.print()
+    if more > 0:
+        echo(f"… and {more:,} more rows; --tensors lists every tensor")
     return None
 
 

@@ -125,15 +125,19 @@ def write_file(path: Path, data: bytes, *, durable: bool) -> None:
             sync_file(file.fileno())
 
 
-def replace_file(path: Path, data: bytes | Iterable[bytes], *, beside: Path | None = None) -> None:
+def replace_file(
+    path: Path, data: bytes | Iterable[bytes], *, beside: Path | None = None, mode: int | None = None
+) -> None:
     """Replace a file atomically, by `data` or its lines: its name refers to the old content or to the new.
 
-    They are written to `beside` first, or to `path` with `.new` after its name.
+    They are written to `beside` first, or to `path` with `.new` after its name. `mode` is instead of the umask's.
     """
     beside = beside or path.with_name(f"{path.name}.new")
     beside.unlink(missing_ok=True)  # left by a killed run; or a hard link, through which another file would change
     try:
         with open(beside, "xb", opener=open_no_link) as file:
+            if mode is not None:
+                beside.chmod(mode)
             file.writelines([data] if isinstance(data, bytes) else data)
         os.replace(beside, path)
     except OSError:
@@ -143,12 +147,16 @@ def replace_file(path: Path, data: bytes | Iterable[bytes], *, beside: Path | No
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that a user names, whole or not at all: a full disk leaves what was there. Links are followed."""
+    """Write a file that a user names, whole or not at all: a full disk leaves what was there.
+
+    Links are followed. A file that is replaced keeps its mode: one that is private stays private.
+    """
     if path.exists() and not path.is_file():  # a terminal or a pipe
         path.write_text(text, encoding="utf-8")
     else:
         target = Path(os.path.realpath(path))
-        replace_file(target, text.encode(), beside=target.with_name(f".slrmerge-{os.getpid()}.new"))
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+        replace_file(target, text.encode(), beside=target.with_name(f".slrmerge-{os.getpid()}.new"), mode=mode)
 
 
 def sync_file(fd: int) -> None:

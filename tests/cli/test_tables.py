@@ -18,6 +18,7 @@ from slrmerge.searching.results_folder import read_result
 from slrmerge.searching.run import Search
 from tests.checkpoint.hub.conftest import hub as hub
 from tests.checkpoint.hub.server import HubServer, use
+from tests.checkpoints import Tensor, write_checkpoint
 from tests.cli import on_a_terminal, run
 from tests.cli.test_golden import GOLDEN, compare_text, masked
 from tests.conftest import Pair
@@ -178,3 +179,18 @@ def test_a_second_column_of_text_is_wrapped_where_the_first_is_not_enough(
         "post_attention_layernorm",
         "",
     ]
+
+
+def test_inspect_shows_a_limited_number_of_rows_and_says_how_many_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slrmerge.cli.show._MAX_ROWS", 3)
+    tensors = {f"odd{number}": Tensor("F16", (1,), bytes(2)) for number in range(5)}
+    folder = write_checkpoint(tmp_path / "model", tensors, {"architectures": ["x" * 5000]})
+    lines = [line for line in run("inspect", folder).stdout.splitlines() if line]
+    assert [line.split()[0] for line in lines[-4:]] == ["odd0", "odd1", "odd2", "…"]
+    assert "2 more rows" in lines[-1]
+    assert max(map(len, lines)) < 4000
+    every = run("inspect", folder, "--tensors").stdout
+    assert all(name in every for name in tensors)
+    assert "more rows" not in every

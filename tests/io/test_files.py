@@ -114,3 +114,12 @@ def test_a_text_is_written_through_a_link_and_to_a_pipe(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new", "link": b"new"}
     files.write_text(Path(os.devnull), "new")
     assert not Path(os.devnull).is_file()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.touch()
+    path.chmod(mode)
+    files.write_text(path, "new")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", mode)

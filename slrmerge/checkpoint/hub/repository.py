@@ -184,10 +184,11 @@ def open_repository(repository: Repository) -> HubRepository | AdapterFolder:
 def open_cached(repository: Repository) -> HubRepository | AdapterFolder:
     """Open what the Hub's cache has of a repository. Raises HubError where that is not the whole checkpoint."""
     try:
-        found, adapter = (
-            try_to_load_from_cache(repository.name, name, revision=repository.revision)
-            for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)
-        )
+        with translate_hub_errors(str(repository)):
+            found, adapter = (
+                try_to_load_from_cache(repository.name, name, revision=repository.revision)
+                for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)
+            )
     except UnicodeDecodeError as error:  # a file in `refs` that is no commit
         raise HubError(_incomplete(repository)) from error
     if isinstance(adapter, str) and is_adapter({path.name for path in Path(adapter).parent.iterdir()}):

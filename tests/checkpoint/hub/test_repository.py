@@ -416,6 +416,13 @@ def test_a_pair_that_would_not_fit_is_refused_before_either_side_is_downloaded(
     assert not both["pretrained"].download(progress).is_remote
 
 
+@pytest.mark.parametrize("name", ["org/a--b", "org/a..b", f"org/{'x' * 97}"])
+def test_a_name_that_the_hub_does_not_allow_is_an_error_without_it_too(name: str) -> None:
+    with pytest.raises(HubError) as caught:
+        open_checkpoint(name, local_files_only=True)
+    assert [problem.code for problem in caught.value.problems] == ["invalid-repository"]
+
+
 @pytest.mark.parametrize("offline", [True, False], ids=["HF_HUB_OFFLINE", "local_files_only"])
 def test_without_a_network_a_repository_opens_from_the_cache(
     pair: HubPair, monkeypatch: pytest.MonkeyPatch, offline: bool
