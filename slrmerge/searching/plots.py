@@ -40,7 +40,12 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
     figure = Figure(figsize=(8, 6), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.margins(0.06)
-    _draw_intervals(axes, rows)
+    for space, look in INTERVAL_SPACES.items():
+        own = [row for row in rows if row.space == space]
+        if own:
+            size, alpha = (12, 0.45) if len(own) < 1000 else (6, 0.25)
+            colour = MODEL_COLOURS[look.colour]
+            axes.scatter(*_points(own), color=colour, s=size, alpha=alpha, linewidths=0, label=look.name)
     front = sorted((row for row in intervals_of(rows) if row.pareto), key=lambda row: row.quality)
     lines = _draw_line(axes, front, "o-", "interval", linewidth=1.2, label="their front, with the layers restored")
     labels = [_label(row, _layers(row), "interval", needed=False) for row in front if row is not choice.slr]
@@ -62,16 +67,6 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     place_labels(axes, labels, lines)
     return figure
-
-
-def _draw_intervals(axes: "Axes", rows: Sequence[ScoredCandidate]) -> None:
-    """Draw a dot for each candidate of the spaces of intervals, smaller and paler where there are many."""
-    for space, look in INTERVAL_SPACES.items():
-        own = [row for row in rows if row.space == space]
-        if own:
-            size, alpha = (12, 0.45) if len(own) < 1000 else (6, 0.25)
-            colour = MODEL_COLOURS[look.colour]
-            axes.scatter(*_points(own), color=colour, s=size, alpha=alpha, linewidths=0, label=look.name)
 
 
 def _draw_line(

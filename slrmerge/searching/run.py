@@ -3,6 +3,7 @@
 import datetime
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -274,7 +275,8 @@ class Search:
     def _resume_date(self, staging: Path, progress: Progress) -> None:
         """Ask with the date of an interrupted search, unless the options give one."""
         if self._day is None and self.options.resume:
-            self._day = _read_date(staging)
+            with suppress(OSError, ValueError):  # there is none
+                self._day = datetime.date.fromisoformat((staging / _DATE).read_text(encoding="ascii"))
             if self._day:
                 progress.message(f"the prompts keep the date of the interrupted search, {self._day}")
 
@@ -321,14 +323,6 @@ def search(
     Raises OptionError, RecipeError, CheckpointError, PlanError, UnsupportedModelError, OutputError and HubError.
     """
     return Search(pair, make_options(SearchOptions, options)).run(out, overwrite=overwrite, progress=progress)
-
-
-def _read_date(staging: Path) -> datetime.date | None:
-    """The date in the prompts of an interrupted search, None where there is none."""
-    try:
-        return datetime.date.fromisoformat((staging / _DATE).read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
 
 
 def _prompt_scores(labels: Sequence[str], questions: Sequence[Question], scores: Scores) -> PromptScores:
