@@ -14,7 +14,6 @@ from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_al
 
 REMEDY = "search a decoder-only model whose layers transformers runs one after the other"
 
-
 DENSE_ON_LOAD = ("fp8", "mxfp4")
 """The methods whose weights transformers makes dense where it has no kernels for them, and that are tested here."""
 
