@@ -15,7 +15,7 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from merge import SLRMERGE, Geometry, compare, print_table, write_pair, write_recipe
+from merge import SLRMERGE, Geometry, Table, compare, write_pair, write_recipe
 
 import slrmerge
 from slrmerge.io.sizes import parse_bytes
@@ -54,7 +54,7 @@ def run(work: Path, size_bytes: int, runs: int) -> None:
     os.environ |= ours.recv()
     cache, out, fetch = work / "cache", work / "out", f"{HF} download --quiet org"
     rival = f"sh -c 'rm -rf {cache}; {fetch}/pre && {fetch}/post'"
-    rows: list[list[str]] = []
+    table = Table()
     sides = {"pretrained": "org/pre", "posttrained": "org/post"}
     bytes_served: dict[str, float] = {}
     for kind, rule in (
@@ -63,11 +63,11 @@ def run(work: Path, size_bytes: int, runs: int) -> None:
     ):
         write_recipe(work / f"{kind}.yaml", **sides, **rule)
         merge = f"sh -c 'rm -rf {cache}; {SLRMERGE} {work}/{kind}.yaml --out {out} --quiet --no-fsync'"
-        compare(f"{kind} / hf download of both", merge, rival, out, runs, rows)
+        compare(f"{kind} / hf download of both", merge, rival, out, runs, table)
         served(ours)
         subprocess.run(["sh", "-c", f"{merge}; rm -rf {out}"], check=True)
         bytes_served[kind] = served(ours) / sum(path.stat().st_size for path in (work / "post").iterdir())
-    print_table(rows)
+    table.print()
     print(json.dumps({f"{kind}: bytes served / one model": round(share, 3) for kind, share in bytes_served.items()}))
     ours.send(False)
     server.join()

@@ -43,6 +43,24 @@ class Run:
     peak_bytes: int
 
 
+class Table:
+    """Results, one row for each comparison; a row is also printed to stderr when it is there."""
+
+    HEAD = ("what", "ratio, median (range)", "slrmerge", "rival", "slrmerge peak", "rival peak")
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, ...]] = []
+
+    def add(self, *cells: str) -> None:
+        self._rows.append(cells)
+        print("  ".join(cells), file=sys.stderr)
+
+    def print(self) -> None:
+        """Print all rows as Markdown."""
+        for row in (self.HEAD, ("---",) * len(self.HEAD), *self._rows):
+            print(f"| {' | '.join(row)} |")
+
+
 @dataclass(frozen=True)
 class Geometry:
     """A Llama-like model: its layer count, sizes, and the most bytes in one of its files."""
@@ -149,23 +167,20 @@ def timed(command: str, out: Path) -> Run:
     return Run(wall_s, usage.ru_maxrss * 1024)
 
 
-def compare(title: str, ours: str, theirs: str, out: Path, runs: int, rows: list[list[str]]) -> None:
+def compare(title: str, ours: str, theirs: str, out: Path, runs: int, table: Table) -> None:
     """Two commands in turn; adds a row to the table. An uncounted run of each comes first, unless one is all."""
     if runs > 1:
         timed(ours, out), timed(theirs, out)
     pairs = [(timed(ours, out), timed(theirs, out)) for _ in range(runs)]
     ratios = [a.wall_s / b.wall_s for a, b in pairs]
-    rows.append(
-        [
-            title,
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
-            f"{statistics.median(a.wall_s for a, _ in pairs):.2f} s",
-            f"{statistics.median(b.wall_s for _, b in pairs):.2f} s",
-            f"{max(a.peak_bytes for a, _ in pairs) / 1e6:.0f} MB",
-            f"{max(b.peak_bytes for _, b in pairs) / 1e6:.0f} MB",
-        ]
+    table.add(
+        title,
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
+        f"{statistics.median(a.wall_s for a, _ in pairs):.2f} s",
+        f"{statistics.median(b.wall_s for _, b in pairs):.2f} s",
+        f"{max(a.peak_bytes for a, _ in pairs) / 1e6:.0f} MB",
+        f"{max(b.peak_bytes for _, b in pairs) / 1e6:.0f} MB",
     )
-    print("  ".join(rows[-1]), file=sys.stderr)
 
 
 @contextmanager
@@ -199,7 +214,7 @@ def used_bytes(folder: Path) -> int:
     return used[-1]
 
 
-def cloned(work: Path, filesystem: str, size_bytes: int, runs: int) -> list[list[str]]:
+def cloned(work: Path, filesystem: str, size_bytes: int, runs: int, table: Table) -> None:
     """A restoration of about a sixth of the bytes, against a copy that does not clone; and the disk space of both."""
     geometry = Geometry.of_size(size_bytes)
     write_pair(work, geometry)
@@ -207,19 +222,14 @@ def cloned(work: Path, filesystem: str, size_bytes: int, runs: int) -> list[list
     write_recipe(work / "restoration.yaml", restore=[first, first + count - 1])
     out = work / "out"
     merge = f"{SLRMERGE} {work}/restoration.yaml --out {out} --quiet --no-fsync"
-    rows: list[list[str]] = []
     title = f"restoration of {count} of {geometry.layers} layers, {filesystem}, --no-fsync / cp -r --reflink=never"
-    compare(title, merge, f"cp -r --reflink=never {work}/post {out}", out, runs, rows)
+    compare(title, merge, f"cp -r --reflink=never {work}/post {out}", out, runs, table)
     changed = slrmerge.plan(work / "restoration.yaml").changed_bytes
     before = used_bytes(work)
     subprocess.run(["sh", "-c", merge], check=True)
     taken = used_bytes(work) - before
-    rows.append(
-        [f"disk space of it, {filesystem} / bytes overwritten", f"{taken / changed:.2f}", f"{taken / 1e6:.0f} MB",
-         f"{changed / 1e6:.0f} MB", "", ""]
-    )  # fmt: skip
-    print("  ".join(rows[-1]), file=sys.stderr)
-    return rows
+    title = f"disk space of it, {filesystem} / bytes overwritten"
+    table.add(title, f"{taken / changed:.2f}", f"{taken / 1e6:.0f} MB", f"{changed / 1e6:.0f} MB", "", "")
 
 
 def mergekit_config(work: Path, geometry: Geometry, interval: tuple[int, int]) -> tuple[Path, Path]:
@@ -248,7 +258,7 @@ def mergekit_config(work: Path, geometry: Geometry, interval: tuple[int, int]) -
     return files
 
 
-def against_rivals(work: Path, size_bytes: int, runs: int, mergekit: str | None) -> list[list[str]]:
+def against_rivals(work: Path, size_bytes: int, runs: int, mergekit: str | None, table: Table) -> None:
     geometry = Geometry.of_size(size_bytes)
     write_pair(work, geometry)
     interval = (geometry.layers // 3, geometry.layers // 2)
@@ -257,40 +267,35 @@ def against_rivals(work: Path, size_bytes: int, runs: int, mergekit: str | None)
     write_recipe(work / "soup.yaml", alpha=0.85, max_shard_size=shard)
     out = work / "out"
     copy = f"cp -r {work}/post {out}"
-    rows: list[list[str]] = []
     for kind in ("restoration", "soup"):
         merge = f"{SLRMERGE} {work}/{kind}.yaml --out {out} --quiet"
-        compare(f"{kind} --no-fsync / cp -r", f"{merge} --no-fsync", copy, out, runs, rows)
-        compare(f"{kind} / cp -r, sync", merge, f"sh -c '{copy} && sync'", out, runs, rows)
+        compare(f"{kind} --no-fsync / cp -r", f"{merge} --no-fsync", copy, out, runs, table)
+        compare(f"{kind} / cp -r, sync", merge, f"sh -c '{copy} && sync'", out, runs, table)
     if mergekit:
         for kind, config in zip(("restoration", "soup"), mergekit_config(work, geometry, interval), strict=True):
             merge = f"{SLRMERGE} {work}/{kind}.yaml --out {out} --quiet --no-fsync"
             rival = f"{mergekit} {config} {out} --lazy-unpickle --quiet"
-            compare(f"{kind} --no-fsync / mergekit", merge, rival, out, min(runs, max(2, runs // 2)), rows)
-    return rows
+            compare(f"{kind} --no-fsync / mergekit", merge, rival, out, min(runs, max(2, runs // 2)), table)
 
 
 def write_recipe(path: Path, **content: object) -> None:
     path.write_text(yaml.safe_dump({"pretrained": "./pre", "posttrained": "./post"} | content))
 
 
-def small_things(work: Path, runs: int) -> list[list[str]]:
+def small_things(work: Path, runs: int, table: Table) -> None:
     """The commands that should answer at once: planning 20,000 tensors, and --help."""
     many = work / "many"
     for side in ("pre", "post"):
         write_side(many / side, Geometry(layers=2222, hidden=8, intermediate=16, vocabulary=32), b"\0" * 1024)
     write_recipe(many / "recipe.yaml", restore=[700, 900])
-    rows: list[list[str]] = []
     plan = f"{SLRMERGE} {many}/recipe.yaml --out {many}/out --dry-run"
     for title, command in (("plan 20,000 tensors", plan), ("--help", f"{SLRMERGE} --help")):
         taken = [timed(command, many / "out") for _ in range(runs)]
         median = statistics.median(run.wall_s for run in taken)
-        rows.append([title, "", f"{median:.2f} s", "", f"{max(run.peak_bytes for run in taken) / 1e6:.0f} MB", ""])
-        print("  ".join(rows[-1]), file=sys.stderr)
-    return rows
+        table.add(title, "", f"{median:.2f} s", "", f"{max(run.peak_bytes for run in taken) / 1e6:.0f} MB", "")
 
 
-def many_tensors(work: Path, count: int) -> list[list[str]]:
+def many_tensors(work: Path, count: int, table: Table) -> None:
     """Memory with `count` small tensors: what a plan holds for each, and the peak of a restoration and of a soup."""
     many = work / "memory"
     geometry = Geometry(layers=count // 9, hidden=8, intermediate=16, vocabulary=32)
@@ -298,10 +303,9 @@ def many_tensors(work: Path, count: int) -> list[list[str]]:
     write_pair(many, geometry)
     write_recipe(many / "restoration.yaml", restore=[count // 33, count // 17])
     write_recipe(many / "soup.yaml", alpha=0.85)
-    rows: list[list[str]] = []
     for kind in ("restoration", "soup"):
         run = timed(f"{SLRMERGE} {many}/{kind}.yaml --out {many}/out --quiet --no-fsync", many / "out")
-        rows.append([f"{kind}, {count:,} tensors", "", f"{run.wall_s:.2f} s", "", f"{run.peak_bytes / 1e6:.0f} MB", ""])
+        table.add(f"{kind}, {count:,} tensors", "", f"{run.wall_s:.2f} s", "", f"{run.peak_bytes / 1e6:.0f} MB", "")
     # Planned here only now: the kernel counts this process's peak as that of the processes that it starts afterwards.
     slrmerge.plan(many / "restoration.yaml")  # imports are not counted
     tracemalloc.start()
@@ -309,33 +313,20 @@ def many_tensors(work: Path, count: int) -> list[list[str]]:
     held, peak = (size / count for size in tracemalloc.get_traced_memory())
     tracemalloc.stop()
     title = f"plan of {len(plan.pair.posttrained):,} tensors, bytes per tensor"
-    rows.append([title, "", f"{held:.0f} held", "", f"{peak:.0f} peak", ""])
-    for row in rows:
-        print("  ".join(row), file=sys.stderr)
-    return rows
+    table.add(title, "", f"{held:.0f} held", "", f"{peak:.0f} peak", "")
 
 
-def full_scale(work: Path) -> list[list[str]]:
+def full_scale(work: Path, table: Table) -> None:
     """One restoration and one soup of 9B geometry; the sources are sparse, the output is written in full."""
     geometry = Geometry(layers=42, hidden=3584, intermediate=14336, vocabulary=256000)
     for side in ("pre", "post"):
         write_side(work / side, geometry, None)
-    rows: list[list[str]] = []
     for kind, rule in (("restoration", {"restore": [17, 27]}), ("soup", {"alpha": 0.9})):
         write_recipe(work / f"{kind}.yaml", **rule)
         run = timed(f"{SLRMERGE} {work}/{kind}.yaml --out {work}/out --quiet", work / "out")
         size = sum(path.stat().st_size for path in (work / "post").iterdir())
         title = f"{kind}, {size / 1e9:.1f} GB a side"
-        rows.append([title, "", f"{run.wall_s:.1f} s", "", f"{run.peak_bytes / 1e6:.0f} MB", ""])
-        print("  ".join(rows[-1]), file=sys.stderr)
-    return rows
-
-
-def print_table(rows: list[list[str]]) -> None:
-    head = ["what", "ratio, median (range)", "slrmerge", "rival", "slrmerge peak", "rival peak"]
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+        table.add(title, "", f"{run.wall_s:.1f} s", "", f"{run.peak_bytes / 1e6:.0f} MB", "")
 
 
 def main() -> None:
@@ -352,17 +343,19 @@ def main() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(Path(slrmerge.__file__).parent)], check=True)
     with tempfile.TemporaryDirectory(dir=chosen.work, prefix="slrmerge-benchmark-") as folder:
-        work = Path(folder)
+        work, table = Path(folder), Table()
         if chosen.full_scale:
-            print_table(full_scale(work))
+            full_scale(work, table)
         elif chosen.filesystem:
             with mounted(chosen.filesystem, 4 * chosen.size + 2_000_000_000, work) as root:
-                print_table(cloned(root / "work", chosen.filesystem, chosen.size, chosen.runs))
+                cloned(root / "work", chosen.filesystem, chosen.size, chosen.runs, table)
         elif chosen.many_tensors:
-            print_table(many_tensors(work, chosen.tensors))
+            many_tensors(work, chosen.tensors, table)
         else:
-            rivals = against_rivals(work, chosen.size, chosen.runs, chosen.mergekit)
-            print_table([*rivals, *small_things(work, chosen.runs), *many_tensors(work, chosen.tensors)])
+            against_rivals(work, chosen.size, chosen.runs, chosen.mergekit, table)
+            small_things(work, chosen.runs, table)
+            many_tensors(work, chosen.tensors, table)
+    table.print()
 
 
 if __name__ == "__main__":

@@ -98,17 +98,7 @@ def main() -> None:
 
 def compare(folder: Path, arguments: argparse.Namespace) -> None:
     """Print the time of the sweep and of the naive loop, and their ratio."""
-    heads = arguments.hidden // 64
-    config = hf.AutoConfig.for_model(
-        arguments.family,
-        vocab_size=VOCABULARY,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.hidden * 11 // 4,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        **FAMILIES[arguments.family],
-    )
+    config = make_config(arguments)
     pre, post = make_side(folder / "pre", config, 0), make_side(folder / "post", config, 1)
     pair = slrmerge.open_pair(folder / "pre", folder / "post")
     contexts = make_contexts()
@@ -131,20 +121,45 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
             times[name] += naive_seconds(model, pre, post, part, forward)
 
     time_naive(sample[::2])
-    start = time.perf_counter()
-    request = ScoreRequest("first", [candidate.alphas for candidate in candidates], contexts, torch.float32)
-    with LocalScorer(pair, ScorerOptions(max_memory_bytes=0)) as scorer:
-        scorer.score(request, None, slrmerge.Progress())
-    sweep_s = time.perf_counter() - start
+    sweep_s = sweep_seconds(pair, candidates, contexts)
     time_naive(sample[1::2])
 
     packed = len(pack([context.ids for context in contexts]))
     size = f"{arguments.layers} layers, hidden {arguments.hidden}, float32"
     print(f"{arguments.family}-like, {size}, {torch.get_num_threads()} threads")
     print(f"{len(candidates)} hybrids, {sum(len(each.ids) for each in contexts):,} prompt tokens, {packed} packed")
+    print_ratios(sweep_s, times, len(candidates))
+
+
+def make_config(arguments: argparse.Namespace) -> Any:
+    """A config of the chosen family, depth and width."""
+    heads = arguments.hidden // 64
+    return hf.AutoConfig.for_model(
+        arguments.family,
+        vocab_size=VOCABULARY,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.hidden * 11 // 4,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        **FAMILIES[arguments.family],
+    )
+
+
+def sweep_seconds(pair: slrmerge.ModelPair, candidates: Sequence[Candidate], contexts: Sequence[Context]) -> float:
+    """The time of a sweep that scores all candidates."""
+    start = time.perf_counter()
+    request = ScoreRequest("first", [candidate.alphas for candidate in candidates], contexts, torch.float32)
+    with LocalScorer(pair, ScorerOptions(max_memory_bytes=0)) as scorer:
+        scorer.score(request, None, slrmerge.Progress())
+    return time.perf_counter() - start
+
+
+def print_ratios(sweep_s: float, times: dict[str, list[float]], hybrids: int) -> None:
+    """Print the time of the sweep, and that of each naive loop, scaled up from the timed intervals to all hybrids."""
     print(f"sweep{sweep_s:31.1f} s")
     for name, found in times.items():
-        middle, low, high = (pick(found) * len(candidates) for pick in (statistics.median, min, max))
+        middle, low, high = (pick(found) * hybrids for pick in (statistics.median, min, max))
         spread = f"{middle / sweep_s:.1f} × ({low / sweep_s:.1f}–{high / sweep_s:.1f})"
         print(f"naive, {name:24}{middle:7.1f} s   {spread}, from {len(found)} intervals")
 

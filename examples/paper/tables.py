@@ -96,25 +96,13 @@ def paper_metric(metric: str) -> str:
 
 def as_csv(results: Results, paper: Published) -> str:
     """A line for each number of all tables; empty where the paper has none."""
-    header = [
-        "table",
-        "evaluation",
-        "model",
-        "metric",
-        "prompts",
-        "mean",
-        "sd",
-        "low",
-        "high",
-        "paper_mean",
-        "paper_sd",
-    ]
+    names = "table evaluation model metric prompts mean sd low high paper_mean paper_sd"
     lines = [
         [row.table, row.evaluation, *_fields(row.cell), *(row.paper or ("", ""))]
         for table in TABLES
         for row in rows_of(table, results, paper)
     ]
-    return to_csv(header, lines)
+    return to_csv(names.split(), lines)
 
 
 def _fields(cell: Cell) -> list[object]:

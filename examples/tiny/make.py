@@ -3,8 +3,6 @@
 They give slrmerge something real to merge and search that fits in a repository and trains in minutes.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import random

@@ -5,8 +5,6 @@
 Every answer is sampled from the checkpoints in this folder, merged by `recipe.yaml`.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A collapsed model gives the same answer again and again; a restored one should n
 are those of `slrmerge.searching.proxy_tasks`; the probabilities come from transformers alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -13,9 +13,9 @@ from urllib.parse import quote
 import xxhash
 
 from slrmerge.errors import DataError, Problem, raise_all
-from slrmerge.evaluation.lines import MAX_LINE_BYTES, lines_of, open_data
+from slrmerge.evaluation.lines import MAX_LINE_BYTES, PROBLEMS_SHOWN, lines_of, open_data
 from slrmerge.evaluation.models import AnswerSink, ChatModel, SampleRequest
-from slrmerge.evaluation.questions import PROBLEMS_SHOWN, raise_shown
+from slrmerge.evaluation.questions import raise_shown
 from slrmerge.evaluation.samples import Answer, Settings
 from slrmerge.evaluation.tasks.base import ModelResponses
 from slrmerge.io.files import create_folder, replace_file

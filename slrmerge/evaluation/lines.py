@@ -10,6 +10,9 @@ from slrmerge.errors import CheckpointError, DataError, Problem
 
 MAX_LINE_BYTES = 1 << 28
 
+PROBLEMS_SHOWN = 10
+"""Invalid lines that an error names."""
+
 
 class Line(NamedTuple):
     """A line of a file with its number, and where it starts, in bytes."""

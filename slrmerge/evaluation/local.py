@@ -24,7 +24,7 @@ from slrmerge.io.pieces import CHUNK_BYTES
 from slrmerge.io.progress import Progress
 from slrmerge.io.text import printable
 from slrmerge.searching.chat_template import render
-from slrmerge.searching.device import default_dtype
+from slrmerge.searching.device import default_dtype, dtype_name
 from slrmerge.searching.tokenizer import decode, encode, load_tokenizer, tokenizing
 
 LARGEST_BATCH, LARGEST_CPU_BATCH = 256, 32
@@ -52,7 +52,7 @@ class LocalModel(ChatModel):
             remedy = "write the whole model first: merge with alpha: 0, and evaluate the result"
             raise UnsupportedModelError(Problem("adapter", str(self._checkpoint), what, remedy))
         if self._checkpoint.format == "gguf":
-            what, remedy = "is a GGUF file, which is not run here", "serve it with llama-server, and name the URL"
+            what, remedy = "is a GGUF file, which is not run in process", "serve it with llama-server, and name the URL"
             raise UnsupportedModelError(Problem("gguf", str(self._checkpoint), what, remedy))
         self._device, self._dtype, self._progress = torch.device(device), dtype, progress
         self._fits_memory = batch is None
@@ -85,8 +85,7 @@ class LocalModel(ChatModel):
         """See `ChatModel`."""
         if self._dtype:
             return self._dtype
-        default = default_dtype(self._checkpoint.parameters, self._device, _stored_dtype(self._checkpoint))
-        return str(default).removeprefix("torch.")
+        return dtype_name(default_dtype(self._checkpoint.parameters, self._device, _stored_dtype(self._checkpoint)))
 
     def load(self) -> None:
         """See `ChatModel`; downloads it first."""
@@ -117,7 +116,7 @@ class LocalModel(ChatModel):
                 if len(accepted) == 1:
                     raise self._out_of_memory(f"an answer of {settings.max_tokens:,} tokens") from error
                 self._largest = len(accepted) // 2
-                self._progress.message(f"{self._device} lacks memory for {len(accepted)} answers at once; halving")
+                self._progress.message(f"{self._device} lacks memory for {len(accepted)} answers; halving the batch")
                 continue
             for request, refusal in refusals.items():
                 sink.refuse(request, refusal)

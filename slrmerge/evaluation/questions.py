@@ -13,12 +13,11 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from slrmerge.checkpoint.location import Repository, parse_place
 from slrmerge.errors import DataError, Problem, raise_all, require_extra, require_type
+from slrmerge.evaluation.lines import PROBLEMS_SHOWN
 from slrmerge.io.files import read_file
 from slrmerge.io.model import InvalidValue, Model, validate_as
 from slrmerge.io.sizes import shorten
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
-
-PROBLEMS_SHOWN = 10
 
 Q = TypeVar("Q", bound="Question")
 

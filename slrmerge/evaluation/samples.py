@@ -13,13 +13,11 @@ from typing import Any, NamedTuple, Self
 import xxhash
 
 from slrmerge.errors import OutputError, Problem, raise_all
-from slrmerge.evaluation.lines import MAX_LINE_BYTES, lines_of
+from slrmerge.evaluation.lines import MAX_LINE_BYTES, PROBLEMS_SHOWN, lines_of
 from slrmerge.io.files import open_no_link
 from slrmerge.io.pieces import output_error
 from slrmerge.io.strict_json import parse_json
 from slrmerge.io.text import to_json
-
-PROBLEMS_SHOWN = 10
 
 REFUSED = "refused"
 """The finish reason of a prompt that a model refuses, for example because it is too long."""

@@ -135,18 +135,17 @@ def make_candidates(
     return [Candidate(info, alphas) for alphas, info in made.items()]
 
 
-class Askable(NamedTuple):
+class Scorable(NamedTuple):
     """Candidates that can be scored, and notes about those that are left out."""
 
     candidates: list[Candidate]
     notes: list[str]
 
 
-def leave_out_unlike(pair: ModelPair, candidates: Sequence[Candidate], *, shares_vocabulary: bool) -> Askable:
+def leave_out_unlike(pair: ModelPair, candidates: Sequence[Candidate], *, shares_vocabulary: bool) -> Scorable:
     """Leave out the pre-trained model and the soups where tensors outside the layers do not fit.
 
-    Vocabularies of different sizes do not, nor heads that only one side ties; intervals need neither embedding nor head
-    of the pre-trained side. Raises
+    Vocabularies of different sizes do not fit, nor do heads that only one side ties; intervals need neither. Raises
     PlanError for recipes that need such a tensor.
     """
     unlike = _unlike_outer_tensors(pair, shares_vocabulary)
@@ -156,22 +155,21 @@ def leave_out_unlike(pair: ModelPair, candidates: Sequence[Candidate], *, shares
     recipes = [each.info for each in left_out if each.info.space == "recipe"]
     raise_all((Problem("different-shapes", info.label, what, remedy) for info in recipes), PlanError)
     if not left_out:
-        return Askable(list(candidates), [])
+        return Scorable(list(candidates), [])
     soups_left_out = sum(each.info.space == "soup" for each in left_out)
     which = "the pre-trained model" + (f" and {soups_left_out} soups" if soups_left_out else "")
     note = f"left out {which}, because tensors do not fit those of the pre-trained side: {', '.join(unlike)}"
-    return Askable([each for each in candidates if each not in left_out], [note])
+    return Scorable([each for each in candidates if each not in left_out], [note])
 
 
-def leave_out_blends(pair: ModelPair, candidates: Sequence[Candidate]) -> Askable:
+def leave_out_blends(pair: ModelPair, candidates: Sequence[Candidate]) -> Scorable:
     """Leave out the soups of a quantized pair, whose tensors cannot be blended."""
     quantization = Quantization.of(pair.posttrained)
     kept = [each for each in candidates if each.info.space != "soup"]
     if quantization is None or len(kept) == len(candidates):
-        return Askable(list(candidates), [])
-    count, which = len(candidates) - len(kept), quantization.name
-    note = f"left out {count} soups, because quantized tensors{which} cannot be blended"
-    return Askable(kept, [note])
+        return Scorable(list(candidates), [])
+    count = len(candidates) - len(kept)
+    return Scorable(kept, [f"left out {count} soups, because quantized tensors{quantization.name} cannot be blended"])
 
 
 def _unlike_outer_tensors(pair: ModelPair, shares_vocabulary: bool) -> list[str]:

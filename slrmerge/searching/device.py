@@ -12,6 +12,11 @@ _MEASURED_WIDTH = 1024
 """The width of the matrix products that show which dtype is faster."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def parse_device(name: str) -> torch.device:
     """The torch device of this name, such as cuda:0. Raises OptionError for a name that torch does not know."""
     try:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from slrmerge.io.memory import peak_memory_bytes
+from slrmerge.searching.device import dtype_name
 from slrmerge.searching.scorer import LocalScorer, ScoreRequest
 from slrmerge.searching.sweep.cost import PAPER_MODELS, Cost, all_intervals_cost, measured_rate, sweep_memory_bytes
 from slrmerge.searching.sweep.layouts import chunk_size
@@ -83,7 +84,7 @@ def estimate(scorer: LocalScorer, passes: Sequence[ScoreRequest]) -> Estimate:
             max_states_bytes=scorer.options.max_memory_bytes,
             itemsize=dtype.itemsize,
         )
-        named = known.name, candidates, str(dtype).removeprefix("torch.")
+        named = known.name, candidates, dtype_name(dtype)
         rows.append(EstimateRow(*named, cost, made.program_bytes + sweep_bytes, rates[dtype]))
     return replace(made, rows=(*made.rows, *rows))
 

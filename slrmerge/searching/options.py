@@ -12,10 +12,8 @@ from slrmerge.searching.spaces import SPACES
 MIN_QUALITY = 0.9
 """The share of the post-trained model's quality to keep (paper, section 3.3)."""
 
-
 TASK_NAMES = ("crc", "colors", "countries", "dice", "months", "names", "yes-no")
 """The proxy tasks that slrmerge contains."""
-
 
 _candidates, _prompts, _resources = map(options_in, ("Candidates", "Prompts", "Resources"))
 
@@ -46,9 +44,7 @@ class SearchOptions(Options):
         default_help="today",
     )
     quick: bool = _prompts(False, "Score all candidates on 8 prompts first, then the finalists on all prompts.")
-    held_out: bool = _prompts(
-        True, "Ask the selection other prompts, which were not used to select.", flag="--held-out/--no-held-out"
-    )
+    held_out: bool = _prompts(True, "Score the selection on held-out prompts, too.", flag="--held-out/--no-held-out")
     dtype: str | None = _resources(
         None,
         "Dtype of the first pass; finalists are re-scored in float32.",

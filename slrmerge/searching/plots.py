@@ -44,25 +44,17 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
         own = [row for row in rows if row.space == space]
         if own:
             size, alpha = (12, 0.45) if len(own) < 1000 else (6, 0.25)
-            axes.scatter(
-                *_points(own), color=MODEL_COLOURS[look.colour], s=size, alpha=alpha, linewidths=0, label=look.name
-            )
+            colour = MODEL_COLOURS[look.colour]
+            axes.scatter(*_points(own), color=colour, s=size, alpha=alpha, linewidths=0, label=look.name)
     front = sorted((row for row in intervals_of(rows) if row.pareto), key=lambda row: row.quality)
-    curve = [row for row in rows if row.space in ("post", "soup", "pre")]
-    curve.sort(key=lambda row: row.alpha or 0)
-    soups = [row for row in curve if row.space == "soup"]
-    recipes = [row for row in rows if row.space == "recipe"]
-    labels, lines = [], []
-    if front:
-        name = "their front, with the layers restored"
-        axes.plot(*_points(front), "o-", color=MODEL_COLOURS["interval"], markersize=3.5, linewidth=1.2, label=name)
-        lines.append(list(zip(*_points(front), strict=True)))
-        labels += [_label(row, _layers(row), "interval", needed=False) for row in front if row is not choice.slr]
+    lines = _draw_line(axes, front, "o-", "interval", linewidth=1.2, label="their front, with the layers restored")
+    labels = [_label(row, _layers(row), "interval", needed=False) for row in front if row is not choice.slr]
+    soups = [row for row in rows if row.space == "soup"]
     if soups:
-        name = "soups, with alpha"
-        axes.plot(*_points(curve), "s--", color=MODEL_COLOURS["soup"], markersize=3.5, linewidth=1, label=name)
-        lines.append(list(zip(*_points(curve), strict=True)))
+        curve = sorted((row for row in rows if row.space in ("post", "soup", "pre")), key=lambda row: row.alpha or 0)
+        lines += _draw_line(axes, curve, "s--", "soup", linewidth=1, label="soups, with alpha")
         labels += [_label(row, f"{row.alpha:g}", "soup", needed=False) for row in soups]
+    recipes = [row for row in rows if row.space == "recipe"]
     if recipes:
         axes.scatter(*_points(recipes), marker="^", s=45, color=MODEL_COLOURS["recipe"], label="recipes")
         labels += [_label(row, figure_text(row.label), "recipe") for row in recipes]
@@ -75,6 +67,17 @@ def tradeoff_figure(rows: Sequence[ScoredCandidate], choice: Selection) -> "Figu
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     place_labels(axes, labels, lines)
     return figure
+
+
+def _draw_line(
+    axes: "Axes", rows: Sequence[ScoredCandidate], style: str, name: str, *, linewidth: float, label: str
+) -> list[list[tuple[float, float]]]:
+    """Draw a line through candidates; returns its points, or nothing where there are no candidates."""
+    if not rows:
+        return []
+    colour = MODEL_COLOURS[name]
+    axes.plot(*_points(rows), style, color=colour, markersize=3.5, linewidth=linewidth, label=label)
+    return [list(zip(*_points(rows), strict=True))]
 
 
 def _draw_models(axes: "Axes", choice: Selection) -> Iterator[Label]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,10 +19,12 @@ from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe
 from slrmerge.recipe.model import Recipe
 from slrmerge.searching.candidates import Candidate, leave_out_blends, leave_out_unlike, make_candidates
 from slrmerge.searching.device import default_dtype, parse_device
+from slrmerge.searching.held_out import candidates_to_ask
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.passes import Pass
 from slrmerge.searching.prompts import Prompt, contexts_of, tokenize
 from slrmerge.searching.proxy_tasks import Question
+from slrmerge.searching.selection import ScoredCandidate, Selection, select_from
 
 QUICK_PROMPTS = 8
 """Prompts of a quick first pass, spread over the task's."""
@@ -46,6 +49,26 @@ class Prepared:
         """The date that the chat template wrote into the prompts."""
         return self.prompts[0].day
 
+    def final_pass(self, candidates: Sequence[Candidate], *, name: str = "finalists") -> Pass:
+        """A pass whose scores can be selected by."""
+        return Pass(name, candidates, self.prompts, torch.float32)
+
+    def held_out_pass(self, choice: Selection) -> Pass:
+        """The pass of a selection over the held-out prompts."""
+        labels = {row.label for row in candidates_to_ask(choice).values()}
+        candidates = [each for each in self.candidates if each.info.label in labels]
+        return Pass("held-out", candidates, self.held_out, torch.float32)
+
+    def likely_choice(self) -> Selection:
+        """A selection such as the search may make: an interval of half of the layers."""
+        half = require_layers(self.pair).count // 2
+        scored: dict[str, Any] = {"quality": 1.0, "feasible": True, "exact": True, "prompts": 1, "dtype": "float32"}
+        rows = [
+            ScoredCandidate(**vars(each.info), **scored, diversity=-abs(each.info.layers_restored - half))
+            for each in self.candidates
+        ]
+        return select_from(rows, base=recipe_of(self.pair), min_quality=0)
+
 
 def prepare(
     pair: ModelPair,
@@ -62,12 +85,12 @@ def prepare(
     Raises CheckpointError, HubError, PlanError and UnsupportedModelError.
     """
     _require_searchable(pair, recipe, also)
-    asking = pair[recipe.tokenizer]  # the side whose tokenizer and template the hybrids have
-    for checkpoint in {id(each): each for each in (pair.posttrained, asking)}.values():
+    with_tokenizer = pair[recipe.tokenizer]  # the side whose tokenizer and template the hybrids have
+    for checkpoint in {id(each): each for each in (pair.posttrained, with_tokenizer)}.values():
         fetch_side_files(checkpoint.side_files)
-    every = tokenize((*questions, *held_out_questions), asking.tokenizer_folder, day=day)
-    raise_all(_unknown_tokens(pair, every), UnsupportedModelError)
-    prompts, held_out = every[: len(questions)], every[len(questions) :]
+    tokenized = tokenize((*questions, *held_out_questions), with_tokenizer.tokenizer_folder, day=day)
+    raise_all(_unknown_tokens(pair, tokenized), UnsupportedModelError)
+    prompts, held_out = tokenized[: len(questions)], tokenized[len(questions) :]
     own = [("the recipe's own", recipe)] if recipe.has_rules else []
     made = make_candidates(pair, options.spaces, [*own, *also])
     shared = recipe.vocabulary == "shared"
@@ -75,13 +98,14 @@ def prepare(
     candidates, notes = leave_out_unlike(pair, blends.candidates, shares_vocabulary=shared)
     notes = [*blends.notes, *notes, *_notes_on_ends(prompts[0])]
     if options.held_out and not held_out:
-        notes.append("the task has no held-out prompts; list some under `held_out` to check the selection by them")
-    asked = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if options.quick else prompts
+        notes.append("the task has no held-out prompts; list some under `held_out` to check the selection with them")
+    first_prompts = prompts[:: max(1, len(prompts) // QUICK_PROMPTS)] if options.quick else prompts
     if options.dtype:
         dtype: torch.dtype = getattr(torch, options.dtype)
     else:
         dtype = default_dtype(pair.posttrained.parameters, parse_device(options.device))
-    return Prepared(pair, prompts, held_out, candidates, Pass("first", candidates, asked, dtype), tuple(notes))
+    first = Pass("first", candidates, first_prompts, dtype)
+    return Prepared(pair, prompts, held_out, candidates, first, tuple(notes))
 
 
 def _require_searchable(pair: ModelPair, recipe: AnyRecipe, also: Sequence[tuple[str, AnyRecipe]]) -> None:
@@ -97,7 +121,7 @@ def _require_searchable(pair: ModelPair, recipe: AnyRecipe, also: Sequence[tuple
 def _notes_on_ends(prompt: Prompt) -> Iterator[str]:
     """Notes on how the prompts end, of which `prompt` is one."""
     if prompt.added:
-        yield f"the prompts end with {prompt.added!r}, as the chat template writes before an answer"
+        yield f"the prompts end with {prompt.added!r}, which the chat template writes before an answer"
     if not prompt.is_continued:
         end = repr(prompt.text[-_SHOWN:])
         yield (
@@ -136,17 +160,16 @@ def _other_pairs(pair: ModelPair, also: Sequence[tuple[str, AnyRecipe]]) -> Iter
 
 
 def _other_settings(pair: ModelPair, recipe: AnyRecipe, also: Sequence[tuple[str, AnyRecipe]]) -> Iterator[Problem]:
-    """Recipes in `also` whose hybrids would be stored, or asked, otherwise than this search does."""
+    """Recipes in `also` whose hybrids would be stored, or asked, otherwise than in this search."""
     for label, other in also:
         for key in ("dtype", "tokenizer", "vocabulary"):
             own, theirs = getattr(recipe, key), getattr(other, key)
             if own == theirs or (key == "dtype" and _dtypes(pair, own) == _dtypes(pair, theirs)):
                 continue
             given, searched = (value or "not given" for value in (theirs, own))
-            what = f"is {given}, in the recipe that is searched it is {searched}"
-            yield Problem(
-                "other-settings", f"{label}: $.{key}", what, "give both the same, or search that recipe alone"
-            )
+            what = f"is {given}, but {searched} in the recipe that is searched"
+            remedy = "give both the same, or search that recipe alone"
+            yield Problem("other-settings", f"{label}: $.{key}", what, remedy)
 
 
 def _dtypes(pair: ModelPair, dtype: str | None) -> set[str]:

@@ -178,7 +178,7 @@ class RangeQuestions(Model):
                 what, remedy = f"the text {shorten(text)} has no {place}", f"write {place} where the range is named"
                 raise InvalidValue("no-place", what, remedy)
         if self.shortest > len(self.values):
-            what = f"no range of {len(self.values)} values has {self.shortest}"
+            what = f"there are only {len(self.values)} values for ranges of {self.shortest} or more"
             raise InvalidValue("out-of-range", what, "give a smaller number as shortest")
 
     def questions(self, rng: random.Random) -> Iterator[Question]:
@@ -211,7 +211,7 @@ class TaskFile(Model):
     def model_post_init(self, _: Any) -> None:
         task = self.task()
         if not task.listed:
-            raise InvalidValue("empty", "asks nothing", "list questions or ranges")
+            raise InvalidValue("empty", "contains no questions", "list questions or ranges")
         _check_distinct_texts(question.text for question in (*task.listed, *task.held_out))
 
     def task(self) -> ListedTask:

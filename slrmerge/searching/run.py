@@ -3,6 +3,7 @@
 import datetime
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from slrmerge.recipe.model import Recipe
 from slrmerge.searching.candidates import Candidate
 from slrmerge.searching.device import parse_device, require_device
 from slrmerge.searching.estimate import Estimate, estimate, estimate_parts
-from slrmerge.searching.held_out import candidates_to_ask, look_again, reselect
+from slrmerge.searching.held_out import look_again, reselect
 from slrmerge.searching.options import SearchOptions
 from slrmerge.searching.passes import PASSES, Pass, PassResult
 from slrmerge.searching.prepare import Prepared, also_recipes, prepare, recipe_of
@@ -99,12 +100,13 @@ class Search:
         finalists, as they are where their scores tie.
         """
         with torch_threads(self.options.threads):
-            pair, first = self.prepared.pair, self.prepared.first
+            prepared = self.prepared
+            pair, first = prepared.pair, prepared.first
             requests = [first.request]
-            if not first.is_exact(self.prepared.prompts):
-                requests.append(self._final_pass(self.prepared.candidates, name="finalists at most").request)
-            if self.prepared.held_out:
-                requests.append(self._held_out_pass(self._likely_choice()).request)
+            if not first.is_exact(prepared.prompts):
+                requests.append(prepared.final_pass(prepared.candidates, name="finalists at most").request)
+            if prepared.held_out:
+                requests.append(prepared.held_out_pass(prepared.likely_choice()).request)
             if self.options.ray:
                 with self._ray_scorer(pair) as cluster:
                     return estimate_parts(cluster.local, [cluster.parts(request) for request in requests])
@@ -136,40 +138,39 @@ class Search:
         """
         started, progress = monotonic(), progress or Progress()
         progress.status(PREPARING)
-        if self._day is None and self.options.resume:
-            self._day = _read_date(staging_folder(resolve_target(out)))
-            if self._day:
-                progress.message(f"the prompts keep the date of the interrupted search, {self._day}")
+        self._resume_date(staging_folder(resolve_target(out)), progress)
         output = self.output_folder(out, overwrite=overwrite)
         with output.locked(progress), torch_threads(self.options.threads):
             output.create_staging()
             remove(path for path in output.staging.iterdir() if path.name not in (*PASSES, _DATE))
             self._keep_date(output.staging / _DATE)
             with output.staged(lambda _: self._what_is_kept(output.staging)):
-                pair = self.prepared.pair
-                if not self.options.ray:  # whose workers download into their own caches
-                    pair = pair.download(progress)
-                with self._scorer_of(pair) as scorer:
-                    scored = self._score(scorer, output, progress)
-                    result = self._select(scored, self._base(pair, output.path))
-                    held_out = self._ask_held_out(result.choice, scorer, output, progress)
-                    require_not_replaced(pair)
-                progress.status("writing the results")
-                asked = _prompt_scores([row.label for row in result.rows], self.questions, scored.scores)
-                result = replace(
-                    result,
-                    held_out=look_again(result.choice, held_out),
-                    reselected=reselect(result.rows, asked, min_quality=self.options.min_quality),
-                    elapsed_s=monotonic() - started,
-                )
-                write_prompts(output.staging, KeptScores(asked, held_out))
+                result, prompt_scores = self._search(output, progress)
+                result = replace(result, elapsed_s=monotonic() - started)
+                write_prompts(output.staging, prompt_scores)
                 write_result(output.staging, result)
                 output.check_target()
                 remove(output.staging / name for name in (*PASSES, _DATE))
                 output.publish(progress)
         return result
 
-    def _score(self, scorer: Scorer, output: OutputFolder, progress: Progress) -> PassResult:
+    def _search(self, output: OutputFolder, progress: Progress) -> tuple[SearchResult, KeptScores]:
+        """Download the pair, score, and select; returns the scores of each prompt, too."""
+        pair = self.prepared.pair
+        if not self.options.ray:  # whose workers download into their own caches
+            pair = pair.download(progress)
+        with self._scorer_of(pair) as scorer:
+            scored = self._score_candidates(scorer, output, progress)
+            result = self._select(scored, self._base(pair, output.path))
+            held_out = self._ask_held_out(result.choice, scorer, output, progress)
+            require_not_replaced(pair)
+        progress.status("writing the results")
+        asked = _prompt_scores([row.label for row in result.rows], self.questions, scored.scores)
+        reselected = reselect(result.rows, asked, min_quality=self.options.min_quality)
+        result = replace(result, held_out=look_again(result.choice, held_out), reselected=reselected)
+        return result, KeptScores(asked, held_out)
+
+    def _score_candidates(self, scorer: Scorer, output: OutputFolder, progress: Progress) -> PassResult:
         """Score all candidates, and then the finalists exactly where the first pass was not exact."""
         prepared = self.prepared
         progress.status("checking the sweep against the model's own forward pass")
@@ -183,11 +184,8 @@ class Search:
             raise UnsupportedModelError(Problem("no-valid-answers", where, what, "name an instruct model"))
         if post.exact:
             return first
-        final = self._final_pass(self._finalists(first.rows))
+        final = prepared.final_pass(self._finalists(first.rows))
         return first.replaced_by(self._run_pass(final, scorer, output, progress))
-
-    def _final_pass(self, candidates: Sequence[Candidate], *, name: str = "finalists") -> Pass:
-        return Pass(name, candidates, self.prepared.prompts, torch.float32)
 
     def _run_pass(self, wanted: Pass, scorer: Scorer, output: OutputFolder, progress: Progress) -> PassResult:
         return PassResult.of(wanted, self._scores(wanted, scorer, output, progress), self.prepared.prompts)
@@ -198,24 +196,9 @@ class Search:
         """The scores of the selection on prompts that were not used to select it; None where there are none."""
         if not self.prepared.held_out:
             return None
-        wanted = self._held_out_pass(choice)
+        wanted = self.prepared.held_out_pass(choice)
         scores = self._scores(wanted, scorer, output, progress)
         return _prompt_scores([each.info.label for each in wanted.candidates], self.held_out, scores)
-
-    def _held_out_pass(self, choice: Selection) -> Pass:
-        labels = {row.label for row in candidates_to_ask(choice).values()}
-        candidates = [each for each in self.prepared.candidates if each.info.label in labels]
-        return Pass("held-out", candidates, self.prepared.held_out, torch.float32)
-
-    def _likely_choice(self) -> Selection:
-        """A selection such as the search may make: an interval of half of the layers."""
-        half = require_layers(self.prepared.pair).count // 2
-        scored: dict[str, Any] = {"quality": 1.0, "feasible": True, "exact": True, "prompts": 1, "dtype": "float32"}
-        rows = [
-            ScoredCandidate(**vars(each.info), **scored, diversity=-abs(each.info.layers_restored - half))
-            for each in self.prepared.candidates
-        ]
-        return select_from(rows, base=recipe_of(self.prepared.pair), min_quality=0)
 
     def _scores(self, wanted: Pass, scorer: Scorer, output: OutputFolder, progress: Progress) -> Scores:
         """The scores of a pass, each of shape (candidates, prompts)."""
@@ -289,6 +272,14 @@ class Search:
         kept = {key: getattr(self.recipe, key) for key in ("dtype", "tokenizer", "vocabulary")}
         return Recipe(**sides, **kept).loaded_from(folder / RECIPES["slr"])
 
+    def _resume_date(self, staging: Path, progress: Progress) -> None:
+        """Ask with the date of an interrupted search, unless the options give one."""
+        if self._day is None and self.options.resume:
+            with suppress(OSError, ValueError):  # there is none
+                self._day = datetime.date.fromisoformat((staging / _DATE).read_text(encoding="ascii"))
+            if self._day:
+                progress.message(f"the prompts keep the date of the interrupted search, {self._day}")
+
     def _keep_date(self, path: Path) -> None:
         """Write the date of the prompts, for a search that resumes on another day."""
         day = self.prepared.day
@@ -332,14 +323,6 @@ def search(
     Raises OptionError, RecipeError, CheckpointError, PlanError, UnsupportedModelError, OutputError and HubError.
     """
     return Search(pair, make_options(SearchOptions, options)).run(out, overwrite=overwrite, progress=progress)
-
-
-def _read_date(staging: Path) -> datetime.date | None:
-    """The date in the prompts of an interrupted search, None where there is none."""
-    try:
-        return datetime.date.fromisoformat((staging / _DATE).read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
 
 
 def _prompt_scores(labels: Sequence[str], questions: Sequence[Question], scores: Scores) -> PromptScores:

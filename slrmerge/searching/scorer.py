@@ -1,11 +1,11 @@
 """Scorers: candidates and contexts in, log-probabilities out. `LocalScorer` sweeps the pair in this process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from slrmerge.merging.plan.model import PlannedTensor
 from slrmerge.merging.plan.tensors import plan_tensor_alphas
 from slrmerge.merging.stream import HybridReader
 from slrmerge.recipe.alphas import TensorAlphas
-from slrmerge.searching.device import require_device
+from slrmerge.searching.device import dtype_name, require_device
 from slrmerge.searching.sweep.cost import LAST_LAYER_SHARE, Cost, Shape, cost_of, sweep_memory_bytes
 from slrmerge.searching.sweep.engine import Sweep
 from slrmerge.searching.sweep.layouts import chunk_size, measured_state_s, staged_model, token_count
@@ -47,7 +47,7 @@ class ScoreRequest:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
 
 class Scorer(Protocol):
@@ -90,6 +90,13 @@ class ScorerOptions:
     max_memory_bytes: int = 1 << 30
 
 
+class _Planned(NamedTuple):
+    """The stages of a request's hybrids, and how their tensors are made."""
+
+    sweep: SweepPlan
+    tensors: Mapping[tuple[str, float], PlannedTensor]
+
+
 class LocalScorer:
     """Scores hybrids in this process by a sweep over the layers. Raises OptionError where the device is missing."""
 
@@ -98,7 +105,7 @@ class LocalScorer:
         self.options = options or ScorerOptions()
         self.device = require_device(self.options.device)
         self._models: dict[torch.dtype, StagedModel] = {}
-        self._plans: dict[object, tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]] = {}
+        self._plans: dict[object, _Planned] = {}
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -117,7 +124,7 @@ class LocalScorer:
     def cost(self, request: ScoreRequest) -> Cost:
         return cost_of(
             self.shape(request),
-            self._plan(request)[0].state_counts,
+            self._plan(request).sweep.state_counts,
             contexts=len(request.contexts),
             itemsize=request.dtype.itemsize,
         )
@@ -154,7 +161,7 @@ class LocalScorer:
         others = [
             info.nbytes
             for name, info in stored.items()
-            if dtypes[name] != str(model.dtype).removeprefix("torch.") or model.tensors.placements[name].is_converted
+            if dtypes[name] != dtype_name(model.dtype) or model.tensors.placements[name].is_converted
         ]
         return sum(each.nbytes for each in model.layers[number].parameters()) + sum(others)
 
@@ -195,8 +202,7 @@ class LocalScorer:
             store.clear()
         return log_probs
 
-    def _plan(self, request: ScoreRequest) -> tuple[SweepPlan, dict[tuple[str, float], PlannedTensor]]:
-        """The stages of a request's hybrids, and how their tensors are made."""
+    def _plan(self, request: ScoreRequest) -> _Planned:
         key = request.dtype, tuple(request.candidates)  # the parts of a request have the same
         if key not in self._plans:
             plan = SweepPlan.of(self.model(request.dtype).stages, request.candidates)
@@ -206,7 +212,7 @@ class LocalScorer:
                 dtype=self.options.output_dtype,
                 shares_vocabulary=self.options.shares_vocabulary,
             )
-            self._plans[key] = plan, planned
+            self._plans[key] = _Planned(plan, planned)
         return self._plans[key]
 
     @contextmanager

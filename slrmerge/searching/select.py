@@ -18,11 +18,10 @@ from slrmerge.searching.selection import mark_feasible, select_from
 
 
 def select(folder: str | os.PathLike[str], *, min_quality: float = MIN_QUALITY) -> SearchResult:
-    """Select again from a search's results with another minimum quality; renews its recipes,
-    summary, figures and report.
+    """Select again from the results of a search in `folder`, with another minimum quality (a share, 0 to 1).
 
-    Raises OutputError where `folder` has no results of a search or damaged ones, BusyError where another process writes
-    to it, OptionError for a `min_quality` outside 0 to 1.
+    Replaces the recipes, summary, figures and report there. Raises OutputError for missing or damaged results,
+    BusyError where another process writes to the folder, OptionError for a `min_quality` out of range.
     """
     require_extra("search", "matplotlib", "plotly", "jinja2")
     SearchOptions(min_quality=min_quality)  # raises for what is out of range

@@ -43,7 +43,6 @@ class Selection:
     """The selected candidate `slr`, and the candidates to compare it with; None where there is no feasible one.
 
     `pre` is None where the pre-trained model cannot be asked, for example because its vocabulary has another size.
-
     `runner_up` would be selected without `slr`. `base` is the recipe of the pair, without rules. `merge` accepts a
     Selection.
     """

@@ -16,7 +16,6 @@ from slrmerge.errors import Problem, UnsupportedModelError, first_line, raise_al
 
 REMEDY = "search a decoder-only model whose layers transformers runs one after the other"
 
-
 DENSE_ON_LOAD = ("compressed-tensors", "fp8", "mxfp4")
 """The methods whose weights transformers can make dense as it loads them, and that are tested here."""
 

@@ -17,6 +17,21 @@ ATTENTION_NAME = "slrmerge_trie"
 """The name of the implementation in a model's config."""
 
 
+class AttentionCall(NamedTuple):
+    """What a layer calls attention with.
+
+    `query` has shape (states, heads, queries, width), `key` and `value` (states, groups, tokens, width). `mask` is the
+    one that the model made.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+
+
 class QueryRun(NamedTuple):
     """Queries of adjacent tokens, and the keys from the root to the last of them; both as indices."""
 
@@ -52,65 +67,48 @@ class AttentionPattern:
             ]
         )
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        mask: torch.Tensor,
-        scaling: float,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def attend(self, call: AttentionCall, mask: torch.Tensor) -> torch.Tensor:
         """The output of attention, shape (states, queries, heads, value width), in the dtype of the queries.
 
-        `query` has shape (states, heads, queries, width), `key` and `value` (states, groups, tokens, width). `mask` is
-        additive, shape (positions, positions), and looked up by depth. The softmax is in float32, as in transformers'
-        eager attention.
+        `mask` is additive, shape (positions, positions), and looked up by depth. The softmax is in float32, as in
+        transformers' eager attention.
         """
-        states, heads, queries, width = query.shape
-        groups, value_width = key.shape[1], value.shape[-1]
-        per_group = heads // groups
-        output = query.new_empty(states, queries, heads, value_width)
+        states, heads, queries, _ = call.query.shape
+        output = call.query.new_empty(states, queries, heads, call.value.shape[-1])
         for batch in self.batches:
-            runs, length = batch.queries.shape
-            depth = batch.keys.shape[1]
-            # (states, heads, runs * length, width) -> (states, groups, per_group, runs, length, width)
-            q = query[:, :, batch.queries.flatten()].view(states, groups, per_group, runs, length, width)
-            # -> (states, groups, runs, per_group * length, width): the heads of a group share its keys
-            q = q.transpose(2, 3).reshape(states, groups, runs, per_group * length, width)
-            # (states, groups, runs * depth, width) -> (states, groups, runs, depth, width)
-            k = key[:, :, batch.keys.flatten()].view(states, groups, runs, depth, width)
-            v = value[:, :, batch.keys.flatten()].view(states, groups, runs, depth, value_width)
-            # (states, groups, runs, per_group * length, depth)
-            scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scaling)
-            if softcap is not None:
-                scores = scores.div_(softcap).tanh_().mul_(softcap)
-            # the queries of a run are at the last `length` of its `depth` positions
-            scores = scores.view(states, groups, runs, per_group, length, depth)
-            scores += mask[depth - length : depth, :depth]
-            weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-            weights = weights.view(states, groups, runs, per_group * length, depth)
-            mixed = torch.matmul(weights, v)  # (states, groups, runs, per_group * length, value_width)
-            # -> (states, groups, runs, per_group, length, value_width)
-            # -> (states, runs, length, groups, per_group, value_width)
-            mixed = mixed.view(states, groups, runs, per_group, length, value_width).permute(0, 2, 4, 1, 3, 5)
-            output[:, batch.queries.flatten()] = mixed.reshape(states, runs * length, heads, value_width)
+            output[:, batch.queries.flatten()] = _attend(batch, call, mask)
         return output
 
 
-class AttentionCall(NamedTuple):
-    """What a layer calls attention with: `query` (states, heads, queries, width), `key` and `value` by groups.
-
-    `mask` is the one that the model made.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    scaling: float
-    softcap: float | None
+def _attend(batch: _Batch, call: AttentionCall, mask: torch.Tensor) -> torch.Tensor:
+    """The output for the queries of one batch, shape (states, runs * length, heads, value width)."""
+    query, key, value, _, scaling, softcap = call
+    states, heads, _, width = query.shape
+    groups, value_width = key.shape[1], value.shape[-1]
+    per_group = heads // groups
+    runs, length = batch.queries.shape
+    depth = batch.keys.shape[1]
+    # (states, heads, runs * length, width) -> (states, groups, per_group, runs, length, width)
+    q = query[:, :, batch.queries.flatten()].view(states, groups, per_group, runs, length, width)
+    # -> (states, groups, runs, per_group * length, width): the heads of a group share its keys
+    q = q.transpose(2, 3).reshape(states, groups, runs, per_group * length, width)
+    # (states, groups, runs * depth, width) -> (states, groups, runs, depth, width)
+    k = key[:, :, batch.keys.flatten()].view(states, groups, runs, depth, width)
+    v = value[:, :, batch.keys.flatten()].view(states, groups, runs, depth, value_width)
+    # (states, groups, runs, per_group * length, depth)
+    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scaling)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    # the queries of a run are at the last `length` of its `depth` positions
+    scores = scores.view(states, groups, runs, per_group, length, depth)
+    scores += mask[depth - length : depth, :depth]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = weights.view(states, groups, runs, per_group * length, depth)
+    mixed = torch.matmul(weights, v)  # (states, groups, runs, per_group * length, value_width)
+    # -> (states, groups, runs, per_group, length, value_width)
+    # -> (states, runs, length, groups, per_group, value_width)
+    mixed = mixed.view(states, groups, runs, per_group, length, value_width).permute(0, 2, 4, 1, 3, 5)
+    return mixed.reshape(states, runs * length, heads, value_width)
 
 
 class LayerAttention(Protocol):
@@ -127,8 +125,7 @@ class TrieAttention:
         self._mask = mask
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        query, key, value, _, scaling, softcap = call
-        return self._pattern.attend(query, key, value, mask=self._mask, scaling=scaling, softcap=softcap)
+        return self._pattern.attend(call, self._mask)
 
 
 class LeafAttention(TrieAttention):

@@ -19,7 +19,6 @@ from slrmerge.searching.sweep.architecture import QUANTIZED_REMEDY, dequantizer
 Weights = Mapping[str, torch.Tensor]
 """Parameters and buffers of a model by their names in the model."""
 
-
 _NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16",
     "I32": "int32", "U32": "uint32", "I64": "int64", "U64": "uint64",
@@ -33,9 +32,9 @@ _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in _N
 
 
 def stored_dtype(name: str, info: TensorInfo) -> torch.dtype:
-    """The dtype of a stored tensor. Raises UnsupportedModelError for one that torch has not."""
+    """The dtype of a stored tensor. Raises UnsupportedModelError for one that torch lacks."""
     if info.dtype not in _DTYPES:
-        what, remedy = f"is stored as {info.dtype}, with which torch does not compute", "search the unquantized models"
+        what, remedy = f"is stored as {info.dtype}, which torch does not support", "search the unquantized models"
         raise UnsupportedModelError(Problem("unknown-dtype", name, what, remedy))
     return _DTYPES[info.dtype]
 
@@ -193,7 +192,7 @@ def _internal_api(where: str) -> tuple[Any, Any, Any]:
     except (ImportError, AttributeError):
         is_known = False
     if not is_known:
-        what = f"transformers {transformers.__version__} loads weights in a way that is not known here"
+        what = f"transformers {transformers.__version__} loads weights in an unknown way"
         remedy = "install transformers 5.20 to 5.23, with which searches are tested"
         raise UnsupportedModelError(Problem("unknown-transformers", where, what, remedy))
     return core_model_loading, get_model_conversion_mapping, LoadStateDictConfig

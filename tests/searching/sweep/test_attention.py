@@ -80,7 +80,7 @@ def test_segments_give_the_dense_product(
     trie = pack(contexts)
     query, key, value = parts(trie, groups)
     visible = mask(name, trie.max_length)
-    mixed = of_segments(trie).attend(query, key, value, mask=visible, scaling=0.3, softcap=softcap)
+    mixed = of_segments(trie).attend(AttentionCall(query, key, value, None, 0.3, softcap), visible)
     torch.testing.assert_close(mixed.double(), dense(trie, name, query, key, value, softcap), rtol=1e-5, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_leaves_alone_give_their_rows_of_the_dense_product(contexts: list[list[i
     trie = pack(contexts)
     query, key, value = parts(trie, 2)
     visible, leaves = mask(name, trie.max_length), list(trie.leaves)
-    mixed = of_leaves(trie).attend(query[:, :, leaves], key, value, mask=visible, scaling=0.3, softcap=None)
+    mixed = of_leaves(trie).attend(AttentionCall(query[:, :, leaves], key, value, None, 0.3, None), visible)
     expected = dense(trie, name, query, key, value, None)[:, leaves]
     torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_the_output_has_the_dtype_of_the_queries_and_the_softmax_is_in_fp32() ->
     trie = pack([[1] * 40])
     query, key, value = (part.bfloat16() for part in parts(trie, 2))
     causal = mask("causal", 40).bfloat16()
-    mixed = of_segments(trie).attend(query, key, value, mask=causal, scaling=0.3, softcap=None)
+    mixed = of_segments(trie).attend(AttentionCall(query, key, value, None, 0.3, None), causal)
     assert mixed.dtype == torch.bfloat16
     scores = (query @ key.repeat_interleave(2, dim=1).transpose(-1, -2)).mul(0.3) + causal
     weights = scores.softmax(dim=-1, dtype=torch.float32).bfloat16()
