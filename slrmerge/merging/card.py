@@ -65,7 +65,7 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
 def _front_matter(plan: MergePlan, pre: str, post: str) -> dict[str, Any]:
     """What the Hub reads of the card: parents, library, tags, and the terms of use."""
     tags = {
-        "mergekit": _is_mergekit(plan),
+        "mergekit": plan.recipe.is_mergekit,
         "merge": True,
         "slrmerge": True,
         "selective-layer-restoration": _is_restoration(plan),
@@ -88,16 +88,11 @@ def _is_restoration(plan: MergePlan) -> bool:
     plan = plan.whole or plan  # of an adapter, the model that it gives
     stack = plan.pair.stack
     is_reset = any(tensor.alpha == 1 and stack and stack.locate(tensor.name) for tensor in plan.tensors())
-    return is_reset and not _is_mergekit(plan) and all(tensor.alpha in (0, 1) for tensor in plan.tensors())
-
-
-def _is_mergekit(plan: MergePlan) -> bool:
-    """Whether a mergekit config says what to merge: its two models have no roles but that of the base."""
-    return len(plan.recipe.written_as) > 1
+    return is_reset and not plan.recipe.is_mergekit and all(tensor.alpha in (0, 1) for tensor in plan.tensors())
 
 
 def _introduction(plan: MergePlan, pre: str, post: str) -> Iterator[str]:
-    if _is_mergekit(plan):
+    if plan.recipe.is_mergekit:
         how = "by a mergekit config"
         yield f"A merge of {markdown_code(post)} and {markdown_code(pre)} {how}, made with slrmerge."
         return
@@ -108,7 +103,7 @@ def _introduction(plan: MergePlan, pre: str, post: str) -> Iterator[str]:
 
 def _in_names(sentence: str, plan: MergePlan, pre: str, post: str) -> str:
     """A sentence of the plan; in a mergekit merge with the models' names in place of their roles."""
-    if not _is_mergekit(plan):
+    if not plan.recipe.is_mergekit:
         return sentence
     where, separator, source = sentence.rpartition(": ")
     names = {"pre": pre, "pre-trained": pre, "post": post, "post-trained": post}

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -121,6 +121,8 @@ class Recipe(Rules):
     max_shard_size: Annotated[int, BeforeValidator(_check_size, json_schema_input_type=int | str)] = Field(
         default=DEFAULT_SHARD_BYTES, description="The most bytes in one file, such as 5GB (10**9) or 2GiB (2**30)."
     )
+
+    is_mergekit: ClassVar[bool] = False
 
     _file: Path | None = PrivateAttr(default=None)
 

@@ -43,7 +43,7 @@ class MergekitRecipe:
     dtype_override: str | None = None
     max_shard_size: int = DEFAULT_SHARD_BYTES
 
-    has_rules = True
+    has_rules = is_mergekit = True
     vocabulary = "same"
     written_as = (RECIPE_NAME, "mergekit_config.yml")
     """The names under which a merge writes the recipe as it was run; mergekit's users expect the second."""
