@@ -52,10 +52,7 @@ Exit codes:
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 _merge_options = all_of(
-    recipe_argument,
-    out_option("the merged checkpoint"),
-    recipe_overrides,
-    options_from(MergeOptions),
+    recipe_argument, out_option("the merged checkpoint"), recipe_overrides, options_from(MergeOptions)
 )
 
 
@@ -140,13 +137,7 @@ def merge(
 @_merge_options
 @json_option
 def plan(
-    recipe: Path,
-    out: Path | None,
-    *,
-    max_shard_size: str | None,
-    dtype: str | None,
-    as_json: bool,
-    **options: Any,
+    recipe: Path, out: Path | None, *, max_shard_size: str | None, dtype: str | None, as_json: bool, **options: Any
 ) -> None:
     """Show what a merge by RECIPE would read and write.
 

@@ -177,11 +177,7 @@ def _alterations(folder: Path, altered: set[str], places: Mapping[str, str]) -> 
 
 
 def _plan_again(
-    folder: Path,
-    manifest: Manifest,
-    overrides: Mapping[Side, str | os.PathLike[str] | None],
-    *,
-    local_files_only: bool,
+    folder: Path, manifest: Manifest, overrides: Mapping[Side, str | os.PathLike[str] | None], *, local_files_only: bool
 ) -> MergePlan | _NotComparable:
     """Plan the merge in `folder` again. Sources that the caller named must be right; others may be unavailable."""
     recipe = load_recipe(folder / RECIPE_NAME, max_shard_size=manifest.max_shard_size)

@@ -145,11 +145,7 @@ class _Resolver:
     """The rules of a recipe, compiled for a stack; see `resolve_rules`. Remembers which patterns matched something."""
 
     def __init__(
-        self,
-        rules: Rules,
-        stack: LayerStack | None,
-        tied: Iterable[tuple[str, ...]],
-        place: Callable[[str], str],
+        self, rules: Rules, stack: LayerStack | None, tied: Iterable[tuple[str, ...]], place: Callable[[str], str]
     ) -> None:
         self._stack = stack
         self._default = rules.alpha or 0.0

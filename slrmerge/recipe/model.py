@@ -201,10 +201,7 @@ class Recipe(Rules):
     def relative_to(self, folder: Path, pair: ModelPair | None = None) -> dict[str, Any]:
         """`to_dict` for a file in `folder`: relative sources count from there; with `pair`, repositories are pinned."""
         sides: tuple[Side, ...] = ("pretrained", "posttrained") if self.pretrained or pair else ("posttrained",)
-        return {
-            **self.to_dict(),
-            **{side: self._source_from(side, folder, pair) for side in sides},
-        }
+        return {**self.to_dict(), **{side: self._source_from(side, folder, pair) for side in sides}}
 
     def _source_from(self, side: Side, folder: Path, pair: ModelPair | None) -> str:
         written = getattr(self, side)
