@@ -1,4 +1,4 @@
-"""The pair of checkpoints that everything here is about."""
+"""The two checkpoints of a merge as one value, and their readers."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager

@@ -73,7 +73,7 @@ _BUFFERS = frozenset({
     "causal_mask", "attention_mask", "tid2eid",
 })  # fmt: skip
 _BUFFER_SUFFIXES = ("_ids", "_index", "_mask")
-"""Last components of names of whole numbers that are no weights, and their ends."""
+"""Last components of the names of integer tensors that are not weights, and suffixes of such components."""
 
 
 @dataclass(frozen=True)

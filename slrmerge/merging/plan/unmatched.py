@@ -95,7 +95,7 @@ def _refuse_quantized(module: str, pair: ModelPair, refused: Refusals) -> None:
 
 
 def _refuse_fused(name: str, fused: Mapping[str, str], side: str, refused: Refusals, remedy: str) -> bool:
-    """Whether a tensor is fused, or not, unlike on the other side; reported by the names of the fused side."""
+    """Whether a tensor is fused on one side only; reported by the names of the fused side."""
     found = fusion(name)
     if found is None or found[0] not in fused:
         return False

@@ -152,7 +152,7 @@ def _absolute(model: str) -> str:
 
     Of a model with a LoRA, written `MODEL+LORA`, both.
     """
-    if os.path.exists(model):  # noqa: PTH110 (a long name is no error)
+    if os.path.exists(model):  # noqa: PTH110 (False for a name that is too long)
         return str(Path(model).absolute())
     below, plus, lora = model.rpartition("+")
     return f"{_absolute(below)}+{_absolute(lora)}" if plus else model
