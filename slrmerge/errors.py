@@ -156,7 +156,7 @@ class ClusterError(SlrmergeError):
 
 
 class LimitError(SlrmergeError):
-    """The system does not start as many threads, or give as much memory, as are needed."""
+    """The system has too few threads or too little memory."""
 
     exit_code = 18
 

@@ -77,7 +77,7 @@ _MAX_PATTERNS = 10_000
 """More than the modules of any model that adapters are trained on: each is compared with each pattern."""
 
 _NESTED_SET = re.compile(r"\[[^\]]*(?:\[|&&|--|~~)")
-"""What Python and Rust read differently."""
+"""Syntax that regular expressions in Python and Rust read differently."""
 
 N = TypeVar("N", int, float)
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -213,7 +213,7 @@ def _invalid_patterns(config: AdapterConfig, where: str) -> Iterator[Problem]:
 def _compiled(pattern: str) -> SchemaValidator:
     """Matches names of modules that end with a pattern, from any component on. Raises ValueError.
 
-    The regular expressions are Rust's, which take linear time; those of Python could take for ever.
+    The regular expressions are Rust's, which take linear time; Python's may take exponential time.
     """
     if _NESTED_SET.search(pattern):
         raise ValueError("sets inside sets are not supported")

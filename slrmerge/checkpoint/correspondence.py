@@ -229,10 +229,7 @@ def _inside(stack: LayerStack) -> Callable[[str], tuple[int, str] | None]:
 
 
 def _match(
-    pre: Iterable[str],
-    post: Iterable[str],
-    pre_key: Callable[[str], Hashable],
-    post_key: Callable[[str], Hashable],
+    pre: Iterable[str], post: Iterable[str], pre_key: Callable[[str], Hashable], post_key: Callable[[str], Hashable]
 ) -> dict[str, str]:
     """Names with the same key; a key that several names of one side have matches none."""
     by_key = _unique(pre, pre_key)

@@ -217,10 +217,8 @@ def open_within(folder: Path, name: str) -> BinaryIO:
     root = _root_of(Path(os.path.realpath(folder)), real)
     # Hidden files belong to other tools: .git/config may contain a token.
     if root is None or any(part.startswith(".") for part in real.relative_to(root).parts):
-        what, remedy = (
-            f"is a link to {real}, not to a file of the checkpoint",
-            "replace the link by the file if it belongs here",
-        )
+        what = f"is a link to {real}, not to a file of the checkpoint"
+        remedy = "replace the link by the file if it belongs here"
         raise CheckpointError(Problem("link-outside", str(path), what, remedy))
     _require_regular(path, real.lstat())
     try:

@@ -14,7 +14,7 @@ _FUSED = {
 
 
 def fusion(name: str) -> tuple[str, bool] | None:
-    """What a tensor's name says is fused or not fused in its layer, and which; None where it says neither."""
+    """What a tensor's name says is fused or split in its layer, and whether it is fused; None where it says neither."""
     for what, patterns in _FUSED.items():
         for pattern, is_fused in zip(patterns, (True, False), strict=True):
             if re.search(pattern, name):

@@ -68,7 +68,7 @@ def split_layer(name: str) -> tuple[str, int, str] | None:
 
 
 def writing_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config with what Qwen's Omni models say of the part that writes text; another part speaks."""
+    """The config, in Qwen's Omni models with the section about the part that writes text; another part speaks."""
     thinker = config.get("thinker_config")
     return {**config, **thinker} if isinstance(thinker, dict) else config
 

@@ -1,4 +1,4 @@
-"""What a place is that has no model in safetensors files under the usual names, and what to do about it."""
+"""Why a folder or repository without safetensors files under the usual names is not a model, and what to do."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ _OTHER_FORMATS = {
         "load it with from_pretrained(FOLDER, variant=VARIANT), and save it with save_pretrained",
     ),
 }
-"""Patterns of names that say what a folder without the usual names is, and what to do about it."""
+"""Other formats by a pattern of their file names: what it is, and what to do."""
 
 _NAME_A_FOLDER = (
     "name a folder with config.json and safetensors files, a .gguf file, or a repository as organisation/name"
@@ -29,7 +29,7 @@ _NAME_A_FOLDER = (
 
 
 def no_folder(path: Path) -> Problem:
-    """Why a path is no folder."""
+    """Why a path is not a checkpoint folder."""
     if is_broken_link(path):
         remedy = "mount the disk that it leads to, or name the folder itself"
         return Problem("broken-link", str(path), "is a broken link", remedy)
@@ -38,7 +38,7 @@ def no_folder(path: Path) -> Problem:
 
 
 def no_model(names: set[str], where: str) -> Problem:
-    """What a folder is that has no safetensors model under the usual names."""
+    """Why files of these names are not a safetensors model, and what to do."""
     suffixes = {Path(name).suffix for name in names}
     is_sharded = any(name.startswith("model-") for name in names)
     for pattern, (what, remedy) in _OTHER_FORMATS.items():

@@ -1,4 +1,4 @@
-"""The pair of checkpoints that everything here is about."""
+"""The two checkpoints of a merge as one value, and their readers."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from slrmerge.checkpoint.base import Checkpoint, TensorReader
 from slrmerge.checkpoint.correspondence import Correspondence, correspond
 from slrmerge.checkpoint.files import LocalFile
 from slrmerge.checkpoint.layers import LayerStack
+from slrmerge.checkpoint.quantized import Quantization, QuantizedPair
 from slrmerge.checkpoint.vocabulary import SharedVocabulary, compare_vocabularies
 from slrmerge.errors import PlanError, Problem, require_type
 from slrmerge.io.progress import Progress
@@ -46,6 +47,11 @@ class ModelPair:
     def correspondence(self) -> Correspondence:
         """Which pre-trained tensor each post-trained one was trained from."""
         return correspond(self.pretrained, self.posttrained)
+
+    @cached_property
+    def quantization(self) -> QuantizedPair:
+        """How each side is quantized. Raises as `Quantization.of` does."""
+        return QuantizedPair(Quantization.of(self.pretrained), Quantization.of(self.posttrained))
 
     @cached_property
     def vocabulary(self) -> SharedVocabulary:

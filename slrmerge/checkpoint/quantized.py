@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.files import unreadable
@@ -73,7 +73,7 @@ _BUFFERS = frozenset({
     "causal_mask", "attention_mask", "tid2eid",
 })  # fmt: skip
 _BUFFER_SUFFIXES = ("_ids", "_index", "_mask")
-"""Last components of names of whole numbers that are no weights, and their ends."""
+"""Last components of the names of integer tensors that are not weights, and suffixes of such components."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,24 @@ class Quantization:
         """The settings that affect the numbers, with the defaults of the method."""
         given = {key: value for key, value in self.config.items() if value is not None}
         return dict(_settings({"quant_method": self.method, **_DEFAULTS.get(self.method, {}), **given}))
+
+
+class QuantizedPair(NamedTuple):
+    """How each side of a pair is quantized; None where it is not."""
+
+    pretrained: Quantization | None
+    posttrained: Quantization | None
+
+    @property
+    def modules(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """The tensors of either side that belong to recognized modules → those modules."""
+        pre, post = (side.modules if side else {} for side in self)
+        return pre, post
+
+    @property
+    def unknown(self) -> str:
+        """Why the format of one side is not known, or empty."""
+        return next((side.unknown for side in self if side and side.unknown), "")
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

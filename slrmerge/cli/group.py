@@ -93,7 +93,7 @@ class DefaultGroup(click.Group):
         return fail(_system_error(refused), as_json=ctx.meta[_AS_JSON])  # what the failed calls held is free by now
 
     def _refuse_typo(self, ctx: click.Context, word: str) -> None:
-        is_file_like = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110 (a name too long is no error)
+        is_file_like = not word or word.startswith("-") or Path(word).suffix or "/" in word or os.path.exists(word)  # noqa: PTH110 (False for a name that is too long)
         if is_file_like:
             return
         near = get_close_matches(word, self.commands, n=1)
@@ -126,10 +126,10 @@ def _system_error(error: MemoryError | ImportError | OSError) -> SlrmergeError:
     refused: SlrmergeError
     if isinstance(error, MemoryError):
         refused = LimitError(
-            Problem("no-more-memory", "memory", "the system gives no more", "free some, or allow more (ulimit -v)")
+            Problem("no-more-memory", "memory", "the system has no more", "free some, or raise the limit (ulimit -v)")
         )
     elif isinstance(error, ImportError):
-        what, remedy = f"cannot be imported ({first_line(error)})", "install it again, or allow more memory (ulimit -v)"
+        what, remedy = f"cannot be imported ({first_line(error)})", "install it again, or raise the limit (ulimit -v)"
         refused = MissingExtraError(Problem("import-failed", str(error.name), what, remedy))
     else:
         from slrmerge.io.pieces import output_error

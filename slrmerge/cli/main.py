@@ -33,6 +33,9 @@ from slrmerge.errors import SlrmergeError
 from slrmerge.merging.options import MergeOptions
 
 if TYPE_CHECKING:
+    from slrmerge.checkpoint.location import Repository
+    from slrmerge.merging.executor import MergeResult
+    from slrmerge.merging.hub_commit import PushResult
     from slrmerge.merging.plan.model import MergePlan
 
 _EPILOG = """\b
@@ -49,10 +52,7 @@ Exit codes:
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 _merge_options = all_of(
-    recipe_argument,
-    out_option("the merged checkpoint"),
-    recipe_overrides,
-    options_from(MergeOptions),
+    recipe_argument, out_option("the merged checkpoint"), recipe_overrides, options_from(MergeOptions)
 )
 
 
@@ -120,34 +120,16 @@ def merge(
     out = out or folder
     if out is None and not dry_run:
         raise click.MissingParameter(ctx=ctx, param_hint="'--out'", param_type="option")
-    chosen, target = MergeOptions(**options), None
-    if repository is not None:
-        from slrmerge.merging.push import parse_target
-
-        target = parse_target(repository, revision)
-    from slrmerge.cli import show
-    from slrmerge.cli.progress import TerminalProgress
-
+    chosen = MergeOptions(**options)
+    target = _target(repository, revision) if repository is not None else None
     planned = _plan(recipe, chosen, quiet=quiet or as_json, max_shard_size=max_shard_size, dtype=dtype)
     if out is None or dry_run:
-        show.print_plan(planned, out, _free_bytes(planned, out, chosen), as_json=as_json)
+        _print_plan(planned, out, chosen, as_json=as_json)
         return
-    from slrmerge.merging.executor import execute
-
-    if target:
-        from slrmerge.merging.push import require_access
-
-        require_access(target)
-    with TerminalProgress(quiet=quiet or as_json) as progress:
-        result = execute(planned, out, options=chosen, name=target.name if target else None, progress=progress)
-    pushed = None
-    if target:
-        try:
-            pushed = push_folder(out, target, private=private, threads=chosen.threads, quiet=quiet or as_json)
-        except SlrmergeError as error:
-            error.add_note(f"the merge is complete in {out}; `slrmerge push` pushes it without merging again")
-            raise
+    result, pushed = _merge(planned, out, chosen, target, private=private, quiet=quiet or as_json)
     if as_json or not quiet:
+        from slrmerge.cli import show
+
         show.print_merged(planned, result, out, pushed=pushed, as_json=as_json)
 
 
@@ -155,13 +137,7 @@ def merge(
 @_merge_options
 @json_option
 def plan(
-    recipe: Path,
-    out: Path | None,
-    *,
-    max_shard_size: str | None,
-    dtype: str | None,
-    as_json: bool,
-    **options: Any,
+    recipe: Path, out: Path | None, *, max_shard_size: str | None, dtype: str | None, as_json: bool, **options: Any
 ) -> None:
     """Show what a merge by RECIPE would read and write.
 
@@ -173,9 +149,7 @@ def plan(
     """
     chosen = MergeOptions(**options)
     planned = _plan(recipe, chosen, quiet=as_json, max_shard_size=max_shard_size, dtype=dtype)
-    from slrmerge.cli import show
-
-    show.print_plan(planned, out, _free_bytes(planned, out, chosen), as_json=as_json)
+    _print_plan(planned, out, chosen, as_json=as_json)
 
 
 @main.command(cls=Command)
@@ -269,6 +243,40 @@ def _plan(recipe: Path, options: MergeOptions, *, quiet: bool, **overrides: str 
 
         loaded = load_recipe(recipe, **overrides)
         return plan_recipe(loaded, allow_code=options.allow_code, output=options.output)
+
+
+def _target(repository: str, revision: str | None) -> "Repository":
+    from slrmerge.merging.push import parse_target
+
+    return parse_target(repository, revision)
+
+
+def _merge(
+    planned: "MergePlan", out: Path, options: MergeOptions, target: "Repository | None", *, private: bool, quiet: bool
+) -> "tuple[MergeResult, PushResult | None]":
+    """Merge into `out`, and push that to `target`, if any; access to it is checked before the merge."""
+    from slrmerge.cli.progress import TerminalProgress
+    from slrmerge.merging.executor import execute
+
+    if target:
+        from slrmerge.merging.push import require_access
+
+        require_access(target)
+    with TerminalProgress(quiet=quiet) as progress:
+        result = execute(planned, out, options=options, name=target.name if target else None, progress=progress)
+    if not target:
+        return result, None
+    try:
+        return result, push_folder(out, target, private=private, threads=options.threads, quiet=quiet)
+    except SlrmergeError as error:
+        error.add_note(f"the merge is complete in {out}; `slrmerge push` pushes it without merging again")
+        raise
+
+
+def _print_plan(planned: "MergePlan", out: Path | None, options: MergeOptions, *, as_json: bool) -> None:
+    from slrmerge.cli import show
+
+    show.print_plan(planned, out, _free_bytes(planned, out, options), as_json=as_json)
 
 
 def _free_bytes(planned: "MergePlan", out: Path | None, options: MergeOptions) -> int:

@@ -124,10 +124,7 @@ overwrite_option = grouped_option(
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
 private_option = grouped_option("--private", is_flag=True, group="Hub", help="Create the repository as private.")
 branch_option = grouped_option(
-    "--revision",
-    metavar="BRANCH",
-    group="Hub",
-    help="Branch to push to; created if it does not exist.",
+    "--revision", metavar="BRANCH", group="Hub", help="Branch to push to; created if it does not exist."
 )
 threads_option = click.option(
     "--threads", type=WholeNumber(min=1), metavar="N", show_default="one per core", help="Number of threads."
@@ -135,17 +132,9 @@ threads_option = click.option(
 recipe_argument = click.argument("recipe", type=PATH)
 folder_argument = click.argument("folder", type=FOLDER)
 recipe_overrides = all_of(
+    grouped_option("--max-shard-size", metavar="SIZE", group="Output", help="Maximum size of one file, such as 5GB."),
     grouped_option(
-        "--max-shard-size",
-        metavar="SIZE",
-        group="Output",
-        help="Maximum size of one file, such as 5GB.",
-    ),
-    grouped_option(
-        "--dtype",
-        type=DtypeType(("float32", "float16", "bfloat16", "float64")),
-        group="Output",
-        help="Output dtype.",
+        "--dtype", type=DtypeType(("float32", "float16", "bfloat16", "float64")), group="Output", help="Output dtype."
     ),
 )
 

@@ -239,4 +239,4 @@ def _report(error: OSError) -> Never:
     if error.errno == errno.EPIPE:
         sys.exit(READER_LEFT)
     what = f"the command is complete, but its result cannot be printed ({error.strerror})"
-    raise OutputError(Problem("stdout-not-writable", "stdout", what, "print it elsewhere")) from error
+    raise OutputError(Problem("stdout-not-writable", "stdout", what, "redirect stdout elsewhere")) from error

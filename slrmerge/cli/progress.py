@@ -1,4 +1,4 @@
-"""Progress on a terminal: what is being done, bytes, rate and time left; elsewhere a line now and then."""
+"""Progress on a terminal: the current step, bytes, rate and time left; elsewhere a line now and then."""
 
 import sys
 from contextlib import suppress
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _SECONDS_PER_LINE = 60
-"""Without a terminal, what is being done is printed when nothing was printed for so long."""
+"""Without a terminal, the current step is printed after so long without output."""
 
 
 _WITHOUT_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 _WITH_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-"""tqdm's own format turns a rate below one per second around."""
+"""tqdm's own format inverts rates below one per second."""
 
 
 class TerminalProgress(Progress):
@@ -46,7 +46,7 @@ class TerminalProgress(Progress):
             self._close()
 
     def tick(self) -> None:
-        """Show how long what is being done has taken, where nothing else shows that it goes on."""
+        """Show how long the current step has taken, where nothing else shows progress."""
         with self._lock:
             if self._done.is_set() or not self._doing:
                 return

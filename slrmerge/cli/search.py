@@ -121,13 +121,7 @@ def select(folder: Path, *, min_quality: float, as_json: bool) -> None:
 @quiet_option
 @click.pass_context
 def diff(
-    ctx: click.Context,
-    sources: tuple[str, ...],
-    out: Path | None,
-    *,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    ctx: click.Context, sources: tuple[str, ...], out: Path | None, *, threads: int | None, as_json: bool, quiet: bool
 ) -> None:
     """Show how far post-training moved the weights, layer by layer.
 

@@ -21,7 +21,7 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 RETRIES = 3
-"""How often Ray starts a job again whose worker died."""
+"""How often Ray restarts a job whose worker died."""
 
 _POLL_S = 0.5
 _REPORT_S = 0.2

@@ -1,4 +1,4 @@
-"""A lock on a folder or a file, beside it; and what beside it may be someone else's."""
+"""A lock file beside a folder or a file, and a check that what is beside it is this user's."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def unsafe(path: Path, kind: str, is_kind: Callable[[int], bool]) -> Iterator[Problem]:
-    """Why what is at `path`, if anything, may be someone else's: the parent may be a folder that many write to."""
+    """Why `path`, where it exists, may be another user's: its parent may be a folder that many can write to."""
     try:
         status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):

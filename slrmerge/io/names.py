@@ -1,4 +1,4 @@
-"""Names of files that somebody else chose."""
+"""Names of files that come from elsewhere, such as a checkpoint or a manifest."""
 
 
 def is_inside(name: str) -> bool:

@@ -168,8 +168,5 @@ def _problems(name: str, value: Any, known: Option) -> list[Problem]:
         and (known.above is None or value > known.above)
         and (known.maximum is None or value <= known.maximum)
     )
-    what, remedy = (
-        f"{shorten(value)} is not in range",
-        f"give a number {expected}{', or auto' if known.or_auto else ''}",
-    )
-    return [] if inside else [Problem("out-of-range", name, what, remedy)]
+    remedy = f"give a number {expected}{', or auto' if known.or_auto else ''}"
+    return [] if inside else [Problem("out-of-range", name, f"{shorten(value)} is not in range", remedy)]

@@ -131,7 +131,7 @@ class OutputFolder:
                 yield
 
     def create_staging(self) -> None:
-        """Create the staging folder, which only this user can enter, or take up that of an earlier run.
+        """Create the staging folder, which only this user can enter, or reuse that of an earlier run.
 
         Raises OutputError for one that someone else made or can write to.
         """
@@ -161,7 +161,7 @@ class OutputFolder:
                         shutil.rmtree(self.staging)
                     except OSError as failure:
                         left = f"{self.staging} is left ({failure.strerror})"
-                        error.add_note(f"{left}; the same command takes it up again")
+                        error.add_note(f"{left}; the same command resumes from it")
             raise
 
     def publish(self, progress: Progress) -> None:
@@ -252,7 +252,7 @@ class OutputFolder:
 def resolve_target(out: str | os.PathLike[str]) -> Path:
     """Where the output really goes, links resolved.
 
-    Raises OutputError for a path that no folder can have, and OptionError for what is no path.
+    Raises OutputError for a path that no folder can have, and OptionError for a value that is not a path.
     """
     require_type("out", out, (str, os.PathLike), "pass the path of a folder")
     try:

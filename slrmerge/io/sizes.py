@@ -56,7 +56,7 @@ def shorten(value: object) -> str:
 
 
 class _Shortener(reprlib.Repr):
-    """reprlib's, but an int too long for Python to print is no error, and credentials are hidden."""
+    """reprlib's `Repr` that accepts ints too long for Python to print, and hides credentials."""
 
     def repr_str(self, x: str, level: int) -> str:
         return super().repr_str(without_credentials(x), level)

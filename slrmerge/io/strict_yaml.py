@@ -15,10 +15,10 @@ from slrmerge.errors import DataError, Problem, RecipeError, SlrmergeError, firs
 from slrmerge.io.sizes import shorten
 
 MAX_BYTES = 250_000
-"""Many times any recipe; reading it takes seconds."""
+"""Many times the size of any recipe; parsing it takes seconds."""
 
 MAX_VALUES = 250_000
-"""More than any file of that size contains by itself: only aliases lead there."""
+"""More than a file of that size can contain without aliases."""
 
 MAX_DEPTH = 128
 _BYTE_ORDER_MARK = "\ufeff"

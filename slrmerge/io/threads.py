@@ -36,7 +36,7 @@ def _translate_thread_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        what, remedy = "the system starts no more threads", "allow more (ulimit -u), or use fewer"
+        what, remedy = "the system cannot start more threads", "raise the limit (ulimit -u), or use fewer"
         raise LimitError(Problem("no-more-threads", "threads", what, remedy)) from error
 
 
@@ -50,7 +50,7 @@ class ThreadPool(ThreadPoolExecutor):
 
 
 def require_thread() -> None:
-    """Raise LimitError where the system starts no thread: libraries such as numpy tell it in other ways."""
+    """Raise LimitError where the system cannot start a thread; libraries such as numpy report that in other ways."""
     with ThreadPool(1) as pool:
         pool.submit(int)
 

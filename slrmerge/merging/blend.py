@@ -28,7 +28,7 @@ class Blender:
         self._wide = (_buffer(), _buffer())
         self._output = _buffer()
         self.nan_names: set[str] = set()
-        """The tensors in whose blends a value is not a number."""
+        """The blended tensors with a NaN."""
 
     def blend(
         self,

@@ -33,27 +33,14 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     `name` is how to load the model: a folder, or a repository on the Hub.
     """
     pre, post = plan.pair.pretrained.model_name, plan.pair.posttrained.model_name
-    is_restoration = _is_restoration(plan)
-    is_gguf = plan.pair.posttrained.format == "gguf"
-    tags = [
-        *("merge", "slrmerge"),
-        *(["selective-layer-restoration"] if is_restoration else []),
-        *(["gguf"] if is_gguf else []),
-    ]
-    front = {
-        **(_base_models(pre, relation="adapter") if plan.whole else _base_models(pre, post)),
-        **({} if is_gguf else {"library_name": "peft" if plan.whole else "transformers"}),
-        "tags": ["mergekit", *tags] if len(plan.recipe.written_as) > 1 else tags,
-        **_inherited_front_matter(plan.pair.posttrained.folder),
-    }
     lines = [
         "---",
-        write_yaml(front).rstrip(),
+        write_yaml(_front_matter(plan, pre, post)).rstrip(),
         "---",
         "",
         f"# {markdown(post.rpartition('/')[2])} merged with {markdown(pre.rpartition('/')[2])}",
         "",
-        *_introduction(plan, pre, post, is_restoration=is_restoration),
+        *_introduction(plan, pre, post),
         "",
         "## Merge",
         "",
@@ -65,7 +52,7 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
         *(_search_section(plan.finding) if plan.finding else ()),
         "## Usage",
         "",
-        *(_llama_cpp_usage(plan.shards[0].name, name) if is_gguf else _transformers_usage(name)),
+        *(_llama_cpp_usage(plan.shards[0].name, name) if _is_gguf(plan) else _transformers_usage(name)),
         "",
         "## Recipe",
         "",
@@ -75,32 +62,48 @@ def model_card(plan: MergePlan, recipe: bytes, *, name: str) -> bytes:
     return "\n".join(lines).encode()
 
 
+def _front_matter(plan: MergePlan, pre: str, post: str) -> dict[str, Any]:
+    """What the Hub reads of the card: parents, library, tags, and the terms of use."""
+    tags = {
+        "mergekit": plan.recipe.is_mergekit,
+        "merge": True,
+        "slrmerge": True,
+        "selective-layer-restoration": _is_restoration(plan),
+        "gguf": _is_gguf(plan),
+    }
+    return {
+        **(_base_models(pre, relation="adapter") if plan.whole else _base_models(pre, post)),
+        **({} if _is_gguf(plan) else {"library_name": "peft" if plan.whole else "transformers"}),
+        "tags": [tag for tag, applies in tags.items() if applies],
+        **_inherited_front_matter(plan.pair.posttrained.folder),
+    }
+
+
+def _is_gguf(plan: MergePlan) -> bool:
+    return plan.pair.posttrained.format == "gguf"
+
+
 def _is_restoration(plan: MergePlan) -> bool:
     """Whether whole layers are reset, and nothing is blended: what the paper calls Selective Layer Restoration."""
     plan = plan.whole or plan  # of an adapter, the model that it gives
     stack = plan.pair.stack
     is_reset = any(tensor.alpha == 1 and stack and stack.locate(tensor.name) for tensor in plan.tensors())
-    return is_reset and not _is_mergekit(plan) and all(tensor.alpha in (0, 1) for tensor in plan.tensors())
+    return is_reset and not plan.recipe.is_mergekit and all(tensor.alpha in (0, 1) for tensor in plan.tensors())
 
 
-def _is_mergekit(plan: MergePlan) -> bool:
-    """Whether a mergekit config says what to merge: its two models have no roles but that of the base."""
-    return len(plan.recipe.written_as) > 1
-
-
-def _introduction(plan: MergePlan, pre: str, post: str, *, is_restoration: bool) -> Iterator[str]:
-    if _is_mergekit(plan):
+def _introduction(plan: MergePlan, pre: str, post: str) -> Iterator[str]:
+    if plan.recipe.is_mergekit:
         how = "by a mergekit config"
         yield f"A merge of {markdown_code(post)} and {markdown_code(pre)} {how}, made with slrmerge."
         return
     yield f"A merge of {markdown_code(pre)} (pre-trained) and {markdown_code(post)} (post-trained), made with slrmerge."
-    if is_restoration:
+    if _is_restoration(plan):
         yield f"Resetting layers to their pre-trained weights is [Selective Layer Restoration]({_PAPER})."
 
 
 def _in_names(sentence: str, plan: MergePlan, pre: str, post: str) -> str:
     """A sentence of the plan; in a mergekit merge with the models' names in place of their roles."""
-    if not _is_mergekit(plan):
+    if not plan.recipe.is_mergekit:
         return sentence
     where, separator, source = sentence.rpartition(": ")
     names = {"pre": pre, "pre-trained": pre, "post": post, "post-trained": post}

@@ -58,11 +58,7 @@ def _compare(
     """The distance of each of `names`, and those of `blocks` whose bytes differ."""
     twins = pair.correspondence.twins
     nbytes = {name: pair.pretrained[twins[name]].nbytes + pair.posttrained[name].nbytes for name in (*names, *blocks)}
-    with (
-        pair.open() as reader,
-        one_core_per_chunk(progress),
-        cancellable_pool(threads) as (pool, cancelled),
-    ):
+    with pair.open() as reader, one_core_per_chunk(progress), cancellable_pool(threads) as (pool, cancelled):
         progress.start("comparing", sum(nbytes.values()))
 
         def measure(name: str) -> Distance:

@@ -98,7 +98,7 @@ class SearchSummary(Model):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a search found out about a recipe: `own` is the recipe's candidate, `others` what it is compared with.
+    """What a search found about a recipe: `own` is the recipe's candidate, `others` what it is compared with.
 
     `reselected` is the share of resampled prompts that select `own`, None where that is not known.
     """

@@ -30,7 +30,7 @@ class Journal:
         self.folder = folder
         self.finished = finished
         self.nan_names: set[str] = set()
-        """The tensors in whose blends a value was not a number, also those of earlier runs."""
+        """The blended tensors with a NaN, also those of earlier runs."""
         self.durable = durable
         self._fingerprint = fingerprint
         self._lock = Lock()
@@ -88,7 +88,7 @@ class Journal:
             self.finished[piece] = digest
 
     def note_nans(self, names: Iterable[str]) -> None:
-        """Add tensors in whose blends a value was not a number; to be called before their pieces are recorded."""
+        """Add blended tensors with a NaN; call this before their pieces are recorded."""
         with self._lock:
             for name in sorted({*names} - self.nan_names):
                 self._append(_nan_line(name))

@@ -34,7 +34,7 @@ _MAX_BYTES = 1 << 27
 
 
 class FileEntry(Model):
-    """A file of the merge; `sha256` is what the Hub says of the post-trained shard that it is a copy of."""
+    """A file of the merge; `sha256` is the Hub's digest of the post-trained shard that it is a copy of."""
 
     bytes: int
     digest: str

@@ -39,7 +39,7 @@ class HybridReader:
         self._measuring: dict[str, Lock] = {}
         self._lock = Lock()
         self.nan_names: set[str] = set()
-        """The tensors in whose blends a value was not a number, among those computed so far."""
+        """The blended tensors with a NaN, among those computed so far."""
 
     @property
     def blender(self) -> Blender:
@@ -63,7 +63,7 @@ class HybridReader:
     def chunks(self, parts: Sequence[Part]) -> Iterator[memoryview]:
         """The bytes of `parts`, one after the other; each chunk is valid until the next one.
 
-        What follows each other in a source's file is read as one stream: on the Hub, in one request.
+        Adjacent bytes of a source's file are read as one stream: on the Hub, in one request.
         """
         parts = [each for part in parts for each in _by_rows(part)]
         streams: dict[Side, Iterator[ByteStream]] = {
@@ -257,7 +257,7 @@ def _reads(checkpoint: Checkpoint, side: Side, parts: Iterable[Part]) -> Iterato
 
 
 def _streams(reader: TensorReader, reads: Sequence[tuple[str, int, int]]) -> Iterator[ByteStream]:
-    """A stream for each read; those that follow each other in a file share one."""
+    """A stream for each read; adjacent reads in a file share one."""
     runs: list[list[tuple[str, int, int]]] = []
     expected: tuple[str, int] | None = None
     for name, begin, end in reads:

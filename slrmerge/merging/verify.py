@@ -6,7 +6,6 @@ Without the sources a digest shows that a file changed; with them the tensor tha
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Executor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,13 +47,6 @@ class VerifyResult:
 
     def __repr__(self) -> str:
         return f"<VerifyResult {self.folder}: {self.files} files intact; sources: {self.sources}>"
-
-
-@dataclass(frozen=True, slots=True)
-class _Comparable:
-    """The plan that made a merge, planned again from its sources."""
-
-    plan: MergePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,29 +92,21 @@ def _verify(
     progress: Progress,
 ) -> VerifyResult:
     expected = {name: FileDigest(entry.bytes, entry.digest) for name, entry in manifest.files.items()}
-    missing = dict.fromkeys(name for name in expected if not (folder / name).is_file())
-    present = [name for name in expected if name not in missing]
-    progress.start("checking digests", sum(expected[name].file_bytes for name in present))
-    with ThreadPool(threads) as pool:
-        altered = set(_altered_files(folder, expected, present, pool, progress))
-    places: dict[str, str] = {}
-    sources: _Comparable | _NotComparable = _NotComparable("the recipe in the folder was altered")
+    present = [name for name in expected if (folder / name).is_file()]
+    altered = _altered_files(folder, expected, present, threads, progress)
+    sources: MergePlan | _NotComparable = _NotComparable("the recipe in the folder was altered")
     if RECIPE_NAME in present and RECIPE_NAME not in altered:
         sources = _plan_again(folder, manifest, overrides, local_files_only=not full)
     if full:
-        if isinstance(sources, _NotComparable):
-            what, remedy = f"the sources cannot be compared: {sources.reason}", "make both available as they were"
-            raise VerificationError(Problem("sources-unavailable", str(folder), what, remedy))
-        sources = _Comparable(_with_checked_sources(sources.plan, progress))
-        places = dict(_altered_side_files(sources.plan, folder, present))
+        sources = _with_checked_sources(folder, sources, progress)
     copies: list[str] = []
-    if isinstance(sources, _Comparable):
-        shards = [shard for shard in sources.plan.shards if shard.name in present]
-        with sources.plan.pair.open() as readers:
-            places |= _compare(sources.plan, shards, folder, HybridReader(readers), threads, progress)
+    if isinstance(sources, MergePlan):
+        places = dict(_altered_side_files(sources, folder, present)) if full else {}
+        places |= _differing_shards(sources, folder, present, threads, progress)
     else:
         copies = [name for name in present if manifest.files[name].sha256 and name not in altered]
-        places |= dict(_differing_copies(folder, manifest, copies, progress))
+        places = dict(_differing_copies(folder, manifest, copies, progress))
+    missing = (name for name in expected if name not in present)
     problems = [
         *(Problem("file-missing", str(folder / name), "is missing", "merge again") for name in missing),
         *(
@@ -134,14 +118,14 @@ def _verify(
     raise_all(problems or _unreadable(folder, manifest), VerificationError)
     checked_bytes = sum(file.file_bytes for file in expected.values())
     described = _describe_sources(sources, copies)
-    return VerifyResult(folder, len(expected) + 1, checked_bytes, isinstance(sources, _Comparable), described)
+    return VerifyResult(folder, len(expected) + 1, checked_bytes, isinstance(sources, MergePlan), described)
 
 
-def _describe_sources(sources: _Comparable | _NotComparable, copies: list[str]) -> str:
+def _describe_sources(sources: MergePlan | _NotComparable, copies: list[str]) -> str:
     if isinstance(sources, _NotComparable):
         matching = f"; {len(copies)} unchanged shards match the Hub's digests" if copies else ""
         return f"not compared: {sources.reason}{matching}"
-    checked = sum(len(checkpoint.verified) for _, checkpoint in sources.plan.pair.items())
+    checked = sum(len(checkpoint.verified) for _, checkpoint in sources.pair.items())
     return "the weights are equal bit by bit" + (f"; {checked} source files match the Hub's digests" if checked else "")
 
 
@@ -193,12 +177,8 @@ def _alterations(folder: Path, altered: set[str], places: Mapping[str, str]) -> 
 
 
 def _plan_again(
-    folder: Path,
-    manifest: Manifest,
-    overrides: Mapping[Side, str | os.PathLike[str] | None],
-    *,
-    local_files_only: bool,
-) -> _Comparable | _NotComparable:
+    folder: Path, manifest: Manifest, overrides: Mapping[Side, str | os.PathLike[str] | None], *, local_files_only: bool
+) -> MergePlan | _NotComparable:
     """Plan the merge in `folder` again. Sources that the caller named must be right; others may be unavailable."""
     recipe = load_recipe(folder / RECIPE_NAME, max_shard_size=manifest.max_shard_size)
     named = {side: parse_source(source) for side, source in overrides.items() if source is not None}
@@ -224,11 +204,17 @@ def _plan_again(
         return _NotComparable(f"{error.problems[0].where}: {error.problems[0].what}")
     if dict(plan.origins()) != manifest.tensors:
         return _NotComparable(f"slrmerge {__version__} plans this merge differently")
-    return _Comparable(plan)
+    return plan
 
 
-def _with_checked_sources(plan: MergePlan, progress: Progress) -> MergePlan:
-    """The plan with the files that it reads downloaded and compared with the Hub's digests."""
+def _with_checked_sources(folder: Path, plan: MergePlan | _NotComparable, progress: Progress) -> MergePlan:
+    """The plan with the files that it reads downloaded and compared with the Hub's digests.
+
+    Raises VerificationError where the sources cannot be compared.
+    """
+    if isinstance(plan, _NotComparable):
+        what, remedy = f"the sources cannot be compared: {plan.reason}", "make both available as they were"
+        raise VerificationError(Problem("sources-unavailable", str(folder), what, remedy))
     for _, checkpoint in plan.pair.items():
         checkpoint.require_digests()
     return replace(plan, pair=plan.pair.download(progress, plan.read_files(), recheck=True))
@@ -257,15 +243,11 @@ def _altered_side_files(plan: MergePlan, folder: Path, present: Iterable[str]) -
                 yield file.name, "the whole file was compared"
 
 
-def _compare(
-    plan: MergePlan,
-    shards: list[PlannedShard],
-    folder: Path,
-    reader: HybridReader,
-    threads: int,
-    progress: Progress,
+def _differing_shards(
+    plan: MergePlan, folder: Path, present: Iterable[str], threads: int, progress: Progress
 ) -> dict[str, str]:
     """For every shard that differs from what the sources give, the first place that does."""
+    shards = [shard for shard in plan.shards if shard.name in present]
 
     def first_difference(stream: ShardStream, begin: int, stop: int) -> str:
         start = begin
@@ -280,8 +262,10 @@ def _compare(
             return "bytes past its end" if stop == stream.shard.file_bytes and file.read(1) else ""
 
     found: dict[str, str] = {}
-    with one_core_per_chunk(progress) if plan.needs_arithmetic else nullcontext(), ThreadPool(threads) as pool:
+    one_core = one_core_per_chunk(progress) if plan.needs_arithmetic else nullcontext()
+    with plan.pair.open() as readers, one_core, ThreadPool(threads) as pool:
         progress.start("comparing with the sources", sum(shard.file_bytes for shard in shards))
+        reader = HybridReader(readers)
         streams = [ShardStream(plan, shard, reader) for shard in shards]
         jobs = [(stream, *piece) for stream in streams for piece in pieces(stream.shard.file_bytes)]
         for (stream, _, _), place in zip(jobs, pool.map(lambda job: first_difference(*job), jobs), strict=True):
@@ -291,9 +275,10 @@ def _compare(
 
 
 def _altered_files(
-    folder: Path, expected: Mapping[str, FileDigest], names: list[str], pool: Executor, progress: Progress
-) -> Iterator[str]:
+    folder: Path, expected: Mapping[str, FileDigest], names: list[str], threads: int, progress: Progress
+) -> set[str]:
     """The files whose size or digest is not the one in the manifest."""
+    progress.start("checking digests", sum(expected[name].file_bytes for name in names))
 
     def digest(job: tuple[str, int, int]) -> bytes:
         name, start, stop = job
@@ -302,14 +287,13 @@ def _altered_files(
         return found
 
     same_size = [name for name in names if (folder / name).stat().st_size == expected[name].file_bytes]
-    yield from set(names).difference(same_size)
     jobs = [(name, *piece) for name in same_size for piece in pieces(expected[name].file_bytes)]
     digests: dict[str, list[bytes]] = {name: [] for name in same_size}
-    for (name, _, _), piece_digest in zip(jobs, pool.map(digest, jobs), strict=True):
-        digests[name].append(piece_digest)
-    for name, found in digests.items():
-        if combine(found) != expected[name].digest:
-            yield name
+    with ThreadPool(threads) as pool:
+        for (name, _, _), piece_digest in zip(jobs, pool.map(digest, jobs), strict=True):
+            digests[name].append(piece_digest)
+    intact = {name for name, found in digests.items() if combine(found) == expected[name].digest}
+    return {*names} - intact
 
 
 def _common_prefix(first: bytes, second: bytes) -> int:

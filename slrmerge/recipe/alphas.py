@@ -135,38 +135,56 @@ def resolve_rules(
     cannot be kept without its embedding: an alpha of 0 for the head alone has no effect.
     `place` turns a path in the recipe (`$.layers[0]`) into the place that a problem names.
     """
-    problems = list(_layer_problems(rules, stack, place))
-    layer_rules = [
-        _LayerMatcher(rule, [_Matcher(place(f"$.layers[{number}].modules"), pattern) for pattern in rule.modules])
-        for number, rule in enumerate(rules.layers)
-    ]
-    tensor_rules = [
-        _TensorMatcher(rule, _Matcher(place(f"$.tensors[{number}].match"), rule.match))
-        for number, rule in enumerate(rules.tensors)
-    ]
-    layers = range(stack.count if stack else 0)
-    restored = {layer for layer in layers for first, last in rules.restore or () if first <= layer <= last}
-    together = {name: group for group in tied for name in group}
-    alphas: dict[str, float] = {}
-    modules: set[str] = set()
-    for name in names:
-        alpha = rules.alpha or 0.0
-        located = stack.locate(name) if stack and (restored or layer_rules) else None
+    resolver = _Resolver(rules, stack, tied, place)
+    alphas = {name: resolver.alpha(name) for name in names}
+    problems = [*_layer_problems(rules, stack, place), *resolver.unused(list(alphas))]
+    return Resolution(TensorAlphas(alphas, blend=blend), problems)
+
+
+class _Resolver:
+    """The rules of a recipe, compiled for a stack; see `resolve_rules`. Remembers which patterns matched something."""
+
+    def __init__(
+        self, rules: Rules, stack: LayerStack | None, tied: Iterable[tuple[str, ...]], place: Callable[[str], str]
+    ) -> None:
+        self._stack = stack
+        self._default = rules.alpha or 0.0
+        self._layers = range(stack.count if stack else 0)
+        self._restored = {
+            layer for layer in self._layers for first, last in rules.restore or () if first <= layer <= last
+        }
+        self._layer_rules = [
+            _LayerMatcher(rule, [_Matcher(place(f"$.layers[{number}].modules"), pattern) for pattern in rule.modules])
+            for number, rule in enumerate(rules.layers)
+        ]
+        self._tensor_rules = [
+            _TensorMatcher(rule, _Matcher(place(f"$.tensors[{number}].match"), rule.match))
+            for number, rule in enumerate(rules.tensors)
+        ]
+        self._groups = {name: group for group in tied for name in group}
+        self._modules: set[str] = set()
+
+    def alpha(self, name: str) -> float:
+        """The alpha of a tensor: the last rule that names it decides."""
+        alpha = self._default
+        located = self._stack.locate(name) if self._stack and (self._restored or self._layer_rules) else None
         if located:
             layer, inner = located
-            alpha = 1.0 if layer in restored else alpha
-            paths = _module_paths(inner) if layer_rules else []
-            modules.update(paths)
-            for layer_rule in layer_rules:
+            alpha = 1.0 if layer in self._restored else alpha
+            paths = _module_paths(inner) if self._layer_rules else []
+            self._modules.update(paths)
+            for layer_rule in self._layer_rules:
                 alpha = layer_rule.alpha(layer, paths, otherwise=alpha)
-        for tensor_rule in tensor_rules:
-            alpha = tensor_rule.alpha(name, together.get(name), otherwise=alpha)
-        alphas[name] = alpha
-    for layer_rule in layer_rules:
-        if layer_rule.rule.range[0] in layers:
-            problems += _unused(layer_rule.modules, sorted(modules))
-    problems += _unused((each.matcher for each in tensor_rules), list(alphas))
-    return Resolution(TensorAlphas(alphas, blend=blend), problems)
+        for tensor_rule in self._tensor_rules:
+            alpha = tensor_rule.alpha(name, self._groups.get(name), otherwise=alpha)
+        return alpha
+
+    def unused(self, names: list[str]) -> Iterator[Problem]:
+        """Patterns that matched none of `names`, after `alpha` was asked for all of them."""
+        for rule, matchers in self._layer_rules:
+            if rule.range[0] in self._layers:
+                yield from _unused(matchers, sorted(self._modules))
+        yield from _unused((each.matcher for each in self._tensor_rules), names)
 
 
 def _module_paths(inner: str) -> list[str]:

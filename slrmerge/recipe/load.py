@@ -37,6 +37,11 @@ class AnyRecipe(Protocol):
     @property
     def has_rules(self) -> bool: ...
     @property
+    def is_mergekit(self) -> bool:
+        """Whether it is a mergekit config, whose two models have no roles but that of the base."""
+        ...
+
+    @property
     def written_as(self) -> tuple[str, ...]:
         """The names under which a merge writes the recipe as it was run."""
         ...

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -122,6 +122,8 @@ class Recipe(Rules):
         default=DEFAULT_SHARD_BYTES, description="The most bytes in one file, such as 5GB (10**9) or 2GiB (2**30)."
     )
 
+    is_mergekit: ClassVar[bool] = False
+
     _file: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
@@ -199,10 +201,7 @@ class Recipe(Rules):
     def relative_to(self, folder: Path, pair: ModelPair | None = None) -> dict[str, Any]:
         """`to_dict` for a file in `folder`: relative sources count from there; with `pair`, repositories are pinned."""
         sides: tuple[Side, ...] = ("pretrained", "posttrained") if self.pretrained or pair else ("posttrained",)
-        return {
-            **self.to_dict(),
-            **{side: self._source_from(side, folder, pair) for side in sides},
-        }
+        return {**self.to_dict(), **{side: self._source_from(side, folder, pair) for side in sides}}
 
     def _source_from(self, side: Side, folder: Path, pair: ModelPair | None) -> str:
         written = getattr(self, side)

@@ -39,10 +39,10 @@ MAX_ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
 _REPORTED_WAIT_S = 5.0
 _MAX_SLOW, _FORGIVING_BYTES = 3, 1_000_000
-"""So many slow responses, with fewer bytes than that after each, and a request is given up."""
+"""Slow responses after which a request is given up, and the bytes received after which they are forgotten."""
 
 _MAX_CONNECTS = 2
-"""Attempts to connect, after which a Hub that cannot be reached at all is reported; waiting for it rarely helps."""
+"""Failed attempts to connect after which the Hub is reported as unreachable; waiting for it rarely helps."""
 
 CONNECTION_ERRORS = (HTTPError, ConnectionError, TimeoutError)
 

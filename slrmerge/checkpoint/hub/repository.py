@@ -189,7 +189,7 @@ def open_cached(repository: Repository) -> HubRepository | AdapterFolder:
                 try_to_load_from_cache(repository.name, name, revision=repository.revision)
                 for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)
             )
-    except UnicodeDecodeError as error:  # a file in `refs` that is no commit
+    except UnicodeDecodeError as error:  # a file in `refs` that is not a commit
         raise HubError(_incomplete(repository)) from error
     if isinstance(adapter, str) and is_adapter({path.name for path in Path(adapter).parent.iterdir()}):
         return _read_adapter(Path(adapter).parent, repository)

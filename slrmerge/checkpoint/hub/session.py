@@ -125,7 +125,7 @@ def _check_response(response: httpx2.Response) -> None:
 def _require_web_address(address: str, request: httpx2.Request, *, relative: bool = False) -> None:
     try:
         parts = urlsplit(address)
-        parts.port  # noqa: B018 (raises ValueError where it is no number)
+        parts.port  # noqa: B018 (raises ValueError where it is not a number)
         httpx2.URL(address)
         is_valid = (parts.scheme in ("http", "https") and bool(parts.hostname)) or (relative and not parts.scheme)
     except (ValueError, httpx2.InvalidURL):

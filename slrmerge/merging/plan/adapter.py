@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -64,31 +64,17 @@ def as_adapter(plan: MergePlan) -> MergePlan:
     post = plan.pair.posttrained
     assert isinstance(post, AdapterCheckpoint)
     whole = {tensor.name: tensor for tensor in plan.tensors()}
-    planned, dropped = dict[str, PlannedTensor](), list[str]()
-    problems: list[Problem] = []
-    for name, update in post.updates.items():
-        if update.value is not None:
-            planned[update.value] = _value(plan.pair.pretrained, post, update.value, whole[name])
-        if update.delta is not None and whole[name].rows is not None:
-            what = "has rows that only the adapter has, which a scaled B · A cannot leave as they are"
-            problems.append(Problem("adapter-rows", name, what, "write the whole model, or leave out `vocabulary`"))
-        elif update.delta is not None and whole[name].alpha < 1:
-            planned |= {tensor.name: tensor for tensor in _factors(post, update.delta, whole[name].alpha)}
-        elif update.delta is not None and update.delta.right is not None:
-            dropped.append(update.delta.left)
-    for name, update in post.updates.items():
-        bias = update.delta.left if update.delta and update.delta.right is None else None
-        if bias in planned and bias.removesuffix("bias") + "weight" not in planned:
-            what, remedy = "would be kept without the weight of its module", "restore both, or write the whole model"
-            problems.append(Problem("adapter-bias-alone", name, what, remedy))
+    deltas = {name: update.delta for name, update in post.updates.items() if update.delta}
+    planned = {tensor.name: tensor for tensor in _tensors(plan.pair.pretrained, post, whole)}
+    problems = [*_row_problems(deltas, whole), *_bias_problems(deltas, planned)]
     if not planned:
         what, remedy = "leaves nothing of the adapter", "use the base itself, or restore fewer layers"
         problems.append(Problem("adapter-empty", plan.recipe.place("$"), what, remedy))
     raise_all(problems, PlanError)
-    shard = post.adapter.shard
-    own = AdapterFile(post.folder, post.config, {ADAPTER_WEIGHTS_NAME: shard}, post.side_files, whole=post)
+    own = AdapterFile(post.folder, post.config, {ADAPTER_WEIGHTS_NAME: post.adapter.shard}, post.side_files, whole=post)
     ordered = sorted(planned.values(), key=lambda tensor: (-DTYPE_BITS[tensor.info.dtype], tensor.name))
-    config = PlannedFile(ADAPTER_CONFIG_NAME, content=_config(post, dropped))
+    restored = [delta.left for name, delta in deltas.items() if delta.right is not None and whole[name].alpha == 1]
+    config = PlannedFile(ADAPTER_CONFIG_NAME, content=_config(post, restored))
     tokenizer = [
         PlannedFile(name, file)
         for name, file in post.side_files.items()
@@ -124,6 +110,30 @@ def _why_not(plan: MergePlan) -> Iterator[Problem]:
         yield Problem("adapter-tokenizer", plan.recipe.place("$.tokenizer"), what, "leave out `tokenizer`")
 
 
+def _tensors(pre: Checkpoint, post: AdapterCheckpoint, whole: Mapping[str, PlannedTensor]) -> Iterator[PlannedTensor]:
+    """What is left of the adapter's tensors: those stored whole, and the factors of modules that are not restored."""
+    for name, update in post.updates.items():
+        if update.value is not None:
+            yield _value(pre, post, update.value, whole[name])
+        if update.delta is not None and whole[name].rows is None and whole[name].alpha < 1:
+            yield from _factors(post, update.delta, whole[name].alpha)
+
+
+def _row_problems(deltas: Mapping[str, Delta], whole: Mapping[str, PlannedTensor]) -> Iterator[Problem]:
+    for name in deltas:
+        if whole[name].rows is not None:
+            what = "has rows that only the adapter has, which a scaled B · A cannot leave as they are"
+            yield Problem("adapter-rows", name, what, "write the whole model, or leave out `vocabulary`")
+
+
+def _bias_problems(deltas: Mapping[str, Delta], planned: Mapping[str, PlannedTensor]) -> Iterator[Problem]:
+    for name, delta in deltas.items():
+        is_bias = delta.right is None and delta.left in planned
+        if is_bias and delta.left.removesuffix("bias") + "weight" not in planned:
+            what, remedy = "would be kept without the weight of its module", "restore both, or write the whole model"
+            yield Problem("adapter-bias-alone", name, what, remedy)
+
+
 def _value(pre: Checkpoint, post: AdapterCheckpoint, stored: str, whole: PlannedTensor) -> PlannedTensor:
     """A tensor that the adapter stores whole, as the `whole` model has it. peft requires restored ones too."""
     info = post.adapter.shard.tensors[stored]
@@ -148,10 +158,10 @@ def _factors(post: AdapterCheckpoint, delta: Delta, alpha: float) -> Iterator[Pl
         yield PlannedTensor(stored, info, alpha, SCALED if is_scaled else "copy", None, stored)
 
 
-def _config(post: AdapterCheckpoint, dropped: Iterable[str]) -> bytes:
-    """The adapter's config, without the modules that are left out; a base in a folder is named absolutely."""
+def _config(post: AdapterCheckpoint, restored: Iterable[str]) -> bytes:
+    """The adapter's config without the modules of the factors in `restored`; a base in a folder is absolute."""
     content: dict[str, Any] = dict(post.adapter.content)
-    modules = [re.sub(r"^base_model\.model\.|\.lora_(embedding_)?[AB](\..*)?$", "", name) for name in dropped]
+    modules = [re.sub(r"^base_model\.model\.|\.lora_(embedding_)?[AB](\..*)?$", "", name) for name in restored]
     if modules:
         before = content.get("exclude_modules")
         if isinstance(before, str):

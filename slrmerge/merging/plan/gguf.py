@@ -36,10 +36,8 @@ def plan_gguf_tensors(recipe: AnyRecipe, pair: ModelPair, alphas: TensorAlphas) 
     assert isinstance(post, GgufCheckpoint)
     problems = list(_recipe_problems(recipe))
     if pre.architecture != post.architecture:
-        what, remedy = (
-            f"is {pre.architecture}, {post} is {post.architecture}",
-            "name the model that it was trained from",
-        )
+        what = f"is {pre.architecture}, {post} is {post.architecture}"
+        remedy = "name the model that it was trained from"
         return PlannedTensors([], [*problems, Problem("different-architectures", str(pre), what, remedy)], [])
     planned: list[PlannedTensor] = []
     refused, kept = Refusals(), Notes()
@@ -85,21 +83,19 @@ def _plan_tensor(
 
 def _recipe_problems(recipe: AnyRecipe) -> Iterator[Problem]:
     """Keys of a recipe that a merge of GGUF files cannot follow."""
-    if len(recipe.written_as) > 1:
+    if recipe.is_mergekit:
         what = "is a mergekit config, which names tensors as safetensors do"
         yield Problem("gguf-mergekit", recipe.place("$"), what, "write a recipe for GGUF files")
-    if recipe.dtype is not None:
-        what, remedy = "the tensors of GGUF files keep their types", "leave it out"
-        yield Problem("gguf-dtype", recipe.place("$.dtype"), what, remedy)
-    if recipe.max_shard_size != DEFAULT_SHARD_BYTES:
-        what, remedy = "the output has as many GGUF files as the post-trained side", "leave it out"
-        yield Problem("gguf-shard-size", recipe.place("$.max_shard_size"), what, remedy)
-    if recipe.vocabulary != "same":
-        what, remedy = "the embeddings of GGUF files are blended only where they have the same shape", "leave it out"
-        yield Problem("gguf-vocabulary", recipe.place("$.vocabulary"), what, remedy)
-    if recipe.tokenizer != "posttrained":
-        what, remedy = "the tokenizer is in the post-trained side's GGUF file", "leave it out"
-        yield Problem("gguf-tokenizer", recipe.place("$.tokenizer"), what, remedy)
+    as_many = "the output has as many GGUF files as the post-trained side"
+    same_shape = "the embeddings of GGUF files are blended only where they have the same shape"
+    for key, default, code, what in (
+        ("dtype", None, "gguf-dtype", "the tensors of GGUF files keep their types"),
+        ("max_shard_size", DEFAULT_SHARD_BYTES, "gguf-shard-size", as_many),
+        ("vocabulary", "same", "gguf-vocabulary", same_shape),
+        ("tokenizer", "posttrained", "gguf-tokenizer", "the tokenizer is in the post-trained side's GGUF file"),
+    ):
+        if getattr(recipe, key) != default:
+            yield Problem(code, recipe.place(f"$.{key}"), what, "leave it out")
 
 
 def _refuse_unmatched(pair: ModelPair, alphas: TensorAlphas, refused: Refusals) -> None:

@@ -14,7 +14,6 @@ from slrmerge.io.sizes import shorten
 from slrmerge.io.strict_json import InvalidJsonError, parse_json
 from slrmerge.io.text import to_json
 from slrmerge.merging.plan.model import PlannedTensor
-from slrmerge.merging.plan.quantized import QuantizedPair
 
 _NOT_CARRIED = ("format", "total_size", "total_parameters")
 """True of the source's files only."""
@@ -40,7 +39,7 @@ def plan_metadata(pair: ModelPair, tensors: Iterable[PlannedTensor]) -> PlannedM
     if not any(key not in _NOT_CARRIED for _, side in pair.items() for file in side.metadata for key in file):
         return PlannedMetadata({}, True, [])
     tensors = list(tensors)
-    is_quantized = any(QuantizedPair.of(pair))
+    is_quantized = any(pair.quantization)
     metadata, problems = _merged(pair, tensors, is_quantized=is_quantized)
     kept = (tensor._replace(pretrained=None, posttrained=tensor.name) for tensor in tensors)
     return PlannedMetadata(metadata, metadata == _merged(pair, kept, is_quantized=is_quantized)[0], problems)

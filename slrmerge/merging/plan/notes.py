@@ -1,4 +1,4 @@
-"""What a reader of the plan should know about the two models: what the output computes otherwise than it seems."""
+"""Notes on a plan: where the output does not compute what one would expect of the two models."""
 
 import re
 from collections import defaultdict
@@ -29,7 +29,7 @@ def model_notes(pair: ModelPair, alphas: Mapping[str, float], differences: Itera
 
 
 def _config_notes(differences: Iterable[Difference]) -> Iterator[str]:
-    """Differences that make restored layers compute otherwise than they were trained to."""
+    """Differences with which restored layers do not compute what they were trained to."""
     described = "; ".join(map(str, differences))
     if described:
         yield f"the configs differ, restored layers run with the post-trained values: {described}"

@@ -22,8 +22,9 @@ from slrmerge.merging.plan.metadata import plan_metadata
 from slrmerge.merging.plan.model import MergePlan, PlannedTensor
 from slrmerge.merging.plan.notes import left_out_notes, model_notes
 from slrmerge.merging.plan.shards import lay_out
-from slrmerge.merging.plan.tensors import TensorPlanner
+from slrmerge.merging.plan.tensors import PlannedTensors, TensorPlanner
 from slrmerge.merging.plan.tokenizer import tokenizer_notes
+from slrmerge.recipe.alphas import TensorAlphas
 from slrmerge.recipe.load import AnyRecipe, RecipeLike, as_recipe, require_rules
 
 
@@ -49,17 +50,17 @@ def plan_merge(
     require_pair(pair)
     alphas, problems = recipe.resolve(pair)
     raise_all(_empty_problems(pair, alphas), PlanError)
-    if pair.posttrained.format == "gguf":
-        planned, limit_bytes = plan_gguf_tensors(recipe, pair, alphas), sys.maxsize
-    else:
-        shared = recipe.vocabulary == "shared"
-        planner = TensorPlanner(pair, recipe.dtype, blend=alphas.blend, shares_vocabulary=shared)
-        planned, limit_bytes = planner.plan(alphas), recipe.max_shard_size
-        problems += _size_problems(planned.tensors, recipe)
+    planned = _plan_tensors(recipe, pair, alphas)
+    limit_bytes = sys.maxsize if pair.posttrained.format == "gguf" else recipe.max_shard_size
     metadata = plan_metadata(pair, planned.tensors)
     differences = compare_configs(pair.pretrained.config, pair.posttrained.config)
-    heads = _head_problems(pair, differences) if any(alphas.values()) else ()
-    problems += [*require_same_depth(pair), *heads, *planned.problems, *metadata.problems]
+    problems += [
+        *_size_problems(planned.tensors, limit_bytes, recipe.place("$.max_shard_size")),
+        *require_same_depth(pair),
+        *(_head_problems(pair, differences) if any(alphas.values()) else ()),
+        *planned.problems,
+        *metadata.problems,
+    ]
     raise_all(problems, PlanError)
     shards, resharded = lay_out(
         planned.tensors,
@@ -99,6 +100,14 @@ def plan(
     return replace(made, notes=(*tokenizer_notes(recipe.tokenizer, whole.pair, whole.tensors()), *made.notes))
 
 
+def _plan_tensors(recipe: AnyRecipe, pair: ModelPair, alphas: TensorAlphas) -> PlannedTensors:
+    if pair.posttrained.format == "gguf":
+        return plan_gguf_tensors(recipe, pair, alphas)
+    shares_vocabulary = recipe.vocabulary == "shared"
+    planner = TensorPlanner(pair, recipe.dtype, blend=alphas.blend, shares_vocabulary=shares_vocabulary)
+    return planner.plan(alphas)
+
+
 def _head_problems(pair: ModelPair, differences: Iterable[Difference]) -> Iterator[Problem]:
     """Layers of equal shapes that are cut into other attention heads do not fit, whatever the shapes say."""
     for difference in differences:
@@ -124,11 +133,10 @@ def _name_problems(names: Iterable[str]) -> Iterator[Problem]:
             yield Problem("invalid-name", name, "cannot be the name of a merge's file", "rename it, without : and \\")
 
 
-def _size_problems(tensors: Sequence[PlannedTensor], recipe: AnyRecipe) -> Iterator[Problem]:
-    """A limit for files that is below most tensors, which would then get a file each."""
-    too_large = [tensor for tensor in tensors if tensor.info.nbytes > recipe.max_shard_size]
+def _size_problems(tensors: Sequence[PlannedTensor], limit_bytes: int, where: str) -> Iterator[Problem]:
+    """A limit for files that is below the size of most tensors, which would then get a file each."""
+    too_large = [tensor.info.nbytes for tensor in tensors if tensor.info.nbytes > limit_bytes]
     if len(tensors) > 2 and len(too_large) * 2 > len(tensors):
-        smallest = min(tensor.info.nbytes for tensor in too_large)
-        what = f"{recipe.max_shard_size:,} bytes hold hardly any tensor: most have {smallest:,} bytes or more"
+        what = f"{limit_bytes:,} bytes hold hardly any tensor: most have {min(too_large):,} bytes or more"
         remedy = "write a size in bytes with its unit, such as 5GB (5B is five bytes)"
-        yield Problem("shard-size-too-small", recipe.place("$.max_shard_size"), what, remedy)
+        yield Problem("shard-size-too-small", where, what, remedy)

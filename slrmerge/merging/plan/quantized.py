@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple, Self
 
 from slrmerge.checkpoint.base import Checkpoint
 from slrmerge.checkpoint.layers import LayerStack
@@ -10,41 +9,16 @@ from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.checkpoint.quantized import Quantization
 from slrmerge.merging.plan.refusals import QUANTIZED_ALIKE, Refusals
 
-
-class QuantizedPair(NamedTuple):
-    """How each side is quantized; None where it is not."""
-
-    pretrained: Quantization | None
-    posttrained: Quantization | None
-
-    @classmethod
-    def of(cls, pair: ModelPair) -> Self:
-        return cls(Quantization.of(pair.pretrained), Quantization.of(pair.posttrained))
-
-    @property
-    def modules(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        """The tensors of either side that belong to recognized modules → those modules."""
-        pre, post = (side.modules if side else {} for side in self)
-        return pre, post
-
-    @property
-    def unknown(self) -> str:
-        """Why the format of one side is not known, or empty."""
-        return next((side.unknown for side in self if side and side.unknown), "")
-
-
 _ALIKE_OR_NOT = f"{QUANTIZED_ALIKE}, or the unquantized ones"
 _WHOLE_LAYERS = "restore whole layers with `restore`, or merge the unquantized models"
 
 
-def refuse_quantized(
-    pair: ModelPair, quantized: QuantizedPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool
-) -> None:
+def refuse_quantized(pair: ModelPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool) -> None:
     """Refuse alphas for which one side is quantized, both differ, or the format is not known.
 
     `casts` says whether the recipe gives a dtype.
     """
-    pre, post = quantized
+    pre, post = pair.quantization
     touched = {name for name, alpha in alphas.items() if alpha}
     if _touches(pair.posttrained, post, pair.posttrained, touched) or _touches(
         pair.pretrained, pre, pair.posttrained, touched
@@ -58,16 +32,15 @@ def refuse_quantized(
         if pre and post and (difference := pre.difference(post)):
             what = f"the two sides are quantized differently: {difference}"
             return refused.add(str(pair.pretrained), "different-quantization", what, _ALIKE_OR_NOT)
-    if quantized.unknown:
-        _refuse_unknown(pair, quantized.unknown, alphas, refused, casts=casts)
+    if pair.quantization.unknown:
+        _refuse_unknown(pair, pair.quantization.unknown, alphas, refused, casts=casts)
     return None
 
 
-def refuse_split_modules(
-    pair: ModelPair, quantized: QuantizedPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool
-) -> None:
+def refuse_split_modules(pair: ModelPair, alphas: Mapping[str, float], refused: Refusals, *, casts: bool) -> None:
     """Refuse to take apart what is one value in several tensors: a module, or a layer; and to cast it."""
-    _, modules = quantized.modules
+    _, quantization = pair.quantization
+    modules = quantization.modules if quantization else {}
     by_module: dict[str, set[float]] = defaultdict(set)
     for name, module in modules.items():
         if name in alphas:
@@ -76,8 +49,8 @@ def refuse_split_modules(
         if len(found) > 1:
             what = "is quantized, and its tensors would come from different sides"
             refused.add(module, "quantized-module-split", what, "give the whole module one alpha")
-    if quantized.posttrained and quantized.posttrained.shares_scales and pair.stack:
-        _refuse_split_layers(pair.stack, quantized.posttrained, alphas, refused)
+    if quantization and quantization.shares_scales and pair.stack:
+        _refuse_split_layers(pair.stack, quantization, alphas, refused)
     if casts and modules:
         what = "is quantized and cannot be cast to another dtype"
         refused.add(next(iter(modules)), "quantized-cast", what, "leave out `dtype`")

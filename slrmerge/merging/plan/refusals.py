@@ -8,7 +8,7 @@ from slrmerge.errors import Problem
 KEEP = "keep it post-trained: give it alpha: 0 under `tensors`"
 ANOTHER_MODEL = "the two are not the same architecture: name the model that it was trained from"
 NO_SUCH_PART = "the pre-trained model has no such {}, kept from the post-trained side"
-ALSO_THE_HEAD = "is the output head too on the post-trained side, and on the pre-trained side it is not"
+ALSO_THE_HEAD = "is also the output head on the post-trained side, but not on the pre-trained side"
 QUANTIZED_ALIKE = "merge two models quantized in the same way"
 
 

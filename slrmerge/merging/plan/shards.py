@@ -90,9 +90,7 @@ def _new_shards(
     groups = split_by_size((tensor.info.nbytes for tensor in tensors), limit_bytes=limit_bytes)
     return tuple(
         PlannedShard(
-            _shard_name(number, len(groups)),
-            _widest_first(tensors[position] for position in group),
-            metadata=metadata,
+            _shard_name(number, len(groups)), _widest_first(tensors[position] for position in group), metadata=metadata
         )
         for number, group in enumerate(groups, start=1)
     )

@@ -15,7 +15,7 @@ from slrmerge.checkpoint.header import DTYPE_BITS, FLOATING, SAFETENSORS_DTYPES,
 from slrmerge.checkpoint.pair import ModelPair
 from slrmerge.errors import PlanError, Problem, raise_all
 from slrmerge.merging.plan.model import ADAPTER, PlannedTensor
-from slrmerge.merging.plan.quantized import QuantizedPair, refuse_quantized, refuse_split_modules
+from slrmerge.merging.plan.quantized import refuse_quantized, refuse_split_modules
 from slrmerge.merging.plan.refusals import (
     ALSO_THE_HEAD,
     ANOTHER_MODEL,
@@ -51,19 +51,18 @@ class TensorPlanner:
         self._shares_vocabulary = shares_vocabulary
         self._refused = Refusals()
         self._notes = Notes()
-        self._quantized = QuantizedPair.of(pair)
-        self._quantized_pre, self._quantized_post = self._quantized.modules
+        self._quantized_pre, self._quantized_post = pair.quantization.modules
 
     def plan(self, alphas: Mapping[str, float]) -> PlannedTensors:
         """Plan every tensor at its alpha."""
-        quantized, casts = (self._pair, self._quantized, alphas, self._refused), self._dtype is not None
-        refuse_quantized(*quantized, casts=casts)
+        casts = self._dtype is not None
+        refuse_quantized(self._pair, alphas, self._refused, casts=casts)
         if self._refused:  # what else does not fit follows from this
             return PlannedTensors([], self._refused.problems(), [])
         planned = [tensor for name, alpha in alphas.items() if (tensor := self._plan_one(name, alpha))]
-        refuse_split_modules(*quantized, casts=casts)
+        refuse_split_modules(self._pair, alphas, self._refused, casts=casts)
         self._check_tied(alphas)
-        refuse_unmatched(self._pair, self._quantized, alphas, self._refused, self._notes)
+        refuse_unmatched(self._pair, alphas, self._refused, self._notes)
         notes = self._notes.lines()
         if self._names.note and any(alphas.values()):
             notes.insert(0, self._names.note)
@@ -77,7 +76,7 @@ class TensorPlanner:
         if twin is None:
             return self._plan_unmatched(name, post)
         pre = self._pair.pretrained[twin]
-        is_packed = self._quantized.unknown and post.dtype not in FLOATING
+        is_packed = self._pair.quantization.unknown and post.dtype not in FLOATING
         if is_packed or name in self._quantized_post or twin in self._quantized_pre:
             return self._plan_quantized(name, alpha, twin, pre, post)
         rows: int | None = None

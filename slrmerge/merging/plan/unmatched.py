@@ -7,7 +7,6 @@ from slrmerge.checkpoint.buffers import is_constant
 from slrmerge.checkpoint.fused import fusion
 from slrmerge.checkpoint.layers import split_layer
 from slrmerge.checkpoint.pair import ModelPair
-from slrmerge.merging.plan.quantized import QuantizedPair
 from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, QUANTIZED_ALIKE, Notes, Refusals
 
 CONSTANT = "computed from the config, {} the post-trained side"
@@ -21,9 +20,7 @@ _SAVE_ALIKE = (
 _LORA = re.compile(r"\.(?:lora_[A-Za-z_]+|base_layer)\.")
 
 
-def refuse_unmatched(
-    pair: ModelPair, quantized: QuantizedPair, alphas: Mapping[str, float], refused: Refusals, notes: Notes
-) -> None:
+def refuse_unmatched(pair: ModelPair, alphas: Mapping[str, float], refused: Refusals, notes: Notes) -> None:
     """Refuse what has no counterpart, and note what is left out."""
     only_post, only_pre = _only_posttrained(pair, alphas), _only_pretrained(pair, alphas, notes)
     found_pre = set(map(fusion, only_pre))
@@ -34,17 +31,17 @@ def refuse_unmatched(
     }
     is_one_type = pair.pretrained.config.get("model_type") == pair.posttrained.config.get("model_type")
     renamed = _SAVE_ALIKE if is_one_type else ANOTHER_MODEL
-    pre, post = quantized.modules
+    pre, post = pair.quantization.modules
     pre_modules, post_modules = set(pre.values()), set(post.values())
     for name in only_post:
         if module := _module_of(name, post, pre_modules):
-            _refuse_quantized(module, quantized, refused)
+            _refuse_quantized(module, pair, refused)
         elif not _refuse_fused(name, fused, "post-trained", refused, renamed):
             may_be_renamed = only_pre or pair.correspondence.differing_layers
             _refuse_posttrained(name, pair, refused, renamed if may_be_renamed else ANOTHER_MODEL)
     for name in only_pre:
         if module := _module_of(name, pre, post_modules):
-            _refuse_quantized(module, quantized, refused)
+            _refuse_quantized(module, pair, refused)
         elif not _refuse_fused(name, fused, "pre-trained", refused, renamed):
             what = "is in a pre-trained layer, but not in the post-trained checkpoint"
             refused.add(name, "different-architectures", what, renamed if only_post else ANOTHER_MODEL)
@@ -88,8 +85,8 @@ def _module_of(name: str, own: Mapping[str, str], others: set[str]) -> str | Non
     return own.get(name) or next((each for each in (name, name.rpartition(".")[0]) if each in others), None)
 
 
-def _refuse_quantized(module: str, quantized: QuantizedPair, refused: Refusals) -> None:
-    pre, post = quantized.modules
+def _refuse_quantized(module: str, pair: ModelPair, refused: Refusals) -> None:
+    pre, post = pair.quantization.modules
     if pre and post:
         what = "is not quantized in the same way on both sides"
     else:
@@ -98,7 +95,7 @@ def _refuse_quantized(module: str, quantized: QuantizedPair, refused: Refusals) 
 
 
 def _refuse_fused(name: str, fused: Mapping[str, str], side: str, refused: Refusals, remedy: str) -> bool:
-    """Whether a tensor is fused, or not, unlike on the other side; reported by the names of the fused side."""
+    """Whether a tensor is fused on one side only; reported by the names of the fused side."""
     found = fusion(name)
     if found is None or found[0] not in fused:
         return False

@@ -43,7 +43,7 @@ class MergekitRecipe:
     dtype_override: str | None = None
     max_shard_size: int = DEFAULT_SHARD_BYTES
 
-    has_rules = True
+    has_rules = is_mergekit = True
     vocabulary = "same"
     written_as = (RECIPE_NAME, "mergekit_config.yml")
     """The names under which a merge writes the recipe as it was run; mergekit's users expect the second."""
@@ -152,7 +152,7 @@ def _absolute(model: str) -> str:
 
     Of a model with a LoRA, written `MODEL+LORA`, both.
     """
-    if os.path.exists(model):  # noqa: PTH110 (a long name is no error)
+    if os.path.exists(model):  # noqa: PTH110 (False for a name that is too long)
         return str(Path(model).absolute())
     below, plus, lora = model.rpartition("+")
     return f"{_absolute(below)}+{_absolute(lora)}" if plus else model

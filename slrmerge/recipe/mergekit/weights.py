@@ -53,7 +53,7 @@ def resolve_config(
         located = stack.locate(name)
         part, position = _place_of(name, located[0] if located else None, spans)
         try:
-            alphas[name] = _alpha(config, other, part, name, position)
+            alphas[name] = _alpha(_Parameters(config, part, name, position), other)
         except InvalidWeightError as error:
             invalid.setdefault(error.what, error)
     problems += [Problem(error.code, where, error.what, error.remedy) for error in invalid.values()]
@@ -87,64 +87,78 @@ def _place_of(name: str, layer: int | None, spans: list[Span]) -> tuple[Slice, f
     return span.part, (layer - span.first) / (length - 1) if length > 1 else 1.0
 
 
-def _alpha(config: MergekitConfig, other: str, part: Slice, name: str, position: float) -> float:
-    def value(key: str, source: SliceSource | None, default: float | None) -> float:
-        return _value(config, key, source, part, name, position, default)
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """The parameters of the tensor `name`, at a position in a slice from 0 to 1."""
 
-    method, sources = config.merge_method, part.sources
-    if method == "passthrough":
-        if len(sources) > 1:
-            raise InvalidWeightError(
-                "unsupported-sources", "passthrough takes one source per slice", "remove the others"
-            )
-        alpha = float(sources[0].model == other)
-    elif method in INTERPOLATIONS:
-        base = config.base_model
-        if {source.model for source in sources} | {base} != {base, other} or len(sources) > 2:
-            what = f"{method} goes from the base model to one other"
-            raise InvalidWeightError("unsupported-sources", what, "give each slice both models, each once")
-        alpha = value(INTERPOLATIONS[method].mergekit_parameter or "", None, None)
-    elif method == "task_arithmetic":
-        task = next((source for source in sources if source.model == other), None)
-        weight = value("weight", task, None) if task else 0.0
-        alpha = 1.0 if value("normalize", None, 0.0) and weight else weight
-        alpha *= value("lambda", None, 1.0)
-    else:
-        if config.models and config.base_model and config.base_model not in {source.model for source in sources}:
-            sources = (*sources, SliceSource(model=config.base_model))
-        weights = {source.model: value("weight", source, None) for source in reversed(sources)}
-        total = sum(weights.values())
-        if not value("normalize", None, 1.0) and abs(total - 1) > 1e-9:
-            what = f"the weights sum to {total:g} and normalize is false"
-            raise InvalidWeightError("not-a-mean", what, "remove normalize, or let the weights sum to 1")
-        if total == 0:
-            raise InvalidWeightError("not-a-mean", "the weights sum to 0", "give the models weights with another sum")
-        alpha = weights.get(other, 0.0) / total
+    config: MergekitConfig
+    part: Slice
+    name: str
+    position: float
+
+    def value(self, key: str, source: SliceSource | None = None, *, default: float | None = None) -> float:
+        """A parameter: the source's, the slice's or the config's; the first that has a value for the tensor."""
+        levels = [source.parameters if source else {}, self.part.parameters, self.config.parameters]
+        for setting in (level[key] for level in levels if key in level):
+            found = _evaluate(setting, self.name, self.position)
+            if found is not None:
+                return found
+        if default is None:
+            what = f"no {key} is given" + (f" for {source.model}" if source else "")
+            raise InvalidWeightError("missing-weight", what, "add it to the parameters")
+        return default
+
+
+def _alpha(parameters: _Parameters, other: str) -> float:
+    """The share of `other` in a tensor, by the method of the config."""
+    method = parameters.config.merge_method
+    compute = _interpolated if method in INTERPOLATIONS else _SHARES[method]
+    alpha = compute(parameters, other)
     if not -1e-9 <= alpha <= 1 + 1e-9:
         what = f"the share of {other} is {alpha:g}, which is not between 0 and 1"
         raise InvalidWeightError("alpha-out-of-range", what, "use mergekit to extrapolate")
     return min(max(alpha, 0.0), 1.0)
 
 
-def _value(
-    config: MergekitConfig,
-    key: str,
-    source: SliceSource | None,
-    part: Slice,
-    name: str,
-    position: float,
-    default: float | None,
-) -> float:
-    """A parameter: the source's, the slice's or the config's; the first that has a value for `name`."""
-    levels = [source.parameters if source else {}, part.parameters, config.parameters]
-    for setting in (level[key] for level in levels if key in level):
-        found = _evaluate(setting, name, position)
-        if found is not None:
-            return found
-    if default is None:
-        what = f"no {key} is given" + (f" for {source.model}" if source else "")
-        raise InvalidWeightError("missing-weight", what, "add it to the parameters")
-    return default
+def _passed_through(parameters: _Parameters, other: str) -> float:
+    source, *others = parameters.part.sources
+    if others:
+        raise InvalidWeightError("unsupported-sources", "passthrough takes one source per slice", "remove the others")
+    return float(source.model == other)
+
+
+def _interpolated(parameters: _Parameters, other: str) -> float:
+    method, base = parameters.config.merge_method, parameters.config.base_model
+    models = [source.model for source in parameters.part.sources]
+    if {*models, base} != {base, other} or len(models) > 2:
+        what = f"{method} goes from the base model to one other"
+        raise InvalidWeightError("unsupported-sources", what, "give each slice both models, each once")
+    return parameters.value(INTERPOLATIONS[method].mergekit_parameter or "")
+
+
+def _task_arithmetic(parameters: _Parameters, other: str) -> float:
+    task = next((source for source in parameters.part.sources if source.model == other), None)
+    weight = parameters.value("weight", task) if task else 0.0
+    share = 1.0 if parameters.value("normalize", default=0.0) and weight else weight
+    return share * parameters.value("lambda", default=1.0)
+
+
+def _mean(parameters: _Parameters, other: str) -> float:
+    config, sources = parameters.config, parameters.part.sources
+    if config.models and config.base_model and config.base_model not in {source.model for source in sources}:
+        sources = (*sources, SliceSource(model=config.base_model))
+    weights = {source.model: parameters.value("weight", source) for source in reversed(sources)}
+    total = sum(weights.values())
+    if not parameters.value("normalize", default=1.0) and abs(total - 1) > 1e-9:
+        what = f"the weights sum to {total:g} and normalize is false"
+        raise InvalidWeightError("not-a-mean", what, "remove normalize, or let the weights sum to 1")
+    if total == 0:
+        raise InvalidWeightError("not-a-mean", "the weights sum to 0", "give the models weights with another sum")
+    return weights.get(other, 0.0) / total
+
+
+_SHARES = {"passthrough": _passed_through, "task_arithmetic": _task_arithmetic, "linear": _mean}
+"""The share of the other model in a tensor, by the methods that are not in `INTERPOLATIONS`."""
 
 
 def _evaluate(setting: object, name: str, position: float) -> float | None:
