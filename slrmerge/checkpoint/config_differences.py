@@ -29,6 +29,14 @@ _SYNONYMS = {
     "hidden_activation": "activation",
     "num_experts_per_token": "num_experts_per_tok",
     "moe_top_k": "num_experts_per_tok",
+    "moe_topk": "num_experts_per_tok",
+    "moe_k": "num_experts_per_tok",
+    "moe_renormalize": "norm_topk_prob",
+    "num_expert_group": "n_group",
+    "num_shared_experts": "n_shared_experts",
+    "route_scale": "routed_scaling_factor",
+    "sliding_window_size": "sliding_window",
+    "attention_window_size": "sliding_window",
 }
 
 _ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_python": "gelu"}
@@ -41,7 +49,7 @@ _ROPE_KEYS = frozenset({
 
 _INCIDENTAL = re.compile(
     r"_.*|.*(_token_ids?|_token_index|_version|dropout|_pdrop|_dropout_prob|_loss_coef|_init|_noise)|init.*|output_.*"
-    r"|unsloth.*|(torch_)?dtype|use_cache|vocab_size|.*_vocab_size|architectures|model_type|tie_.*|id2label|label2id"
+    r"|unsloth.*|(torch_)?dtype|use_cache|vocab_size|(?!unpadded_).*_vocab_size|architectures|model_type|tie_.*|id2label|label2id"
     r"|num_labels|problem_type|finetuning_task|task_specific_params|tokenizer_class|auto_map|quantization(_config)?"
     r"|compression_config|pretraining_tp|torchscript|return_dict|gradient_checkpointing|attn_implementation|use_bfloat16"
     r"|max_position_embeddings|n_positions|n_ctx|(model_)?max_length|max_window_layers|summary_.*|num_hidden_layers"
@@ -91,7 +99,7 @@ def compare_configs(pretrained: Mapping[str, Any], posttrained: Mapping[str, Any
         if known is not None and key not in known and (own is None or other is None):
             continue  # derived from other settings, or not a setting of this architecture at all
         if not _same(own, other):
-            found.append(Difference(key, own, other))
+            found.append(Difference(key, *(None if value is False else value for value in (own, other))))
     own_types, other_types = _layer_types(pre), _layer_types(post)
     if own_types and other_types and own_types != other_types:
         found.append(Difference("layer_types", own_types, other_types))
@@ -130,20 +138,19 @@ def _known_settings(config: Mapping[str, Any]) -> Set[str] | None:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by one name each, off ones left out, defaults filled in."""
-    model_type = str(config.get("model_type", "")).removesuffix("_text")
+    """Settings by one name each, those that are None left out, defaults filled in."""
     defaults = config_defaults().get(_model_type(config), {})
+    has_activation = any(_SYNONYMS.get(key) == "activation" for key in defaults)
     found: dict[str, Any] = {}
     for key, value in [*defaults.items(), *config.items()]:
         name = _SYNONYMS.get(key, key)
         is_derived = value is None and (name in _HEAD_KEYS or key not in config)  # any other null turns a setting off
         is_derived = is_derived or (value is None and _has_synonym(config, key, name))
-        if not (is_derived or key in _ROPE_KEYS or _INCIDENTAL.fullmatch(key)):
+        is_ignored = has_activation and name == "activation" and key not in defaults  # Gemma 2 has a hidden_act too
+        if not (is_derived or is_ignored or key in _ROPE_KEYS or _INCIDENTAL.fullmatch(key)):
             found[name] = value
-    if isinstance(config.get("hidden_activation"), str):  # Gemma's own; its hidden_act is ignored
-        found["activation"] = config["hidden_activation"]
-    elif model_type.startswith("gemma"):
-        found["activation"] = "gelu_pytorch_tanh"
+    if _model_type(config) == "gemma" and found.get("activation") == "gelu":
+        found["activation"] = "gelu_pytorch_tanh"  # what Gemma's first configs mean by it
     activation = found.get("activation")
     if isinstance(activation, str):
         found["activation"] = _ACTIVATIONS.get(activation, activation)
@@ -158,7 +165,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
             found.setdefault("num_key_value_heads", heads)
         if hidden and "qk_rope_head_dim" not in config:
             found.setdefault("head_dim", hidden // heads)
-    return {key: value for key, value in found.items() if value is not None and value is not False}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _has_synonym(config: Mapping[str, Any], key: str, name: str) -> bool:

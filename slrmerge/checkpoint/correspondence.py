@@ -39,18 +39,18 @@ class Correspondence:
     """`twins` maps post-trained names to pre-trained ones.
 
     `by_tie` are those of them that correspond because one side's head is its embedding. `embeddings` are the
-    post-trained side's, with its head. `note` says how the names differ; `differing_layers` are the prefixes of stacks
-    that could not be matched, pre-trained first; `stacks` are those that were. `untied_head` is the pre-trained head,
-    where the post-trained side ties its own to the embedding and the pre-trained side does not.
+    post-trained side's, with its head; `pretrained_embeddings` the other's. `note` says how the names differ;
+    `differing_layers` are the prefixes of stacks that could not be matched, pre-trained first; `stacks` are those that
+    were.
     """
 
     twins: Mapping[str, str]
     by_tie: frozenset[str]
     embeddings: Embeddings
+    pretrained_embeddings: Embeddings
     note: str
     differing_layers: tuple[str, str] | None
     stacks: tuple[LayerStack | None, LayerStack | None]
-    untied_head: str | None
     keys: tuple[Mapping[str, str], Mapping[str, str]] = field(repr=False)
     """The names outside the layers of both sides, the pre-trained first → the same without prefixes."""
 
@@ -58,6 +58,12 @@ class Correspondence:
     def tied(self) -> list[tuple[str, ...]]:
         """Groups of post-trained names that are one tensor."""
         return self.embeddings.groups
+
+    @property
+    def untied_head(self) -> str | None:
+        """The pre-trained head, where only the post-trained side ties its own to the embedding."""
+        own = self.pretrained_embeddings
+        return own.head if self.embeddings.is_tied and not own.is_tied else None
 
     def missing_part(self, name: str) -> str:
         """What a post-trained tensor around the decoder belongs to that the pre-trained side lacks entirely.
@@ -131,10 +137,10 @@ def correspond(pre: Checkpoint, post: Checkpoint) -> Correspondence:
         final,
         frozenset(by_tie),
         embeddings[1],
+        embeddings[0],
         _describe(twins, pre_stack, post_stack),
         differing,
         (pre_stack, post_stack),
-        embeddings[0].head if embeddings[1].is_tied and not embeddings[0].is_tied else None,
         keys,
     )
 

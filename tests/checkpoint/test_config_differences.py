@@ -81,6 +81,19 @@ def test_equal_meanings_are_no_difference(pre: dict[str, Any], post: dict[str, A
         ({"n_head_kv": 2}, {}, ("num_key_value_heads", 2, 4)),
         ({"num_experts_per_tok": 2}, {"num_experts_per_tok": 4}, ("num_experts_per_tok", 2, 4)),
         ({"text_config": {"norm_eps": 1e-5}}, {}, ("norm_epsilon", 1e-5, 1e-6)),
+        ({"someones_flag": True}, {"someones_flag": False}, ("someones_flag", True, None)),
+        ({"model_type": "bailing_hybrid", "moe_renormalize": False}, {"model_type": "bailing_hybrid"}, (
+            "norm_topk_prob", None, True,
+        )),
+        ({"model_type": "inkling_text", "unpadded_vocab_size": 7}, {"model_type": "inkling_text"}, (
+            "unpadded_vocab_size", 7, None,
+        )),
+        ({"model_type": "gemma", "hidden_act": "relu"}, {"model_type": "gemma", "hidden_act": "gelu"}, (
+            "activation", "relu", "gelu_pytorch_tanh",
+        )),
+        ({"model_type": "gemma2", "hidden_activation": "relu", "hidden_act": "gelu"}, {"model_type": "gemma2"}, (
+            "activation", "relu", "gelu_pytorch_tanh",
+        )),
     ],
 )  # fmt: skip
 def test_real_differences_have_both_values(
@@ -117,7 +130,8 @@ def test_a_null_does_not_hide_the_same_setting_under_another_key() -> None:
 def test_an_absent_key_means_what_its_architecture_takes_it_for() -> None:
     assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": 4096}) == []
     assert compare_configs(MISTRAL, {**MISTRAL, "sliding_window": None}) == [("sliding_window", 4096, None)]
-    assert compare_configs(GEMMA, {**GEMMA, "hidden_act": "gelu"}) == []  # Gemma ignores hidden_act
+    assert compare_configs(GEMMA, {**GEMMA, "hidden_act": "gelu"}) == []  # what Gemma means by it
+    assert compare_configs(GEMMA, {**GEMMA, "hidden_activation": "relu"}) == []  # Gemma 2's key
     assert compare_configs(GEMMA, {**GEMMA, "head_dim": 256}) == []
     assert [each.setting for each in compare_configs(GEMMA, {**GEMMA, "head_dim": 128})] == ["head_dim"]
 

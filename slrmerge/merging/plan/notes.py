@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
+from slrmerge.checkpoint.buffers import is_constant
 from slrmerge.checkpoint.config_defaults import config_defaults
 from slrmerge.checkpoint.config_differences import Difference
 from slrmerge.checkpoint.layers import TOWER
@@ -88,11 +89,18 @@ def _list_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[str]:
 def _idle_notes(pair: ModelPair, alphas: Mapping[str, float]) -> Iterator[str]:
     """Rules without an effect, and weights that no rule reaches: those of sentence-transformers' other modules."""
     modules = [name for name in pair.posttrained.side_files if name.endswith((".safetensors", ".bin"))]
+    pre, twins = pair.pretrained, pair.correspondence.twins
+    left_out = pre.keys() - set(twins.values())
     if alphas and not any(alphas.values()):
         yield "nothing is taken from the pre-trained side: the output has the post-trained model's weights"
     elif modules:
         yield f"not in the model's own files, kept from the post-trained side whatever the rules: {', '.join(modules)}"
-    elif alphas and all(alpha == 1 for alpha in alphas.values()) and alphas.keys() <= pair.correspondence.twins.keys():
+    elif (
+        alphas
+        and all(alpha == 1 for alpha in alphas.values())
+        and alphas.keys() <= twins.keys()
+        and all(is_constant(name, pre[name], pre.config) for name in left_out)
+    ):
         yield "everything is taken from the pre-trained side: the output has the pre-trained model's weights"
 
 

@@ -12,6 +12,9 @@ from slrmerge.merging.plan.refusals import ANOTHER_MODEL, KEEP, QUANTIZED_ALIKE,
 CONSTANT = "computed from the config, {} the post-trained side"
 """A note on tensors that follow from the config."""
 
+_LEFT_OUT = "only in the pre-trained checkpoint, left out"
+_LEFT_OUT_TIED = f"{_LEFT_OUT}, as its config ties it to {{}} (transformers 5 does so only where the two are equal)"
+
 _TIE = "set tie_word_embeddings: true in its config if its embedding serves as the head; otherwise "
 _SAVE_ALIKE = (
     "load both with transformers 5 and save each with `save_pretrained(FOLDER, save_original_format=False)`; "
@@ -67,6 +70,9 @@ def _only_pretrained(pair: ModelPair, alphas: Mapping[str, float], notes: Notes)
     pre_stack, post_stack = names.stacks
     layers = {place[0] for name, alpha in alphas.items() if alpha and post_stack and (place := post_stack.locate(name))}
     twins = set(names.twins.values())
+    taken = {twin for name, twin in names.twins.items() if alphas.get(name)}
+    groups = names.pretrained_embeddings.groups
+    tied = {name: one for group in groups for one in taken.intersection(group) for name in group}
     found = []
     for name in pre:
         if name in twins:
@@ -76,7 +82,7 @@ def _only_pretrained(pair: ModelPair, alphas: Mapping[str, float], notes: Notes)
         elif pre_stack and (place := pre_stack.locate(name)):
             found += [name] if place[0] in layers else []
         elif not (names.differing_layers and pre.stack):
-            notes.add("only in the pre-trained checkpoint, left out", name)
+            notes.add(_LEFT_OUT_TIED.format(tied[name]) if name in tied else _LEFT_OUT, name)
     return found
 
 

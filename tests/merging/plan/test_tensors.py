@@ -237,6 +237,20 @@ def test_heads_that_are_tied_alike_are_blended_each_by_itself(tmp_path: Path) ->
     assert by_name(plan_of(tmp_path, alpha=1))[HEAD][4] == HEAD
 
 
+@pytest.mark.parametrize(
+    ("is_stored", "rules", "noted"),
+    [(True, {"alpha": 1}, (1, 0)), (True, {"restore": [1, 2]}, (0, 0)), (False, {"alpha": 1}, (0, 1))],
+)
+def test_a_head_that_the_pre_trained_config_ties_to_the_embedding_is_not_silently_left_out(
+    tmp_path: Path, is_stored: bool, rules: dict[str, Any], noted: tuple[int, int]
+) -> None:
+    tied = llama_config(tie_word_embeddings=True)
+    pre, post = llama_tensors("pre", tied=not is_stored), llama_tensors("post", tied=True)
+    write_pair(tmp_path, pre, post, pre_config=tied, post_config=tied)
+    notes = plan_of(tmp_path, **rules).notes
+    assert tuple(sum(part in note for note in notes) for part in (f"ties it to {EMBEDDING}", "everything")) == noted
+
+
 ROTARY = [f"model.layers.{k}.self_attn.rotary_emb.inv_freq" for k in range(6)]
 
 
