@@ -110,10 +110,14 @@ class Sketch:
         file.write(b"a picture")
 
 
+def sketch_charts(patch: pytest.MonkeyPatch) -> None:
+    """The charts of an evaluation, which take most of the time of a small one, are not drawn."""
+    patch.setattr("slrmerge.evaluation.charts.draw", lambda result: Sketch())
+
+
 @pytest.fixture
 def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The charts of an evaluation, which take most of the time of a small one, are not drawn."""
-    monkeypatch.setattr("slrmerge.evaluation.charts.draw", lambda result: Sketch())
+    sketch_charts(monkeypatch)
 
 
 @pytest.fixture

@@ -167,13 +167,14 @@ def _exit_code(main: Callable[..., object], command: list[str]) -> int:
 
 def _hurry() -> None:
     """Make pictures and searches quick: files are what matters here."""
-    import matplotlib.figure
     import pytest
 
+    from tests.conftest import sketch_charts
     from tests.searching.pairs import hurry
 
-    hurry(pytest.MonkeyPatch())
-    matplotlib.figure.Figure.savefig = lambda self, file, **_: file.write(b"a picture")  # type: ignore[method-assign,assignment]
+    patch = pytest.MonkeyPatch()
+    hurry(patch)
+    sketch_charts(patch)
 
 
 if __name__ == "__main__":
