@@ -48,7 +48,7 @@ _ROPE_KEYS = frozenset({
 })  # fmt: skip
 
 _INCIDENTAL = re.compile(
-    r"_.*|.*(_token_ids?|_token_index|_version|dropout|_pdrop|_dropout_prob|_loss_coef|_init|_noise)|init.*|output_.*"
+    r"_.*|.*(_token_ids?|_token_index|_version|dropout|_pdrop|_dropout_prob|_loss_coef|_init)|init.*|output_.*"
     r"|unsloth.*|(torch_)?dtype|use_cache|vocab_size|(?!unpadded_).*_vocab_size|architectures|model_type|tie_.*|id2label|label2id"
     r"|num_labels|problem_type|finetuning_task|task_specific_params|tokenizer_class|auto_map|quantization(_config)?"
     r"|compression_config|pretraining_tp|torchscript|return_dict|gradient_checkpointing|attn_implementation|use_bfloat16"
@@ -57,9 +57,9 @@ _INCIDENTAL = re.compile(
     r"|(num_)?beams?|do_sample|temperature|top_[kp]|.*_penalty|use_flash_attn|license|text_config"
     r"|language_config|llm_config|sliding_window_pattern|layer_types|.*_config|torch_.*|add_.*|.*ffn_dim|d_ff|n_inner"
     r"|chunk_size_feed_forward|pruned_heads|prefix|use_return_dict|tf_legacy_loss|cross_attention_.*"
-    r"|is_(encoder_)?decoder|classifier_.*|sparse_pred.*|mask_(time|feature)_.*|.*layerdrop|apply_spec_augment"
+    r"|is_encoder_decoder|classifier_(?!activation).*|sparse_pred.*|mask_(time|feature)_.*|.*layerdrop|apply_spec_augment"
     r"|deterministic_.*|.*_aux_loss|num_(local_)?experts|n_routed_experts|moe_num_experts|num_mtp_layers"
-    r"|num_nextn_predict_layers|mm_.*|image_.*|video_.*|(begin_)?suppress_tokens|router_jitter_noise|.*_jitter_noise"
+    r"|num_nextn_predict_layers|mm_.*|image_.*|video_.*|(begin_)?suppress_tokens|(?!router_jitter).*_noise"
 )
 """Keys that do not change what a layer computes, are compared by their shapes or in another place."""
 

@@ -88,6 +88,13 @@ def test_equal_meanings_are_no_difference(pre: dict[str, Any], post: dict[str, A
         ({"model_type": "inkling_text", "unpadded_vocab_size": 7}, {"model_type": "inkling_text"}, (
             "unpadded_vocab_size", 7, None,
         )),
+        ({"model_type": "roberta", "is_decoder": True}, {"model_type": "roberta"}, ("is_decoder", True, None)),
+        ({"model_type": "modernbert-decoder", "classifier_activation": "relu"}, {"model_type": "modernbert-decoder"}, (
+            "classifier_activation", "relu", "gelu",
+        )),
+        ({"model_type": "phimoe", "router_jitter_noise": 0.1}, {"model_type": "phimoe"}, (
+            "router_jitter_noise", 0.1, 0.01,
+        )),
         ({"model_type": "gemma", "hidden_act": "relu"}, {"model_type": "gemma", "hidden_act": "gelu"}, (
             "activation", "relu", "gelu_pytorch_tanh",
         )),
