@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import slrmerge
 from slrmerge.errors import SlrmergeError
+from tests.searching.sweep.models import POST, Recorder, contexts, hybrid, local_scorer, request
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,6 +20,7 @@ pytestmark = [
 
 IDS = torch.arange(40)[None]
 RESTORED = [1, 2]
+CONTEXTS = contexts()[1:4]
 
 
 def bitsandbytes(**settings: object) -> Callable[[LlamaForCausalLM, Path], None]:
@@ -78,7 +80,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64,
+        vocab_size=256,
     )  # fmt: skip
     models = {"pre": LlamaForCausalLM(config), "post": LlamaForCausalLM(config)}
     root = tmp_path_factory.mktemp("quantized")
@@ -126,3 +128,22 @@ def test_sides_in_other_formats_are_refused(
         slrmerge.merge({**sides, "restore": RESTORED}, tmp_path / "hybrid")
     assert {problem.code for problem in caught.value.problems} == {"different-quantization"}
     assert not (tmp_path / "hybrid").exists()
+
+
+@pytest.mark.parametrize("form", ["packed", "float"])
+def test_a_sweep_scores_what_the_library_runs(
+    form: str, pair: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    for side, folder in zip(("pre", "post"), pair(form, form), strict=True):
+        (tmp_path / side).symlink_to(folder)
+    with local_scorer(tmp_path) as scorer:
+        wanted = request(scorer, [POST, hybrid(restore=RESTORED)], CONTEXTS)
+        scored = scorer.score(wanted, None, Recorder())
+    sides = {"pretrained": str(tmp_path / "pre"), "posttrained": str(tmp_path / "post")}
+    slrmerge.merge({**sides, "restore": RESTORED}, tmp_path / "hybrid")
+    for folder, rows in zip((tmp_path / "post", tmp_path / "hybrid"), scored, strict=True):
+        runs = model(folder)
+        for context, row in zip(CONTEXTS, rows, strict=True):
+            with torch.no_grad():
+                expected = runs(torch.tensor([context.ids])).logits[0, -1].double().log_softmax(-1)
+            assert row[: len(context.targets)] == pytest.approx(expected[list(context.targets)].tolist(), abs=1e-5)
